@@ -1,0 +1,35 @@
+"""What a user can do wrong: one exception, and one way for a command to report it."""
+
+import os
+import sys
+
+
+class InputError(ValueError):
+    """A file, flag or array that does not fit. The message is one line: what was found, where, what was expected."""
+
+
+def report(message):
+    """Print `error: message` on stderr and leave with status 2."""
+    print("error: " + message, file=sys.stderr)
+    sys.exit(2)
+
+
+def run(main):
+    """Call main(), the body of a command line.
+
+    An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
+    An InputError raised in a DataLoader worker arrives with the worker's traceback around it;
+    its own text is the last line.
+    """
+    try:
+        main()
+    except InputError as error:
+        report(str(error).strip().splitlines()[-1].removeprefix("errors.InputError: "))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
+        sys.exit(1)
+    except OSError as error:
+        report(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
