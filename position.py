@@ -28,8 +28,8 @@ def position_grid(boxes, image_size, split_size=16, top_n=15):
     image_size = np.asarray(image_size, dtype=np.float64)
     if boxes.ndim < 2 or boxes.shape[-1] != 4 or image_size.shape != boxes.shape[:-2] + (2,):
         raise InputError(f"boxes {boxes.shape} with image sizes {image_size.shape}: expected (…, R, 4) and (…, 2)")
-    if not 0 < top_n <= split_size**2:
-        raise InputError(f"top_n is {top_n}: expected 1 to {split_size**2}")
+    if not 0 < split_size <= 22 or not 0 < top_n <= split_size**2:  # 22² cells fit the 9 bits of _grid's key
+        raise InputError(f"split_size {split_size}, top_n {top_n}: expected 1 to 22, and 1 to split_size²")
     n_regions = boxes.shape[-2]
     flat = boxes.reshape(-1, 4)
     sizes = image_size.reshape(-1, 2)

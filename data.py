@@ -1,0 +1,226 @@
+"""Dataset folders → batches. Features stay on disk, memory-mapped; see README, "Data layout", for the files."""
+
+import os
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from errors import InputError
+from vocab import read_captions
+
+N_CELLS = 256  # cell indices 0…255 of the 16×16 grid, and 256 for "no cell"
+N_SLOTS = 15  # cells that a region keeps
+
+# Flags that SCAN's and PFAN's published options lack, with what they mean where they are missing.
+NEW_FLAGS = {
+    "position": "attention",
+    "allow_empty_captions": False,
+    "amp": False,
+    "matmul_precision": "highest",
+    "device": "auto",
+    "seed": 0,
+}
+
+
+def flag(opt, name):
+    """The value of a newer flag, or its default where opt (any object) lacks it."""
+    return getattr(opt, name, NEW_FLAGS[name])
+
+
+def open_npy(path):
+    """Memory-map an .npy file. Raises InputError where it is missing, truncated or not an array of numbers."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"{path}: truncated or not an .npy array of numbers ({error})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise InputError(f"{path}: expected an .npy array of numbers")
+    return array
+
+
+class PrecompDataset(Dataset):
+    """One split of a folder of precomputed region features; an item for every pair of an image and its caption.
+
+    images, boxes: memory-mapped files. captions: list of str. n_images: different images.
+    im_div: captions per image. repeats: files' rows per image (1, or im_div where they repeat each image).
+    With need_boxes False (position none) SPLIT_boxes.npy is not read and items have boxes of shape (R, 0).
+    Raises InputError where files are missing or do not fit together.
+    """
+
+    def __init__(self, data_path, data_split, vocab, img_dim=None, need_boxes=True, allow_empty_captions=False):
+        self.vocab = vocab
+        self.prefix = os.path.join(data_path, data_split)
+        self.captions = read_captions(self._caption_path(), allow_empty_captions)
+        self.need_boxes = need_boxes
+        self._open()
+        path, shape = self.prefix + "_ims.npy", self.images.shape
+        if len(shape) != 3 or 0 in shape or img_dim not in (None, shape[2]):
+            raise InputError(f"{path}: found {shape}, expected (images, regions, {img_dim or 'img_dim'})")
+        self._count()
+        if need_boxes:
+            self._check_boxes()
+
+    def _caption_path(self):
+        return self.prefix + "_caps.txt"
+
+    def _open(self):
+        self.images = open_npy(self.prefix + "_ims.npy")
+        self.boxes = open_npy(self.prefix + "_boxes.npy") if self.need_boxes else None
+
+    def __getstate__(self):  # a copy sent to a worker opens the files again instead of carrying their contents
+        return {**self.__dict__, "images": None, "boxes": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._open()
+
+    def _count(self):
+        rows, n_captions = len(self.images), len(self.captions)
+        if max(rows, n_captions) % min(rows, n_captions):
+            raise InputError(
+                f"{self.prefix}: {rows} images in _ims.npy and {n_captions} captions, expected one to be a multiple "
+                "of the other"
+            )
+        self.repeats = run_length(self.images) if rows == n_captions else 1
+        self.n_images = rows // self.repeats
+        self.im_div = max(1, n_captions // self.n_images)
+
+    def _check_boxes(self):
+        path, shape = self.prefix + "_boxes.npy", self.boxes.shape
+        regions = self.images.shape[1]
+        if len(shape) != 3 or shape[1] != regions or shape[2] not in (2 * N_SLOTS, 2 * N_SLOTS + 1):
+            raise InputError(f"{path}: found {shape}, expected ({len(self.images)}, {regions}, 30 or 31)")
+        if len(self.boxes) not in (len(self.images), self.n_images):
+            raise InputError(f"{path}: {len(self.boxes)} images, but {len(self.images)} in {self.prefix}_ims.npy")
+        for start in range(0, len(self.boxes), 1024):
+            block = np.asarray(self.boxes[start : start + 1024, :, : 2 * N_SLOTS])
+            cells, weights = np.split(block, 2, axis=2)
+            bad_cells = ~((cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells)))
+            if bad_cells.any():
+                image, region, slot = np.argwhere(bad_cells)[0]
+                raise InputError(
+                    f"{path}, image {start + image}, region {region}: cell index {cells[image, region, slot]}, "
+                    f"expected 0 to {N_CELLS}"
+                )
+            bad_weights = ~((weights >= 0) & np.isfinite(weights))
+            if bad_weights.any():
+                image, region, slot = np.argwhere(bad_weights)[0]
+                raise InputError(
+                    f"{path}, image {start + image}, region {region}: weight {weights[image, region, slot]}, "
+                    "expected 0 to 1"
+                )
+
+    def read_images(self, start, stop):
+        """Features (n, R, img_dim) and grids (n, R, 30 | 31 | 0) of the images start…stop-1 as float32 tensors.
+
+        Raises InputError naming the image where a feature is NaN or infinite.
+        """
+        images = torch.from_numpy(
+            np.array(self.images[start * self.repeats : stop * self.repeats : self.repeats], dtype=np.float32)
+        )
+        # a sum is NaN or infinite as soon as one of its terms is, and reads the features once
+        if not torch.isfinite(images.sum()) and not (finite := torch.isfinite(images).all(2).all(1)).all():
+            image = start + int(finite.int().argmin())
+            raise InputError(f"{self.prefix}_ims.npy, image {image}: NaN or infinite features, expected numbers")
+        if not self.need_boxes:
+            return images, images.new_zeros(*images.shape[:2], 0)
+        step = len(self.boxes) // self.n_images
+        return images, torch.from_numpy(np.array(self.boxes[start * step : stop * step : step], dtype=np.float32))
+
+    def encode_caption(self, index):
+        """Word ids (W,) int64 of caption index."""
+        return torch.tensor(self.vocab.encode(self.captions[index]))
+
+    def __getitem__(self, index):
+        """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id)."""
+        img_id = index * self.n_images // len(self)
+        images, boxes = self.read_images(img_id, img_id + 1)
+        return images[0], boxes[0], self.encode_caption(index * len(self.captions) // len(self)), index, img_id
+
+    def __len__(self):
+        return max(self.n_images, len(self.captions))
+
+
+def run_length(images):
+    """Length of the runs of identical consecutive rows of images (n, R, D): captions per image in files that repeat them.
+
+    Compares a few values of each row, spread over its regions. Two equal pictures side by side
+    lengthen one run only, so the greatest common divisor of the runs' lengths counts.
+    """
+    sample = np.asarray(images[:, :: max(1, images.shape[1] // 8), :: max(1, images.shape[2] // 8)])
+    starts = np.flatnonzero((sample[1:] != sample[:-1]).any(axis=(1, 2))) + 1
+    return int(np.gcd.reduce(np.diff([0, *starts, len(images)])))
+
+
+def collate_fn(data):
+    """Batch items, longest caption first.
+
+    Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
+    lengths (list of B int), ids (tuple of B int, which item each row is).
+    """
+    data.sort(key=lambda item: len(item[2]), reverse=True)
+    images, boxes, captions, ids, _ = zip(*data, strict=True)
+    lengths = [len(caption) for caption in captions]
+    return torch.stack(images), torch.stack(boxes), pad(captions), lengths, ids
+
+
+def pad(captions):
+    """Word ids, a list of (W_i,) tensors → (B, W) int64, padded with 0."""
+    return torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
+
+
+class EpochSampler(Sampler):
+    """A new order of n items in each epoch, given by seed and epoch alone, so that a resumed run goes on as it would have."""
+
+    def __init__(self, n, seed):
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        return iter(torch.randperm(self.n, generator=generator).tolist())
+
+    def __len__(self):
+        return self.n
+
+
+def get_precomp_dataset(data_name, data_split, vocab, opt):
+    """The PrecompDataset of a split under opt.data_path/data_name, as opt's flags ask for."""
+    return PrecompDataset(
+        os.path.join(opt.data_path, data_name),
+        data_split,
+        vocab,
+        img_dim=opt.img_dim,
+        need_boxes=flag(opt, "position") != "none",
+        allow_empty_captions=flag(opt, "allow_empty_captions"),
+    )
+
+
+def get_precomp_loader(dataset, batch_size, workers, shuffle_seed=None):
+    """A DataLoader of collate_fn's batches, in order or shuffled by seed and epoch (set_epoch of its sampler)."""
+    workers = min(workers, os.cpu_count() or 1)
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=None if shuffle_seed is None else EpochSampler(len(dataset), shuffle_seed),
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        collate_fn=collate_fn,
+    )
+
+
+def get_loaders(data_name, vocab, batch_size, workers, opt):
+    """Loaders of the train split (shuffled) and the whole dev split (in order)."""
+    train, dev = (get_precomp_dataset(data_name, split, vocab, opt) for split in ("train", "dev"))
+    return (
+        get_precomp_loader(train, batch_size, workers, shuffle_seed=flag(opt, "seed")),
+        get_precomp_loader(dev, batch_size, workers),
+    )
+
+
+def get_test_loader(split_name, data_name, vocab, batch_size, workers, opt):
+    """Loader of a split, in order."""
+    return get_precomp_loader(get_precomp_dataset(data_name, split_name, vocab, opt), batch_size, workers)

@@ -1,0 +1,450 @@
+"""PFAN: image encoder with position attention, bi-GRU text encoder, stacked cross attention, hinge loss, the model.
+
+Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al.,
+Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch,
+R regions (36), W words, D embed_size, I images and C captions in a block of scores.
+"""
+
+import argparse
+import os
+import pickle
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from data import N_CELLS, N_SLOTS, flag
+from errors import InputError
+
+EPS = 1e-8
+POSITION_DIM = 200  # size of a cell's embedding
+BLOCK_WORDS = 512  # words of equally long captions that are scored at once
+
+
+def l1norm(X, dim, eps=EPS):
+    """X divided by the sum of its absolute values along dim."""
+    return X / (X.abs().sum(dim, keepdim=True) + eps)
+
+
+def l2norm(X, dim, eps=EPS):
+    """X divided by its Euclidean length along dim."""
+    return X / (torch.linalg.vector_norm(X, dim=dim, keepdim=True) + eps)
+
+
+# ---------------------------------------------------------------- encoders
+
+
+class WeightNormLinear(nn.Module):
+    """A linear layer whose weight is weight_g · weight_v / ‖weight_v‖, one length for the whole matrix."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        self.weight_v = nn.Parameter(nn.init.xavier_uniform_(torch.empty(out_features, in_features)))
+        self.weight_g = nn.Parameter(self.weight_v.detach().norm())
+        self.bias = nn.Parameter(torch.zeros(out_features))
+
+    def forward(self, x):
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if prefix + "weight_g" in state_dict:  # PyTorch 0.3 stored the length as one element, not as a scalar
+            state_dict[prefix + "weight_g"] = state_dict[prefix + "weight_g"].reshape(())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def plain_linear(in_features, out_features):
+    layer = nn.Linear(in_features, out_features)
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+LINEAR = {"basic": plain_linear, "weight_norm": WeightNormLinear}
+POSITIONS = ("attention", "area", "none")  # PFAN-A, PFAN-P, SCAN
+
+
+class EncoderImage(nn.Module):
+    """Region features and position grids → region embeddings."""
+
+    def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, position="attention"):
+        super().__init__()
+        self.no_imgnorm, self.position = no_imgnorm, position
+        joined = img_dim + (POSITION_DIM if position != "none" else 0)
+        self.fc = LINEAR[precomp_enc_type](joined, embed_size)
+        if position == "attention":
+            self.fc_att = nn.Linear(img_dim, POSITION_DIM)
+        if position != "none":
+            self.position_embedding = nn.Embedding(N_CELLS + 1, POSITION_DIM)
+
+    def position_feature(self, images, boxes):
+        """p of every region: (B, R, img_dim) and (B, R, 30 | 31) → (B, R, 200).
+
+        area: p = Σ_j a_j e_j. attention: α = softmax_j(tanh(fc_att(v)·e_j)), β = softmax_j(a_j α_j), p = Σ_j β_j e_j.
+        """
+        cells = boxes[..., :N_SLOTS].long()
+        weights = boxes[..., N_SLOTS : 2 * N_SLOTS]
+        table = self.position_embedding.weight
+        if self.position == "attention":
+            logits = self.fc_att(images) @ table.T  # all 257 cells in one product, then the 15 of each region
+            weights = weights * torch.tanh(logits.gather(2, cells)).float().softmax(2)
+            weights = weights.softmax(2)
+        p = F.embedding_bag(cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))
+        return p.view(*cells.shape[:2], -1)
+
+    def forward(self, images, boxes):
+        """images (B, R, img_dim), boxes (B, R, 30 | 31; not read with position none) → (B, R, D)."""
+        if self.position != "none":
+            images = torch.cat([images, self.position_feature(images, boxes)], 2)
+        features = self.fc(images).float()
+        return features if self.no_imgnorm else l2norm(features, dim=2)
+
+
+class EncoderText(nn.Module):
+    """Word ids → word embeddings, the two directions of a GRU averaged."""
+
+    def __init__(self, vocab_size, word_dim, embed_size, num_layers, use_bi_gru=False, no_txtnorm=False):
+        super().__init__()
+        self.embed_size, self.use_bi_gru, self.no_txtnorm = embed_size, use_bi_gru, no_txtnorm
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+        self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
+
+    def forward(self, captions, lengths):
+        """captions (B, W) ids, lengths (B ints) → (B, W, D), zero behind a caption's end."""
+        packed, _ = self.run_gru(captions, lengths)
+        return pad_packed_sequence(packed, batch_first=True)[0]
+
+    def run_gru(self, captions, lengths):
+        """The word embeddings as a PackedSequence, and the GRU's final states (layers · directions, B, D)."""
+        lengths = torch.as_tensor(lengths, dtype=torch.int64)
+        packed = pack_padded_sequence(self.embed(captions), lengths, batch_first=True, enforce_sorted=False)
+        packed, state = self.rnn(packed)
+        words = packed.data.float()
+        if self.use_bi_gru:
+            words = (words[:, : self.embed_size] + words[:, self.embed_size :]) / 2
+        if not self.no_txtnorm:
+            words = l2norm(words, dim=1)
+        return PackedSequence(words, *packed[1:]), state
+
+
+# ---------------------------------------------------------------- cross attention
+
+
+def leaky(S):
+    return F.leaky_relu(S, 0.1)
+
+
+# How raw similarities are normalised, over the elements that attend (words in t2i, regions in i2t).
+RAW_FEATURE_NORM = {
+    "softmax": lambda S: S.softmax(-1),
+    "l2norm": lambda S: l2norm(S, -1),
+    "clipped_l2norm": lambda S: l2norm(leaky(S), -1),
+    "l1norm": lambda S: l1norm(S, -1),
+    "clipped_l1norm": lambda S: l1norm(leaky(S), -1),
+    "clipped": leaky,
+    "no_norm": lambda S: S,
+}
+
+# How the relevance of the attending elements becomes one score.
+AGG_FUNC = {
+    "LogSumExp": lambda r, opt: torch.logsumexp(r * opt.lambda_lse, -1) / opt.lambda_lse,
+    "Mean": lambda r, opt: r.mean(-1),
+    "Max": lambda r, opt: r.max(-1).values,
+    "Sum": lambda r, opt: r.sum(-1),
+}
+
+
+def attend(S, gram, query_norms, opt, attention_term):
+    """Stacked cross attention from raw similarities, without ever building an attended context.
+
+    S (N, L, M, K): dot products of the L elements of each of N contexts with the K elements of each of M queries.
+    gram (N, L, L): dot products of a context's elements with each other. query_norms (M, K), or (N, M, K).
+    Returns scores (N, M). With A = softmax over the context's elements of λ·normalised S, the attended context of
+    a query element q is Σ A v, so their cosine is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
+    0.5 · agg(max over the context's elements of A).
+    """
+    attention = (RAW_FEATURE_NORM[opt.raw_feature_norm](S) * opt.lambda_softmax).softmax(1)
+    dots = (attention * S).sum(1)
+    squares = (attention * (gram @ attention.flatten(2)).view_as(attention)).sum(1)
+    norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros
+    aggregate = AGG_FUNC[opt.agg_func]
+    scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), opt)
+    if attention_term:
+        scores = scores + 0.5 * aggregate(attention.max(1).values, opt)
+    return scores
+
+
+def has_attention_term(opt):
+    """Whether PFAN's 0.5 · max-attention term is part of the t2i score: not in plain SCAN."""
+    return flag(opt, "position") != "none"
+
+
+def equal_lengths(cap_lens):
+    """Group captions by length, so that no block holds padding. Yields (W, indices of the captions that long)."""
+    cap_lens = torch.as_tensor(cap_lens).cpu()
+    for length in cap_lens.unique().tolist():
+        yield length, (cap_lens == length).nonzero()[:, 0]
+
+
+def xattn_score(images, captions, cap_lens, opt, t2i):
+    """Scores (I, C) of all images (I, R, D) with all captions.
+
+    captions: (C, W, D) padded, or packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints.
+    """
+    packed = captions.dim() == 2
+    if packed:
+        lens = torch.as_tensor(cap_lens).cpu()
+        starts = lens.cumsum(0) - lens
+    image_gram = images @ images.mT if t2i else None
+    region_norms = None if t2i else torch.linalg.vector_norm(images, dim=2)
+    blocks, order = [], []
+    for length, members in equal_lengths(cap_lens):
+        for index in members.split(max(1, BLOCK_WORDS // length)):
+            if packed:
+                words = captions[(starts[index, None] + torch.arange(length)).to(captions.device)]
+            else:
+                words = captions[index.to(captions.device), :length]
+            if t2i:
+                norms = torch.linalg.vector_norm(words, dim=2)
+                block = attend(dot_products(images, words), image_gram, norms, opt, has_attention_term(opt))
+            else:
+                block = attend(dot_products(words, images), words @ words.mT, region_norms, opt, False).T
+            blocks.append(block)
+            order.append(index)
+    return torch.cat(blocks, 1)[:, torch.cat(order).argsort().to(images.device)]
+
+
+def dot_products(contexts, queries):
+    """contexts (N, L, D), queries (M, K, D) → S (N, L, M, K), one matrix product."""
+    S = contexts.flatten(0, 1) @ queries.flatten(0, 1).T
+    return S.view(*contexts.shape[:2], *queries.shape[:2])
+
+
+def xattn_score_t2i(images, captions, cap_lens, opt):
+    """Words attend to regions: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
+    return xattn_score(images, captions, cap_lens, opt, t2i=True)
+
+
+def xattn_score_i2t(images, captions, cap_lens, opt):
+    """Regions attend to words: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
+    return xattn_score(images, captions, cap_lens, opt, t2i=False)
+
+
+XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+
+
+def xattn_pairs(images, captions, cap_lens, pairs, opt):
+    """Scores (P,) of P pairs only: pairs (P, 2) int64 on the CPU, an image's and a caption's index in each row."""
+    t2i = opt.cross_attn == "t2i"
+    blocks, order = [], []
+    for length, members in equal_lengths(torch.as_tensor(cap_lens)[pairs[:, 1]]):
+        index = pairs[members].to(images.device)
+        regions, words = images[index[:, 0]], captions[index[:, 1], :length]
+        context, query = (regions, words) if t2i else (words, regions)
+        S = (context @ query.mT)[:, :, None]
+        norms = torch.linalg.vector_norm(query, dim=2)[:, None]
+        blocks.append(attend(S, context @ context.mT, norms, opt, t2i and has_attention_term(opt))[:, 0])
+        order.append(members)
+    return torch.cat(blocks)[torch.cat(order).argsort().to(images.device)]
+
+
+class ContrastiveLoss(nn.Module):
+    """Hinge loss over a batch's score matrix, both directions, summed.
+
+    With max_violation only the hardest negative of each row and column counts. Then the loss depends on 3B scores at
+    most: the matrix is scored without gradient, the pairs that matter once more with it. Same loss, same gradient.
+    """
+
+    def __init__(self, opt, margin=0, max_violation=False):
+        super().__init__()
+        if opt.cross_attn not in XATTN_SCORE:
+            raise InputError(f"--cross_attn {opt.cross_attn}: expected {' or '.join(XATTN_SCORE)}")
+        self.opt, self.margin, self.max_violation = opt, margin, max_violation
+
+    def forward(self, im, s, s_l):
+        """im (B, R, D), s (B, W, D), s_l (B ints), row i of each belonging together → scalar."""
+        if self.max_violation:
+            return self.hardest_negatives(im, s, s_l)
+        scores = XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
+        right = scores.diag()
+        cost_s = (self.margin + scores - right[:, None]).clamp(min=0)
+        cost_im = (self.margin + scores - right[None, :]).clamp(min=0)
+        others = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        return ((cost_s + cost_im) * others).sum()
+
+    def hardest_negatives(self, im, s, s_l):
+        with torch.no_grad():
+            scores = XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
+            right = scores.diag().clone()
+            scores.fill_diagonal_(-torch.inf)
+            caption_score, caption = scores.max(1)  # the hardest caption of each image
+            image_score, image = scores.max(0)  # the hardest image of each caption
+            own = torch.arange(len(scores), device=scores.device)
+            wrong = torch.cat([torch.stack([own, caption], 1), torch.stack([image, own], 1)])
+            costs = self.margin + torch.cat([caption_score - right, image_score - right]) > 0
+            anchors = own.repeat(2)[costs]
+            pairs = torch.cat([torch.stack([own, own], 1), wrong[costs]]).cpu()
+        if not len(anchors):  # no negative within the margin, or a batch of one
+            return (im.sum() + s.sum()) * 0
+        scores = xattn_pairs(im, s, s_l, pairs, self.opt)
+        return (self.margin + scores[len(own) :] - scores[anchors]).clamp(min=0).sum()
+
+
+# ---------------------------------------------------------------- the model
+
+
+def pick_device(name="auto"):
+    """A torch.device: the one named, or for auto CUDA where there is one, the CPU otherwise."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
+class SCAN:
+    """Both encoders, the loss and the optimizer. opt: any object with the flags as attributes, and vocab_size."""
+
+    def __init__(self, opt):
+        for name, table in (
+            ("position", POSITIONS),
+            ("precomp_enc_type", LINEAR),
+            ("raw_feature_norm", RAW_FEATURE_NORM),
+            ("agg_func", AGG_FUNC),
+        ):
+            value = flag(opt, name) if name == "position" else getattr(opt, name)
+            if value not in table:
+                raise InputError(f"--{name} {value}: expected one of {', '.join(table)}")
+        torch.set_float32_matmul_precision(flag(opt, "matmul_precision"))
+        self.device = pick_device(flag(opt, "device"))
+        self.amp = flag(opt, "amp")
+        self.img_enc = self.make_img_enc(opt).to(self.device)
+        self.txt_enc = EncoderText(
+            opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
+        ).to(self.device)
+        self.criterion = ContrastiveLoss(opt, opt.margin, opt.max_violation)
+        self.params = [*self.txt_enc.parameters(), *self.img_enc.parameters()]
+        self.optimizer = torch.optim.Adam(self.params, lr=opt.learning_rate, fused=True)
+        self.grad_clip = opt.grad_clip
+        self.Eiters = 0
+        self.logger = None  # a LogCollector while training
+
+    def make_img_enc(self, opt):
+        return EncoderImage(
+            opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, flag(opt, "position")
+        )
+
+    def state_dict(self):
+        return [self.img_enc.state_dict(), self.txt_enc.state_dict()]
+
+    def load_state_dict(self, state_dict):
+        """Load [img_enc state, txt_enc state]. Unknown keys are ignored; missing or misshapen ones raise InputError."""
+        for encoder, name, state in zip((self.img_enc, self.txt_enc), ("image", "text"), state_dict, strict=True):
+            try:
+                missing = encoder.load_state_dict(state, strict=False).missing_keys
+            except RuntimeError as error:
+                raise InputError(f"{name} encoder: {str(error).splitlines()[-1].strip()}") from None
+            if missing:
+                raise InputError(f"{name} encoder: no {', '.join(missing)} in the checkpoint")
+
+    def train_start(self):
+        self.img_enc.train()
+        self.txt_enc.train()
+
+    def val_start(self):
+        self.img_enc.eval()
+        self.txt_enc.eval()
+
+    def autocast(self):
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp)
+
+    def encode_images(self, images, boxes):
+        """images (B, R, img_dim), boxes (B, R, 30 | 31) → region embeddings (B, R, D)."""
+        with self.autocast():
+            return self.img_enc(images.to(self.device), boxes.to(self.device))
+
+    def forward_emb(self, images, boxes, captions, lengths, volatile=False):
+        """A batch as collate_fn gives it → img_emb (B, R, D), cap_emb (B, W, D), cap_lens. volatile: no gradient."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile):
+            img_emb = self.encode_images(images, boxes)
+            with self.autocast():
+                cap_emb = self.txt_enc(captions.to(self.device), lengths)
+        return img_emb, cap_emb, lengths
+
+    def forward_loss(self, img_emb, cap_emb, cap_len, **kwargs):
+        """The loss of a batch's embeddings, logged as Le."""
+        loss = self.criterion(img_emb, cap_emb, cap_len)
+        if self.logger is not None:
+            self.logger.update("Le", loss.item(), img_emb.size(0))
+        return loss
+
+    def train_emb(self, images, boxes, captions, lengths, ids=None, *args):
+        """One training step on a batch as collate_fn gives it. Returns the loss."""
+        self.Eiters += 1
+        if self.logger is not None:
+            self.logger.update("Eit", self.Eiters)
+            self.logger.update("lr", self.optimizer.param_groups[0]["lr"])
+        self.optimizer.zero_grad()
+        loss = self.forward_loss(*self.forward_emb(images, boxes, captions, lengths))
+        loss.backward()
+        if self.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.params, self.grad_clip)
+        self.optimizer.step()
+        return loss.detach()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def load_checkpoint(path):
+    """Read a checkpoint of this or the published code onto the CPU; nothing in it is ever executed.
+
+    Returns its dict, opt's position filled in from the parameters where opt has none.
+    Raises InputError where path is missing, is no checkpoint, or holds anything but tensors, numbers and options.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = next((line for line in str(error).splitlines() if "global" in line.lower()), "damaged")
+        raise InputError(f"{path}: refused, not a plain checkpoint ({reason.strip()})") from None
+    except Exception as error:  # torch.load meets broken bytes with many exception types
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+    keys = ("epoch", "model", "best_rsum", "opt", "Eiters")
+    missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing or not isinstance(checkpoint["opt"], argparse.Namespace) or len(checkpoint["model"]) != 2:
+        found = f"no {missing[0]}" if missing else "other contents"
+        raise InputError(f"{path}: found {found}, expected a dict of {', '.join(keys)}")
+    opt, image_state = checkpoint["opt"], checkpoint["model"][0]
+    if not hasattr(opt, "position"):
+        opt.position = (
+            "attention" if "fc_att.weight" in image_state
+            else "area" if "position_embedding.weight" in image_state
+            else "none"
+        )  # fmt: skip
+    return checkpoint
+
+
+def load_model(path, vocab_size=None, **overrides):
+    """The model of a checkpoint on the default device, ready to evaluate. Returns (model, checkpoint).
+
+    vocab_size: where given, must be the checkpoint's. overrides: options to set. Raises InputError naming path.
+    """
+    checkpoint = load_checkpoint(path)
+    opt = checkpoint["opt"]
+    vars(opt).update(overrides)
+    opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])
+    if vocab_size not in (None, opt.vocab_size):
+        raise InputError(f"{path}: made with a vocabulary of {opt.vocab_size} words, found one of {vocab_size}")
+    try:
+        model = SCAN(opt)
+        model.load_state_dict(checkpoint["model"])
+    except (InputError, AttributeError) as error:
+        raise InputError(f"{path}: {error}") from None
+    model.val_start()
+    return model, checkpoint

@@ -1,0 +1,280 @@
+"""download_data.sh against a local server: what arrives, what is refused, what a user is told."""
+
+import io
+import os
+import shutil
+import subprocess
+import tarfile
+import threading
+import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+
+SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download_data.sh"
+F30K = "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO"
+COCO = "1DaCZxeXOCm05u-Gf-_MG_zSNKO1UxBat"
+MODELS = "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn"
+
+
+class Drive(BaseHTTPRequestHandler):
+    """Serves server.files[id] = (content type, bytes), with ranges; the first server.cuts answers break off midway."""
+
+    def do_GET(self):
+        query = parse_qs(urlparse(self.path).query)
+        assert query["export"] == ["download"] and query["confirm"] == ["t"]
+        self.server.ranges.append(self.headers.get("Range"))
+        if query["id"][0] not in self.server.files:
+            return self.send_error(404)
+        content_type, body = self.server.files[query["id"][0]]
+        start = 0
+        if self.headers.get("Range") and content_type != "text/html":
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        else:
+            self.send_response(200)
+        body = body[start:]
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.server.cuts:
+            self.server.cuts -= 1
+            body = body[: len(body) // 2]
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def drive():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Drive)
+    server.files, server.ranges, server.cuts = {}, [], 0
+    server.url = f"http://127.0.0.1:{server.server_port}/download"
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def download(tmp_path, drive):
+    """Runs the script in tmp_path with a `kaggle` that is set up only if tmp_path/kaggle.zip exists."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    kaggle = commands / "kaggle"
+    kaggle.write_text(f'#!/bin/sh\n[ -f {tmp_path}/kaggle.zip ] && mkdir -p "$6" && cp {tmp_path}/kaggle.zip "$6"\n')
+    kaggle.chmod(0o755)
+
+    def run(*args, url=drive.url):
+        env = {**os.environ, "PFAN_DRIVE_URL": url, "PATH": f"{commands}:{os.environ['PATH']}", "no_proxy": "*"}
+        done = subprocess.run(["sh", SCRIPT, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30)
+        return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line]
+
+    return run
+
+
+def npy(*shape):
+    file = io.BytesIO()
+    np.save(file, np.zeros(shape, np.float32))
+    return file.getvalue()
+
+
+def zipped(members):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def tarred(members, mode="w:gz"):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode=mode) as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if content is None:
+                info.type, info.linkname = tarfile.SYMTYPE, "/etc"
+                archive.addfile(info)
+            else:
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    return file.getvalue()
+
+
+def boxes(prefix="", splits=("train", "dev", "test"), width=30):
+    return {f"{prefix}{split}_boxes.npy": npy(3, 36, width) for split in splits}
+
+
+def test_zip_and_tar_gz_are_unpacked_into_place(tmp_path, drive, download):
+    drive.files[F30K] = "application/zip", zipped(boxes("some/folder/") | {"some/README": b"hello"})
+    coco = boxes("coco_precomp/", ("train", "dev", "test", "testall"), 31)
+    drive.files[COCO] = "application/octet-stream", tarred(coco)
+    status, out, errors = download("f30k", "coco")
+    assert (status, errors) == (0, [])
+    assert np.load(tmp_path / "data/f30k_precomp/dev_boxes.npy").shape == (3, 36, 30)
+    assert np.load(tmp_path / "data/coco_precomp/testall_boxes.npy").shape == (3, 36, 31)
+    assert "3×36×31" in out and "missing" in out
+    assert "some/README: left in" in out and (tmp_path / "data/downloads/f30k.unpacked/some/README").exists()
+    assert not list(tmp_path.glob("data/downloads/*.part"))
+
+
+def test_what_is_there_is_not_fetched_again_even_without_its_archive(tmp_path, drive, download):
+    drive.files[F30K] = "application/zip", zipped(boxes())
+    assert download("f30k", "--data_path", "elsewhere/")[0] == 0
+    shutil.rmtree(tmp_path / "elsewhere/downloads")
+    assert download("f30k", "--data_path=elsewhere")[0] == 0
+    assert len(drive.ranges) == 1
+
+
+def test_a_transfer_that_breaks_off_goes_on_where_it_stopped(drive, download):
+    drive.files[F30K] = "application/zip", zipped(boxes())
+    drive.cuts = 1
+    status, _, errors = download("f30k")
+    assert (status, errors) == (0, [])
+    assert drive.ranges == [None, f"bytes={len(drive.files[F30K][1]) // 2}-"]
+
+
+def test_a_later_run_resumes_and_a_page_in_between_does_not_spoil_the_part(tmp_path, drive, download):
+    body = zipped(boxes())
+    drive.files[F30K] = "application/zip", body
+    drive.cuts = 3
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "broke off" in errors[0]
+    part = tmp_path / "data/downloads/f30k.part"
+    there = part.read_bytes()
+    assert 0 < len(there) < len(body) and body.startswith(there)
+    drive.files[F30K] = "text/html", b"<html>Quota exceeded</html>"
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "web page" in errors[0]
+    assert part.read_bytes() == there
+    drive.files[F30K] = "application/zip", body
+    assert download("f30k")[0] == 0
+    assert drive.ranges[-1] == f"bytes={len(there)}-"
+
+
+@pytest.mark.parametrize(
+    "content_type, page, told",
+    [
+        ("text/html", b"<!DOCTYPE html><p>Too many users have viewed this file", "quota"),
+        ("text/html; charset=utf-8", b"<html><a href=https://accounts.google.com/ServiceLogin>", "login"),
+        ("application/octet-stream", b"\n <html>something else", "web page"),
+    ],
+)
+def test_a_page_instead_of_the_file_is_told_and_not_kept(tmp_path, drive, download, content_type, page, told):
+    drive.files[F30K] = content_type, page
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1
+    assert told in errors[0] and f"https://drive.google.com/file/d/{F30K}/view" in errors[0]
+    assert list((tmp_path / "data/downloads").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "pack, name",
+    [
+        (zipped, "../evil"),
+        (zipped, "..\\evil"),
+        (tarred, "../evil"),
+        (tarred, "a/../../evil"),
+        (tarred, "/tmp/pfan_evil"),
+    ],
+)
+def test_members_outside_the_folder_are_refused(tmp_path, drive, download, pack, name):
+    drive.files[F30K] = "application/zip", pack(boxes() | {name: b"evil"})
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "refused" in errors[0]
+    assert not list(tmp_path.rglob("*evil*")) and not Path("/tmp/pfan_evil").exists()
+    assert not list(tmp_path.rglob("*.npy"))
+
+
+def test_links_in_archives_are_refused(tmp_path, drive, download):
+    drive.files[F30K] = "application/x-tar", tarred({"link": None} | boxes("link/"), "w")
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "refused" in errors[0]
+
+
+def test_http_errors_and_a_server_that_is_down_name_the_way_by_hand(tmp_path, drive, download):
+    drive.files[COCO] = "application/zip", zipped(boxes(splits=("train", "dev", "test", "testall")))
+    status, _, errors = download("f30k", "coco")  # the second is fetched although the first fails
+    assert status == 2 and len(errors) == 1 and "404" in errors[0] and F30K in errors[0]
+    assert (tmp_path / "data/coco_precomp/train_boxes.npy").exists()
+    status, _, errors = download("f30k", url="http://127.0.0.1:1/download")
+    assert status == 2 and len(errors) == 1 and "cannot reach" in errors[0] and F30K in errors[0]
+
+
+def test_an_archive_saved_by_hand_is_used(tmp_path, drive, download):
+    (tmp_path / "data/downloads").mkdir(parents=True)
+    (tmp_path / "data/downloads/f30k").write_bytes(zipped(boxes()))
+    assert download("f30k")[0] == 0 and drive.ranges == []
+
+
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (npy(3, 36, 30)[:-4], "no complete .npy"),
+        (npy(3, 36, 30) + b"more", "header promises"),
+        (npy(3, 36, 4), "expected floats (n, 36, 30) or (n, 36, 31)"),
+        (b"", "empty"),
+    ],
+)
+def test_faulty_arrays_are_named(drive, download, content, told):
+    drive.files[F30K] = "application/zip", zipped(boxes() | {"dev_boxes.npy": content})
+    status, out, errors = download("f30k")
+    assert status == 2 and "faulty" in out
+    assert len(errors) == 1 and "dev_boxes.npy" in errors[0] and told in errors[0]
+
+
+@pytest.mark.parametrize(
+    "body, told",
+    [
+        (zipped(boxes(splits=["train"])), "has no f30k_precomp/dev_boxes.npy, f30k_precomp/test_boxes.npy"),
+        (zipped(boxes("a/") | boxes("b/")), "has no f30k_precomp/train_boxes.npy"),
+        (zipped(boxes())[:-30], "cannot be unpacked"),
+        (tarred(boxes(width=31))[:-30], "cannot be unpacked"),
+        (b"Rar!\x1a\x07\x00 and so on", "neither a zip nor a tar archive"),
+    ],
+)
+def test_archives_without_the_files_are_named(drive, download, body, told):
+    drive.files[F30K] = "application/zip", body
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and told in errors[0]
+
+
+def test_scan_features_come_through_kaggle_or_by_hand(tmp_path, download):
+    status, _, errors = download("scan")
+    assert status == 2 and len(errors) == 1
+    assert "https://www.kaggle.com/datasets/kuanghueilee/scan-features" in errors[0]
+    members = {"vocab/f30k_precomp_vocab.json": b"{}"}
+    for folder, splits in (("f30k_precomp", "train dev test"), ("coco_precomp", "train dev test testall")):
+        for split in splits.split():
+            members[f"data/{folder}/{split}_ims.npy"] = npy(1, 36, 2048)
+            members[f"data/{folder}/{split}_caps.txt"] = "one\ntwo\u0085\n3".encode()
+    (tmp_path / "kaggle.zip").write_bytes(zipped({"data.zip": zipped(members)}))
+    status, out, errors = download("scan")
+    assert (status, errors) == (0, [])
+    assert "1×36×2048" in out and "3 lines" in out
+    assert (tmp_path / "data/coco_precomp/testall_ims.npy").exists()
+    assert (tmp_path / "vocab/f30k_precomp_vocab.json").exists()
+
+
+def test_checkpoints_in_a_tar_are_not_taken_for_archives(tmp_path, drive, download):
+    checkpoint = zipped({"archive/data.pkl": b"x"})
+    models = {f"runs/{name}_t2i.pth.tar": checkpoint for name in ("sentence", "tag")}
+    drive.files[MODELS] = "application/x-tar", tarred(models, "w")
+    assert download("models", "--model_path", "trained")[::2] == (0, [])
+    assert (tmp_path / "trained/tag_t2i.pth.tar").read_bytes() == checkpoint
+
+
+def test_without_items_nothing_is_fetched(drive, download):
+    status, out, errors = download()
+    assert (status, errors, drive.ranges) == (0, [], [])
+    assert "sh scripts/download_data.sh f30k" in out and "Kaggle" in out
+    assert download("--help")[0] == 0
+    status, _, errors = download("flickr")
+    assert status == 2 and "flickr" in errors[0]

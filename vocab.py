@@ -1,0 +1,170 @@
+"""Caption → tokens → word ids, and the vocabulary files.
+
+python vocab.py --data_path ./data --data_name f30k_precomp    writes ./vocab/f30k_precomp_vocab.json
+"""
+
+import argparse
+import json
+import os
+import re
+from collections import Counter
+
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+from tqdm import tqdm
+
+from errors import InputError, run
+
+SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0…3
+SPLITS = ("train", "dev")  # what a vocabulary is built from
+
+# nltk.word_tokenize needs NLTK's downloaded punkt model to find sentence ends. These abbreviations, which do not end
+# a sentence, stand in for it: the tokens are the same on every caption it was compared on.
+ABBREVIATIONS = "mr mrs ms dr st jr sr prof gen col capt lt sgt rev gov sen rep no vs etc inc co corp ltd e.g i.e u.s u.k d.c a.m p.m"
+
+
+def _sentence_tokenizer():
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(ABBREVIATIONS.split())
+    return PunktSentenceTokenizer(parameters)
+
+
+split_sentences = _sentence_tokenizer().tokenize
+split_words = NLTKWordTokenizer().tokenize
+MAY_HOLD_TWO = re.compile(r"[.?!]\S*\s")  # Punkt only ever splits after one of these
+
+
+def tokenize(caption, lower=str.lower):
+    """Split a caption (str) into a list of str, the tokens of nltk.word_tokenize(lower(caption))."""
+    caption = lower(caption)
+    if not MAY_HOLD_TWO.search(caption):
+        return split_words(caption)
+    return [token for sentence in split_sentences(caption) for token in split_words(sentence)]
+
+
+class Vocabulary:
+    """word2idx: str → int, idx2word: int → str, idx: how many there are. Calling it gives a word's id.
+
+    unknown: the word whose id a word outside the vocabulary gets.
+    """
+
+    def __init__(self, unknown="<unk>"):
+        self.word2idx = {}
+        self.idx2word = {}
+        self.idx = 0
+        self.unknown = unknown
+
+    def add_word(self, word):
+        if word not in self.word2idx:
+            self.word2idx[word] = self.idx
+            self.idx2word[self.idx] = word
+            self.idx += 1
+
+    def __call__(self, word):
+        return self.word2idx.get(word, self.word2idx[self.unknown])
+
+    def __len__(self):
+        return len(self.word2idx)
+
+    def encode(self, caption, tokenize=tokenize):
+        """Ids (list of int) of `<start>` tokens `<end>` for a caption (str)."""
+        return [self(word) for word in ("<start>", *tokenize(caption), "<end>")]
+
+
+def serialize_vocab(vocab, dest):
+    """Write a Vocabulary as JSON to the file dest, whole or not at all."""
+    with open(dest + ".part", "w", encoding="utf-8") as file:
+        json.dump({"word2idx": vocab.word2idx, "idx2word": vocab.idx2word, "idx": vocab.idx}, file)
+    os.replace(dest + ".part", dest)
+
+
+def deserialize_vocab(src):
+    """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
+    try:
+        with open(src, encoding="utf-8") as file:
+            stored = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{src}: not a vocabulary, expected JSON ({error})") from None
+    except FileNotFoundError:
+        name = re.sub(r"_vocab\.json$", "", os.path.basename(src))
+        command = f"python vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {os.path.dirname(src) or '.'}"
+        raise InputError(f"{src}: no such vocabulary, make it with: {command}") from None
+    words = stored.get("word2idx") if isinstance(stored, dict) else None
+    if not isinstance(words, dict) or not all(type(index) is int for index in words.values()):
+        raise InputError(f"{src}: not a vocabulary, expected an object with word2idx (word → id), idx2word and idx")
+    missing = [word for word in SPECIAL if word not in words]
+    if missing or sorted(words.values()) != list(range(len(words))):
+        found = f"no {missing[0]}" if missing else "ids with gaps or repeats"
+        raise InputError(f"{src}: found {found}, expected {', '.join(SPECIAL)} and the ids 0 to {len(words) - 1}")
+    vocab = Vocabulary()
+    vocab.word2idx = words
+    vocab.idx2word = {index: word for word, index in words.items()}
+    vocab.idx = len(words)
+    return vocab
+
+
+def read_captions(path, allow_empty=False):
+    """Read a caption file: UTF-8, a caption a line, lines ending at \\n only. Returns a list of str.
+
+    Raises InputError naming the line for an empty caption (unless allow_empty) or one that is not UTF-8.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, expected a caption a line")
+    captions = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                caption = line.decode("utf-8").strip()
+            except UnicodeDecodeError:
+                raise InputError(f"{path}, line {number}: not UTF-8") from None
+            if not caption and not allow_empty:
+                raise InputError(f"{path}, line {number}: empty caption (--allow_empty_captions takes it as <start> <end>)")
+            captions.append(caption)
+    if not captions:
+        raise InputError(f"{path}: no captions, expected one a line")
+    return captions
+
+
+def build_vocab(data_path, data_name, caption_file=None, threshold=4, drop=(), tokenize=tokenize, allow_empty=False):
+    """Count the words of a data set's captions and keep those that occur at least threshold times.
+
+    caption_file: a list of names under data_path/data_name; None means train_caps.txt and dev_caps.txt.
+    drop: words to leave out. Ids follow the words' alphabetical order, after the four special ones.
+    """
+    counter = Counter()
+    for name in caption_file or [f"{split}_caps.txt" for split in SPLITS]:
+        captions = read_captions(os.path.join(data_path, data_name, name), allow_empty)
+        for caption in tqdm(captions, desc=name, unit="caption", mininterval=1):
+            counter.update(tokenize(caption))
+    vocab = Vocabulary()
+    for word in SPECIAL:
+        vocab.add_word(word)
+    for word in sorted(word for word, count in counter.items() if count >= threshold and word not in set(drop)):
+        vocab.add_word(word)
+    return vocab
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Build the vocabulary of a data set from its train and dev captions.",
+        epilog="example: python vocab.py --data_path ./data --data_name f30k_precomp",
+    )
+    parser.add_argument("--data_path", default="./data/", help="folder of the data sets (default: %(default)s)")
+    parser.add_argument("--data_name", default="f30k_precomp", help="data set, a folder there (default: %(default)s)")
+    parser.add_argument("--vocab_path", default="./vocab/", help="where NAME_vocab.json goes (default: %(default)s)")
+    parser.add_argument("--threshold", type=int, default=4, help="least count of a word (default: %(default)s)")
+    parser.add_argument("--stop_words", metavar="FILE", help="words to drop, one a line (none are dropped without it)")
+    parser.add_argument("--allow_empty_captions", action="store_true", help="accept empty caption lines")
+    opt = parser.parse_args()
+    drop = read_captions(opt.stop_words) if opt.stop_words else ()
+    vocab = build_vocab(
+        opt.data_path, opt.data_name, threshold=opt.threshold, drop=drop, allow_empty=opt.allow_empty_captions
+    )
+    os.makedirs(opt.vocab_path, exist_ok=True)
+    dest = os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json")
+    serialize_vocab(vocab, dest)
+    print(f"{dest}: {len(vocab)} words that occur at least {opt.threshold} times")
+
+
+if __name__ == "__main__":
+    run(main)
