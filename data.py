@@ -25,7 +25,7 @@ NEW_FLAGS = {
 
 def flag(opt, name):
     """The value of a newer flag, or its default where opt (any object) lacks it."""
-    return getattr(opt, name, NEW_FLAGS[name])
+    return getattr(opt, name, NEW_FLAGS[name]) if name in NEW_FLAGS else getattr(opt, name)
 
 
 def open_npy(path):

@@ -61,6 +61,7 @@ def plain_linear(in_features, out_features):
 
 
 LINEAR = {"basic": plain_linear, "weight_norm": WeightNormLinear}
+MATMUL_PRECISION = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
 POSITIONS = ("attention", "area", "none")  # PFAN-A, PFAN-P, SCAN
 
 
@@ -314,10 +315,12 @@ class SCAN:
             ("precomp_enc_type", LINEAR),
             ("raw_feature_norm", RAW_FEATURE_NORM),
             ("agg_func", AGG_FUNC),
+            ("matmul_precision", MATMUL_PRECISION),
         ):
-            value = flag(opt, name) if name == "position" else getattr(opt, name)
+            value = flag(opt, name)
             if value not in table:
                 raise InputError(f"--{name} {value}: expected one of {', '.join(table)}")
+        self.opt = opt
         torch.set_float32_matmul_precision(flag(opt, "matmul_precision"))
         self.device = pick_device(flag(opt, "device"))
         self.amp = flag(opt, "amp")
@@ -366,12 +369,16 @@ class SCAN:
         with self.autocast():
             return self.img_enc(images.to(self.device), boxes.to(self.device))
 
+    def encode_captions(self, captions, lengths):
+        """captions (B, W) ids, lengths (B ints) → word embeddings (B, W, D)."""
+        with self.autocast():
+            return self.txt_enc(captions.to(self.device), lengths)
+
     def forward_emb(self, images, boxes, captions, lengths, volatile=False):
         """A batch as collate_fn gives it → img_emb (B, R, D), cap_emb (B, W, D), cap_lens. volatile: no gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile):
             img_emb = self.encode_images(images, boxes)
-            with self.autocast():
-                cap_emb = self.txt_enc(captions.to(self.device), lengths)
+            cap_emb = self.encode_captions(captions, lengths)
         return img_emb, cap_emb, lengths
 
     def forward_loss(self, img_emb, cap_emb, cap_len, **kwargs):
@@ -431,7 +438,7 @@ def load_checkpoint(path):
 
 
 def load_model(path, vocab_size=None, **overrides):
-    """The model of a checkpoint on the default device, ready to evaluate. Returns (model, checkpoint).
+    """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 
     vocab_size: where given, must be the checkpoint's. overrides: options to set. Raises InputError naming path.
     """
@@ -447,4 +454,4 @@ def load_model(path, vocab_size=None, **overrides):
     except (InputError, AttributeError) as error:
         raise InputError(f"{path}: {error}") from None
     model.val_start()
-    return model, checkpoint
+    return model

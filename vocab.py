@@ -20,7 +20,10 @@ SPLITS = ("train", "dev")  # what a vocabulary is built from
 
 # nltk.word_tokenize needs NLTK's downloaded punkt model to find sentence ends. These abbreviations, which do not end
 # a sentence, stand in for it: the tokens are the same on every caption it was compared on.
-ABBREVIATIONS = "mr mrs ms dr st jr sr prof gen col capt lt sgt rev gov sen rep no vs etc inc co corp ltd e.g i.e u.s u.k d.c a.m p.m"
+ABBREVIATIONS = (
+    "mr mrs ms dr st jr sr prof gen col capt lt sgt rev gov sen rep no vs etc inc co corp ltd "
+    "e.g i.e u.s u.k d.c a.m p.m"
+)
 
 
 def _sentence_tokenizer():
@@ -118,7 +121,7 @@ def read_captions(path, allow_empty=False):
             except UnicodeDecodeError:
                 raise InputError(f"{path}, line {number}: not UTF-8") from None
             if not caption and not allow_empty:
-                raise InputError(f"{path}, line {number}: empty caption (--allow_empty_captions takes it as <start> <end>)")
+                raise InputError(f"{path}, line {number}: empty caption (--allow_empty_captions accepts it)")
             captions.append(caption)
     if not captions:
         raise InputError(f"{path}: no captions, expected one a line")

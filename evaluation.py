@@ -1,0 +1,291 @@
+"""Encode a split, score all pairs, rank, recall@K.
+
+python evaluation.py --model_path runs/f30k/model_best.pth.tar [MORE …] --data_path ./data --split test [--fold5]
+"""
+
+import argparse
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data import flag, get_test_loader, pad
+from errors import InputError, run
+from model import MATMUL_PRECISION, XATTN_SCORE, load_checkpoint, load_model, pick_device
+from vocab import deserialize_vocab
+
+RECALL_AT = (1, 5, 10)
+
+
+class AverageMeter:
+    """A value and its running average."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self):
+        self.val = self.avg = self.sum = 0
+        self.count = 0
+
+    def update(self, val, n=0):
+        self.val = val
+        self.sum += val * n
+        self.count += n
+        self.avg = self.sum / (0.0001 + self.count)
+
+    def __str__(self):
+        return f"{self.val}" if self.count == 0 else f"{self.val:.4f} ({self.avg:.4f})"
+
+
+class LogCollector:
+    """Named meters, printed in one line and written to TensorBoard."""
+
+    def __init__(self):
+        self.meters = {}
+
+    def update(self, k, v, n=0):
+        self.meters.setdefault(k, AverageMeter()).update(v, n)
+
+    def __str__(self):
+        return "  ".join(f"{k} {v}" for k, v in self.meters.items())
+
+    def tb_log(self, tb_logger, prefix="", step=None):
+        for k, v in self.meters.items():
+            tb_logger.log_value(prefix + k, v.val, step=step)
+
+
+# ---------------------------------------------------------------- embeddings and scores
+
+
+@torch.no_grad()
+def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
+    """Embed every image and every caption of a loader's data set once.
+
+    Returns img_embs (n_images, R, D), cap_embs (n_captions, W, D) padded with 0, cap_lens (list of int), float32
+    tensors on the CPU; with packed, cap_embs is (ΣW_i, D), the captions' words one after the other.
+    log_step and logging are SCAN's; a progress bar shows instead.
+    """
+    model.val_start()
+    dataset, batch = data_loader.dataset, data_loader.batch_size
+    targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
+    cap_lens = [len(target) for target in targets]
+    by_length = sorted(range(len(targets)), key=cap_lens.__getitem__)  # batches with little padding
+    starts = np.cumsum([0, *cap_lens])
+    words = None
+    for at in tqdm(range(0, len(targets), batch), desc="captions", unit="batch", leave=False, disable=None):
+        index = by_length[at : at + batch]
+        block = model.encode_captions(pad([targets[i] for i in index]), [cap_lens[i] for i in index]).cpu()
+        if words is None:
+            words = torch.empty(starts[-1], block.shape[2])
+        for i, embedding in zip(index, block, strict=True):
+            words[starts[i] : starts[i + 1]] = embedding[: cap_lens[i]]
+    img_embs = None
+    for at in tqdm(range(0, dataset.n_images, batch), desc="images", unit="batch", leave=False, disable=None):
+        block = model.encode_images(*dataset.read_images(at, min(at + batch, dataset.n_images))).cpu()
+        if img_embs is None:
+            img_embs = torch.empty(dataset.n_images, *block.shape[1:])
+        img_embs[at : at + batch] = block
+    return img_embs, words if packed else pad(words.split(cap_lens)), cap_lens
+
+
+@torch.no_grad()
+def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None):
+    """Scores (n_images, n_captions) float32 numpy, a shard of images × a shard of captions at a time.
+
+    images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
+    tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: images in a shard.
+    """
+    cross_attn = cross_attn or opt.cross_attn
+    images, captions = (torch.as_tensor(x, dtype=torch.float32) for x in (images, captions))
+    lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
+    device = pick_device(flag(opt, "device"))
+    starts = (lens.cumsum(0) - lens).tolist()
+    sims = np.empty((len(images), len(lens)), dtype=np.float32)
+    by_length = lens.argsort(stable=True)
+    with tqdm(total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False, disable=None) as bar:
+        for index in by_length.split(8 * shard_size):
+            if captions.dim() == 2:
+                words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
+            else:
+                words = [captions[i, : lens[i]] for i in index.tolist()]
+            words = torch.cat(words).to(device)
+            for at in range(0, len(images), shard_size):
+                block = XATTN_SCORE[cross_attn](images[at : at + shard_size].to(device), words, lens[index], opt)
+                sims[at : at + shard_size, index.numpy()] = block.cpu().numpy()
+                bar.update(block.numel())
+    return sims
+
+
+def shard_xattn_t2i(images, captions, caplens, opt, shard_size=128):
+    """shard_xattn where words attend to regions."""
+    return shard_xattn(images, captions, caplens, opt, shard_size, "t2i")
+
+
+def shard_xattn_i2t(images, captions, caplens, opt, shard_size=128):
+    """shard_xattn where regions attend to words."""
+    return shard_xattn(images, captions, caplens, opt, shard_size, "i2t")
+
+
+# ---------------------------------------------------------------- ranks
+
+
+def rank_rows(sims):
+    """For each row of sims (n, m), how many wrong columns score at least as much as its best right one.
+
+    Rows and columns belong together in equal consecutive groups, as many as the shorter side is long.
+    Returns ranks (n,) and the index of each row's best column (n,), a wrong one where it ties with the best right one.
+    """
+    n, m = sims.shape
+    groups = min(n, m)
+    if groups == 0 or n % groups or m % groups:
+        raise InputError(f"similarities {n} × {m}: expected one count to be a multiple of the other")
+    ranks, top1 = np.empty(n), np.empty(n)
+    for start in range(0, n, 256):
+        block = np.array(sims[start : start + 256])
+        if np.isnan(block).any():
+            raise InputError(f"similarities: NaN in row {start + int(np.isnan(block).any(1).argmax())}")
+        rows = np.arange(len(block))[:, None]
+        right = (rows + start) * groups // n * (m // groups) + np.arange(m // groups)
+        best = block[rows, right].max(1, keepdims=True)
+        ahead = block >= best
+        ahead[rows, right] = False
+        rank = ahead.sum(1)
+        ranks[start : start + 256] = rank
+        winner = block.argmax(1)
+        block[rows, right] = -np.inf
+        top1[start : start + 256] = np.where(rank > 0, block.argmax(1), winner)
+    return ranks, top1
+
+
+def recall(ranks):
+    """(R@1, R@5, R@10, median rank, mean rank) of ranks that start at 0; recalls in percent."""
+    recalls = [100.0 * float((ranks < k).mean()) for k in RECALL_AT]
+    return (*recalls, float(np.floor(np.median(ranks)) + 1), float(ranks.mean() + 1))
+
+
+def i2t(images, captions, caplens, sims, npts=None, return_ranks=False):
+    """Images find their captions. sims (n_images, n_captions); images, captions and caplens are not read.
+
+    npts: only the first npts images and their captions. Returns (R@1, R@5, R@10, medr, meanr), with
+    return_ranks also (ranks (n_images,), top1 (n_images,)). A tie counts against the model; NaN is an InputError.
+    """
+    ranks, top1 = rank_rows(first(sims, npts))
+    return (recall(ranks), (ranks, top1)) if return_ranks else recall(ranks)
+
+
+def t2i(images, captions, caplens, sims, npts=None, return_ranks=False):
+    """Captions find their image: i2t with the roles swapped, ranks and top1 are (n_captions,)."""
+    ranks, top1 = rank_rows(first(sims, npts).T)
+    return (recall(ranks), (ranks, top1)) if return_ranks else recall(ranks)
+
+
+def first(sims, npts):
+    """The part of sims for the first npts images (all, where npts is None)."""
+    sims = np.asarray(sims)
+    return sims if npts is None else sims[:npts, : npts * sims.shape[1] // sims.shape[0]]
+
+
+# ---------------------------------------------------------------- evalrank
+
+
+def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
+    """Similarities of one checkpoint on a split: a list with one (n_images, n_captions) matrix for each fold."""
+    opt = load_checkpoint(model_path)["opt"]
+    opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
+    vocab = deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
+    model = load_model(model_path, len(vocab), **overrides)
+    loader = get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
+    images, words, lens = encode_data(model, loader, packed=True)
+    if len(images) % n_folds or len(lens) % n_folds:
+        raise InputError(f"{loader.dataset.prefix}: {len(images)} images do not divide into {n_folds} folds")
+    words = words.split(lens)
+    sims = []
+    for fold in range(n_folds):
+        image = slice(fold * len(images) // n_folds, (fold + 1) * len(images) // n_folds)
+        caption = slice(fold * len(lens) // n_folds, (fold + 1) * len(lens) // n_folds)
+        sims.append(shard_xattn(images[image], torch.cat(words[caption]), lens[caption], model.opt))
+    return sims
+
+
+def evalrank(
+    model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, **overrides
+):  # fmt: skip
+    """Rank a split both ways and print SCAN's lines.
+
+    model_path: a checkpoint, or a list of them whose mean similarities are ranked. data_path, vocab_path: instead of
+    the checkpoint's. fold5: five folds, each printed, then their means. save_ranks: a file for ranks and top-1
+    choices. overrides: other options of the checkpoint to set (batch_size, device, matmul_precision).
+    Returns {"rsum", "ar", "ari", "i2t": (R@1, R@5, R@10, medr, meanr), "t2i": likewise, "n_images", "n_captions"},
+    with fold5 the means and "folds", the same for each. Raises InputError for files that do not fit.
+    """
+    paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
+    n_folds = 5 if fold5 else 1
+    folds = None
+    for path in paths:
+        sims = score_split(path, data_path, vocab_path, split, n_folds, **overrides)
+        folds = folds or [np.zeros_like(block) for block in sims]
+        if [block.shape for block in folds] != [block.shape for block in sims]:
+            raise InputError(f"{path}: scores {sims[0].shape[0]} images and {sims[0].shape[1]} captions, {paths[0]} others")
+        for total, block in zip(folds, sims, strict=True):
+            total += block / len(paths)
+    n_images, n_captions = (sum(block.shape[axis] for block in folds) for axis in (0, 1))
+    print(f"Images: {n_images}, Captions: {n_captions}")
+    results = [rank_both(block) for block in folds]
+    mean = results[0][0]
+    if fold5:
+        for result, _ in results:
+            print("Image to text: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*result["i2t"]))
+            print("Text to image: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*result["t2i"]))
+            print("rsum: {rsum:.1f} ar: {ar:.1f} ari: {ari:.1f}".format(**result))
+        print("-----------------------------------\nMean metrics: ")
+        mean = {
+            key: np.mean([result[key] for result, _ in results], axis=0).tolist() for key in results[0][0]
+        }  # fmt: skip
+        mean["folds"] = [result for result, _ in results]
+    mean.update(n_images=n_images, n_captions=n_captions)
+    print_recall(mean)
+    if save_ranks:
+        ranks = [{key: [torch.as_tensor(x) for x in pair] for key, pair in ranks.items()} for _, ranks in results]
+        torch.save(ranks if fold5 else ranks[0], save_ranks)
+    return mean
+
+
+def rank_both(sims):
+    """Recalls of a similarity matrix both ways, and {"rt": (i2t ranks, top1), "rti": (t2i ranks, top1)}."""
+    r, rt = i2t(None, None, None, sims, return_ranks=True)
+    ri, rti = t2i(None, None, None, sims, return_ranks=True)
+    ar, ari = sum(r[:3]) / 3, sum(ri[:3]) / 3
+    return {"rsum": sum(r[:3]) + sum(ri[:3]), "ar": ar, "ari": ari, "i2t": r, "t2i": ri}, {"rt": rt, "rti": rti}
+
+
+def print_recall(result):
+    print("rsum: {rsum:.1f}\nAverage i2t Recall: {ar:.1f}".format(**result))
+    print("Image to text: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["i2t"]))
+    print("Average t2i Recall: {ari:.1f}".format(**result))
+    print("Text to image: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["t2i"]))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Rank a split with one checkpoint, or with the mean similarities of several.",
+        epilog="example: python evaluation.py --model_path runs/f30k_t2i/model_best.pth.tar "
+        "runs/f30k_i2t/model_best.pth.tar --data_path ./data --split test",
+    )
+    parser.add_argument("--model_path", nargs="+", required=True, help="checkpoints; several are an ensemble")
+    parser.add_argument("--data_path", help="folder of the data sets (default: the checkpoint's)")
+    parser.add_argument("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+    parser.add_argument("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
+    parser.add_argument("--fold5", action="store_true", help="mean over five folds, as for MS-COCO 1K")
+    parser.add_argument("--save_ranks", metavar="FILE", help="also write the ranks, e.g. to ranks.pth.tar")
+    parser.add_argument("--batch_size", type=int, help="images or captions encoded at once (default: the checkpoint's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
+    parser.add_argument(
+        "--matmul_precision", default="highest", choices=MATMUL_PRECISION, help="float32 products (default: %(default)s)"
+    )
+    opt = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    evalrank(**opt)
+
+
+if __name__ == "__main__":
+    run(main)
