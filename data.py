@@ -145,7 +145,7 @@ class PrecompDataset(Dataset):
 
 
 def run_length(images):
-    """Length of the runs of identical consecutive rows of images (n, R, D): captions per image in files that repeat them.
+    """Length of the runs of identical consecutive rows of images (n, R, D): captions per image where rows repeat.
 
     Compares a few values of each row, spread over its regions. Two equal pictures side by side
     lengthen one run only, so the greatest common divisor of the runs' lengths counts.
@@ -173,7 +173,7 @@ def pad(captions):
 
 
 class EpochSampler(Sampler):
-    """A new order of n items in each epoch, given by seed and epoch alone, so that a resumed run goes on as it would have."""
+    """A new order of n items each epoch, given by seed and epoch alone: a resumed run goes on as it would have."""
 
     def __init__(self, n, seed):
         self.n, self.seed, self.epoch = n, seed, 0

@@ -103,7 +103,9 @@ def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None)
     starts = (lens.cumsum(0) - lens).tolist()
     sims = np.empty((len(images), len(lens)), dtype=np.float32)
     by_length = lens.argsort(stable=True)
-    with tqdm(total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False, disable=None) as bar:
+    with tqdm(
+        total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False, disable=None
+    ) as bar:
         for index in by_length.split(8 * shard_size):
             if captions.dim() == 2:
                 words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
@@ -226,7 +228,9 @@ def evalrank(
         sims = score_split(path, data_path, vocab_path, split, n_folds, **overrides)
         folds = folds or [np.zeros_like(block) for block in sims]
         if [block.shape for block in folds] != [block.shape for block in sims]:
-            raise InputError(f"{path}: scores {sims[0].shape[0]} images and {sims[0].shape[1]} captions, {paths[0]} others")
+            raise InputError(
+                f"{path}: scores {sims[0].shape[0]} images and {sims[0].shape[1]} captions, {paths[0]} others"
+            )
         for total, block in zip(folds, sims, strict=True):
             total += block / len(paths)
     n_images, n_captions = (sum(block.shape[axis] for block in folds) for axis in (0, 1))
@@ -281,7 +285,10 @@ def main():
     parser.add_argument("--batch_size", type=int, help="images or captions encoded at once (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
     parser.add_argument(
-        "--matmul_precision", default="highest", choices=MATMUL_PRECISION, help="float32 products (default: %(default)s)"
+        "--matmul_precision",
+        default="highest",
+        choices=MATMUL_PRECISION,
+        help="float32 products (default: %(default)s)",
     )
     opt = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     evalrank(**opt)

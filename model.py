@@ -336,9 +336,7 @@ class SCAN:
         self.logger = None  # a LogCollector while training
 
     def make_img_enc(self, opt):
-        return EncoderImage(
-            opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, flag(opt, "position")
-        )
+        return EncoderImage(opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, flag(opt, "position"))
 
     def state_dict(self):
         return [self.img_enc.state_dict(), self.txt_enc.state_dict()]

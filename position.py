@@ -22,7 +22,7 @@ def position_grid(boxes, image_size, split_size=16, top_n=15):
 
     Boxes reaching outside are clipped. Cells covered equally are ordered by the distance of their centre from the
     (clipped) box's centre, then by index, so the result is the same on every machine.
-    Raises InputError, naming picture and box, for NaN, infinite or reversed corners and for sizes that are not positive.
+    Raises InputError, naming picture and box, for NaN, infinite or reversed corners and for sizes not positive.
     """
     boxes = np.asarray(boxes, dtype=np.float64)
     image_size = np.asarray(image_size, dtype=np.float64)
@@ -45,7 +45,10 @@ def position_grid(boxes, image_size, split_size=16, top_n=15):
 def _check(boxes, sizes, n_regions):
     for bad, what in (
         (~np.isfinite(boxes).all(1), "corners must be numbers"),
-        ((boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1]), "corners are reversed, expected x1 <= x2, y1 <= y2"),
+        (
+            (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1]),
+            "corners are reversed, expected x1 <= x2, y1 <= y2",
+        ),
     ):
         if bad.any():
             first = int(np.argmax(bad))
