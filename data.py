@@ -20,6 +20,8 @@ NEW_FLAGS = {
     "matmul_precision": "highest",
     "device": "auto",
     "seed": 0,
+    "need_box_whole": False,  # this and the next: the whole-image variant's
+    "lambda_whole": 1.0,
 }
 
 
@@ -88,10 +90,14 @@ class PrecompDataset(Dataset):
         self.n_images = rows // self.repeats
         self.im_div = max(1, n_captions // self.n_images)
 
+    def _box_counts(self):
+        """Boxes that an image may have: one for each region."""
+        return (self.images.shape[1],)
+
     def _check_boxes(self):
         path, shape = self.prefix + "_boxes.npy", self.boxes.shape
-        regions = self.images.shape[1]
-        if len(shape) != 3 or shape[1] != regions or shape[2] not in (2 * N_SLOTS, 2 * N_SLOTS + 1):
+        if len(shape) != 3 or shape[1] not in self._box_counts() or shape[2] not in (2 * N_SLOTS, 2 * N_SLOTS + 1):
+            regions = " or ".join(map(str, self._box_counts()))
             raise InputError(f"{path}: found {shape}, expected ({len(self.images)}, {regions}, 30 or 31)")
         if len(self.boxes) not in (len(self.images), self.n_images):
             raise InputError(f"{path}: {len(self.boxes)} images, but {len(self.images)} in {self.prefix}_ims.npy")
@@ -118,17 +124,21 @@ class PrecompDataset(Dataset):
 
         Raises InputError naming the image where a feature is NaN or infinite.
         """
-        images = torch.from_numpy(
-            np.array(self.images[start * self.repeats : stop * self.repeats : self.repeats], dtype=np.float32)
-        )
-        # a sum is NaN or infinite as soon as one of its terms is, and reads the features once
-        if not torch.isfinite(images.sum()) and not (finite := torch.isfinite(images).all(2).all(1)).all():
-            image = start + int(finite.int().argmin())
-            raise InputError(f"{self.prefix}_ims.npy, image {image}: NaN or infinite features, expected numbers")
+        images = self.read_features(self.images, "_ims.npy", start, stop)
         if not self.need_boxes:
             return images, images.new_zeros(*images.shape[:2], 0)
         step = len(self.boxes) // self.n_images
         return images, torch.from_numpy(np.array(self.boxes[start * step : stop * step : step], dtype=np.float32))
+
+    def read_features(self, file, suffix, start, stop):
+        """Rows (n, …) of the images start…stop-1 in an opened file, whose name ends in suffix."""
+        step = self.repeats
+        features = torch.from_numpy(np.array(file[start * step : stop * step : step], dtype=np.float32))
+        # a sum is NaN or infinite as soon as one of its terms is, and reads the features once
+        if not torch.isfinite(features.sum()) and not (finite := torch.isfinite(features).flatten(1).all(1)).all():
+            image = start + int(finite.int().argmin())
+            raise InputError(f"{self.prefix}{suffix}, image {image}: NaN or infinite features, expected numbers")
+        return features
 
     def encode_caption(self, index):
         """Word ids (W,) int64 of caption index."""
@@ -137,8 +147,8 @@ class PrecompDataset(Dataset):
     def __getitem__(self, index):
         """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id)."""
         img_id = index * self.n_images // len(self)
-        images, boxes = self.read_images(img_id, img_id + 1)
-        return images[0], boxes[0], self.encode_caption(index * len(self.captions) // len(self)), index, img_id
+        image = [rows[0] for rows in self.read_images(img_id, img_id + 1)]
+        return *image, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
 
     def __len__(self):
         return max(self.n_images, len(self.captions))
@@ -161,10 +171,10 @@ def collate_fn(data):
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
     lengths (list of B int), ids (tuple of B int, which item each row is).
     """
-    data.sort(key=lambda item: len(item[2]), reverse=True)
-    images, boxes, captions, ids, _ = zip(*data, strict=True)
+    data.sort(key=lambda item: len(item[-3]), reverse=True)
+    *images, captions, ids, _ = zip(*data, strict=True)
     lengths = [len(caption) for caption in captions]
-    return torch.stack(images), torch.stack(boxes), pad(captions), lengths, ids
+    return *map(torch.stack, images), pad(captions), lengths, ids
 
 
 def pad(captions):
@@ -212,15 +222,15 @@ def get_precomp_loader(dataset, batch_size, workers, shuffle_seed=None):
     )
 
 
-def get_loaders(data_name, vocab, batch_size, workers, opt):
+def get_loaders(data_name, vocab, batch_size, workers, opt, make_dataset=get_precomp_dataset):
     """Loaders of the train split (shuffled) and the whole dev split (in order)."""
-    train, dev = (get_precomp_dataset(data_name, split, vocab, opt) for split in ("train", "dev"))
+    train, dev = (make_dataset(data_name, split, vocab, opt) for split in ("train", "dev"))
     return (
         get_precomp_loader(train, batch_size, workers, shuffle_seed=flag(opt, "seed")),
         get_precomp_loader(dev, batch_size, workers),
     )
 
 
-def get_test_loader(split_name, data_name, vocab, batch_size, workers, opt):
+def get_test_loader(split_name, data_name, vocab, batch_size, workers, opt, make_dataset=get_precomp_dataset):
     """Loader of a split, in order."""
-    return get_precomp_loader(get_precomp_dataset(data_name, split_name, vocab, opt), batch_size, workers)
+    return get_precomp_loader(make_dataset(data_name, split_name, vocab, opt), batch_size, workers)

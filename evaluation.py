@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data import flag, get_test_loader, pad
 from errors import InputError, run
-from model import MATMUL_PRECISION, XATTN_SCORE, load_checkpoint, load_model, pick_device
+from model import MATMUL_PRECISION, SCAN, XATTN_SCORE, load_checkpoint, load_model, pick_device
 from vocab import deserialize_vocab
 
 RECALL_AT = (1, 5, 10)
@@ -67,6 +67,17 @@ def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
     log_step and logging are SCAN's; a progress bar shows instead.
     """
     model.val_start()
+    words, cap_lens = embed_captions(model, data_loader)
+    (img_embs,) = embed_images(model, data_loader)
+    return img_embs, words if packed else pad(words.split(cap_lens)), cap_lens
+
+
+def embed_captions(model, data_loader):
+    """Embed every caption of a loader's data set once.
+
+    Returns words (ΣW_i, D), the captions' words one after the other, cap_lens (list of int), and whatever else
+    model.encode_captions gives for a caption, (n_captions, …); on the CPU.
+    """
     dataset, batch = data_loader.dataset, data_loader.batch_size
     targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
     cap_lens = [len(target) for target in targets]
@@ -75,28 +86,44 @@ def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
     words = None
     for at in tqdm(range(0, len(targets), batch), desc="captions", unit="batch", leave=False, disable=None):
         index = by_length[at : at + batch]
-        block = model.encode_captions(pad([targets[i] for i in index]), [cap_lens[i] for i in index]).cpu()
+        block, *rows = as_tuple(model.encode_captions(pad([targets[i] for i in index]), [cap_lens[i] for i in index]))
         if words is None:
             words = torch.empty(starts[-1], block.shape[2])
-        for i, embedding in zip(index, block, strict=True):
+            more = [torch.empty(len(targets), *x.shape[1:]) for x in rows]
+        for i, embedding in zip(index, block.cpu(), strict=True):
             words[starts[i] : starts[i + 1]] = embedding[: cap_lens[i]]
-    img_embs = None
+        for kept, x in zip(more, rows, strict=True):
+            kept[index] = x.cpu()
+    return words, cap_lens, *more
+
+
+def embed_images(model, data_loader):
+    """Embed every image of a loader's data set once: what model.encode_images gives, (n_images, …), on the CPU."""
+    dataset, batch = data_loader.dataset, data_loader.batch_size
+    embeddings = None
     for at in tqdm(range(0, dataset.n_images, batch), desc="images", unit="batch", leave=False, disable=None):
-        block = model.encode_images(*dataset.read_images(at, min(at + batch, dataset.n_images))).cpu()
-        if img_embs is None:
-            img_embs = torch.empty(dataset.n_images, *block.shape[1:])
-        img_embs[at : at + batch] = block
-    return img_embs, words if packed else pad(words.split(cap_lens)), cap_lens
+        blocks = as_tuple(model.encode_images(*dataset.read_images(at, min(at + batch, dataset.n_images))))
+        if embeddings is None:
+            embeddings = [torch.empty(dataset.n_images, *x.shape[1:]) for x in blocks]
+        for kept, x in zip(embeddings, blocks, strict=True):
+            kept[at : at + batch] = x.cpu()
+    return embeddings
+
+
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
 
 
 @torch.no_grad()
-def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None):
+def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None, score=None):
     """Scores (n_images, n_captions) float32 numpy, a shard of images × a shard of captions at a time.
 
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
     tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: images in a shard.
+    score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None.
     """
     cross_attn = cross_attn or opt.cross_attn
+    score = score or XATTN_SCORE[cross_attn]
     images, captions = (torch.as_tensor(x, dtype=torch.float32) for x in (images, captions))
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
     device = pick_device(flag(opt, "device"))
@@ -113,7 +140,7 @@ def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None)
                 words = [captions[i, : lens[i]] for i in index.tolist()]
             words = torch.cat(words).to(device)
             for at in range(0, len(images), shard_size):
-                block = XATTN_SCORE[cross_attn](images[at : at + shard_size].to(device), words, lens[index], opt)
+                block = score(images[at : at + shard_size].to(device), words, lens[index], opt)
                 sims[at : at + shard_size, index.numpy()] = block.cpu().numpy()
                 bar.update(block.numel())
     return sims
@@ -191,33 +218,51 @@ def first(sims, npts):
 # ---------------------------------------------------------------- evalrank
 
 
-def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
-    """Similarities of one checkpoint on a split: a list with one (n_images, n_captions) matrix for each fold."""
+def read_vocab(opt):
+    """The vocabulary that opt's vocab_path and data_name lead to."""
+    return deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
+
+
+def load_split(
+    model_path, data_path, vocab_path, split, make_model=SCAN, read_vocab=read_vocab, get_test_loader=get_test_loader,
+    **overrides,
+):  # fmt: skip
+    """A checkpoint's model and a loader of the split; make_model and the two after it are what a variant replaces."""
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
-    vocab = deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
-    model = load_model(model_path, len(vocab), **overrides)
-    loader = get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
+    vars(opt).update(overrides)
+    vocab = read_vocab(opt)
+    model = load_model(model_path, len(vocab), make_model, **overrides)
+    return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
+
+
+def cut_folds(dataset, n_folds):
+    """Slices of the images and of the captions of each of n equal folds of a data set."""
+    counts = dataset.n_images, len(dataset.captions)
+    if any(n % n_folds for n in counts):
+        raise InputError(f"{dataset.prefix}: {counts[0]} images do not divide into {n_folds} folds")
+    return [[slice(fold * n // n_folds, (fold + 1) * n // n_folds) for n in counts] for fold in range(n_folds)]
+
+
+def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
+    """Similarities of one checkpoint on a split: a list with one (n_images, n_captions) matrix for each fold."""
+    model, loader = load_split(model_path, data_path, vocab_path, split, **overrides)
+    folds = cut_folds(loader.dataset, n_folds)
     images, words, lens = encode_data(model, loader, packed=True)
-    if len(images) % n_folds or len(lens) % n_folds:
-        raise InputError(f"{loader.dataset.prefix}: {len(images)} images do not divide into {n_folds} folds")
     words = words.split(lens)
-    sims = []
-    for fold in range(n_folds):
-        image = slice(fold * len(images) // n_folds, (fold + 1) * len(images) // n_folds)
-        caption = slice(fold * len(lens) // n_folds, (fold + 1) * len(lens) // n_folds)
-        sims.append(shard_xattn(images[image], torch.cat(words[caption]), lens[caption], model.opt))
-    return sims
+    return [shard_xattn(images[i], torch.cat(words[c]), lens[c], model.opt) for i, c in folds]
 
 
 def evalrank(
-    model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, **overrides
+    model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, score_split=score_split,
+    **overrides,
 ):  # fmt: skip
     """Rank a split both ways and print SCAN's lines.
 
     model_path: a checkpoint, or a list of them whose mean similarities are ranked. data_path, vocab_path: instead of
     the checkpoint's. fold5: five folds, each printed, then their means. save_ranks: a file for ranks and top-1
-    choices. overrides: other options of the checkpoint to set (batch_size, device, matmul_precision).
+    choices. score_split: what scores a checkpoint, for a variant. overrides: other options of the checkpoint to set
+    (batch_size, device, matmul_precision).
     Returns {"rsum", "ar", "ari", "i2t": (R@1, R@5, R@10, medr, meanr), "t2i": likewise, "n_images", "n_captions"},
     with fold5 the means and "folds", the same for each. Raises InputError for files that do not fit.
     """
@@ -270,7 +315,7 @@ def print_recall(result):
     print("Text to image: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["t2i"]))
 
 
-def main():
+def get_parser():
     parser = argparse.ArgumentParser(
         description="Rank a split with one checkpoint, or with the mean similarities of several.",
         epilog="example: python evaluation.py --model_path runs/f30k_t2i/model_best.pth.tar "
@@ -290,8 +335,12 @@ def main():
         choices=MATMUL_PRECISION,
         help="float32 products (default: %(default)s)",
     )
-    opt = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    evalrank(**opt)
+    return parser
+
+
+def main(parser=None, evalrank=evalrank):
+    opt = vars((parser or get_parser()).parse_args())
+    evalrank(**{name: value for name, value in opt.items() if value is not None})
 
 
 if __name__ == "__main__":

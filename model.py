@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from data import N_CELLS, N_SLOTS, flag
 from errors import InputError
+from gru import packed_gru
 
 EPS = 1e-8
 POSITION_DIM = 200  # size of a cell's embedding
@@ -120,7 +121,8 @@ class EncoderText(nn.Module):
         """The word embeddings as a PackedSequence, and the GRU's final states (layers · directions, B, D)."""
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
         packed = pack_padded_sequence(self.embed(captions), lengths, batch_first=True, enforce_sorted=False)
-        packed, state = self.rnn(packed)
+        plain_cpu = packed.data.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+        packed, state = packed_gru(self.rnn, packed) if plain_cpu else self.rnn(packed)
         words = packed.data.float()
         if self.use_bi_gru:
             words = (words[:, : self.embed_size] + words[:, self.embed_size :]) / 2
@@ -134,6 +136,11 @@ class EncoderText(nn.Module):
 
 def leaky(S):
     return F.leaky_relu(S, 0.1)
+
+
+def largest(X, dim):
+    """The maximum along dim. amax is faster; only max gives the gradient to one element where several are equal."""
+    return X.max(dim).values if X.requires_grad else X.amax(dim)
 
 
 # How raw similarities are normalised, over the elements that attend (words in t2i, regions in i2t).
@@ -151,7 +158,7 @@ RAW_FEATURE_NORM = {
 AGG_FUNC = {
     "LogSumExp": lambda r, opt: torch.logsumexp(r * opt.lambda_lse, -1) / opt.lambda_lse,
     "Mean": lambda r, opt: r.mean(-1),
-    "Max": lambda r, opt: r.max(-1).values,
+    "Max": lambda r, opt: largest(r, -1),
     "Sum": lambda r, opt: r.sum(-1),
 }
 
@@ -172,48 +179,56 @@ def attend(S, gram, query_norms, opt, attention_term):
     aggregate = AGG_FUNC[opt.agg_func]
     scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), opt)
     if attention_term:
-        scores = scores + 0.5 * aggregate(attention.max(1).values, opt)
+        scores = scores + 0.5 * aggregate(largest(attention, 1), opt)
     return scores
 
 
-def has_attention_term(opt):
-    """Whether PFAN's 0.5 · max-attention term is part of the t2i score: not in plain SCAN."""
-    return flag(opt, "position") != "none"
+def has_attention_term(opt, t2i):
+    """Whether PFAN's 0.5 · max-attention term is part of the score: in t2i, but not in plain SCAN."""
+    return t2i and flag(opt, "position") != "none"
 
 
-def equal_lengths(cap_lens):
-    """Group captions by length, so that no block holds padding. Yields (W, indices of the captions that long)."""
-    cap_lens = torch.as_tensor(cap_lens).cpu()
-    for length in cap_lens.unique().tolist():
-        yield length, (cap_lens == length).nonzero()[:, 0]
-
-
-def xattn_score(images, captions, cap_lens, opt, t2i):
-    """Scores (I, C) of all images (I, R, D) with all captions.
+def equal_length_blocks(captions, cap_lens, chosen=None):
+    """Sort captions by length and cut them into blocks of equally long ones, so that no block holds padding.
 
     captions: (C, W, D) padded, or packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints.
+    chosen: (P,) indices of captions, repeats allowed; all C where None. Returns order (P,), the positions in chosen
+    that the blocks' captions came from, and the blocks, a list of (captions, words, D) tensors.
     """
-    packed = captions.dim() == 2
-    if packed:
-        lens = torch.as_tensor(cap_lens).cpu()
-        starts = lens.cumsum(0) - lens
+    lens = torch.as_tensor(cap_lens).cpu()
+    starts = torch.arange(len(lens)) * captions.shape[1] if captions.dim() == 3 else lens.cumsum(0) - lens
+    if chosen is not None:
+        lens, starts = lens[chosen], starts[chosen]
+    order = lens.argsort(stable=True)
+    lens, starts = lens[order], starts[order]
+    ends = lens.cumsum(0)
+    rows = (starts - ends + lens).repeat_interleave(lens) + torch.arange(int(ends[-1]))
+    words = captions.reshape(-1, captions.shape[-1]).index_select(0, rows.to(captions.device))
+    shapes = []
+    for length, count in zip(*(x.tolist() for x in lens.unique_consecutive(return_counts=True)), strict=True):
+        most = max(1, BLOCK_WORDS // length)
+        shapes += [(min(most, count - done), length) for done in range(0, count, most)]
+    blocks = words.split([count * length for count, length in shapes])
+    return order, [block.view(*shape, -1) for block, shape in zip(blocks, shapes, strict=True)]
+
+
+def xattn_score(images, captions, cap_lens, opt, t2i, attention_term=None):
+    """Scores (I, C) of all images (I, R, D) with all captions, padded or packed as equal_length_blocks takes them.
+
+    attention_term: has_attention_term(opt, t2i) where None.
+    """
+    attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term
     image_gram = images @ images.mT if t2i else None
     region_norms = None if t2i else torch.linalg.vector_norm(images, dim=2)
-    blocks, order = [], []
-    for length, members in equal_lengths(cap_lens):
-        for index in members.split(max(1, BLOCK_WORDS // length)):
-            if packed:
-                words = captions[(starts[index, None] + torch.arange(length)).to(captions.device)]
-            else:
-                words = captions[index.to(captions.device), :length]
-            if t2i:
-                norms = torch.linalg.vector_norm(words, dim=2)
-                block = attend(dot_products(images, words), image_gram, norms, opt, has_attention_term(opt))
-            else:
-                block = attend(dot_products(words, images), words @ words.mT, region_norms, opt, False).T
-            blocks.append(block)
-            order.append(index)
-    return torch.cat(blocks, 1)[:, torch.cat(order).argsort().to(images.device)]
+    order, blocks = equal_length_blocks(captions, cap_lens)
+    scores = []
+    for words in blocks:
+        if t2i:
+            norms = torch.linalg.vector_norm(words, dim=2)
+            scores.append(attend(dot_products(images, words), image_gram, norms, opt, attention_term))
+        else:
+            scores.append(attend(dot_products(words, images), words @ words.mT, region_norms, opt, attention_term).T)
+    return torch.cat(scores, 1)[:, order.argsort().to(images.device)]
 
 
 def dot_products(contexts, queries):
@@ -235,19 +250,19 @@ def xattn_score_i2t(images, captions, cap_lens, opt):
 XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
 
 
-def xattn_pairs(images, captions, cap_lens, pairs, opt):
+def xattn_pairs(images, captions, cap_lens, pairs, opt, attention_term=None):
     """Scores (P,) of P pairs only: pairs (P, 2) int64 on the CPU, an image's and a caption's index in each row."""
     t2i = opt.cross_attn == "t2i"
-    blocks, order = [], []
-    for length, members in equal_lengths(torch.as_tensor(cap_lens)[pairs[:, 1]]):
-        index = pairs[members].to(images.device)
-        regions, words = images[index[:, 0]], captions[index[:, 1], :length]
-        context, query = (regions, words) if t2i else (words, regions)
+    attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term
+    order, blocks = equal_length_blocks(captions, cap_lens, pairs[:, 1])
+    regions = images.index_select(0, pairs[order, 0].to(images.device)).split([len(words) for words in blocks])
+    scores = []
+    for own, words in zip(regions, blocks, strict=True):
+        context, query = (own, words) if t2i else (words, own)
         S = (context @ query.mT)[:, :, None]
         norms = torch.linalg.vector_norm(query, dim=2)[:, None]
-        blocks.append(attend(S, context @ context.mT, norms, opt, t2i and has_attention_term(opt))[:, 0])
-        order.append(members)
-    return torch.cat(blocks)[torch.cat(order).argsort().to(images.device)]
+        scores.append(attend(S, context @ context.mT, norms, opt, attention_term)[:, 0])
+    return torch.cat(scores)[order.argsort().to(images.device)]
 
 
 class ContrastiveLoss(nn.Module):
@@ -263,20 +278,26 @@ class ContrastiveLoss(nn.Module):
             raise InputError(f"--cross_attn {opt.cross_attn}: expected {' or '.join(XATTN_SCORE)}")
         self.opt, self.margin, self.max_violation = opt, margin, max_violation
 
-    def forward(self, im, s, s_l):
-        """im (B, R, D), s (B, W, D), s_l (B ints), row i of each belonging together → scalar."""
+    def score(self, im, s, s_l, pairs=None):
+        """Scores (B, B) of a batch's embeddings, or (P,) of some pairs (P, 2) only; what a variant replaces."""
+        if pairs is not None:
+            return xattn_pairs(im, s, s_l, pairs, self.opt)
+        return XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
+
+    def forward(self, *embeddings):
+        """embeddings: im (B, R, D), s (B, W, D), s_l (B ints), row i of each belonging together → scalar."""
         if self.max_violation:
-            return self.hardest_negatives(im, s, s_l)
-        scores = XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
+            return self.hardest_negatives(*embeddings)
+        scores = self.score(*embeddings)
         right = scores.diag()
         cost_s = (self.margin + scores - right[:, None]).clamp(min=0)
         cost_im = (self.margin + scores - right[None, :]).clamp(min=0)
         others = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
         return ((cost_s + cost_im) * others).sum()
 
-    def hardest_negatives(self, im, s, s_l):
+    def hardest_negatives(self, *embeddings):
         with torch.no_grad():
-            scores = XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
+            scores = self.score(*embeddings)
             right = scores.diag().clone()
             scores.fill_diagonal_(-torch.inf)
             caption_score, caption = scores.max(1)  # the hardest caption of each image
@@ -286,9 +307,7 @@ class ContrastiveLoss(nn.Module):
             costs = self.margin + torch.cat([caption_score - right, image_score - right]) > 0
             anchors = own.repeat(2)[costs]
             pairs = torch.cat([torch.stack([own, own], 1), wrong[costs]]).cpu()
-        if not len(anchors):  # no negative within the margin, or a batch of one
-            return (im.sum() + s.sum()) * 0
-        scores = xattn_pairs(im, s, s_l, pairs, self.opt)
+        scores = self.score(*embeddings, pairs=pairs)
         return (self.margin + scores[len(own) :] - scores[anchors]).clamp(min=0).sum()
 
 
@@ -309,6 +328,8 @@ def pick_device(name="auto"):
 class SCAN:
     """Both encoders, the loss and the optimizer. opt: any object with the flags as attributes, and vocab_size."""
 
+    text_encoder, loss = EncoderText, ContrastiveLoss  # with make_img_enc, what a variant replaces
+
     def __init__(self, opt):
         for name, table in (
             ("position", POSITIONS),
@@ -325,10 +346,10 @@ class SCAN:
         self.device = pick_device(flag(opt, "device"))
         self.amp = flag(opt, "amp")
         self.img_enc = self.make_img_enc(opt).to(self.device)
-        self.txt_enc = EncoderText(
+        self.txt_enc = self.text_encoder(
             opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
         ).to(self.device)
-        self.criterion = ContrastiveLoss(opt, opt.margin, opt.max_violation)
+        self.criterion = self.loss(opt, opt.margin, opt.max_violation)
         self.params = [*self.txt_enc.parameters(), *self.img_enc.parameters()]
         self.optimizer = torch.optim.Adam(self.params, lr=opt.learning_rate, fused=True)
         self.grad_clip = opt.grad_clip
@@ -379,21 +400,25 @@ class SCAN:
             cap_emb = self.encode_captions(captions, lengths)
         return img_emb, cap_emb, lengths
 
-    def forward_loss(self, img_emb, cap_emb, cap_len, **kwargs):
-        """The loss of a batch's embeddings, logged as Le."""
-        loss = self.criterion(img_emb, cap_emb, cap_len)
+    def forward_loss(self, img_emb, *embeddings, **kwargs):
+        """The loss of a batch's embeddings as forward_emb gives them (img_emb, cap_emb, cap_lens), logged as Le."""
+        loss = self.criterion(img_emb, *embeddings)
         if self.logger is not None:
             self.logger.update("Le", loss.item(), img_emb.size(0))
         return loss
 
     def train_emb(self, images, boxes, captions, lengths, ids=None, *args):
         """One training step on a batch as collate_fn gives it. Returns the loss."""
+        return self.step(images, boxes, captions, lengths)
+
+    def step(self, *batch):
+        """One training step on what forward_emb takes. Returns the loss."""
         self.Eiters += 1
         if self.logger is not None:
             self.logger.update("Eit", self.Eiters)
             self.logger.update("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
-        loss = self.forward_loss(*self.forward_emb(images, boxes, captions, lengths))
+        loss = self.forward_loss(*self.forward_emb(*batch))
         loss.backward()
         if self.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.params, self.grad_clip)
@@ -435,10 +460,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, vocab_size=None, **overrides):
+def load_model(path, vocab_size=None, make_model=SCAN, **overrides):
     """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 
-    vocab_size: where given, must be the checkpoint's. overrides: options to set. Raises InputError naming path.
+    vocab_size: where given, must be the checkpoint's. make_model: the class of the model. overrides: options to set.
+    Raises InputError naming path.
     """
     checkpoint = load_checkpoint(path)
     opt = checkpoint["opt"]
@@ -447,7 +473,7 @@ def load_model(path, vocab_size=None, **overrides):
     if vocab_size not in (None, opt.vocab_size):
         raise InputError(f"{path}: made with a vocabulary of {opt.vocab_size} words, found one of {vocab_size}")
     try:
-        model = SCAN(opt)
+        model = make_model(opt)
         model.load_state_dict(checkpoint["model"])
     except (InputError, AttributeError) as error:
         raise InputError(f"{path}: {error}") from None

@@ -19,9 +19,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import NEW_FLAGS, get_loaders
 from errors import InputError, run
-from evaluation import AverageMeter, LogCollector, encode_data, i2t, shard_xattn, t2i
+from evaluation import AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from model import AGG_FUNC, LINEAR, MATMUL_PRECISION, POSITIONS, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, load_checkpoint
-from vocab import deserialize_vocab
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +86,7 @@ def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=Non
     check(opt)
     validate = validate or validation
     checkpoint = load_checkpoint(opt.resume) if opt.resume else None
-    vocab = vocab or deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
+    vocab = vocab or read_vocab(opt)
     opt.vocab_size = len(vocab)
     train_loader, val_loader = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
     torch.manual_seed(opt.seed)

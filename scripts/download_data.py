@@ -1,8 +1,8 @@
 """The part of download_data.sh that looks into files: unpacks an archive, puts its files in place, checks them.
 
-    python scripts/download_data.py has PART             status 0 if all files of the part are in place, else 1
-    python scripts/download_data.py unpack PART ARCHIVE  unpack, put in place, check; status 2 if something is missing
-    python scripts/download_data.py table [PART …]       what is there, what is missing and how to get it
+python scripts/download_data.py has PART             status 0 if all files of the part are in place, else 1
+python scripts/download_data.py unpack PART ARCHIVE  unpack, put in place, check; status 2 if something is missing
+python scripts/download_data.py table [PART …]       what is there, what is missing and how to get it
 """
 
 import argparse
@@ -14,8 +14,6 @@ import zipfile
 import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
-
-import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -198,6 +196,8 @@ def describe(path):
 
 
 def describe_array(path, shapes, size):
+    import numpy as np  # here, so that the other commands start at once
+
     expected = " or ".join(str(("n", *shape)).replace("'", "") for shape in shapes)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)

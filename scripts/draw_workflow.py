@@ -11,7 +11,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.patches import Circle, Ellipse, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
+from matplotlib.transforms import Affine2D
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -19,10 +21,10 @@ from errors import run
 from position import position_grid
 
 WIDTH, HEIGHT, CELLS = 640, 480, 16  # the example picture in pixels, and the grid over it
-DOG = (188, 284, 377, 412)  # x1, y1, x2, y2
+DOG = (205, 285, 363, 388)  # x1, y1, x2, y2
 OTHERS = [(40, 92, 190, 372), (512, 30, 602, 120), (426, 364, 482, 420)]  # tree, sun, ball
 IMAGE, TEXT, BOTH = ("#e8f0fb", "#2f66b3"), ("#fdf0e1", "#c2701b"), ("#e9f5ec", "#2f8a4e")  # fill, edge
-INK, GREY, HIT = "#1f2933", "#66717d", "#d42a5b"
+INK, PALE, GREY, HIT = "#1f2933", "#3e4c59", "#66717d", "#d42a5b"
 plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "text.color": INK})
 
 
@@ -40,11 +42,12 @@ def box(axis, x, y, width, height, title, note="", colours=IMAGE, size=10.5):
     corner = (x - width / 2, y - height / 2)
     style = "round,pad=0,rounding_size=0.09"
     axis.add_patch(FancyBboxPatch(corner, width, height, boxstyle=style, fc=colours[0], ec=colours[1], lw=1.5))
-    rise = 0.105 * (note.count("\n") + 1) if note else 0
-    axis.text(x, y + rise, title, ha="center", va="center", size=size, weight="bold", linespacing=1.15)
-    if note:
-        drop = 0.105 * (title.count("\n") + 1)
-        axis.text(x, y - drop, note, ha="center", va="center", size=size - 1.5, color="#3e4c59", linespacing=1.25)
+    lines = [(line, 0.18, {"size": size, "weight": "bold"}) for line in title.split("\n")]
+    lines += [(line, 0.17, {"size": size - 1.5, "color": PALE}) for line in note.split("\n") if line]
+    baseline = y + (sum(step for _, step, _ in lines) + (0.04 if note else 0)) / 2 + 0.04
+    for number, (line, step, style) in enumerate(lines):
+        baseline -= step + (0.04 if number == title.count("\n") + 1 else 0)
+        axis.text(x, baseline, line, ha="center", va="baseline", **style)
 
 
 def arrow(axis, start, end, bend=None, colour=GREY):
@@ -55,8 +58,7 @@ def arrow(axis, start, end, bend=None, colour=GREY):
 def draw_scene(axis):
     """A dog with a ball on the grass: WIDTH×HEIGHT pixels, y downwards."""
     axis.set(xlim=(0, WIDTH), ylim=(HEIGHT, 0), xticks=[], yticks=[])
-    fur, dark = "#9a6a3f", "#6e4726"
-    for patch in (
+    scenery = (
         Rectangle((0, 0), WIDTH, HEIGHT, fc="#cfe6f7"),
         Circle((557, 75), 40, fc="#f9cf52"),
         Ellipse((500, 420), 760, 330, fc="#a9d18b"),
@@ -66,18 +68,24 @@ def draw_scene(axis):
         Circle((90, 155), 48, fc="#5ba463"),
         Circle((142, 150), 48, fc="#5ba463"),
         Circle((116, 140), 44, fc="#66b06d"),
-        Polygon([(214, 330), (192, 292), (202, 288), (232, 318)], fc=dark),  # tail
-        *(Rectangle((x, 350), 14, 60, fc=dark) for x in (238, 312)),
-        *(Rectangle((x, 350), 14, 60, fc=fur) for x in (222, 296)),
-        Ellipse((272, 344), 124, 56, fc=fur),
-        Ellipse((334, 318), 62, 54, fc=fur),  # head
-        Ellipse((358, 328), 36, 24, fc="#b98a5c"),
-        Circle((372, 323), 5, fc="#2d1c10"),
-        Circle((343, 311), 4, fc="#2d1c10"),
-        Ellipse((316, 316), 20, 46, angle=12, fc=dark),  # ear
         Circle((454, 392), 25, fc="#d8443c"),
         Circle((446, 384), 7, fc="#ec8a83"),
-    ):
+    )
+    fur, dark = "#9a6a3f", "#6e4726"
+    dog = (
+        Polygon([(26, 46), (4, 8), (14, 4), (44, 34)], fc=dark),  # tail
+        *(Rectangle((x, 66), 14, 60, fc=dark) for x in (50, 124)),
+        *(Rectangle((x, 66), 14, 60, fc=fur) for x in (34, 108)),
+        Ellipse((84, 60), 124, 56, fc=fur),
+        Ellipse((146, 34), 62, 54, fc=fur),  # head
+        Ellipse((170, 44), 36, 24, fc="#b98a5c"),
+        Circle((183, 40), 5, fc="#2d1c10"),
+        Circle((155, 27), 4, fc="#2d1c10"),
+        Ellipse((128, 32), 20, 46, angle=12, fc=dark),  # ear
+    )
+    for patch in scenery + dog:
+        if patch in dog:
+            patch.set_transform(Affine2D().scale(0.8).translate(DOG[0] + 4, DOG[1]) + axis.transData)
         axis.add_patch(patch)
 
 
@@ -87,53 +95,125 @@ def frame(axis, region, colour, width, **style):
 
 
 def draw_workflow():
-    figure, axis = canvas(11, 5.3)
-    top, middle, low = 4.35, 3.05, 0.95
+    figure, axis = canvas(11, 4.9)
+    top, middle, low, cross = 4.15, 2.85, 0.8, 2.475
 
-    # The picture's lane.
-    picture = figure.add_axes((0.25 / 11, 3.1 / 5.3, 1.6 / 11, 1.2 / 5.3))
+    picture = figure.add_axes((0.25 / 11, 2.9 / 4.9, 1.6 / 11, 1.2 / 4.9))
     draw_scene(picture)
     for region in OTHERS:
         frame(picture, region, IMAGE[1], 1.3)
     frame(picture, DOG, HIT, 1.6)
-    axis.text(1.05, 4.45, "picture", ha="center", size=10.5, weight="bold")
-    axis.text(1.05, 2.9, "36 regions", ha="center", size=9, color="#3e4c59")
-    box(axis, 2.95, top, 1.35, 0.8, "features", "36 × 2048")
-    box(axis, 2.95, middle, 1.35, 0.8, "boxes", "36 × 4 pixels")
-    box(axis, 4.75, middle, 1.55, 0.8, "16×16 grid", "15 cells + weights")
-    box(axis, 4.75, top, 1.55, 0.8, "position\nattention", "")
-    box(axis, 6.55, top, 1.4, 0.8, "regions", "36 × 1024")
-    arrow(axis, (1.88, 3.85), (2.25, top))
-    arrow(axis, (1.88, 3.55), (2.25, middle))
-    arrow(axis, (3.65, top), (3.95, top))
-    arrow(axis, (3.65, middle), (3.95, middle))
-    arrow(axis, (4.75, middle + 0.42), (4.75, top - 0.42))
-    arrow(axis, (5.55, top), (5.83, top))
+    axis.text(1.05, 4.22, "picture", ha="center", size=10.5, weight="bold")
+    axis.text(1.05, 2.66, "36 regions", ha="center", size=9, color=PALE)
+    arrow(axis, (1.9, 3.75), (2.2, top))
+    arrow(axis, (1.9, 3.25), (2.2, middle))
+    box(axis, 2.92, top, 1.36, 0.95, "features", "36 × 2048")
+    box(axis, 2.92, middle, 1.36, 0.95, "boxes", "36 × 4 pixels")
+    arrow(axis, (3.63, top), (3.93, top))
+    arrow(axis, (3.63, middle), (3.93, middle))
+    box(axis, 4.75, top, 1.56, 0.95, "position\nattention", "PFAN-A or PFAN-P")
+    box(axis, 4.75, middle, 1.56, 0.95, "16×16 grid", "15 cells + weights")
+    arrow(axis, (4.75, middle + 0.5), (4.75, top - 0.5))
+    arrow(axis, (5.56, top), (5.86, top))
+    box(axis, 6.6, top, 1.4, 0.95, "region\nembeddings", "36 × 1024")
 
-    # The sentence's lane.
-    words = "A brown dog\nplays with a\nred ball on\nthe grass"
-    axis.text(1.05, low, words, ha="center", va="center", size=10, style="italic", linespacing=1.3)
-    axis.text(1.05, low + 0.58, "sentence", ha="center", size=10.5, weight="bold")
-    box(axis, 2.95, low, 1.35, 0.8, "tokens", "word → 300", TEXT)
-    box(axis, 4.75, low, 1.55, 0.8, "bi-GRU", "mean of directions", TEXT)
-    box(axis, 6.55, low, 1.4, 0.8, "words", "n × 1024", TEXT)
-    arrow(axis, (1.75, low), (2.25, low))
-    arrow(axis, (3.65, low), (3.95, low))
-    arrow(axis, (5.55, low), (5.83, low))
+    axis.text(1.05, low + 0.5, "sentence", ha="center", size=10.5, weight="bold")
+    sentence = "A brown dog\nplays with a ball\non the grass"
+    axis.text(1.05, low - 0.02, sentence, ha="center", va="center", size=10, style="italic", linespacing=1.35)
+    arrow(axis, (1.9, low), (2.2, low))
+    box(axis, 2.92, low, 1.36, 0.95, "words", "n × 300", TEXT)
+    arrow(axis, (3.63, low), (3.93, low))
+    box(axis, 4.75, low, 1.56, 0.95, "bi-GRU", "both directions\naveraged", TEXT)
+    arrow(axis, (5.56, low), (5.86, low))
+    box(axis, 6.6, low, 1.4, 0.95, "word\nembeddings", "n × 1024", TEXT)
 
-    # Both.
-    cross = (top + low) / 2
-    box(axis, 7.75, cross, 1.5, 1.05, "cross\nattention", "t2i or i2t", BOTH)
-    box(axis, 9.75, cross, 1.3, 0.8, "similarity", "picture × sentence", BOTH)
-    figure_box = {"colours": BOTH}
-    box(axis, 9.75, top, 1.6, 0.8, "hinge loss", "training", **figure_box)
-    box(axis, 9.75, low, 1.6, 0.8, "ranking", "recall@1, 5, 10", **figure_box)
+    arrow(axis, (7.33, top), (8.1, cross + 0.52), "angle,angleA=0,angleB=90,rad=6")
+    arrow(axis, (7.33, low), (8.1, cross - 0.52), "angle,angleA=0,angleB=90,rad=6")
+    box(axis, 8.1, cross, 1.4, 0.95, "cross\nattention", "t2i or i2t", BOTH)
+    arrow(axis, (8.83, cross), (9.13, cross))
+    box(axis, 9.92, cross, 1.5, 0.95, "similarity", "of picture\nand sentence", BOTH)
+    arrow(axis, (9.92, cross + 0.5), (9.92, top - 0.5))
+    arrow(axis, (9.92, cross - 0.5), (9.92, low + 0.5))
+    box(axis, 9.92, top, 1.5, 0.95, "hinge loss", "training", BOTH)
+    box(axis, 9.92, low, 1.5, 0.95, "ranking", "recall@1, 5, 10", BOTH)
     return figure
 
 
 def draw_position_attention():
-    figure, axis = canvas(11, 6)
+    figure, axis = canvas(11, 6.3)
+    grid = position_grid(np.array([DOG]), np.array([HEIGHT, WIDTH]))[0]
+    cells, weights = grid[:15].astype(int), grid[15:30]
+    shade = plt.get_cmap("Blues")
+    cell_x, cell_y = WIDTH / CELLS, HEIGHT / CELLS
+
+    heading(axis, 0.3, 6.0, "1", "a region on the 16×16 grid")
+    picture = figure.add_axes((0.3 / 11, 3.0 / 6.3, 3.68 / 11, 2.76 / 6.3))
+    draw_scene(picture)
+    for line in range(1, CELLS):
+        picture.axvline(line * cell_x, color="white", lw=0.7, alpha=0.8)
+        picture.axhline(line * cell_y, color="white", lw=0.7, alpha=0.8)
+    for cell in cells:
+        column, row = divmod(cell, CELLS)
+        corner = (column * cell_x, row * cell_y)
+        picture.add_patch(Rectangle(corner, cell_x, cell_y, fc=IMAGE[1] + "38", ec=IMAGE[1], lw=0.9))
+    frame(picture, DOG, HIT, 2)
+
+    heading(axis, 4.4, 6.0, "2", "the 15 cells it covers most")
+    columns, rows = (np.array([DOG[0], DOG[2]]) / cell_x, np.array([DOG[1], DOG[3]]) / cell_y)
+    left, right, above, below = int(columns[0]), int(columns[1]) + 1, int(rows[0]), int(rows[1]) + 1
+    zoom = figure.add_axes((4.4 / 11, 3.62 / 6.3, 3.5 / 11, 2.1 / 6.3))
+    zoom.set(xlim=(left - 0.03, right + 0.03), ylim=(below + 0.03, above - 0.03))
+    zoom.axis("off")
+    listed = dict(zip(cells.tolist(), weights.tolist(), strict=True))
+    for column in range(left, right):
+        for row in range(above, below):
+            cell = column * CELLS + row
+            weight = listed.get(cell)
+            fill = "#f1f3f5" if weight is None else shade(0.12 + 4 * weight)
+            zoom.add_patch(Rectangle((column, row), 1, 1, fc=fill, ec="white", lw=2))
+            middle = column + 0.5
+            zoom.text(middle, row + 0.25, str(cell), ha="center", va="center", size=8.5, color=PALE)
+            amount = "–" if weight is None else f"{weight:.3f}"
+            zoom.text(middle, row + 0.71, amount, ha="center", va="center", size=10, weight="bold")
+    frame(zoom, (columns[0], rows[0], columns[1], rows[1]), HIT, 2)
+    note = "small: cell index = column · 16 + row\nbold: area weight $a_j$, the 15 sum to 1"
+    axis.text(4.4, 3.25, note, va="center", size=9.5, color=PALE, linespacing=1.5)
+
+    heading(axis, 8.3, 6.0, "3", "as stored, largest first")
+    bars = figure.add_axes((8.75 / 11, 3.0 / 6.3, 1.95 / 11, 2.76 / 6.3))
+    bars.barh(np.arange(15), weights, color=[shade(0.12 + 4 * weight) for weight in weights], height=0.82)
+    bars.set(ylim=(14.6, -0.6), xlim=(0, 1.35 * weights.max()))
+    bars.axis("off")
+    for slot, (cell, weight) in enumerate(zip(cells, weights, strict=True)):
+        bars.text(-0.003, slot, cell, ha="right", va="center", size=8.5, color=PALE)
+        bars.text(weight + 0.002, slot, f"{weight:.3f}", va="center", size=8.5)
+
+    heading(axis, 0.3, 2.5, "4", "position attention")
+    high, low, middle = 1.75, 0.6, 1.175
+    box(axis, 1.15, high, 1.7, 0.8, "$v$", "region feature, 2048")
+    box(axis, 1.15, low, 1.7, 0.8, "$e_j$", "cell embeddings, 200")
+    axis.text(2.75, high + 0.52, "PFAN-A: feature and area decide", size=9.5, weight="bold", color=HIT)
+    arrow(axis, (2.05, high), (2.7, high))
+    arrow(axis, (2.05, low + 0.15), (2.7, high - 0.2))
+    attend = r"$\alpha = \mathrm{softmax}_j(\tanh(\mathrm{fc\_att}(v)\cdot e_j))$"
+    box(axis, 4.02, high, 2.54, 0.8, attend, "which cells suit the feature?", BOTH)
+    arrow(axis, (5.34, high), (5.59, high))
+    box(axis, 6.5, high, 1.74, 0.8, r"$\beta = \mathrm{softmax}_j(a_j\,\alpha_j)$", "weighted by area", BOTH)
+    arrow(axis, (7.42, high), (7.67, high))
+    box(axis, 8.3, high, 1.18, 0.8, r"$p = \Sigma_j\,\beta_j\,e_j$", "position", BOTH)
+    axis.text(2.75, low + 0.1, "PFAN-P: the area weights alone", size=9.5, weight="bold", color=HIT)
+    arrow(axis, (2.05, low), (7.67, low))
+    box(axis, 8.3, low, 1.18, 0.8, r"$p = \Sigma_j\,a_j\,e_j$", "position", BOTH)
+    arrow(axis, (8.94, high), (9.25, middle + 0.15))
+    arrow(axis, (8.94, low), (9.25, middle - 0.15))
+    box(axis, 10.02, middle, 1.46, 0.8, r"$\mathrm{l2norm}(\mathrm{fc}([v;\,p]))$", "region embedding")
     return figure
+
+
+def heading(axis, x, y, number, text):
+    axis.add_patch(Circle((x + 0.12, y), 0.13, fc=INK))
+    axis.text(x + 0.12, y - 0.005, number, ha="center", va="center_baseline", size=10, weight="bold", color="white")
+    axis.text(x + 0.35, y, text, va="center_baseline", size=11, weight="bold")
 
 
 def main():

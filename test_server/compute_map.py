@@ -4,8 +4,10 @@
 """
 
 import argparse
+import functools
 import json
 import math
+import operator
 import os
 import sys
 
@@ -15,6 +17,11 @@ import errors
 
 WEIGHTS = {"dist_tag_t2i.json": 1.0, "dist_sentence_t2i.json": 1.0, "dist_tag_new_t2i.json": 1.5}  # as published
 EPS = 1e-7  # added to every count that is divided by, so that no item at all gives 0.0; part of the published digits
+
+
+def total(numbers):
+    """Their plain sum, left to right: sum() compensates from Python 3.12 on, which changes the last printed digit."""
+    return functools.reduce(operator.add, numbers, 0)
 
 
 def read_lines(path, expected, parse):
@@ -28,7 +35,7 @@ def read_lines(path, expected, parse):
         for number, line in enumerate(file, 1):
             try:
                 parsed.append(parse(json.loads(line)))
-            except (KeyError, TypeError, ValueError, RecursionError):
+            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
                 raise errors.InputError(f"{path}:{number}: expected {expected}, found {line[:60]!r}") from None
     return parsed
 
@@ -73,30 +80,30 @@ def mix(item, scores, weights):
     for url, flag in item:
         held = [(weight, file[url]) for weight, file in zip(weights, scores, strict=True) if url in file]
         if held:
-            ranked.append((sum(w * score for w, score in held) / sum(w for w, _ in held), flag))
+            ranked.append((total(w * score for w, score in held) / total(w for w, _ in held), flag))
     return sorted(ranked, key=lambda picture: (-picture[0], picture[1]))
 
 
 def average_precision(flags, k):
     """(1/k) * sum over ranks i <= k of hits(i)/i, where hits(i) is how many of the first i flags are 1."""
-    return sum(sum(flags[:i]) / i for i in range(1, k + 1)) / k
+    return total(sum(flags[:i]) / i for i in range(1, k + 1)) / k
 
 
 def report(items):
     """The lines to print about items, each a list of (score, flag), best first. Each ends with its denominator.
 
-    MAP@k, Acc@k: over the items that have at least k right pictures, mean AP@k and the share of right ones in the top k.
+    MAP@k, Acc@k: over the items with at least k right pictures, mean AP@k and the share of right ones in the top k.
     Acc@t: the share of right ones among all pictures scored t or more; Error rate@t: of wrong ones among the rest.
     """
     lines = []
 
-    def add(name, total, count):
-        lines.append(f"{name}: {total / (count + EPS)} {count}")
+    def add(name, value, count):
+        lines.append(f"{name}: {value / (count + EPS)} {count}")
 
     ranked = [[flag for _, flag in item] for item in items]
     for k in (1, 2, 3):
         counted = [flags for flags in ranked if sum(flags) >= k]
-        add(f"MAP@{k}", sum(average_precision(flags, k) for flags in counted), len(counted))
+        add(f"MAP@{k}", total(average_precision(flags, k) for flags in counted), len(counted))
         add(f"Acc@{k}", sum(sum(flags[:k]) for flags in counted), k * len(counted))
 
     thresholds = [1.0]

@@ -1,0 +1,9 @@
+#!/bin/sh
+# Train PFAN on drawn pictures and rank the test ones, start to finish, in a few minutes on two CPU cores.
+#   sh scripts/demo.sh              PFAN-A
+#   sh scripts/demo.sh --ablation   PFAN-A, PFAN-P and SCAN side by side
+set -eu
+cd "$(dirname "$0")/.."
+install() { . scripts/venv.sh; }
+install requirements.txt
+exec python scripts/demo.py "$@"
