@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from checkpoint import load_checkpoint
+from cross_attention import XATTN_SCORE
 from data import flag, get_test_loader, pad
 from errors import InputError, run
-from model import MATMUL_PRECISION, SCAN, XATTN_SCORE, load_checkpoint, load_model, pick_device
+from model import MATMUL_PRECISION, SCAN, load_model, pick_device
 from vocab import deserialize_vocab
 
 RECALL_AT = (1, 5, 10)

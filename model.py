@@ -1,37 +1,31 @@
-"""PFAN: image encoder with position attention, bi-GRU text encoder, stacked cross attention, hinge loss, the model.
+"""PFAN: image encoder with position attention, bi-GRU text encoder, hinge loss, the model.
 
 Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al.,
 Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch,
-R regions (36), W words, D embed_size, I images and C captions in a block of scores.
+R regions (36), W words, D embed_size.
 """
-
-import argparse
-import os
-import pickle
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from checkpoint import load_checkpoint
+from cross_attention import (  # noqa: F401 (l1norm and the two scores have their place here in SCAN)
+    AGG_FUNC,
+    RAW_FEATURE_NORM,
+    XATTN_SCORE,
+    l1norm,
+    l2norm,
+    xattn_pairs,
+    xattn_score_i2t,
+    xattn_score_t2i,
+)
 from data import N_CELLS, N_SLOTS, flag
 from errors import InputError
 from gru import packed_gru
 
-EPS = 1e-8
 POSITION_DIM = 200  # size of a cell's embedding
-BLOCK_WORDS = 512  # words of equally long captions that are scored at once
-
-
-def l1norm(X, dim, eps=EPS):
-    """X divided by the sum of its absolute values along dim."""
-    return X / (X.abs().sum(dim, keepdim=True) + eps)
-
-
-def l2norm(X, dim, eps=EPS):
-    """X divided by its Euclidean length along dim."""
-    return X / (torch.linalg.vector_norm(X, dim=dim, keepdim=True) + eps)
-
 
 # ---------------------------------------------------------------- encoders
 
@@ -131,138 +125,7 @@ class EncoderText(nn.Module):
         return PackedSequence(words, *packed[1:]), state
 
 
-# ---------------------------------------------------------------- cross attention
-
-
-def leaky(S):
-    return F.leaky_relu(S, 0.1)
-
-
-def largest(X, dim):
-    """The maximum along dim. amax is faster; only max gives the gradient to one element where several are equal."""
-    return X.max(dim).values if X.requires_grad else X.amax(dim)
-
-
-# How raw similarities are normalised, over the elements that attend (words in t2i, regions in i2t).
-RAW_FEATURE_NORM = {
-    "softmax": lambda S: S.softmax(-1),
-    "l2norm": lambda S: l2norm(S, -1),
-    "clipped_l2norm": lambda S: l2norm(leaky(S), -1),
-    "l1norm": lambda S: l1norm(S, -1),
-    "clipped_l1norm": lambda S: l1norm(leaky(S), -1),
-    "clipped": leaky,
-    "no_norm": lambda S: S,
-}
-
-# How the relevance of the attending elements becomes one score.
-AGG_FUNC = {
-    "LogSumExp": lambda r, opt: torch.logsumexp(r * opt.lambda_lse, -1) / opt.lambda_lse,
-    "Mean": lambda r, opt: r.mean(-1),
-    "Max": lambda r, opt: largest(r, -1),
-    "Sum": lambda r, opt: r.sum(-1),
-}
-
-
-def attend(S, gram, query_norms, opt, attention_term):
-    """Stacked cross attention from raw similarities, without ever building an attended context.
-
-    S (N, L, M, K): dot products of the L elements of each of N contexts with the K elements of each of M queries.
-    gram (N, L, L): dot products of a context's elements with each other. query_norms (M, K), or (N, M, K).
-    Returns scores (N, M). With A = softmax over the context's elements of λ·normalised S, the attended context of
-    a query element q is Σ A v, so their cosine is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
-    0.5 · agg(max over the context's elements of A).
-    """
-    attention = (RAW_FEATURE_NORM[opt.raw_feature_norm](S) * opt.lambda_softmax).softmax(1)
-    dots = (attention * S).sum(1)
-    squares = (attention * (gram @ attention.flatten(2)).view_as(attention)).sum(1)
-    norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros
-    aggregate = AGG_FUNC[opt.agg_func]
-    scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), opt)
-    if attention_term:
-        scores = scores + 0.5 * aggregate(largest(attention, 1), opt)
-    return scores
-
-
-def has_attention_term(opt, t2i):
-    """Whether PFAN's 0.5 · max-attention term is part of the score: in t2i, but not in plain SCAN."""
-    return t2i and flag(opt, "position") != "none"
-
-
-def equal_length_blocks(captions, cap_lens, chosen=None):
-    """Sort captions by length and cut them into blocks of equally long ones, so that no block holds padding.
-
-    captions: (C, W, D) padded, or packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints.
-    chosen: (P,) indices of captions, repeats allowed; all C where None. Returns order (P,), the positions in chosen
-    that the blocks' captions came from, and the blocks, a list of (captions, words, D) tensors.
-    """
-    lens = torch.as_tensor(cap_lens).cpu()
-    starts = torch.arange(len(lens)) * captions.shape[1] if captions.dim() == 3 else lens.cumsum(0) - lens
-    if chosen is not None:
-        lens, starts = lens[chosen], starts[chosen]
-    order = lens.argsort(stable=True)
-    lens, starts = lens[order], starts[order]
-    ends = lens.cumsum(0)
-    rows = (starts - ends + lens).repeat_interleave(lens) + torch.arange(int(ends[-1]))
-    words = captions.reshape(-1, captions.shape[-1]).index_select(0, rows.to(captions.device))
-    shapes = []
-    for length, count in zip(*(x.tolist() for x in lens.unique_consecutive(return_counts=True)), strict=True):
-        most = max(1, BLOCK_WORDS // length)
-        shapes += [(min(most, count - done), length) for done in range(0, count, most)]
-    blocks = words.split([count * length for count, length in shapes])
-    return order, [block.view(*shape, -1) for block, shape in zip(blocks, shapes, strict=True)]
-
-
-def xattn_score(images, captions, cap_lens, opt, t2i, attention_term=None):
-    """Scores (I, C) of all images (I, R, D) with all captions, padded or packed as equal_length_blocks takes them.
-
-    attention_term: has_attention_term(opt, t2i) where None.
-    """
-    attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term
-    image_gram = images @ images.mT if t2i else None
-    region_norms = None if t2i else torch.linalg.vector_norm(images, dim=2)
-    order, blocks = equal_length_blocks(captions, cap_lens)
-    scores = []
-    for words in blocks:
-        if t2i:
-            norms = torch.linalg.vector_norm(words, dim=2)
-            scores.append(attend(dot_products(images, words), image_gram, norms, opt, attention_term))
-        else:
-            scores.append(attend(dot_products(words, images), words @ words.mT, region_norms, opt, attention_term).T)
-    return torch.cat(scores, 1)[:, order.argsort().to(images.device)]
-
-
-def dot_products(contexts, queries):
-    """contexts (N, L, D), queries (M, K, D) → S (N, L, M, K), one matrix product."""
-    S = contexts.flatten(0, 1) @ queries.flatten(0, 1).T
-    return S.view(*contexts.shape[:2], *queries.shape[:2])
-
-
-def xattn_score_t2i(images, captions, cap_lens, opt):
-    """Words attend to regions: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
-    return xattn_score(images, captions, cap_lens, opt, t2i=True)
-
-
-def xattn_score_i2t(images, captions, cap_lens, opt):
-    """Regions attend to words: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
-    return xattn_score(images, captions, cap_lens, opt, t2i=False)
-
-
-XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
-
-
-def xattn_pairs(images, captions, cap_lens, pairs, opt, attention_term=None):
-    """Scores (P,) of P pairs only: pairs (P, 2) int64 on the CPU, an image's and a caption's index in each row."""
-    t2i = opt.cross_attn == "t2i"
-    attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term
-    order, blocks = equal_length_blocks(captions, cap_lens, pairs[:, 1])
-    regions = images.index_select(0, pairs[order, 0].to(images.device)).split([len(words) for words in blocks])
-    scores = []
-    for own, words in zip(regions, blocks, strict=True):
-        context, query = (own, words) if t2i else (words, own)
-        S = (context @ query.mT)[:, :, None]
-        norms = torch.linalg.vector_norm(query, dim=2)[:, None]
-        scores.append(attend(S, context @ context.mT, norms, opt, attention_term)[:, 0])
-    return torch.cat(scores)[order.argsort().to(images.device)]
+# ---------------------------------------------------------------- loss and model
 
 
 class ContrastiveLoss(nn.Module):
@@ -309,9 +172,6 @@ class ContrastiveLoss(nn.Module):
             pairs = torch.cat([torch.stack([own, own], 1), wrong[costs]]).cpu()
         scores = self.score(*embeddings, pairs=pairs)
         return (self.margin + scores[len(own) :] - scores[anchors]).clamp(min=0).sum()
-
-
-# ---------------------------------------------------------------- the model
 
 
 def pick_device(name="auto"):
@@ -424,40 +284,6 @@ class SCAN:
             nn.utils.clip_grad_norm_(self.params, self.grad_clip)
         self.optimizer.step()
         return loss.detach()
-
-
-# ---------------------------------------------------------------- checkpoints
-
-
-def load_checkpoint(path):
-    """Read a checkpoint of this or the published code onto the CPU; nothing in it is ever executed.
-
-    Returns its dict, opt's position filled in from the parameters where opt has none.
-    Raises InputError where path is missing, is no checkpoint, or holds anything but tensors, numbers and options.
-    """
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "global" in line.lower()), "damaged")
-        raise InputError(f"{path}: refused, not a plain checkpoint ({reason.strip()})") from None
-    except Exception as error:  # torch.load meets broken bytes with many exception types
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
-    keys = ("epoch", "model", "best_rsum", "opt", "Eiters")
-    missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing or not isinstance(checkpoint["opt"], argparse.Namespace) or len(checkpoint["model"]) != 2:
-        found = f"no {missing[0]}" if missing else "other contents"
-        raise InputError(f"{path}: found {found}, expected a dict of {', '.join(keys)}")
-    opt, image_state = checkpoint["opt"], checkpoint["model"][0]
-    if not hasattr(opt, "position"):
-        opt.position = (
-            "attention" if "fc_att.weight" in image_state
-            else "area" if "position_embedding.weight" in image_state
-            else "none"
-        )  # fmt: skip
-    return checkpoint
 
 
 def load_model(path, vocab_size=None, make_model=SCAN, **overrides):

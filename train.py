@@ -6,7 +6,6 @@ python train.py --data_path ./data --data_name f30k_precomp --max_violation --bi
 import argparse
 import logging
 import os
-import shutil
 import time
 
 # tensorboard_logger needs this before protobuf is first imported
@@ -17,10 +16,12 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from checkpoint import load_checkpoint, save_checkpoint
+from cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
 from data import NEW_FLAGS, get_loaders
 from errors import InputError, run
 from evaluation import AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
-from model import AGG_FUNC, LINEAR, MATMUL_PRECISION, POSITIONS, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, load_checkpoint
+from model import LINEAR, MATMUL_PRECISION, POSITIONS, SCAN
 
 log = logging.getLogger(__name__)
 
@@ -182,29 +183,6 @@ def log_recalls(sims, model, tb):
     for name, value in zip(names, (*r, *ri, rsum), strict=True):
         tb.log_value(name, value, step=model.Eiters)
     return rsum
-
-
-def save_checkpoint(state, is_best, filename="checkpoint.pth.tar", prefix=""):
-    """Write state to prefix/filename, and to prefix/model_best.pth.tar if it is the best; each whole or not at all."""
-    path = os.path.join(prefix, filename)
-    replace(path, lambda file: torch.save(state, file))
-    if is_best:
-        with open(path, "rb") as source:
-            replace(os.path.join(prefix, "model_best.pth.tar"), lambda file: shutil.copyfileobj(source, file))
-
-
-def replace(path, write):
-    """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
-    part = path + ".part"
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def adjust_learning_rate(opt, optimizer, epoch):

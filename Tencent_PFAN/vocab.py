@@ -1,0 +1,87 @@
+"""Captions and vocabularies of Tencent-News: ASCII-only lower-casing, unknown words are id 0, names with `_sent`.
+
+python Tencent_PFAN/vocab.py --data_path ./data --data_name tencent_data   writes ./vocab/tencent_data_sent_vocab.json
+"""
+
+import argparse
+import os
+import string
+import sys
+
+if not __package__:  # run as a file: else this folder comes first, and with it this vocab.py instead of the one above
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import vocab as root
+from errors import InputError, run
+
+LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
+SUFFIX = "_sent_vocab.json"
+
+
+def tokenize(caption):
+    """The root's tokenize with only A…Z lower-cased: the published vocabulary holds words such as Φ and Ⅲ."""
+    return root.tokenize(caption, lower=lambda text: text.translate(LOWER))
+
+
+class Vocabulary(root.Vocabulary):
+    """The root's Vocabulary as the published models were trained with it: an unknown word gets id 0, <pad>."""
+
+    def __init__(self):
+        super().__init__(unknown="<pad>")
+
+    @classmethod
+    def of(cls, vocab):
+        """The words of any vocabulary under the rules of this one."""
+        new = cls()
+        new.word2idx, new.idx2word, new.idx = vocab.word2idx, vocab.idx2word, vocab.idx
+        return new
+
+    def encode(self, caption, tokenize=tokenize):
+        """Ids (list of int) of `<start>` tokens `<end>` for a caption (str)."""
+        return super().encode(caption, tokenize)
+
+
+def deserialize_vocab(src):
+    """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
+    if not os.path.isfile(src):
+        name, folder = os.path.basename(src).removesuffix(SUFFIX), os.path.dirname(src) or "."
+        command = f"python Tencent_PFAN/vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
+        raise InputError(f"{src}: no such vocabulary, make it with: {command}")
+    return Vocabulary.of(root.deserialize_vocab(src))
+
+
+def read_vocab(opt):
+    """The Vocabulary that opt's vocab_path and data_name lead to."""
+    return deserialize_vocab(os.path.join(opt.vocab_path, opt.data_name + SUFFIX))
+
+
+def caption_file(folder, split):
+    """Name of a split's caption file: SPLIT_sent_caps.txt, or SPLIT_caps.txt where only that lies in folder."""
+    names = f"{split}_sent_caps.txt", f"{split}_caps.txt"
+    return next((name for name in names if os.path.isfile(os.path.join(folder, name))), names[0])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description="Build the vocabulary of a whole-image data set from its train and dev captions.",
+        epilog="example: python Tencent_PFAN/vocab.py --data_path ./data --data_name tencent_data",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--data_path", default="./data/", help="folder of the data sets")
+    parser.add_argument("--data_name", default="tencent_data", help="data set, a folder there")
+    parser.add_argument("--vocab_path", default="./vocab/", help=f"where NAME{SUFFIX} goes")
+    parser.add_argument("--threshold", type=int, default=4, help="least count of a word")
+    parser.add_argument("--allow_empty_captions", action="store_true", help="accept empty caption lines")
+    opt = parser.parse_args()
+    files = [caption_file(os.path.join(opt.data_path, opt.data_name), split) for split in root.SPLITS]
+    vocab = root.build_vocab(
+        opt.data_path, opt.data_name, files, opt.threshold, tokenize=tokenize, allow_empty=opt.allow_empty_captions
+    )
+    os.makedirs(opt.vocab_path, exist_ok=True)
+    dest = os.path.join(opt.vocab_path, opt.data_name + SUFFIX)
+    root.serialize_vocab(vocab, dest)
+    print(f"{dest}: {len(vocab)} words that occur at least {opt.threshold} times")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,60 @@
+"""A small random data folder with its vocabulary, in the published layout."""
+
+import os
+
+import numpy as np
+
+from vocab import build_vocab, serialize_vocab
+
+WORDS = "a man woman dog child runs sits jumps holds red blue ball grass water street near with in the two".split()
+
+
+def random_boxes(rng, n, n_regions=36, width=31):
+    """Position grids (n, n_regions, width): 15 different cells, 15 descending weights of sum 1, the area share."""
+    cells = rng.random((n, n_regions, 256)).argsort(-1)[..., :15]
+    weights = np.sort(rng.random((n, n_regions, 15)) + 0.1, axis=-1)[..., ::-1]
+    weights = weights / weights.sum(-1, keepdims=True)
+    share = rng.random((n, n_regions, 1))
+    return np.concatenate([cells, weights, share], axis=-1)[..., :width].astype(np.float32)
+
+
+def random_captions(rng, n):
+    return [" ".join(rng.choice(WORDS, rng.integers(4, 12))) + " ." for _ in range(n)]
+
+
+def make_folder(
+    root,
+    data_name="toy_precomp",
+    splits=None,
+    captions_per_image=5,
+    n_regions=36,
+    img_dim=16,
+    box_width=31,
+    seed=0,
+):
+    """Write root/data/data_name (ims, boxes, caps, ids of each split) and root/vocab/data_name_vocab.json.
+
+    splits: name → number of images, {"train": 12, "dev": 6, "test": 6} where None. The vocabulary holds every word
+    of the train and dev captions (of all splits, where one of these is missing). Returns (data_path, vocab_path), str.
+    """
+    splits = {"train": 12, "dev": 6, "test": 6} if splits is None else splits
+    rng = np.random.default_rng(seed)
+    data_path, vocab_path = os.path.join(root, "data"), os.path.join(root, "vocab")
+    folder = os.path.join(data_path, data_name)
+    os.makedirs(folder, exist_ok=True)
+    os.makedirs(vocab_path, exist_ok=True)
+    for split, n in splits.items():
+        prefix = os.path.join(folder, split)
+        np.save(prefix + "_ims.npy", rng.standard_normal((n, n_regions, img_dim)).astype(np.float32))
+        np.save(prefix + "_boxes.npy", random_boxes(rng, n, n_regions, box_width))
+        write_lines(prefix + "_caps.txt", random_captions(rng, n * captions_per_image))
+        write_lines(prefix + "_ids.txt", range(n))
+    files = None if {"train", "dev"} <= set(splits) else [f"{split}_caps.txt" for split in splits]
+    vocab = build_vocab(data_path, data_name, caption_file=files, threshold=1)
+    serialize_vocab(vocab, os.path.join(vocab_path, f"{data_name}_vocab.json"))
+    return data_path, vocab_path
+
+
+def write_lines(path, lines):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.writelines(f"{line}\n" for line in lines)

@@ -1,0 +1,264 @@
+"""Data folders → batches: every layout of files that people bring, and batches that do not depend on the workers."""
+
+import pickle
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from folders import make_folder, random_boxes, random_captions, write_lines
+
+from data import PrecompDataset, collate_fn, get_loaders, get_test_loader
+from errors import InputError
+from vocab import deserialize_vocab
+
+NAME = "toy_precomp"
+
+
+class Toy:
+    """A folder of make_folder with its vocabulary and options."""
+
+    def __init__(self, root, **options):
+        self.data_path, vocab_path = make_folder(str(root), **options)
+        self.folder = Path(self.data_path) / NAME
+        self.vocab = deserialize_vocab(f"{vocab_path}/{NAME}_vocab.json")
+        self.opt = Namespace(data_path=self.data_path, img_dim=16)
+
+    def dataset(self, split="test", **options):
+        return PrecompDataset(str(self.folder), split, self.vocab, **options)
+
+    def load(self, name):
+        return np.load(self.folder / f"{name}.npy")
+
+    def save(self, name, array):
+        np.save(self.folder / f"{name}.npy", array)
+
+    def captions(self, split, n):
+        captions = random_captions(np.random.default_rng(n), n)
+        write_lines(self.folder / f"{split}_caps.txt", captions)
+        return captions
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Toy(tmp_path)
+
+
+def loaders(toy, workers=0, batch_size=8, **flags):
+    return get_loaders(NAME, toy.vocab, batch_size, workers, Namespace(**{**vars(toy.opt), **flags}))
+
+
+def assert_same_batches(these, those):
+    assert len(these) == len(those)
+    for batch, other in zip(these, those, strict=True):
+        for a, b in zip(batch, other, strict=True):
+            assert torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+def test_an_item_is_an_image_its_boxes_and_one_of_its_captions(toy):
+    dataset = toy.dataset()
+    assert (len(dataset), dataset.n_images, dataset.im_div) == (30, 6, 5)
+    image, box, target, index, img_id = dataset[13]
+    assert (index, img_id) == (13, 2)
+    np.testing.assert_array_equal(image, toy.load("test_ims")[2])
+    np.testing.assert_array_equal(box, toy.load("test_boxes")[2])
+    assert image.dtype == box.dtype == torch.float32 and target.dtype == torch.int64
+    assert target.tolist() == toy.vocab.encode(dataset.captions[13])
+    assert toy.vocab.idx2word[int(target[0])] == "<start>" and toy.vocab.idx2word[int(target[-1])] == "<end>"
+
+
+@pytest.mark.parametrize("width", [30, 31])
+def test_both_published_box_widths_are_read(tmp_path, width):
+    toy = Toy(tmp_path, box_width=width)
+    batch = next(iter(loaders(toy)[1]))
+    assert batch[1].shape == (8, 36, width)
+
+
+def test_float16_features_and_float64_boxes_become_float32(toy):
+    ims, boxes = toy.load("test_ims").astype(np.float16), toy.load("test_boxes").astype(np.float64)
+    toy.save("test_ims", ims)
+    toy.save("test_boxes", boxes)
+    image, box, *_ = toy.dataset()[29]
+    assert image.dtype == box.dtype == torch.float32
+    np.testing.assert_array_equal(image, ims[5].astype(np.float32))
+    np.testing.assert_array_equal(box, boxes[5].astype(np.float32))
+
+
+@pytest.mark.parametrize("captions_per_image", [1, 2, 5, 7])
+def test_captions_per_image_come_from_the_counts(tmp_path, captions_per_image):
+    dataset = Toy(tmp_path, captions_per_image=captions_per_image).dataset()
+    assert (len(dataset), dataset.n_images, dataset.im_div) == (6 * captions_per_image, 6, captions_per_image)
+    assert [dataset[i][4] for i in range(len(dataset))] == [i // captions_per_image for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("box_rows_repeat_too", [True, False])
+def test_files_that_repeat_every_image_for_each_caption_hold_fewer_images(toy, box_rows_repeat_too):
+    once = [toy.dataset()[i] for i in range(30)]
+    toy.save("test_ims", toy.load("test_ims").repeat(5, axis=0))
+    if box_rows_repeat_too:
+        toy.save("test_boxes", toy.load("test_boxes").repeat(5, axis=0))
+    dataset = toy.dataset()
+    assert (len(dataset), dataset.n_images, dataset.im_div, dataset.repeats) == (30, 6, 5, 5)
+    for item, other in zip(once, (dataset[i] for i in range(30)), strict=True):
+        assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(item, other, strict=True))
+    images, boxes = dataset.read_images(2, 4)
+    assert images.shape[0] == boxes.shape[0] == 2
+    assert torch.equal(images[1], once[15][0])
+
+
+def test_two_equal_pictures_side_by_side_lengthen_no_others_run(toy):
+    ims = toy.load("test_ims")
+    ims[3] = ims[2]
+    toy.save("test_ims", ims.repeat(5, axis=0))
+    dataset = toy.dataset()
+    assert (dataset.n_images, dataset.im_div) == (6, 5)
+
+
+def test_as_many_images_as_captions_without_repeats_are_one_caption_each(toy):
+    toy.captions("test", 6)
+    dataset = toy.dataset()
+    assert (len(dataset), dataset.n_images, dataset.im_div) == (6, 6, 1)
+
+
+def test_pictures_that_differ_in_any_one_value_are_different_pictures(toy):
+    """Sparse features: the value that tells two pictures apart may stand anywhere."""
+    toy.captions("test", 6)
+    for region, value in ((0, 0), (0, 1), (1, 0), (35, 15), (17, 9)):
+        ims = np.zeros((6, 36, 16), np.float32)
+        ims[:, 0, 0] = np.arange(6) // 2 * 2
+        ims[1::2, region, value] += 1  # the pictures of a pair are told apart by this alone
+        toy.save("test_ims", ims)
+        assert toy.dataset().n_images == 6, f"region {region}, value {value}"
+
+
+def test_more_images_than_captions_give_each_caption_several_images(toy):
+    captions = toy.captions("test", 2)
+    dataset = toy.dataset()
+    assert (len(dataset), dataset.n_images, len(dataset.captions)) == (6, 6, 2)
+    for i in range(6):
+        image, _, target, index, img_id = dataset[i]
+        assert (index, img_id) == (i, i)
+        np.testing.assert_array_equal(image, toy.load("test_ims")[i])
+        assert target.tolist() == toy.vocab.encode(captions[i // 3])
+
+
+@pytest.mark.parametrize("n", [4, 31])
+def test_counts_that_do_not_divide_are_refused(toy, n):
+    toy.captions("test", n)
+    with pytest.raises(InputError, match=f"test: 6 images in _ims.npy and {n} captions"):
+        toy.dataset()
+
+
+def test_a_batch_is_sorted_by_length_and_its_ids_lead_back(toy):
+    dataset = toy.dataset()
+    order = [3, 29, 0, 17, 8]
+    images, boxes, targets, lengths, ids = collate_fn([dataset[i] for i in order])
+    assert images.shape == (5, 36, 16) and boxes.shape == (5, 36, 31)
+    assert lengths == sorted(lengths, reverse=True) and targets.shape == (5, lengths[0])
+    assert sorted(ids) == sorted(order)
+    for row, index in enumerate(ids):
+        image, box, target, *_ = dataset[index]
+        assert torch.equal(images[row], image) and torch.equal(boxes[row], box)
+        assert torch.equal(targets[row, : lengths[row]], target)
+        assert not targets[row, lengths[row] :].any()
+
+
+def test_features_stay_on_disk(toy):
+    """Real files take 33 GB: they are mapped, and a copy sent to a worker takes along neither features nor boxes."""
+    toy.save("test_ims", np.random.default_rng(0).standard_normal((6, 36, 512), dtype=np.float32))
+    dataset = toy.dataset()
+    assert isinstance(dataset.images, np.memmap) and isinstance(dataset.boxes, np.memmap)
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 20_000 < dataset.images.nbytes
+    copy = pickle.loads(sent)  # noqa: S301
+    assert isinstance(copy.images, np.memmap)
+    assert torch.equal(copy[7][0], dataset[7][0]) and torch.equal(copy[7][1], dataset[7][1])
+    assert dataset.images is not None, "pickling must leave the data set usable"
+
+
+def test_reading_does_not_alter_the_files(toy):
+    image = toy.dataset()[0][0]
+    image.zero_()
+    assert toy.load("test_ims")[0].any() and toy.dataset()[0][0].any()
+
+
+def test_the_order_of_training_depends_on_seed_and_epoch_alone(toy):
+    def order(seed, epoch):
+        train, _ = loaders(toy, seed=seed)
+        train.sampler.epoch = epoch
+        return [i for batch in train for i in batch[-1]]
+
+    assert sorted(order(0, 0)) == list(range(60))
+    assert order(0, 0) == order(0, 0) != list(range(60))
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+
+
+def test_dev_and_test_come_in_order_and_whole(toy):
+    for loader in (loaders(toy)[1], get_test_loader("test", NAME, toy.vocab, 8, 0, toy.opt)):
+        batches = [batch[-1] for batch in loader]
+        assert [sorted(ids) for ids in batches] == [list(range(i, min(i + 8, 30))) for i in range(0, 30, 8)]
+
+
+def test_more_than_5000_dev_captions_are_all_used(tmp_path):
+    splits = {"train": 2, "dev": 1010, "test": 2}
+    dev = loaders(Toy(tmp_path, splits=splits, n_regions=1, img_dim=16))[1]
+    assert len(dev.dataset) == 5050 and dev.dataset.n_images == 1010
+
+
+def test_workers_give_the_same_batches_as_none(toy):
+    for epoch in (0, 1):
+        ours, theirs = loaders(toy, workers=0), loaders(toy, workers=2)
+        for loader in (ours[0], theirs[0]):
+            loader.sampler.epoch = epoch
+        for one, two in zip(ours, theirs, strict=True):
+            assert_same_batches(list(one), list(two))
+
+
+def test_without_position_no_boxes_are_needed(toy):
+    for split in ("train", "dev"):
+        (toy.folder / f"{split}_boxes.npy").unlink()
+    with pytest.raises(InputError, match="train_boxes.npy: no such file"):
+        loaders(toy)
+    images, boxes, *_ = next(iter(loaders(toy, position="none")[0]))
+    assert images.shape == (8, 36, 16) and boxes.shape == (8, 36, 0)
+    for position in ("attention", "area"):
+        with pytest.raises(InputError, match="train_boxes.npy: no such file"):
+            loaders(toy, position=position)
+
+
+def test_empty_captions_are_refused_unless_allowed(toy):
+    captions = random_captions(np.random.default_rng(0), 30)
+    captions[6] = "  "
+    write_lines(toy.folder / "dev_caps.txt", captions)
+    with pytest.raises(InputError, match="dev_caps.txt, line 7: empty caption"):
+        loaders(toy)
+    dataset = loaders(toy, allow_empty_captions=True)[1].dataset
+    assert dataset[6][2].tolist() == [1, 2]  # <start> <end>
+
+
+def test_options_written_before_the_newer_flags_are_enough(toy):
+    """The published opt has none of position, allow_empty_captions, seed."""
+    train, dev = get_loaders(NAME, toy.vocab, 8, 0, toy.opt)
+    assert len(train.dataset) == 60 and len(dev.dataset) == 30
+
+
+def test_any_number_of_regions_is_read(tmp_path):
+    images, boxes, *_ = next(iter(loaders(Toy(tmp_path, n_regions=10))[0]))
+    assert images.shape == (8, 10, 16) and boxes.shape == (8, 10, 31)
+
+
+def test_padded_regions_without_cells_are_read(toy):
+    boxes = random_boxes(np.random.default_rng(0), 6)
+    boxes[:, 30:, :15], boxes[:, 30:, 15:] = 256, 0
+    toy.save("test_boxes", boxes)
+    np.testing.assert_array_equal(toy.dataset()[0][1], boxes[0])
+
+
+def test_the_real_folder_is_read(shared, toy):
+    dataset = PrecompDataset(str(shared / "real" / "flickr8k_precomp"), "dev", toy.vocab, img_dim=1280)
+    assert (len(dataset), dataset.n_images, dataset.im_div) == (250, 50, 5)
+    images, boxes = dataset.read_images(0, 50)
+    assert images.shape == (50, 36, 1280) and images.dtype == torch.float32
+    total = boxes[..., 15:30].sum(-1)
+    assert ((total - 1).abs() < 1e-5).logical_or(total == 0).all()

@@ -1,0 +1,239 @@
+"""Pixel boxes → position grids: what a grid promises, for boxes that nobody chose by hand."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+import position
+from errors import InputError
+from position import position_grid
+
+NO_CELL = 256
+ROUNDING = 2**-24  # areas closer than this, relative to the largest, count as equal
+
+
+def cells_of(grid):
+    return grid[..., :15].astype(int)
+
+
+def weights_of(grid):
+    return grid[..., 15:30]
+
+
+def covered_areas(box, height, width):
+    """Pixels² of each of the 256 cells that a box covers, one cell after the other."""
+    x1, y1, x2, y2 = box
+    area = np.zeros(256)
+    for column in range(16):
+        for row in range(16):
+            across = min(x2, (column + 1) * width / 16) - max(x1, column * width / 16)
+            down = min(y2, (row + 1) * height / 16) - max(y1, row * height / 16)
+            area[column * 16 + row] = max(across, 0) * max(down, 0)
+    return area
+
+
+@st.composite
+def pictures(draw, reach=0.0):
+    """A box x1, y1, x2, y2 that may reach outside by a share of the picture, and the picture's height and width."""
+    height, width = draw(st.integers(1, 2000)), draw(st.integers(1, 2000))
+    span = st.floats(-reach, 1 + reach, allow_nan=False, width=32)
+    x1, x2 = sorted([draw(span) * width, draw(span) * width])
+    y1, y2 = sorted([draw(span) * height, draw(span) * height])
+    # a hair's breadth is no region: below it areas sink into the rounding of the corners themselves
+    assume((x2 - x1 > 1e-3 or x1 == x2) and (y2 - y1 > 1e-3 or y1 == y2))
+    return [x1, y1, x2, y2], height, width
+
+
+@settings(max_examples=60)
+@given(pictures(reach=0.5))
+def test_the_weights_are_the_shares_of_the_cells_covered_most(picture):
+    box, height, width = picture
+    grid = position_grid([box], [height, width])[0]
+    cells, weights = cells_of(grid), weights_of(grid)
+    area = covered_areas(np.clip(box, 0, [width, height, width, height]), height, width)
+    listed = cells < NO_CELL
+    assert (area > 0).sum() >= listed.sum() >= min((area > 1e-6 * area.max()).sum(), 15) * (area.max() > 0)
+    assert len(set(cells[listed])) == listed.sum(), "a cell is listed twice"
+    assert not weights[~listed].any() and (weights[listed] > 0).all()
+    assert (np.diff(weights) <= ROUNDING).all(), "weights must descend"
+    if area.max() > 0:
+        assert weights.sum() == pytest.approx(1, abs=1e-6)
+        top = np.sort(area)[::-1][:15]
+        np.testing.assert_allclose(weights, top / top.sum(), atol=2e-6)
+        np.testing.assert_allclose(weights[listed], area[cells[listed]] / top.sum(), atol=2e-6)
+    else:
+        assert (cells == NO_CELL).all()
+
+
+@settings(max_examples=40)
+@given(pictures(reach=2.0))
+def test_a_box_that_reaches_outside_counts_as_its_part_inside(picture):
+    box, height, width = picture
+    inside = np.clip(box, 0, [width, height, width, height])
+    np.testing.assert_array_equal(position_grid([box], [height, width]), position_grid([inside], [height, width]))
+
+
+@settings(max_examples=40)
+@given(pictures(reach=0.5))
+def test_the_31st_value_is_the_share_of_the_picture(picture):
+    box, height, width = picture
+    x1, y1, x2, y2 = np.clip(box, 0, [width, height, width, height])
+    share = position_grid([box], [height, width])[0, 30]
+    assert share == pytest.approx((x2 - x1) * (y2 - y1) / (height * width), abs=1e-6)
+
+
+@settings(max_examples=60)
+@given(
+    corner=st.tuples(st.integers(0, 200), st.integers(0, 200)),
+    size=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    shift=st.tuples(st.integers(0, 15), st.integers(0, 15)),
+)
+@example(corner=(0, 0), size=(64, 64), shift=(3, 5))
+def test_moving_a_box_by_a_cell_moves_its_cells_by_one(corner, size, shift):
+    # 16 pixels a cell: x and y stay whole numbers, so moving loses nothing
+    box = np.array([*corner, corner[0] + size[0], corner[1] + size[1]])
+    moved = box + 16 * np.array([*shift, *shift])
+    assume(moved.max() <= 256)
+    here, there = position_grid([box, moved], [256, 256])
+    listed = cells_of(here) < NO_CELL
+    np.testing.assert_array_equal(cells_of(there)[listed], cells_of(here)[listed] + 16 * shift[0] + shift[1])
+    np.testing.assert_array_equal(there[15:], here[15:])
+
+
+def test_cells_run_down_the_columns():
+    grid = position_grid([[10, 0, 20, 10], [0, 10, 10, 20]], [160, 160])
+    assert cells_of(grid)[:, 0].tolist() == [16, 1]  # one to the right, one below
+    assert weights_of(grid)[:, 0].tolist() == [1, 1]
+
+
+def test_the_whole_picture_is_its_middle_cells():
+    """All 256 cells are covered equally: the 15 nearest to the middle are listed, index breaking what is left."""
+    grid = position_grid([[0, 0, 320, 320]], [320, 320])[0]
+    centre = np.stack(np.divmod(np.arange(256), 16), 1) - 7.5
+    nearest = sorted(range(256), key=lambda cell: ((centre[cell] ** 2).sum(), cell))[:15]
+    assert cells_of(grid).tolist() == nearest
+    np.testing.assert_allclose(weights_of(grid), 1 / 15, rtol=1e-6)
+    assert grid[30] == 1
+
+
+def test_nearness_is_measured_in_pixels_not_in_cells():
+    """In a picture four times as wide as high, cells above and below are nearer than those beside."""
+    grid = position_grid([[0, 0, 640, 160]], [160, 640])[0]
+    rows = cells_of(grid) % 16
+    columns = cells_of(grid) // 16
+    assert np.ptp(rows) > np.ptp(columns)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 11), st.integers(0, 11), st.integers(4, 16), st.integers(4, 16), st.integers(17, 900))
+def test_equally_covered_cells_come_nearest_first(column, row, columns, rows, side):
+    """Boxes of whole cells, on pictures whose cells are no whole number of pixels: rounding must not decide."""
+    columns, rows = min(columns, 16 - column), min(rows, 16 - row)
+    cell = side / 16
+    box = [column * cell, row * cell, (column + columns) * cell, (row + rows) * cell]
+    grid = position_grid([box], [side, side])[0]
+    middle = np.array([column + columns / 2 - 0.5, row + rows / 2 - 0.5])
+    covered = [(column + i) * 16 + row + j for i in range(columns) for j in range(rows)]
+    key = {c: (((np.array(divmod(c, 16)) - middle) ** 2).sum(), c) for c in covered}
+    expected = sorted(covered, key=key.get)[:15]
+    # a corner such as 3·side/16 may round a hair into the next cell, which then fills a free place with weight 0
+    assert cells_of(grid)[: len(expected)].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[5, 5, 5, 9], [5, 5, 9, 5], [0, 0, 0, 0], [-9, -9, -1, -1], [100, 3, 120, 9], [-5, 2, 0, 9]],
+    ids=["no width", "no height", "a point", "above and left", "to the right", "touching the edge"],
+)
+def test_a_box_without_area_in_the_picture_covers_no_cell(box):
+    grid = position_grid([box], [100, 100])[0]
+    assert grid.tolist() == [NO_CELL] * 15 + [0] * 16
+
+
+def test_any_leading_dimensions_give_the_same_grids():
+    rng = np.random.default_rng(0)
+    corners = np.sort(rng.uniform(0, 200, (2, 3, 4, 2, 2)), axis=-2)
+    boxes, sizes = corners.reshape(2, 3, 4, 4), rng.integers(50, 300, (2, 3, 2))
+    grids = position_grid(boxes, sizes)
+    assert grids.shape == (2, 3, 4, 31) and grids.dtype == np.float32
+    for i in np.ndindex(2, 3):
+        np.testing.assert_array_equal(grids[i], position_grid(boxes[i], sizes[i]))
+    assert position_grid(np.zeros((0, 36, 4)), np.ones((0, 2))).shape == (0, 36, 31)
+
+
+def test_many_boxes_are_cut_into_chunks_that_leave_no_trace(monkeypatch):
+    rng = np.random.default_rng(1)
+    boxes = np.sort(rng.uniform(0, 200, (9, 5, 2, 2)), axis=-2).reshape(9, 5, 4)
+    sizes = rng.integers(50, 300, (9, 2))
+    whole = position_grid(boxes, sizes)
+    for chunk in (1, 7, 44, 45):  # 45 boxes: borders inside a picture, one left over, none left over
+        monkeypatch.setattr(position, "CHUNK", chunk)
+        np.testing.assert_array_equal(position_grid(boxes, sizes), whole)
+
+
+def test_another_grid_of_cells():
+    grid = position_grid([[0, 0, 50, 100]], [100, 100], split_size=2, top_n=3)[0]
+    assert grid.tolist() == [0, 1, 4, 0.5, 0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("corners", "what"),
+    [
+        ([0, 0, np.nan, 9], "corners must be numbers"),
+        ([0, 0, np.inf, 9], "corners must be numbers"),
+        ([9, 0, 3, 9], "reversed"),
+        ([0, 9, 3, 2], "reversed"),
+    ],
+)
+def test_a_broken_box_is_refused_by_picture_and_number(corners, what):
+    boxes = np.tile([0.0, 0.0, 5.0, 5.0], (3, 4, 1))
+    boxes[2, 1] = corners
+    with pytest.raises(InputError, match=f"picture 2, box 1: .*{what}"):
+        position_grid(boxes, np.full((3, 2), 10))
+
+
+@pytest.mark.parametrize("size", [[0, 5], [5, -1], [np.nan, 5], [np.inf, 5]])
+def test_a_picture_without_a_size_is_refused(size):
+    with pytest.raises(InputError, match="picture 1: .*expected positive"):
+        position_grid(np.zeros((2, 3, 4)), [[5, 5], size])
+
+
+@pytest.mark.parametrize(("boxes", "sizes"), [((3, 5), (2,)), ((4,), (2,)), ((2, 3, 4), (3, 2)), ((2, 3, 4), (2,))])
+def test_arrays_that_do_not_fit_are_refused_with_their_shapes(boxes, sizes):
+    with pytest.raises(InputError, match=r"expected \(…, R, 4\)"):
+        position_grid(np.zeros(boxes), np.ones(sizes))
+
+
+@pytest.mark.parametrize(("split_size", "top_n"), [(0, 1), (23, 15), (16, 0), (3, 10)])
+def test_grids_that_cannot_be_are_refused(split_size, top_n):
+    with pytest.raises(InputError, match="split_size"):
+        position_grid(np.zeros((1, 4)), [5, 5], split_size, top_n)
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_published_grids_keep_the_same_promises(shared, split):
+    grids = np.load(shared / "real" / "f30k_test" / f"{split}_boxes.npy")
+    rng = np.random.default_rng(2)
+    corners = np.sort(rng.uniform(0, 500, (50, 36, 2, 2)), axis=-2).reshape(50, 36, 4)
+    for grid in (grids, position_grid(corners, np.full((50, 2), 500))):
+        cells, weights = cells_of(grid), weights_of(grid)
+        assert cells.min() >= 0 and cells.max() <= NO_CELL
+        total = weights.sum(-1)
+        assert np.isclose(total, 1, atol=1e-5)[total > 0].all()
+        assert (np.diff(weights) <= 1e-6).all()
+        assert not weights[cells == NO_CELL].any()
+
+
+def test_published_grids_of_known_boxes_are_met(shared):
+    """Cells covered equally are listed in an accidental order there: their weights are compared, not their indices."""
+    golden = np.load(shared / "golden" / "position.npz")
+    boxes, sizes, grids = golden["boxes"], golden["image_hw"], golden["grid"]
+    ours = position_grid(boxes, sizes)
+    np.testing.assert_allclose(ours[..., 15:], grids[..., 15:], atol=1e-5)
+    compared = 0
+    for own, published in zip(ours.reshape(-1, 31), grids.reshape(-1, 31), strict=True):
+        above = published[15:30] > published[29] + 1e-6  # more covered than the last place: no accident here
+        assert set(own[:15][above]) == set(published[:15][above])
+        compared += above.sum()
+    assert compared > 1000

@@ -1,0 +1,224 @@
+"""Captions → tokens → ids, and the vocabulary files."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from folders import write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from errors import InputError
+from vocab import Vocabulary, build_vocab, deserialize_vocab, read_captions, serialize_vocab, tokenize
+
+
+def write_captions(root, train, dev=("a",), name="mine"):
+    folder = root / "data" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    write_lines(folder / "train_caps.txt", train)
+    write_lines(folder / "dev_caps.txt", dev)
+    return str(root / "data"), name
+
+
+def run_vocab(*flags, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "vocab.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+# What nltk.word_tokenize gives: words, clitics, punctuation, quotes; a full stop parts from a word at a sentence's end.
+@pytest.mark.parametrize(
+    ("caption", "tokens"),
+    [
+        ("A man runs.", "a man runs ."),
+        ("Two dogs play . ", "two dogs play ."),
+        ("Don't they're can't", "do n't they 're ca n't"),
+        ('He said "go" (now), ok?', "he said `` go '' ( now ) , ok ?"),
+        ("a T-shirt, red-and-white", "a t-shirt , red-and-white"),
+        ("the man's dog", "the man 's dog"),
+        ("It costs $5.00 at 3:30", "it costs $ 5.00 at 3:30"),
+        ("A dog barks. A cat hides.", "a dog barks . a cat hides ."),
+        ("Mr. Smith of the U.S. army waits.", "mr. smith of the u.s. army waits ."),
+        ("Wait... what", "wait ... what"),
+        ("ÉTÉ Ünder", "été ünder"),
+        ("", ""),
+    ],
+)
+def test_tokens_are_nltks(caption, tokens):
+    assert tokenize(caption) == tokens.split()
+
+
+def test_tokens_of_real_captions_are_nltks(shared):
+    with gzip.open(shared / "real" / "flickr8k_tokens.jsonl.gz", "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    for caption, tokens in rows[::7] + rows[-500:]:
+        assert tokenize(caption) == tokens
+
+
+@settings(max_examples=50)
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+def test_any_text_has_tokens_without_spaces(caption):
+    tokens = tokenize(caption)
+    assert all(token and not any(c in " \t\n" for c in token) for token in tokens)
+    assert bool(tokens) == bool(caption.strip())
+
+
+def test_lower_casing_is_the_callers_choice():
+    def ascii_only(caption):
+        return "".join(c.lower() if c.isascii() else c for c in caption)
+
+    assert tokenize("The Φ Ⅲ Test", lower=ascii_only) == ["the", "Φ", "Ⅲ", "test"]
+    assert tokenize("The Φ Ⅲ Test") == ["the", "φ", "ⅲ", "test"]
+
+
+def test_a_vocabulary_starts_with_the_four_special_words(tmp_path):
+    vocab = build_vocab(*write_captions(tmp_path, ["b a"]), threshold=1)
+    assert [vocab(word) for word in ("<pad>", "<start>", "<end>", "<unk>", "a", "b")] == [0, 1, 2, 3, 4, 5]
+    assert len(vocab) == vocab.idx == 6
+    assert vocab.idx2word[4] == "a"
+    assert vocab.encode("b zebra a") == [1, 5, 3, 4, 2]
+    assert vocab.encode("") == [1, 2]
+
+
+def test_an_unknown_word_is_unk_or_what_the_caller_chose():
+    vocab = Vocabulary()
+    for word in ("<pad>", "<start>", "<end>", "<unk>", "dog"):
+        vocab.add_word(word)
+    vocab.add_word("dog")  # once more changes nothing
+    assert (vocab("dog"), vocab("cat"), len(vocab)) == (4, 3, 5)
+    vocab.unknown = "<pad>"
+    assert vocab("cat") == 0
+
+
+def test_words_below_the_threshold_and_dropped_words_stay_out(tmp_path):
+    data = write_captions(tmp_path, ["the dog", "the dog", "the cat"], ["cat dog"])
+    words = {n: set(build_vocab(*data, threshold=n).word2idx) for n in (1, 2, 3, 4)}
+    assert {"the", "dog", "cat"} <= words[1] & words[2]
+    assert {"the", "dog"} <= words[3] and "cat" not in words[3]
+    assert words[4] == set(build_vocab(*data).word2idx) == {"<pad>", "<start>", "<end>", "<unk>"}
+    assert "the" not in build_vocab(*data, threshold=1, drop=("the",)).word2idx
+
+
+def test_a_vocabulary_can_be_counted_from_other_files_and_tokens(tmp_path):
+    data_path, name = write_captions(tmp_path, ["a"], ["b"])
+    write_lines(tmp_path / "data" / name / "own_caps.txt", ["x-y"])
+    own = build_vocab(data_path, name, ["own_caps.txt"], threshold=1, tokenize=lambda caption: caption.split("-"))
+    assert list(own.word2idx)[4:] == ["x", "y"]
+
+
+def test_a_vocabulary_survives_being_written_and_read(tmp_path):
+    vocab = build_vocab(*write_captions(tmp_path, ["Ein Mädchen läuft 快跑 ."]), threshold=1)
+    path = str(tmp_path / "v_vocab.json")
+    serialize_vocab(vocab, path)
+    again = deserialize_vocab(path)
+    assert (again.word2idx, again.idx2word, again.idx) == (vocab.word2idx, vocab.idx2word, vocab.idx)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "v_vocab.json"]
+
+
+def test_the_file_has_the_published_form(tmp_path):
+    path = tmp_path / "v_vocab.json"
+    serialize_vocab(build_vocab(*write_captions(tmp_path, ["a b"]), threshold=1), str(path))
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert stored["word2idx"] == {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4, "b": 5}
+    assert stored["idx2word"] == {str(index): word for word, index in stored["word2idx"].items()}
+    assert stored["idx"] == 6
+
+
+@pytest.mark.parametrize("name", ["f30k_new", "coco_precomp", "tencent_data_sent"])
+def test_published_vocabularies_are_read(shared, name):
+    path = shared / "real" / "vocab" / f"{name}_vocab.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    vocab = deserialize_vocab(str(path))
+    assert vocab.word2idx == stored["word2idx"]
+    assert {str(index): word for index, word in vocab.idx2word.items()} == stored["idx2word"]
+    assert len(vocab) == stored["idx"]
+    assert vocab.encode("") == [1, 2] and vocab("no such word") == 3
+
+
+def test_a_caption_ends_at_a_newline_only(tmp_path):
+    """Carriage returns, vertical tabs and Unicode's own line ends inside a caption do not shift those below."""
+    captions = ["one\rtwo", "three\x0bfour\x0c", "five\u2028six\u2029", "seven\x85eight", "nine\x1cten"]
+    path = tmp_path / "caps.txt"
+    path.write_bytes("\n".join(captions).encode())  # the last line has no end
+    read = read_captions(str(path))
+    assert len(read) == 5
+    assert read[0] == "one\rtwo" and read[4] == "nine\x1cten"
+    path.write_bytes(b"one\r\ntwo\r\n")
+    assert read_captions(str(path)) == ["one", "two"]
+
+
+def test_captions_that_cannot_be_used_are_named_by_line(tmp_path):
+    path = tmp_path / "caps.txt"
+    for content, message in (
+        (b"a\n\nb\n", "caps.txt, line 2: empty caption"),
+        (b"a\n \t\r\n", "caps.txt, line 2: empty caption"),
+        (b"a\nb\n\xff\xfe\n", "caps.txt, line 3: not UTF-8"),
+        (b"", "caps.txt: no captions"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            read_captions(str(path))
+    path.write_bytes(b"a\n\nb\n")
+    assert read_captions(str(path), allow_empty=True) == ["a", "", "b"]
+    with pytest.raises(InputError, match="none.txt: no such file"):
+        read_captions(str(tmp_path / "none.txt"))
+
+
+WORDS = {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "expected JSON"),
+        ("\xff", "expected JSON"),
+        ("[" * 100_000, "expected JSON"),
+        ("[]", "expected an object"),
+        ('{"word2idx": ["a"]}', "expected an object"),
+        ('{"word2idx": {"a": "0"}}', "expected an object"),
+        (json.dumps({"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2}}), "found no <unk>"),
+        (json.dumps({"word2idx": {**WORDS, "a": 5}}), "gaps"),
+        (json.dumps({"word2idx": {**WORDS, "a": 3}}), "repeats"),
+    ],
+)
+def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content, message):
+    path = tmp_path / "broken_vocab.json"
+    path.write_text(content, encoding="latin-1")
+    with pytest.raises(InputError, match=message) as caught:
+        deserialize_vocab(str(path))
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_special_words_elsewhere_than_0_to_3_are_refused(tmp_path):
+    """Id 0 pads captions and unknown words are 3 in every published checkpoint."""
+    path = tmp_path / "v_vocab.json"
+    path.write_text(json.dumps({"word2idx": {"dog": 0, "<pad>": 1, "<start>": 2, "<end>": 3, "<unk>": 4}}))
+    with pytest.raises(InputError, match="v_vocab.json"):
+        deserialize_vocab(str(path))
+
+
+def test_a_missing_vocabulary_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(InputError) as caught:
+        deserialize_vocab(str(tmp_path / "f30k_precomp_vocab.json"))
+    command = f"python vocab.py --data_path DATA_PATH --data_name f30k_precomp --vocab_path {tmp_path}"
+    assert command in str(caught.value)
+
+
+def test_the_command_writes_the_vocabulary_that_training_reads(tmp_path):
+    data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits .", "the dog ."], ["the cat ."])
+    write_lines(tmp_path / "stop.txt", ["the"])
+    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "new" / "vocab"]
+    done = run_vocab(*flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "new" / "vocab" / "mine_vocab.json"
+    assert str(path) in done.stdout and "7 words" in done.stdout
+    assert set(deserialize_vocab(str(path)).word2idx) - set(WORDS) == {"a", "dog", "."}
+
+
+def test_the_command_reports_a_missing_folder_in_one_line(tmp_path):
+    done = run_vocab("--data_path", tmp_path, "--data_name", "nowhere", "--vocab_path", tmp_path / "v")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"error: {tmp_path}/nowhere/train_caps.txt: no such file, expected a caption a line"]
+    assert not (tmp_path / "v").exists()
