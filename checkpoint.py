@@ -1,9 +1,13 @@
 """Checkpoint files: written whole or not at all, read without running anything in them."""
 
 import argparse
+import io
 import os
 import pickle
+import pickletools
+import re
 import shutil
+import warnings
 
 import torch
 
@@ -42,19 +46,25 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such checkpoint")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_plain(path)
     except pickle.UnpicklingError as error:
-        reason = next((line for line in str(error).splitlines() if "global" in line.lower()), "damaged")
-        raise InputError(f"{path}: refused, not a plain checkpoint ({reason.strip()})") from None
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it names {found[1]}" if found else "damaged"
+        raise InputError(f"{path}: refused, expected nothing but tensors, numbers and options ({reason})") from None
     except Exception as error:  # torch.load meets broken bytes with many exception types
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
     keys = ("epoch", "model", "best_rsum", "opt", "Eiters")
     missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing or not isinstance(checkpoint["opt"], argparse.Namespace) or len(checkpoint["model"]) != 2:
-        found = f"no {missing[0]}" if missing else "other contents"
-        raise InputError(f"{path}: found {found}, expected a dict of {', '.join(keys)}")
-    opt, image_state = checkpoint["opt"], checkpoint["model"][0]
+    if missing:
+        raise InputError(f"{path}: found no {missing[0]}, expected a dict of {', '.join(keys)}")
+    opt, states = checkpoint["opt"], checkpoint["model"]
+    if not isinstance(opt, argparse.Namespace):
+        raise InputError(f"{path}: opt is a {type(opt).__name__}, expected an argparse.Namespace")
+    if not isinstance(states, (list, tuple)) or [isinstance(state, dict) for state in states] != [True, True]:
+        raise InputError(f"{path}: model is no list of two encoders' states")
+    if not isinstance(states[1].get("embed.weight"), torch.Tensor):
+        raise InputError(f"{path}: text encoder: no embed.weight in the checkpoint")
+    image_state = states[0]
     if not hasattr(opt, "position"):
         opt.position = (
             "attention" if "fc_att.weight" in image_state
@@ -62,3 +72,28 @@ def load_checkpoint(path):
             else "none"
         )  # fmt: skip
     return checkpoint
+
+
+def load_plain(path):
+    """torch.load of nothing but tensors, numbers and an argparse.Namespace."""
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            if "Unsupported operand 84" not in str(error):  # 84 is T, the opcode of Python 2 for a long string
+                raise
+            return torch.load(python3_strings(path), map_location="cpu", weights_only=True)
+
+
+def python3_strings(path):
+    """The bytes of a file in PyTorch's old format, its Python 2 strings made into those of Python 3 (same layout)."""
+    with open(path, "rb") as file:
+        stream = io.BytesIO(file.read())
+    with stream.getbuffer() as data:
+        for _ in range(5):  # magic number, version, machine, the checkpoint itself, its storages' names
+            for opcode, _, at in pickletools.genops(stream):
+                if opcode.name == "BINSTRING":
+                    data[at] = ord("X")
+    stream.seek(0)
+    return stream

@@ -173,7 +173,7 @@ def rank_rows(sims):
         raise InputError(f"similarities {n} × {m}: expected one count to be a multiple of the other")
     ranks, top1 = np.empty(n), np.empty(n)
     for start in range(0, n, 256):
-        block = np.array(sims[start : start + 256])
+        block = np.array(sims[start : start + 256], dtype=np.result_type(sims, np.float32))
         if np.isnan(block).any():
             raise InputError(f"similarities: NaN in row {start + int(np.isnan(block).any(1).argmax())}")
         rows = np.arange(len(block))[:, None]
@@ -242,7 +242,9 @@ def cut_folds(dataset, n_folds):
     """Slices of the images and of the captions of each of n equal folds of a data set."""
     counts = dataset.n_images, len(dataset.captions)
     if any(n % n_folds for n in counts):
-        raise InputError(f"{dataset.prefix}: {counts[0]} images do not divide into {n_folds} folds")
+        raise InputError(
+            f"{dataset.prefix}: {counts[0]} images, {counts[1]} captions: do not divide into {n_folds} folds"
+        )
     return [[slice(fold * n // n_folds, (fold + 1) * n // n_folds) for n in counts] for fold in range(n_folds)]
 
 
@@ -290,9 +292,8 @@ def evalrank(
             print("Text to image: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*result["t2i"]))
             print("rsum: {rsum:.1f} ar: {ar:.1f} ari: {ari:.1f}".format(**result))
         print("-----------------------------------\nMean metrics: ")
-        mean = {
-            key: np.mean([result[key] for result, _ in results], axis=0).tolist() for key in results[0][0]
-        }  # fmt: skip
+        mean = {key: np.mean([result[key] for result, _ in results], axis=0) for key in results[0][0]}
+        mean = {key: tuple(value.tolist()) if value.ndim else float(value) for key, value in mean.items()}
         mean["folds"] = [result for result, _ in results]
     mean.update(n_images=n_images, n_captions=n_captions)
     print_recall(mean)

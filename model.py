@@ -21,7 +21,7 @@ from cross_attention import (  # noqa: F401 (l1norm and the two scores have thei
     xattn_score_i2t,
     xattn_score_t2i,
 )
-from data import N_CELLS, N_SLOTS, flag
+from data import N_CELLS, N_SLOTS, NEW_FLAGS, flag
 from errors import InputError
 from gru import packed_gru
 
@@ -244,9 +244,9 @@ class SCAN:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp)
 
     def encode_images(self, images, boxes):
-        """images (B, R, img_dim), boxes (B, R, 30 | 31) → region embeddings (B, R, D)."""
+        """images (B, R, img_dim), boxes (B, R, 30 | 31; None will do with position none) → embeddings (B, R, D)."""
         with self.autocast():
-            return self.img_enc(images.to(self.device), boxes.to(self.device))
+            return self.img_enc(images.to(self.device), None if boxes is None else boxes.to(self.device))
 
     def encode_captions(self, captions, lengths):
         """captions (B, W) ids, lengths (B ints) → word embeddings (B, W, D)."""
@@ -294,14 +294,14 @@ def load_model(path, vocab_size=None, make_model=SCAN, **overrides):
     """
     checkpoint = load_checkpoint(path)
     opt = checkpoint["opt"]
-    vars(opt).update(overrides)
+    vars(opt).update({"device": NEW_FLAGS["device"], **overrides})  # not the device it was trained on
     opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])
     if vocab_size not in (None, opt.vocab_size):
         raise InputError(f"{path}: made with a vocabulary of {opt.vocab_size} words, found one of {vocab_size}")
     try:
         model = make_model(opt)
         model.load_state_dict(checkpoint["model"])
-    except (InputError, AttributeError) as error:
+    except (InputError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
     model.val_start()
     return model

@@ -2,11 +2,18 @@
 
 The image is cut into 16×16 cells; a region becomes the 15 cells it covers most, with their shares of the
 covered area (Wang et al., Position Focused Attention Network for Image-Text Matching, IJCAI 2019, section 3.1).
+
+python position.py boxes.npz --out data/mine/train_boxes.npy    grids for the boxes of features one has already
 """
+
+import argparse
+import os
+import re
+import sys
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, run
 
 CHUNK = 4096  # regions computed at once: 256 cells × 8 bytes × 4096 = 8 MB a temporary
 
@@ -99,3 +106,146 @@ def _cover(low, high, length, n):
     edge = np.arange(n)
     covered = np.minimum(high[:, None], edge + 1) - np.maximum(low[:, None], edge)
     return np.maximum(covered, 0), edge + 0.5 - (low + high)[:, None] / 2
+
+
+# ---------------------------------------------------------------- command line
+
+PICTURES_AT_ONCE = 1024
+BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
+SIZE_NAMES = ("image_sizes", "image_size", "sizes")
+
+
+def load_array(path):
+    """The array (or .npz archive) in a file. Raises InputError where it is none."""
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: truncated or not an .npy or .npz file ({error})") from None
+
+
+def read_arrays(path, sizes_path):
+    """Boxes (n, R, 4) and image sizes (n, 2) of an .npy or .npz file; the sizes may come from sizes_path."""
+    boxes, sizes = load_array(path), None
+    if isinstance(boxes, np.lib.npyio.NpzFile):
+        archive, names = boxes, boxes.files
+        name = next((name for name in BOX_NAMES if name in names), None)
+        if name is None:
+            raise InputError(f"{path}: holds {', '.join(names)}; expected {' or '.join(BOX_NAMES)}")
+        boxes = archive[name]
+        name = next((name for name in SIZE_NAMES if name in names), None)
+        if name:
+            sizes = archive[name]
+        elif {"image_h", "image_w"} <= set(names):
+            sizes = np.stack([archive["image_h"], archive["image_w"]], axis=-1)
+    if sizes_path:
+        pair = re.fullmatch(r"([\d.]+)[x,]([\d.]+)", sizes_path)
+        if pair:
+            sizes = np.tile(np.array(pair.groups(), dtype=np.float64), (len(boxes), 1))
+        else:
+            sizes = load_array(sizes_path)
+    if sizes is None:
+        raise InputError(f"{path}: no image sizes in it; --sizes gives them")
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or sizes.shape != (len(boxes), 2):
+        raise InputError(f"{path}: boxes {boxes.shape} with image sizes {sizes.shape}: expected (n, R, 4) and (n, 2)")
+    return boxes, sizes
+
+
+def read_json(path, ids, n_regions):
+    """Boxes (n, n_regions, 4), sizes (n, 2) and regions found (n,) of a COCO-style JSON file, read item by item.
+
+    Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
+    regions keep their order in the file. ids: list of ids or file names, None for the images' order.
+    """
+    from dataset_files import key
+    from json_stream import json_items
+
+    try:
+        images = {image["id"]: image for _, image in json_items(path, "images")}
+        if ids is not None:
+            named = {key(name): id for id, image in images.items() for name in (image.get("file_name", id), id)}
+            lost = [name for name in ids if key(name) not in named]
+            if lost:
+                raise InputError(f"{path}: no image {lost[0]} ({len(lost)} of {len(ids)} ids are missing)")
+            images = {named[key(name)]: images[named[key(name)]] for name in ids}
+        rows = {id: row for row, id in enumerate(images)}
+        sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.float64)
+        boxes = np.zeros((len(rows), n_regions, 4), dtype=np.float32)
+        found = np.zeros(len(rows), dtype=np.int64)
+        for _, annotation in json_items(path, "annotations"):
+            row = rows.get(annotation["image_id"])
+            if row is None:
+                continue
+            if found[row] == n_regions:
+                raise InputError(
+                    f"{path}: image {annotation['image_id']} has more than {n_regions} boxes (--n_regions)"
+                )
+            x, y, width, height = annotation["bbox"]
+            boxes[row, found[row]] = x, y, x + width, y + height
+            found[row] += 1
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a COCO-style file of images and annotations ({error!r})") from None
+    if not found.any():
+        raise InputError(f"{path}: no boxes for any of {len(rows)} images")
+    return boxes, sizes, found
+
+
+def main():
+    from tqdm import tqdm
+
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "scripts"))
+    from array_files import ArrayFile
+    from dataset_files import Problems, read_ids
+
+    parser = argparse.ArgumentParser(
+        description="Position grids (SPLIT_boxes.npy) for boxes in pixels, in the order of the features they are of.",
+        epilog="example: python position.py boxes.npz --out data/mine/train_boxes.npy",
+    )
+    add = parser.add_argument
+    add(
+        "boxes",
+        help=".npy or .npz (boxes (n, R, 4): x1 y1 x2 y2; image_sizes (n, 2): height width), or COCO-style JSON",
+    )
+    add("--out", required=True, metavar="FILE", help="the .npy file to write, (n, R, 31)")
+    add("--sizes", metavar="FILE|HxW", help=".npy of heights and widths, or one for all; 1x1 for boxes from 0 to 1")
+    add("--xywh", action="store_true", help="the arrays hold x, y, width, height (as JSON always does)")
+    add("--ids", metavar="FILE", help="for JSON: which images in which order, one id or file name a line")
+    add("--n_regions", type=int, default=36, help="for JSON: regions an image, padded if fewer (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace a file that is there")
+    opt = parser.parse_args()
+    if os.path.exists(opt.out) and not opt.overwrite:
+        print(f"{opt.out}: there already (--overwrite makes it anew)")
+        return
+    if not os.path.isfile(opt.boxes):
+        raise InputError(f"{opt.boxes}: no such file")
+    if opt.boxes.endswith(".json"):
+        problems = Problems(opt.out + ".problems.txt")
+        ids = read_ids(opt.ids, problems) if opt.ids else None
+        if problems.total:
+            raise InputError(f"{opt.ids}: {problems}")
+        boxes, sizes, found = read_json(opt.boxes, ids, opt.n_regions)
+    else:
+        boxes, sizes = read_arrays(opt.boxes, opt.sizes)
+        found = np.full(len(boxes), boxes.shape[1])
+    os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)
+    file, no_area = ArrayFile(opt.out, len(boxes), (boxes.shape[1], 31), np.float32), 0
+    for start in tqdm(range(0, len(boxes), PICTURES_AT_ONCE), unit=f"{PICTURES_AT_ONCE} pictures", disable=None):
+        block = np.array(boxes[start : start + PICTURES_AT_ONCE], dtype=np.float64)
+        if opt.xywh and not opt.boxes.endswith(".json"):
+            block[..., 2:] += block[..., :2]
+        try:
+            grid = position_grid(block, sizes[start : start + PICTURES_AT_ONCE])
+        except InputError as error:
+            picture, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
+            raise InputError(f"{opt.boxes}: picture {start + int(picture)}{rest}") from None
+        no_area += int((grid[..., -1] == 0).sum())
+        file.write(start, grid)
+    file.commit()
+    padded = int((boxes.shape[1] - found).sum())
+    print(f"{opt.out}: {len(boxes)} pictures, {boxes.shape[1]} regions; {no_area - padded} boxes without area", end="")
+    print(f", {padded} regions padded in {int((found < boxes.shape[1]).sum())} pictures" if padded else "")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -20,7 +20,7 @@ MODELS = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
 NAME = "demo_precomp"
 TRAIN_FLAGS = (
     "--img_dim 128 --embed_size 128 --word_dim 64 --max_violation --bi_gru --agg_func Mean --cross_attn t2i "
-    "--lambda_softmax 9 --batch_size 128 --learning_rate .002 --num_epochs 8 --lr_update 6 "
+    "--lambda_softmax 9 --batch_size 128 --learning_rate .001 --num_epochs 4 --lr_update 3 "
     "--val_step 2000000 --log_step 20 --workers 1"
 )
 

@@ -13,10 +13,12 @@ Every file depends on the seed and the counts alone, not on the number of proces
 
 import argparse
 import colorsys
+import glob
 import io
 import json
 import multiprocessing
 import os
+import signal
 import sys
 
 import numpy as np
@@ -46,18 +48,18 @@ SIZES = {("small", "little", "tiny"): (30, 35), ("large", "big", "huge"): (52, 5
 GROUNDS = {("white", "bright"): 235, ("grey", "gray"): 165, ("dark",): 70}
 PLACES = {  # (row, column)
     (0, 0): ("in the top left corner", "at the top left", "in the upper left"),
-    (0, 1): ("at the top", "at the top in the middle", "near the top edge"),
+    (0, 1): ("at the top", "near the top edge", "up at the top"),
     (0, 2): ("in the top right corner", "at the top right", "in the upper right"),
     (1, 0): ("on the left", "at the left edge", "on the left side"),
     (1, 1): ("in the middle", "in the centre", "at the center"),
     (1, 2): ("on the right", "at the right edge", "on the right side"),
     (2, 0): ("in the bottom left corner", "at the bottom left", "in the lower left"),
-    (2, 1): ("at the bottom", "at the bottom in the middle", "near the bottom edge"),
+    (2, 1): ("at the bottom", "near the bottom edge", "down at the bottom"),
     (2, 2): ("in the bottom right corner", "at the bottom right", "in the lower right")}
 RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
              "above": ("above", "higher than"), "below": ("below", "under", "lower than")}
-VERBS = ("is", "sits", "lies", "appears", "can be seen")
-OPENERS = ("there is", "this picture shows", "the image shows", "we see", "a scene with", "a drawing of", "", "", "")
+VERBS = ("is", "sits", "lies", "appears", "stands")
+OPENERS = ("there is", "this picture shows", "the image shows", "we see", "a drawing of") + 5 * ("",)
 
 
 def one_of(rng, options):
@@ -86,7 +88,7 @@ def make_group(rng, n_pictures):
     lightness = GROUNDS[ground] + int(rng.integers(-8, 9))
     scenes, seen = [], set()
     while len(scenes) < n_pictures:
-        way = ("original", "mirror", "shuffle", "scatter")[min(len(scenes), 3)] if len(seen) < 40 else "scatter"
+        way = ("original", "mirror", "shuffle", "scatter")[min(len(scenes), 3)]
         if way == "mirror":
             first = scenes[0]["objects"]
             spots = [(o["place"][0], 2 - o["place"][1]) for o in first]
@@ -238,7 +240,10 @@ def region_features(picture, boxes):
     hues = (soft_bins(hue, 16, wrap=True) * weight[..., None]).sum((1, 2))
     lights = soft_bins((high + low) / 2, 8).mean((1, 2))
     sizes = soft_bins((np.log2(np.sqrt(size[:, 0] * size[:, 1])) - 4) / 4, 8)
-    return np.concatenate([spots, 4 * quarters, 2 * hues, lights, sizes], 1).astype(np.float32)
+    # Scaled so that each part counts, and to a length well above that of a fresh position feature (about 4), as a
+    # detector's features have: with short ones PFAN-A's training settles on the same embedding for every region.
+    parts = [2 * spots, 30 * quarters, 12 * hues, 4 * lights, 4 * sizes]
+    return np.concatenate(parts, 1).astype(np.float32)
 
 
 def smooth(vivid):
@@ -275,10 +280,10 @@ def named(names, first):
 
 
 def caption(rng, scene):
-    """One sentence about at least three objects of a scene, most with the place where they are."""
+    """One sentence about three objects of a scene, most with the place where they are."""
     def noun(o, article="a"):
         words = [one_of(rng, named(COLOURS, o["colour"])), one_of(rng, named(KINDS, o["kind"]))]
-        if rng.random() < .6:
+        if rng.random() < .4:
             words.insert(0, one_of(rng, named(SIZES, o["size"])))
         if article == "a" and words[0] == "orange":
             article = "an"
@@ -293,14 +298,14 @@ def caption(rng, scene):
     def says(o):
         return f"{noun(o, one_of(rng, ('a', 'the')))} {one_of(rng, VERBS)} {place(o)}"
 
-    objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))]
+    objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))[:3]]
     pairs = [(a, b) for a in objects for b in objects if a is not b and relation(a, b)]
     form = rng.choice(4, p=(.35, .2, .2, .25))
     if form == 0:
         parts = [at(o) for o in objects]
         text = f"{one_of(rng, OPENERS)} {', '.join(parts[:-1])} and {parts[-1]}"
     elif form == 1:
-        parts = [says(o) for o in objects[:3]]
+        parts = [says(o) for o in objects]
         text = f"{parts[0]}, {parts[1]} {one_of(rng, ('and', 'while'))} {parts[2]}"
     elif form == 2 or not pairs:
         first, *rest = objects
@@ -309,11 +314,10 @@ def caption(rng, scene):
         text += ", ".join(parts[:-1]) + f" and {parts[-1]}"
     else:
         a, b = one_of(rng, pairs)
-        c = [o for o in objects if o is not a and o is not b]
+        c = next(o for o in objects if o is not a and o is not b)
         text = f"{noun(a, one_of(rng, ('a', 'the')))} {place(a)} {one_of(rng, VERBS)} "
-        text += f"{one_of(rng, RELATIONS[relation(a, b)])} {noun(b)}, and "
-        text += " and ".join(at(o) for o in c) if rng.random() < .5 else says(c[0])
-    if rng.random() < .15:
+        text += f"{one_of(rng, RELATIONS[relation(a, b)])} {noun(b)}, and {says(c)}"
+    if rng.random() < .1:
         text += f" on a {one_of(rng, named(GROUNDS, scene['background']))} background"
     text = text.strip()
     return text[0].upper() + text[1:] + "."
@@ -374,12 +378,15 @@ def write_split(pool, options, split):
                 if want_png:
                     write(os.path.join(images, ids[i] + ".png"), png)
                 bar.update()
-    for name, data in (("ims.npy", features),
+    for stale in glob.glob(os.path.join(glob.escape(images), "*.png")):  # of an earlier, larger run
+        if not want_png or os.path.basename(stale)[:-4] not in ids:
+            os.remove(stale)
+    for name, data in (("scenes.json", json.dumps(scenes).encode()),
+                       ("ims.npy", features),
                        ("boxes.npy", position_grid(boxes, np.tile([HEIGHT, WIDTH], (n, 1)))),
                        ("pixel_boxes.npy", boxes),
                        ("caps.txt", "".join(line + "\n" for line in captions).encode()),
-                       ("ids.txt", "".join(line + "\n" for line in ids).encode()),
-                       ("scenes.json", json.dumps(scenes).encode())):
+                       ("ids.txt", "".join(line + "\n" for line in ids).encode())):
         write(os.path.join(folder, f"{split}_{name}"), data)
 
 
@@ -410,7 +417,12 @@ def parse(argv=None):
 
 def main():
     options = parse()
-    with multiprocessing.Pool(options.workers) as pool:
+    for split in SPLITS:
+        path = os.path.join(options.data_path, options.data_name, split)
+        if os.path.exists(path + "_ims.npy") and not os.path.exists(path + "_scenes.json"):
+            raise InputError(f"{path}_ims.npy is not of this script's making: choose another --data_name")
+    # Ctrl-C is the parent's business; workers would each print a traceback
+    with multiprocessing.Pool(options.workers, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         for split in SPLITS:
             write_split(pool, options, split)
 

@@ -88,6 +88,12 @@ def test_npts_ranks_the_first_images_and_their_captions_only():
         assert all((a == b).all() for a, b in zip(whole[1], part[1], strict=True))
 
 
+def test_whole_number_similarities_are_ranked():
+    sims = np.random.default_rng(0).integers(0, 9, (4, 8))
+    assert i2t(None, None, None, sims) == i2t(None, None, None, sims.astype(float))
+    assert t2i(None, None, None, sims) == t2i(None, None, None, sims.astype(float))
+
+
 def test_ranking_leaves_the_similarities_as_they_were():
     sims = np.random.default_rng(0).standard_normal((4, 8))
     before = sims.copy()

@@ -11,6 +11,7 @@ from folders import random_boxes
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+import model as model_module
 from errors import InputError
 from evaluation import LogCollector
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, ContrastiveLoss, l1norm, l2norm, xattn_pairs
@@ -49,6 +50,11 @@ def assume_no_sign_is_a_matter_of_rounding(images, captions):
 
 def close(ours, expected, rtol=1e-4, atol=1e-5):
     np.testing.assert_allclose(ours.detach().numpy(), expected.detach().numpy(), rtol=rtol, atol=atol)
+
+
+def test_the_names_that_scan_code_imports_are_there():
+    names = "SCAN EncoderImage EncoderText ContrastiveLoss xattn_score_t2i xattn_score_i2t l1norm l2norm"
+    assert [name for name in names.split() if not hasattr(model_module, name)] == []
 
 
 # ---------------------------------------------------------------- cross attention

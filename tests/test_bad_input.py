@@ -1,0 +1,445 @@
+"""What a user can do wrong: one clear line on stderr, exit status 2, and nothing half-written."""
+
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from folders import make_folder, random_captions, write_lines
+
+import errors
+import evaluation
+import train
+from checkpoint import load_checkpoint
+
+NAME = "toy_precomp"
+SMALL = "--img_dim 16 --embed_size 16 --word_dim 8 --batch_size 16 --num_epochs 1 --max_violation --agg_func Mean"
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d |INFO|WARNING|\s*$")  # what may stand around the error
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory):
+    """A data set and a checkpoint trained on it, to copy and to spoil."""
+    root = tmp_path_factory.mktemp("clean")
+    make_folder(str(root))
+    line = ["train.py", *flags_of(root)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", line)
+        train.main()
+    shutil.copy(root / "runs" / "checkpoint_0.pth.tar", root / "model.pth.tar")
+    shutil.rmtree(root / "runs")
+    return root
+
+
+def flags_of(root):
+    places = {"data_path": "data", "vocab_path": "vocab", "logger_name": "runs/log", "model_name": "runs"}
+    return [
+        *(word for flag, place in places.items() for word in (f"--{flag}", str(root / place))),
+        *f"--data_name {NAME} --workers 0 {SMALL}".split(),
+    ]
+
+
+class Workplace:
+    """A copy of the clean data set, and ways to run the commands on it and to look at how they end."""
+
+    def __init__(self, root, monkeypatch, capfd):
+        self.root, self.monkeypatch, self.capfd = root, monkeypatch, capfd
+        self.folder, self.model = root / "data" / NAME, root / "model.pth.tar"
+        self.vocab = root / "vocab" / f"{NAME}_vocab.json"
+
+    def path(self, name):
+        return self.folder / name
+
+    def change(self, name, function):
+        """Rewrite an .npy file by what function returns, or changes in place."""
+        array = np.load(self.path(name))
+        changed = function(array)
+        np.save(self.path(name), array if changed is None else changed)
+
+    def refusal(self, main, *flags):
+        """Run a command in this process; it must end as every user error does. Returns what follows `error: `."""
+        before = self.files()
+        self.monkeypatch.setattr(sys, "argv", ["command", *map(str, flags)])
+        self.capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            errors.run(main)
+        return self.judge(caught.value.code, self.capfd.readouterr().err, before)
+
+    def judge(self, status, stderr, before):
+        lines = [line for line in stderr.splitlines() if not LOG_LINE.match(line)]
+        assert status == 2, stderr
+        assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+        assert "Traceback" not in stderr
+        new = self.files() - before
+        assert not [name for name in new if name.endswith((".part", ".pth.tar", ".json"))], new
+        return lines[0].removeprefix("error: ")
+
+    def files(self):
+        return {str(path) for path in self.root.rglob("*")}
+
+    def train(self, *flags):
+        return self.refusal(train.main, *flags_of(self.root), *flags)
+
+    def evaluate(self, *flags, model=None):
+        places = ["--data_path", self.root / "data", "--vocab_path", self.root / "vocab"]
+        return self.refusal(evaluation.main, "--model_path", model or self.model, *places, *flags)
+
+    def command(self, script, *flags, **options):
+        """Run a script as a user does."""
+        before = self.files()
+        line = [sys.executable, str(ROOT / script), *map(str, flags)]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, **options)
+        return self.judge(done.returncode, done.stderr, before)
+
+
+@pytest.fixture
+def place(clean, tmp_path, monkeypatch, capfd):
+    shutil.copytree(clean, tmp_path, dirs_exist_ok=True)
+    return Workplace(tmp_path, monkeypatch, capfd)
+
+
+# ---------------------------------------------------------------- from the shell
+
+
+def test_train_as_a_command_ends_with_one_line_and_status_2(place):
+    place.path("train_ims.npy").unlink()
+    message = place.command("train.py", *flags_of(place.root))
+    assert message == f"{place.path('train_ims.npy')}: no such file"
+    assert not (place.root / "runs").exists()
+
+
+def test_evaluation_as_a_command_ends_with_one_line_and_status_2(place):
+    message = place.command("evaluation.py", "--model_path", place.root / "none.pth.tar")
+    assert message == f"{place.root / 'none.pth.tar'}: no such checkpoint"
+
+
+def test_an_error_in_a_worker_process_is_the_same_one_line(place):
+    place.change("train_ims.npy", lambda ims: ims[7, 3].fill(np.nan))
+    message = place.command("train.py", *flags_of(place.root), "--workers", 2)
+    assert message == f"{place.path('train_ims.npy')}, image 7: NaN or infinite features, expected numbers"
+
+
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_broken_checkpoint(place):
+    """A limit on file sizes stands in for the disk: the checkpoint takes more than 100 kB."""
+    resource = pytest.importorskip("resource", reason="limits on file sizes need a Unix")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    message = place.command("train.py", *flags_of(place.root), preexec_fn=limit)
+    assert str(place.root / "runs" / "checkpoint_0.pth.tar") in message
+
+
+# ---------------------------------------------------------------- features and boxes
+
+
+@pytest.mark.parametrize("name", ["train_ims.npy", "dev_ims.npy", "train_boxes.npy", "dev_boxes.npy", "dev_caps.txt"])
+def test_a_missing_file_is_named(place, name):
+    place.path(name).unlink()
+    assert f"{place.path(name)}: no such file" in place.train()
+
+
+def test_a_missing_data_set_is_named(place):
+    shutil.rmtree(place.folder)
+    assert str(place.folder) in place.train()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 60, 200, 20_000])
+@pytest.mark.parametrize("name", ["train_ims.npy", "dev_boxes.npy"])
+def test_a_truncated_array_is_named(place, name, keep):
+    place.path(name).write_bytes(place.path(name).read_bytes()[:keep])
+    message = place.train()
+    assert str(place.path(name)) in message and "truncated" in message
+
+
+@pytest.mark.parametrize("content", ["pickle", "text", "npz", "object", "strings"])
+def test_an_array_file_that_is_none_is_refused(place, content, tmp_path):
+    trap = tmp_path / "ran"
+    path = place.path("dev_ims.npy")
+    if content == "pickle":
+        path.write_bytes(pickle.dumps(Trap(str(trap))))
+    elif content == "text":
+        path.write_text("1 2 3\n")
+    elif content == "npz":
+        with path.open("wb") as file:
+            np.savez(file, a=np.zeros(3))
+    elif content == "object":
+        np.save(path, np.array([Trap(str(trap))], dtype=object), allow_pickle=True)
+    else:
+        np.save(path, np.array(["a", "b"]))
+    assert str(path) in place.train()
+    assert not trap.exists()
+
+
+def test_counts_of_captions_that_do_not_fit_are_shown(place):
+    write_lines(place.path("train_caps.txt"), random_captions(np.random.default_rng(0), 59))
+    message = place.train()
+    assert "12 images" in message and "59 captions" in message and str(place.path("train")) in message
+
+
+def test_counts_of_boxes_that_do_not_fit_are_shown(place):
+    place.change("train_boxes.npy", lambda boxes: boxes[:11])
+    message = place.train()
+    assert "11" in message and "12" in message and str(place.path("train_boxes.npy")) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [
+        ("train_ims.npy", (12, 36, 24), "16"),
+        ("train_ims.npy", (12, 576), "regions"),
+        ("train_ims.npy", (12, 36, 16, 1), "regions"),
+        ("train_boxes.npy", (12, 35, 31), "36"),
+        ("train_boxes.npy", (12, 36, 4), "30 or 31"),
+        ("dev_boxes.npy", (6, 1080), "30 or 31"),
+    ],
+)
+def test_a_wrong_width_is_shown_with_the_one_expected(place, name, shape, expected):
+    place.change(name, lambda array: np.resize(array, shape))
+    message = place.train()
+    assert str(place.path(name)) in message
+    assert f"found {shape}" in message and expected in message.split("expected")[1]
+
+
+def test_features_of_another_size_than_the_checkpoints_are_shown(place):
+    place.change("test_ims.npy", lambda ims: np.resize(ims, (6, 36, 20)))
+    message = place.evaluate()
+    assert str(place.path("test_ims.npy")) in message and "(6, 36, 20)" in message and "16" in message
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_features_that_are_no_numbers_are_named_by_image(place, value):
+    def spoil(ims):
+        ims[4, 35, 15] = value
+
+    place.change("dev_ims.npy", spoil)
+    assert f"{place.path('dev_ims.npy')}, image 4: NaN or infinite" in place.train()
+    place.change("test_ims.npy", spoil)
+    assert f"{place.path('test_ims.npy')}, image 4: NaN or infinite" in place.evaluate()
+
+
+def test_the_image_is_named_as_the_row_of_the_file_in_files_that_repeat_images(place):
+    """Rows 10 to 14 are image 2: the user must find the broken one."""
+    place.change("test_ims.npy", lambda ims: ims.repeat(5, axis=0))
+    place.change("test_ims.npy", lambda ims: ims[10:15, 0].fill(np.inf))
+    assert re.search(r"test_ims\.npy, (image 2|row 1[0-4])\b", place.evaluate())
+
+
+@pytest.mark.parametrize("cell", [-1, 257, 3.5, np.nan, np.inf])
+def test_a_cell_outside_the_grid_is_named(place, cell):
+    place.change("dev_boxes.npy", lambda boxes: boxes[3, 7, 2:3].fill(cell))
+    message = place.train()
+    assert f"{place.path('dev_boxes.npy')}, image 3, region 7: cell index {cell}" in message
+    assert "0 to 256" in message
+
+
+@pytest.mark.parametrize("weight", [-0.1, np.nan, np.inf])
+def test_a_weight_that_is_none_is_named(place, weight):
+    place.change("dev_boxes.npy", lambda boxes: boxes[5, 0, 20:21].fill(weight))
+    assert "dev_boxes.npy, image 5, region 0: weight" in place.train()
+
+
+# ---------------------------------------------------------------- captions and vocabulary
+
+
+def test_an_empty_caption_is_named_by_line_and_can_be_accepted(place, monkeypatch):
+    captions = random_captions(np.random.default_rng(0), 30)
+    captions[11] = ""
+    write_lines(place.path("dev_caps.txt"), captions)
+    message = place.train()
+    assert f"{place.path('dev_caps.txt')}, line 12: empty caption" in message
+    assert "--allow_empty_captions" in message
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags_of(place.root), "--allow_empty_captions"])
+    train.main()
+    checkpoint = place.root / "runs" / "checkpoint_0.pth.tar"
+    evaluation.evalrank(str(checkpoint), split="dev")
+
+
+def test_captions_that_are_not_utf8_are_named_by_line(place):
+    place.path("dev_caps.txt").write_bytes(b"a man\n" * 20 + "ein Mädchen\n".encode("latin-1") + b"a dog\n" * 9)
+    assert f"{place.path('dev_caps.txt')}, line 21: not UTF-8" in place.train()
+
+
+def test_a_missing_vocabulary_names_the_command_that_makes_it(place):
+    place.vocab.unlink()
+    for message in (place.train(), place.evaluate()):
+        assert str(place.vocab) in message
+        assert f"python vocab.py --data_path DATA_PATH --data_name {NAME}" in message
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"word2idx": 3}', '{"word2idx": {"<pad>": 0}}'])
+def test_a_broken_vocabulary_is_named(place, content):
+    place.vocab.write_text(content)
+    assert str(place.vocab) in place.train()
+
+
+def test_a_vocabulary_that_does_not_fit_the_checkpoint_shows_both_sizes(place):
+    words = len(load_checkpoint(str(place.model))["model"][1]["embed.weight"])
+    place.vocab.write_text('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}}')
+    for message in (place.evaluate(), place.train("--resume", place.model)):
+        assert str(place.model) in message
+        assert f" {words} words" in message and "one of 5" in message
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+class Trap:
+    """Unpickling it leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(place, tmp_path, zipped):
+    trap, path = tmp_path / "ran", tmp_path / "evil.pth.tar"
+    checkpoint = load_checkpoint(str(place.model))
+    torch.save({**checkpoint, "more": Trap(str(trap))}, path, _use_new_zipfile_serialization=zipped)
+    for message in (place.evaluate(model=path), place.train("--resume", path)):
+        assert str(path) in message and "refused" in message
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint\n", b"PK\x03\x04 broken", b"\x80\x02}q\x00", bytes(5000)])
+def test_a_file_that_is_no_checkpoint_is_refused(place, tmp_path, content):
+    path = tmp_path / "other.pth.tar"
+    path.write_bytes(content)
+    assert str(path) in place.evaluate(model=path)
+
+
+def test_a_truncated_checkpoint_is_refused(place, tmp_path):
+    path = tmp_path / "cut.pth.tar"
+    path.write_bytes(place.model.read_bytes()[:20_000])
+    assert str(path) in place.evaluate(model=path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": [{}, {}]},
+        {"model": 3},
+        {"model": None},
+        {"model": [1, 2]},
+        {"opt": {"agg_func": "Mean"}},
+        {"epoch": "first"},
+        {"optimizer": {}},
+        {"optimizer": 3},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_with_other_contents_is_refused(place, tmp_path, changes):
+    path = tmp_path / "other.pth.tar"
+    torch.save({**load_checkpoint(str(place.model)), **changes}, path)
+    assert str(path) in place.train("--resume", path)
+    if "model" in changes or "opt" in changes:
+        assert str(path) in place.evaluate(model=path)
+
+
+@pytest.mark.parametrize("key", ["epoch", "model", "best_rsum", "opt", "Eiters"])
+def test_a_checkpoint_that_lacks_a_part_names_it(place, tmp_path, key):
+    checkpoint = load_checkpoint(str(place.model))
+    del checkpoint[key]
+    path = tmp_path / "part.pth.tar"
+    torch.save(checkpoint, path)
+    assert f"no {key}" in place.evaluate(model=path)
+
+
+def test_a_checkpoint_that_lacks_a_parameter_names_it(place, tmp_path):
+    checkpoint = load_checkpoint(str(place.model))
+    del checkpoint["model"][0]["fc.bias"]
+    path = tmp_path / "part.pth.tar"
+    torch.save(checkpoint, path)
+    message = place.evaluate(model=path)
+    assert str(path) in message and "fc.bias" in message
+
+
+def test_a_bare_state_dict_is_refused(place, tmp_path):
+    path = tmp_path / "state.pth.tar"
+    torch.save(load_checkpoint(str(place.model))["model"][0], path)
+    assert "expected a dict of epoch, model" in place.evaluate(model=path)
+
+
+def test_options_that_lack_a_flag_name_the_checkpoint(place, tmp_path):
+    checkpoint = load_checkpoint(str(place.model))
+    path = tmp_path / "old.pth.tar"
+    for flag in ("embed_size", "data_name", "img_dim", "batch_size"):
+        opt = type(checkpoint["opt"])(**{k: v for k, v in vars(checkpoint["opt"]).items() if k != flag})
+        torch.save({**checkpoint, "opt": opt}, path)
+        message = place.evaluate(model=path)
+        assert str(path) in message and flag in message
+
+
+@pytest.mark.parametrize("flags", ["--embed_size 20", "--position none", "--num_layers 2", "--bi_gru --word_dim 9"])
+def test_resuming_with_other_sizes_is_refused(place, flags):
+    assert str(place.model) in place.train("--resume", place.model, *flags.split())
+
+
+def test_a_checkpoint_to_resume_that_is_not_there_is_named(place):
+    missing = place.root / "gone.pth.tar"
+    assert place.train("--resume", missing) == f"{missing}: no such checkpoint"
+    assert not (place.root / "runs").exists()
+
+
+# ---------------------------------------------------------------- flags and places
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--batch_size 1", "at least 2"),
+        ("--num_epochs 0", "at least 1"),
+        ("--log_step 0", "at least 1"),
+        ("--val_step 0", "at least 1"),
+        ("--lr_update 0", "at least 1"),
+        ("--workers -1", "0 or more"),
+        ("--agg_func Foo", "LogSumExp"),
+        ("--cross_attn both", "t2i"),
+        ("--raw_feature_norm l3norm", "clipped_l2norm"),
+        ("--precomp_enc_type fancy", "weight_norm"),
+        ("--position left", "attention"),
+        ("--device toaster", "toaster"),
+        ("--matmul_precision low", "highest"),
+        ("--num_layers 0", ""),
+        ("--embed_size 0", ""),
+        ("--word_dim 0", ""),
+        ("--learning_rate -1", ""),
+        ("--learning_rate nan", ""),
+        ("--seed 99999999999999999999", ""),
+    ],
+)
+def test_a_flag_with_an_impossible_value_is_named(place, flags, expected):
+    message = place.train(*flags.split())
+    assert flags.split()[0] in message and expected in message, message
+
+
+@pytest.mark.parametrize("flags", ["--learning_rate 1e30", "--learning_rate 1e30 --cross_attn i2t"])
+@pytest.mark.parametrize("loss", ["", "--no_txtnorm --no_imgnorm"])
+def test_training_that_diverges_stops_and_names_the_step(place, flags, loss):
+    message = place.train(*flags.split(), *loss.split())
+    assert re.search(r"epoch 0, step \d", message) and "loss" in message
+
+
+@pytest.mark.parametrize(
+    "flags", ["--batch_size 0", "--batch_size -1", "--fold5", "--split nowhere", "--device toaster"]
+)
+def test_an_evaluation_that_cannot_be_is_refused(place, flags):
+    place.evaluate(*flags.split())
+
+
+def test_a_place_that_cannot_be_written_is_named(place):
+    file = place.root / "a_file"
+    file.write_text("")
+    for flags in (["--model_name", file], ["--model_name", file / "in"], ["--logger_name", file / "log"]):
+        assert str(file) in place.train(*flags)
+    for target in (place.root / "none" / "ranks", file / "ranks", place.root):
+        assert str(target) in place.evaluate("--save_ranks", target)
+    assert file.read_text() == ""

@@ -1,0 +1,367 @@
+"""What load_checkpoint and load_model accept: this code's files, the published code's, and nothing that runs code."""
+
+import io
+import os
+import pickle
+import struct
+import zipfile
+from argparse import Namespace
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_opt
+from hypothesis import given
+from hypothesis import strategies as st
+
+from errors import InputError
+from model import SCAN, load_checkpoint, load_model
+
+KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
+
+
+def make_checkpoint(**flags):
+    """What the published train.py hands to torch.save, for a small untrained model."""
+    opt = make_opt(data_path="./data/", data_name="f30k_precomp", vocab_path="./vocab/", batch_size=4, **flags)
+    torch.manual_seed(0)
+    return {"epoch": 3, "model": SCAN(opt).state_dict(), "best_rsum": 123.4, "opt": opt, "Eiters": 77}
+
+
+def check_model(model, checkpoint):
+    """The model holds the checkpoint's parameters and gives embeddings."""
+    for ours, stored in zip(model.state_dict(), checkpoint["model"], strict=True):
+        assert list(ours) == list(stored)
+        assert all(torch.equal(ours[name], stored[name]) for name in stored)
+        assert all(tensor.device.type == "cpu" for tensor in ours.values())
+    ids = torch.tensor([[1, 7, 2]])
+    image = torch.ones(1, 2, model.opt.img_dim)
+    assert torch.isfinite(model.forward_emb(image, torch.zeros(1, 2, 31), ids, [3])[0]).all()
+
+
+def refused(path):
+    """load_checkpoint's message about path: an InputError of one line that names it."""
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path)
+    message = str(error.value)
+    assert message.startswith(f"{path}: ") and "\n" not in message
+    return message
+
+
+# ---------------------------------------------------------------- files that load
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_both_formats_of_torch_save_load(tmp_path, zipped):
+    checkpoint = make_checkpoint()
+    torch.save(checkpoint, tmp_path / "c.pth.tar", _use_new_zipfile_serialization=zipped)
+    loaded = load_checkpoint(tmp_path / "c.pth.tar")
+    assert [loaded[key] for key in ("epoch", "best_rsum", "Eiters")] == [3, 123.4, 77]
+    assert loaded["opt"].data_name == "f30k_precomp"
+    check_model(load_model(str(tmp_path / "c.pth.tar"), 50), checkpoint)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cuda_storages_load_on_a_cpu(tmp_path, monkeypatch, zipped):
+    checkpoint = make_checkpoint()
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    torch.save(checkpoint, tmp_path / "c.pth.tar", _use_new_zipfile_serialization=zipped)
+    monkeypatch.undo()
+    content = (tmp_path / "c.pth.tar").read_bytes()
+    assert b"cuda:0" in content
+    check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_model_trained_on_cuda_loads_on_a_machine_without(tmp_path):
+    checkpoint = make_checkpoint()
+    checkpoint["opt"].device = "cuda:0"  # what --device said when it was trained
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes what Python 2.7's pickle wrote under protocol 2: byte strings, __builtin__ and copy_reg, long integers.
+
+    Tensors go out as PyTorch 0.3 and 0.4 wrote them, their numbers apart from the pickle.
+    """
+
+    dispatch = dict(pickle._Pickler.dispatch)
+
+    def __init__(self, file, location="cpu", rebuild="_rebuild_tensor_v2"):
+        super().__init__(file, protocol=2)
+        self.storages, self.location, self.rebuild = {}, location, rebuild
+
+    def save_bytes_string(self, text):
+        data = text.encode()
+        head = pickle.SHORT_BINSTRING + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))
+        self.write(head + data)
+        self.memoize(text)
+
+    dispatch[str] = save_bytes_string
+
+    def reducer_override(self, x):
+        if isinstance(x, OrderedDict):  # Python 2 passed the items to the class
+            items = ([[key, value] for key, value in x.items()],)
+            return (OrderedDict, items, vars(x)) if vars(x) else (OrderedDict, items)
+        if isinstance(x, torch.Tensor):
+            sizes = (Long(x.storage_offset()), tuple(map(Long, x.shape)), tuple(map(Long, x.stride())))
+            more = (False, OrderedDict()) if self.rebuild == "_rebuild_tensor_v2" else ()
+            return getattr(torch._utils, self.rebuild), (Storage(x), *sizes, *more)
+        return NotImplemented
+
+    def persistent_id(self, x):
+        if not isinstance(x, Storage):
+            return None
+        key = str(94000000000000 + len(self.storages))
+        self.storages[key] = x.tensor
+        return ("storage", torch.FloatStorage, key, self.location, Long(x.tensor.numel()), None)
+
+    def save_long(self, x):
+        self.write(pickle.LONG1 + b"\x04" + struct.pack("<i", x))
+
+
+class Long(int):
+    """An integer that Python 2 held as a long."""
+
+
+class Storage:
+    def __init__(self, tensor):
+        self.tensor = tensor.contiguous()
+
+
+Python2Pickler.dispatch[Long] = Python2Pickler.save_long
+
+
+def python2_bytes(checkpoint, **how):
+    """The file that torch.save wrote under Python 2.7: five pickles, then the storages."""
+    file = io.BytesIO()
+    sizes = {"short": 2, "int": 4, "long": 4}
+    header = {"protocol_version": 1001, "little_endian": True, "type_sizes": sizes}
+    for value in (0x1950A86A20F9469CFC6C, 1001, header):
+        Python2Pickler(file).dump(value)
+    pickler = Python2Pickler(file, **how)
+    pickler.dump(checkpoint)
+    keys = sorted(pickler.storages)
+    Python2Pickler(file).dump(keys)
+    for key in keys:
+        numbers = pickler.storages[key].numpy()
+        file.write(struct.pack("<q", numbers.size) + numbers.tobytes())
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("rebuild", ["_rebuild_tensor", "_rebuild_tensor_v2"])
+@pytest.mark.parametrize("location", ["cpu", "cuda:0"])
+def test_files_of_python_2_load(tmp_path, location, rebuild):
+    checkpoint = make_checkpoint()
+    content = python2_bytes(checkpoint, location=location, rebuild=rebuild)
+    assert b"U\tdata_name" in content and b"X" + struct.pack("<I", 9) + b"data_name" not in content
+    (tmp_path / "c.pth.tar").write_bytes(content)
+    loaded = load_checkpoint(tmp_path / "c.pth.tar")
+    assert vars(loaded["opt"]) == {**vars(checkpoint["opt"]), "position": "attention"}
+    check_model(load_model(tmp_path / "c.pth.tar", 50), checkpoint)
+
+
+def test_a_file_of_python_2_with_a_long_path_in_its_options_loads(tmp_path):
+    """Python 2 wrote strings of 256 bytes and more under another opcode, BINSTRING."""
+    checkpoint = make_checkpoint()
+    checkpoint["opt"].model_name = "/runs/" + 60 * "name/"
+    (tmp_path / "c.pth.tar").write_bytes(python2_bytes(checkpoint))
+    assert load_checkpoint(tmp_path / "c.pth.tar")["opt"].model_name == checkpoint["opt"].model_name
+
+
+def test_a_python_2_file_may_name_things_of_its_builtin_module(tmp_path):
+    checkpoint = {**make_checkpoint(), "seen": {1, 2}}
+    content = python2_bytes(checkpoint)
+    assert b"c__builtin__\nset\n" in content
+    (tmp_path / "c.pth.tar").write_bytes(content)
+    assert load_checkpoint(tmp_path / "c.pth.tar")["seen"] == {1, 2}
+
+
+@pytest.mark.parametrize("position", ["attention", "area", "none"])
+def test_a_position_that_the_options_lack_is_inferred_from_the_parameters(tmp_path, position):
+    checkpoint = make_checkpoint(position=position)
+    del checkpoint["opt"].position
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    assert load_checkpoint(tmp_path / "c.pth.tar")["opt"].position == position
+    check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
+
+
+@pytest.mark.parametrize("encoder", ["basic", "weight_norm"])
+def test_parameters_that_the_model_does_not_have_are_ignored(tmp_path, encoder):
+    checkpoint = make_checkpoint(precomp_enc_type=encoder)
+    more = {**checkpoint, "optimizer": {"state": {}}, "model": [dict(state) for state in checkpoint["model"]]}
+    for state in more["model"]:
+        state["surplus.weight"] = torch.zeros(3)
+    torch.save(more, tmp_path / "c.pth.tar")
+    check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
+
+
+def test_options_given_to_load_model_replace_the_checkpoints(tmp_path):
+    torch.save(make_checkpoint(), tmp_path / "c.pth.tar")
+    model = load_model(tmp_path / "c.pth.tar", lambda_softmax=4.0)
+    assert model.opt.lambda_softmax == 4.0 and not model.img_enc.training and not model.txt_enc.training
+
+
+# ---------------------------------------------------------------- files that do not fit
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_missing_entry_is_an_error_that_names_it(tmp_path, key):
+    checkpoint = make_checkpoint()
+    del checkpoint[key]
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    assert f"no {key}" in refused(tmp_path / "c.pth.tar")
+
+
+STATES = [SCAN(make_opt(precomp_enc_type=encoder)).state_dict() for encoder in ("basic", "weight_norm")]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "which", "key"),
+    [("basic", which, key) for which in (0, 1) for key in STATES[0][which]]
+    + [("weight_norm", 0, key) for key in ("fc.weight_g", "fc.weight_v")],
+)
+def test_a_missing_parameter_is_an_error_that_names_it_and_the_file(tmp_path, encoder, which, key):
+    checkpoint = make_checkpoint(precomp_enc_type=encoder, position="attention")
+    del checkpoint["model"][which][key]
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    with pytest.raises(InputError) as error:
+        load_model(tmp_path / "c.pth.tar")
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}/c.pth.tar: ") and key in message and "\n" not in message
+
+
+def test_a_parameter_of_another_shape_is_an_error_that_names_it_and_the_file(tmp_path):
+    checkpoint = make_checkpoint()
+    checkpoint["model"][0]["fc.weight"] = torch.zeros(32, 100)
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    with pytest.raises(InputError, match=r"c\.pth\.tar: .*fc\.weight") as error:
+        load_model(tmp_path / "c.pth.tar")
+    assert "\n" not in str(error.value)
+
+
+def test_another_vocabulary_is_an_error_that_names_both_sizes(tmp_path):
+    torch.save(make_checkpoint(), tmp_path / "c.pth.tar")
+    with pytest.raises(InputError, match=r"c\.pth\.tar: made with a vocabulary of 50 words, found one of 51"):
+        load_model(tmp_path / "c.pth.tar", 51)
+
+
+def test_an_option_with_an_unknown_choice_is_an_error_that_names_the_file(tmp_path):
+    torch.save(make_checkpoint(), tmp_path / "c.pth.tar")
+    with pytest.raises(InputError, match=r"c\.pth\.tar: --agg_func Median"):
+        load_model(tmp_path / "c.pth.tar", agg_func="Median")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(3),
+        [1, 2, 3],
+        {},
+        {**make_checkpoint(), "opt": {"margin": 0.2}},
+        {**make_checkpoint(), "model": 7},
+        {**make_checkpoint(), "model": None},
+        {**make_checkpoint(), "model": [1, 2]},
+        {**make_checkpoint(), "model": make_checkpoint()["model"][:1]},
+        {**make_checkpoint(), "model": {"img_enc": {}, "txt_enc": {}}},
+        {**make_checkpoint(), "model": [[], []]},
+    ],
+    ids=["tensor", "list", "empty", "opt_dict", "int", "none", "ints", "one_state", "named_states", "lists"],
+)
+def test_other_things_that_torch_saved_are_refused(tmp_path, value):
+    torch.save(value, tmp_path / "c.pth.tar")
+    refused(tmp_path / "c.pth.tar")
+
+
+# ---------------------------------------------------------------- files that are no checkpoints
+
+
+class Payload:
+    """Its pickle runs a shell command when it is read."""
+
+    def __init__(self, command, call=os.system):
+        self.command, self.call = command, call
+
+    def __reduce__(self):
+        return self.call, (self.command,)
+
+
+@pytest.mark.parametrize("write", ["zip", "legacy", "pickle", "python2"])
+@pytest.mark.parametrize("place", ["whole", "opt", "model", "surplus"])
+def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, write, place):
+    path, marker = tmp_path / "c.pth.tar", tmp_path / "it_ran"
+    payload = Payload(f"touch {marker}")
+    value = payload if place == "whole" else {**make_checkpoint(), place: payload}
+    if write == "pickle":
+        path.write_bytes(pickle.dumps(value))
+    elif write == "python2":
+        path.write_bytes(python2_bytes(value))
+    else:
+        torch.save(value, path, _use_new_zipfile_serialization=write == "zip")
+    message = refused(path)
+    assert "refused" in message or "not a checkpoint" in message
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("call", [eval, exec, __import__, os.listdir, getattr, open])
+def test_no_function_of_python_is_called_by_a_file(tmp_path, call):
+    torch.save({**make_checkpoint(), "opt": Payload("/", call)}, tmp_path / "c.pth.tar")
+    assert "refused" in refused(tmp_path / "c.pth.tar")
+
+
+def test_options_may_not_hide_an_object_of_another_class(tmp_path):
+    checkpoint = make_checkpoint()
+    checkpoint["opt"].logger = np.random.RandomState()
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    assert "refused" in refused(tmp_path / "c.pth.tar")
+
+
+@given(content=st.binary(max_size=400))
+def test_random_bytes_are_refused(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "random.pth.tar"
+    path.write_bytes(content)
+    refused(path)
+
+
+@given(content=st.binary(max_size=60), damage=st.integers(0, 3000))
+def test_damaged_files_are_refused_or_read(tmp_path_factory, content, damage):
+    """Overwrite some bytes of the pickle of a legacy file: whatever it says now, there is no other exception."""
+    path = tmp_path_factory.getbasetemp() / "damaged.pth.tar"
+    whole = bytearray(DAMAGED)
+    whole[damage : damage + len(content)] = content
+    path.write_bytes(whole)
+    try:
+        load_model(path)
+    except InputError as error:
+        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
+
+
+DAMAGED = python2_bytes(make_checkpoint(embed_size=4, img_dim=4, word_dim=4))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.9999])
+def test_truncated_files_are_refused(tmp_path, zipped, share):
+    path = tmp_path / "c.pth.tar"
+    torch.save(make_checkpoint(), path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    refused(path)
+
+
+def test_a_zip_file_of_something_else_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "c.pth.tar", "w") as file:
+        file.writestr("readme.txt", "not a checkpoint")
+    refused(tmp_path / "c.pth.tar")
+
+
+def test_a_folder_and_a_missing_file_are_no_checkpoints(tmp_path):
+    assert refused(tmp_path).endswith("no such checkpoint")
+    assert refused(tmp_path / "missing").endswith("no such checkpoint")
+
+
+def test_loading_allows_no_more_classes_than_before(tmp_path):
+    """The Namespace is allowed for this one call: other torch.load calls of the process are as strict as ever."""
+    torch.save(make_checkpoint(), tmp_path / "c.pth.tar")
+    load_checkpoint(tmp_path / "c.pth.tar")
+    assert Namespace not in torch.serialization.get_safe_globals()

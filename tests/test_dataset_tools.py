@@ -1,0 +1,547 @@
+"""From public data to a dataset folder: TSV, boxes, align, captions, check; restarts and half files."""
+
+import base64
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from folders import make_folder, write_lines
+
+from data import PrecompDataset
+from errors import InputError
+from position import position_grid
+from vocab import deserialize_vocab
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "scripts"))
+
+from array_files import ArrayFile, ArrayReader
+from dataset_files import Problems, SplitWriter, key, read_ids
+from json_stream import json_items
+
+R, D = 36, 8
+
+
+def tool(name, *args, **more):
+    path = ROOT / ("position.py" if name == "position" else f"scripts/{name}.py")
+    return subprocess.run(
+        [sys.executable, path, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=ROOT, **more
+    )
+
+
+def ok(name, *args):
+    done = tool(name, *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fails(name, *args):
+    """What a tool that stops with one line says."""
+    done = tool(name, *args)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def picture(rng, n=R, width=500, height=375):
+    """Boxes (n, 4) in a picture of that size, and features (n, D)."""
+    low = rng.random((n, 2)) * [width * 0.6, height * 0.6]
+    boxes = np.concatenate([low, low + 10 + rng.random((n, 2)) * [width * 0.3, height * 0.3]], 1)
+    return boxes.astype("<f4"), rng.standard_normal((n, D)).astype("<f4")
+
+
+def tsv_line(image_id, boxes, features, width=500, height=375, *more):
+    data = [base64.b64encode(np.ascontiguousarray(x, "<f4")).decode() for x in (boxes, features, *more)]
+    return "\t".join(map(str, (image_id, width, height, len(boxes), *data)))
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Two TSV parts with pictures 10…15 and 99 (of no list), an id list each for train and test; {id: picture}."""
+    rng = np.random.default_rng(0)
+    pictures = {i: picture(rng) for i in (*range(10, 16), 99)}
+    lines = {i: tsv_line(i, *pictures[i]) for i in pictures}
+    write_lines(tmp_path / "a.tsv", [lines[i] for i in (12, 99, 10)])
+    write_lines(tmp_path / "b.tsv", [lines[i] for i in (15, 11, 14, 13)])
+    write_lines(tmp_path / "train.txt", [10, 11, 12, 13])
+    write_lines(tmp_path / "test.txt", ["15.jpg", "COCO_val2014_000000000014.jpg"])
+    return pictures
+
+
+def tsv_args(folder, *more):
+    return (
+        folder / "a.tsv", folder / "b.tsv", "--out", folder / "out", "--img_dim", D,
+        "--ids", f"train={folder}/train.txt", f"test={folder}/test.txt", *more,
+    )  # fmt: skip
+
+
+def no_leftovers(folder):
+    return not [path.name for path in folder.iterdir() if path.name.endswith((".part", "_commit"))]
+
+
+# ---------------------------------------------------------------- TSV
+
+
+def test_tsv_parts_become_a_dataset_in_the_order_of_the_id_lists(tmp_path, parts):
+    out = ok("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "1 of other pictures" in out and "train: 4 of 4" in out
+    for split, ids in (("train", (10, 11, 12, 13)), ("test", (15, 14))):
+        images, boxes = (np.load(tmp_path / f"out/{split}_{name}.npy") for name in ("ims", "boxes"))
+        assert images.dtype == boxes.dtype == np.float32
+        np.testing.assert_array_equal(images, [parts[i][1] for i in ids])
+        np.testing.assert_array_equal(
+            boxes, position_grid(np.stack([parts[i][0] for i in ids]), [[375, 500]] * len(ids))
+        )
+    assert (tmp_path / "out/test_ids.txt").read_text() == "15.jpg\nCOCO_val2014_000000000014.jpg\n"
+    assert no_leftovers(tmp_path / "out")
+
+
+def test_a_second_run_leaves_finished_files_alone_and_other_settings_need_overwrite(tmp_path, parts):
+    ok("tsv_to_dataset", *tsv_args(tmp_path))
+    before = os.stat(tmp_path / "out/train_ims.npy")
+    assert "train: there already" in ok("tsv_to_dataset", *tsv_args(tmp_path))
+    after = os.stat(tmp_path / "out/train_ims.npy")
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert "--overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path, "--float16"))
+    ok("tsv_to_dataset", *tsv_args(tmp_path, "--float16", "--overwrite"))
+    halves = np.load(tmp_path / "out/train_ims.npy")
+    assert halves.dtype == np.float16
+    np.testing.assert_allclose(halves, [parts[i][1] for i in (10, 11, 12, 13)], rtol=1e-3, atol=1e-3)
+
+
+def test_bad_lines_are_listed_by_line_and_fail_the_run_unless_skipped(tmp_path, parts):
+    boxes, features = parts[13]
+    reversed_boxes = boxes[:, [2, 3, 0, 1]]
+    nan = features.copy()
+    nan[3, 2] = np.nan
+    write_lines(
+        tmp_path / "b.tsv",
+        [
+            tsv_line(15, *parts[15]),
+            tsv_line(10, *parts[10]),  # doubled
+            tsv_line(11, parts[11][0], nan),
+            tsv_line(13, reversed_boxes, features),
+            "14\t500\t375",
+        ],
+    )
+    write_lines(tmp_path / "out_caps.txt", [])
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "3 malformed" in message and "1 doubled" in message and "--skip_bad" in message
+    listed = (tmp_path / "out/tsv_problems.txt").read_text().splitlines()
+    where = str(tmp_path / "b.tsv")
+    assert [line for line in listed if line.startswith(f"{where}, line 2: doubled: id 10")]
+    assert [line for line in listed if line.startswith(f"{where}, line 3: malformed") and "NaN" in line]
+    assert [line for line in listed if line.startswith(f"{where}, line 4: malformed") and "reversed" in line]
+    assert [line for line in listed if line.startswith(f"{where}, line 5: malformed") and "3 fields" in line]
+    assert not (tmp_path / "out/train_ims.npy").exists()
+    ok("tsv_to_dataset", *tsv_args(tmp_path, "--skip_bad"))
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [parts[i][1] for i in (10, 12)])
+    assert (tmp_path / "out/train_ids.txt").read_text() == "10\n12\n"
+
+
+def test_missing_and_doubled_ids_of_a_list_are_named(tmp_path, parts):
+    write_lines(tmp_path / "train.txt", [10, 11, 12, 777, 11, 13])
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "1 doubled" in message and "1 missing" in message
+    listed = (tmp_path / "out/tsv_problems.txt").read_text()
+    assert "train.txt, line 5: doubled: id 11 stands in line 2" in listed and "train, id 777: missing" in listed
+
+
+def test_skipping_pictures_takes_their_captions_along(tmp_path, parts):
+    (tmp_path / "out").mkdir()
+    write_lines(tmp_path / "out/train_ids.txt", [10, 11, 777, 13])
+    write_lines(tmp_path / "out/train_caps.txt", [f"{i} {j}" for i in (10, 11, 777, 13) for j in range(5)])
+    ok("tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D,
+       "--skip_bad")  # fmt: skip
+    lines = (tmp_path / "out/train_caps.txt").read_text().splitlines()
+    assert lines == [f"{i} {j}" for i in (10, 11, 13) for j in range(5)]
+    assert np.load(tmp_path / "out/train_ims.npy").shape == (3, R, D)
+    assert "there already" in ok("tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out",
+                                 "--img_dim", D)  # fmt: skip
+
+
+@pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
+def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
+    rng = np.random.default_rng(1)
+    many, few = picture(rng, 50), picture(rng, 10)
+    scores = rng.random(50)
+    fields = "image_id,image_w,image_h,num_boxes,boxes,features,objects_conf"
+    write_lines(tmp_path / "t.tsv", [tsv_line(1, *many, 500, 375, scores), tsv_line(2, *few, 500, 375, np.ones(10))])
+    out = ok("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "out", "--all", "train", "--img_dim", D,
+             "--regions", regions, "--n_regions", n, "--fields", fields)  # fmt: skip
+    assert "padded" in out
+    images, boxes = (np.load(tmp_path / f"out/train_{name}.npy") for name in ("ims", "boxes"))
+    best = np.argsort(-scores.astype("<f4"), kind="stable")[:36] if regions == "best" else np.arange(50)
+    np.testing.assert_array_equal(images[0, :kept], many[1][best])
+    np.testing.assert_array_equal(images[1, :10], few[1])
+    assert (images[1, 10:] == 0).all() and (boxes[1, 10:, :15] == 256).all() and (boxes[1, 10:, 15:] == 0).all()
+    assert "36 (--regions fixed)" in (
+        fails("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "o2", "--all", "train", "--img_dim", D,
+              "--fields", fields) and (tmp_path / "o2/tsv_problems.txt").read_text()
+    )  # fmt: skip
+
+
+def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
+    rng = np.random.default_rng(2)
+    pictures = [picture(rng) for _ in range(40)]
+    lines = [tsv_line(i, *pictures[i]) for i in range(40)]
+    fifo = tmp_path / "t.tsv"
+    os.mkfifo(fifo)
+    write_lines(tmp_path / "train.txt", range(40))
+    code = "import dataset_files, errors, tsv_to_dataset; dataset_files.SYNC_SECONDS = 0; errors.run(tsv_to_dataset.main)"
+    args = ["t.tsv", "--out", "out", "--ids", "train=train.txt", "--img_dim", str(D)]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.argv[0] = 't'; import os; "
+                              "os.path.isfile = os.path.exists; " + code, *args], cwd=tmp_path, env=env,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
+    with open(fifo, "w") as pipe:
+        pipe.write("\n".join(lines[:25]) + "\n")
+        pipe.flush()
+        state = tmp_path / "out/train_state.part"
+        until = time.monotonic() + 60
+        while time.monotonic() < until and child.poll() is None:
+            if state.exists() and state.read_bytes().split(b"\n", 1)[-1].count(1) == 25:
+                break
+            time.sleep(0.05)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    assert child.stderr.read().count("Traceback") == 0
+    assert state.read_bytes().split(b"\n", 1)[-1].count(1) == 25
+    assert not list((tmp_path / "out").glob("*.npy")) and not (tmp_path / "out/train_ids.txt").exists()
+    fifo.unlink()
+    # what the first run wrote is not read again: other numbers for it do not show
+    other = [tsv_line(i, pictures[0][0], pictures[0][1]) for i in range(25)]
+    size = 0  # the killed run saw a pipe, of size 0
+    write_lines(fifo, other + lines[25:])
+    state_head = json.loads(state.read_bytes().split(b"\n", 1)[0])
+    assert state_head["inputs"] == [["t.tsv", size]]
+    body = state.read_bytes().split(b"\n", 1)[1]
+    state_head["inputs"] = [["t.tsv", fifo.stat().st_size]]
+    state.write_bytes(json.dumps(state_head).encode() + b"\n" + body)
+    done = subprocess.run([sys.executable, ROOT / "scripts/tsv_to_dataset.py", *args], cwd=tmp_path, check=True)
+    assert done.returncode == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [features for _, features in pictures])
+    assert no_leftovers(tmp_path / "out")
+
+
+def test_a_run_stopped_while_it_renamed_is_completed(tmp_path, monkeypatch):
+    arrays = {"ims": ((2,), np.float32), "boxes": ((3,), np.float32)}
+
+    def start():
+        return SplitWriter(tmp_path, "train", ["a", "b"], arrays, {"tool": "test"})
+
+    class Killed(BaseException):
+        pass
+
+    replace, calls = os.replace, []
+
+    def dies(source, target):
+        calls.append(target)
+        if str(target).endswith("train_boxes.npy"):
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dies)
+    writer = start()
+    for row in range(2):
+        writer.write(row, ims=np.full(2, row), boxes=np.full(3, row))
+    with pytest.raises(Killed):
+        writer.finish()
+    monkeypatch.undo()
+    assert not (tmp_path / "train_boxes.npy").exists()
+    writer.state.close()  # as the end of the process does
+    assert start().finished
+    np.testing.assert_array_equal(np.load(tmp_path / "train_boxes.npy"), [[0] * 3, [1] * 3])
+    assert no_leftovers(tmp_path)
+
+
+def test_two_runs_do_not_write_one_split_at_once(tmp_path):
+    arrays = {"ims": ((2,), np.float32)}
+    with SplitWriter(tmp_path, "train", ["a"], arrays, {}), pytest.raises(InputError, match="another run"):
+        SplitWriter(tmp_path, "train", ["a"], arrays, {})
+
+
+def test_files_of_others_are_not_replaced(tmp_path):
+    np.save(tmp_path / "train_ims.npy", np.zeros((1, 2), np.float32))
+    with pytest.raises(InputError, match="--overwrite"):
+        SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, {})
+
+
+def test_memory_stays_small_while_gigabytes_are_written(tmp_path):
+    """2 GB of rows in a sparse file: the process grows by a few MB."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    file = ArrayFile(str(tmp_path / "x.npy"), 7000, (R, 2048), np.float32)
+    row = np.ones((1, R, 2048), np.float32)
+    for i in range(0, 7000, 100):
+        file.write(i, row)
+    file.commit()
+    reader = ArrayReader(str(tmp_path / "x.npy"))
+    assert reader.shape == (7000, R, 2048) and (reader.read(6900) == 1).all() and (reader.read(6999) == 0).all()
+    assert np.load(tmp_path / "x.npy", mmap_mode="r")[100, 5, 7] == 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB
+
+
+def test_ids_of_one_picture_meet_and_repeated_lists_shrink(tmp_path):
+    assert key("COCO_val2014_000000000042.jpg") == key("42") == key("00042.png") == "42"
+    assert key("a.b.jpeg") == "a.b" and key("0") == "0" and key("dog_007") == "dog_007"
+    write_lines(tmp_path / "ids.txt", [7, 7, 8, 8])
+    problems = Problems(str(tmp_path / "problems.txt"))
+    assert read_ids(str(tmp_path / "ids.txt"), problems) == ["7", "8"] and not problems.total
+
+
+# ---------------------------------------------------------------- position.py
+
+
+def test_boxes_of_arrays_become_grids(tmp_path):
+    rng = np.random.default_rng(3)
+    boxes = np.stack([picture(rng)[0] for _ in range(5)])
+    boxes[2, 4, 2:] = boxes[2, 4, :2]  # no area
+    sizes = np.tile([375, 500], (5, 1))
+    expected = position_grid(boxes, sizes)
+    np.savez(tmp_path / "b.npz", boxes=boxes, image_h=sizes[:, 0], image_w=sizes[:, 1])
+    assert "1 boxes without area" in ok("position", tmp_path / "b.npz", "--out", tmp_path / "npz.npy")
+    np.save(tmp_path / "b.npy", boxes)
+    np.save(tmp_path / "s.npy", sizes)
+    ok("position", tmp_path / "b.npy", "--sizes", tmp_path / "s.npy", "--out", tmp_path / "npy.npy")
+    ok("position", tmp_path / "b.npy", "--sizes", "375x500", "--out", tmp_path / "one.npy")
+    xywh = boxes.copy()
+    xywh[..., 2:] -= xywh[..., :2]
+    np.save(tmp_path / "w.npy", xywh.astype(np.float64))
+    ok("position", tmp_path / "w.npy", "--sizes", "375x500", "--xywh", "--out", tmp_path / "xywh.npy")
+    for name in ("npz", "npy", "one"):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{name}.npy"), expected)
+    np.testing.assert_allclose(np.load(tmp_path / "xywh.npy")[..., 15:], expected[..., 15:], atol=1e-4)
+    assert "there already" in ok("position", tmp_path / "b.npz", "--out", tmp_path / "npz.npy")
+
+
+def test_a_bad_box_is_named_and_nothing_written(tmp_path):
+    boxes = np.zeros((1500, 2, 4), np.float32)
+    boxes[1400, 1] = [5, 5, 2, 9]
+    np.save(tmp_path / "b.npy", boxes)
+    message = fails("position", tmp_path / "b.npy", "--sizes", "9x9", "--out", tmp_path / "o.npy")
+    assert "picture 1400, box 1" in message and "reversed" in message
+    assert not (tmp_path / "o.npy").exists()
+    assert "--sizes" in fails("position", tmp_path / "b.npy", "--out", tmp_path / "o.npy")
+
+
+def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 200} for i in (5, 6, 7)]
+    annotations = [{"image_id": i, "bbox": [i, 2 * j, 50, 40]} for j in range(3) for i in (7, 5, 6)]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"info": {"x": [1]}, "annotations": annotations, "images": images}))
+    write_lines(tmp_path / "ids.txt", ["7", "5.jpg"])
+    out = ok("position", path, "--ids", tmp_path / "ids.txt", "--n_regions", 4, "--out", tmp_path / "o.npy")
+    assert "2 regions padded in 2 pictures" in out
+    boxes = [[[i, 2 * j, i + 50, 2 * j + 40] for j in range(3)] + [[0] * 4] for i in (7, 5)]
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid(boxes, [[100, 200]] * 2))
+    assert "more than 2 boxes" in fails("position", path, "--n_regions", 2, "--out", tmp_path / "o2.npy")
+    path.write_text(path.read_text()[:-30])
+    assert "JSON" in fails("position", path, "--out", tmp_path / "o3.npy")
+
+
+def test_json_is_read_item_by_item_whatever_the_chunks(tmp_path, monkeypatch):
+    import json_stream
+
+    value = {"info": {"é": "ü" * 30}, "images": [{"id": 123456, "x": [1.5, "ß\\\""]}, {"id": 7}], "more": 12, "e": []}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+    for chunk in (1, 2, 3, 7, 1000):
+        monkeypatch.setattr(json_stream, "CHUNK", chunk)
+        assert list(json_items(str(path), "images")) == [("images", item) for item in value["images"]]
+
+
+# ---------------------------------------------------------------- align
+
+
+def folders_to_align(tmp_path, order, ids=True):
+    """scan/ (features, captions) and pfan/ (grids, captions) of the same pictures in another order; the grids."""
+    make_folder(tmp_path, "scan", {"train": 9, "dev": 4}, img_dim=D)
+    data = tmp_path / "data"
+    (data / "pfan").mkdir()
+    grids = {}
+    for split in ("train", "dev"):
+        n = 9 if split == "train" else 4
+        perm = np.random.default_rng(order).permutation(n)
+        grids[split] = np.load(data / f"scan/{split}_boxes.npy")
+        os.remove(data / f"scan/{split}_boxes.npy")
+        lines = (data / f"scan/{split}_caps.txt").read_text().splitlines()
+        lines = [f"{line} {split} {i // 5}" for i, line in enumerate(lines)]
+        write_lines(data / f"scan/{split}_caps.txt", lines)
+        write_lines(data / f"scan/{split}_ids.txt", [f"{split}{i}" for i in range(n)])
+        np.save(data / f"pfan/{split}_boxes.npy", grids[split][perm])
+        moved = [lines[5 * i + j].upper().replace(" .", "") for i in perm for j in (4, 2, 0, 1, 3)]
+        write_lines(data / f"pfan/{split}_caps.txt", moved)
+        if ids:
+            write_lines(data / f"pfan/{split}_ids.txt", [f"{split}{i}.jpg" for i in perm])
+    return data, grids
+
+
+def align(data, *more):
+    return ("align", "--reference", data / "scan", "--source", data / "pfan", *more)
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_positions_are_put_in_the_order_of_the_features(tmp_path, ids):
+    data, grids = folders_to_align(tmp_path, 1, ids)
+    out = ok(*align(data, "--out", data / "scan"))
+    assert "9 of 9 paired; captions agree in 9 of 9" in out and f"by {'ids' if ids else 'captions'}" not in out
+    for split in grids:
+        np.testing.assert_array_equal(np.load(data / f"scan/{split}_boxes.npy"), grids[split])
+    assert "there already" in ok(*align(data, "--out", data / "scan"))
+
+
+def test_ids_that_mean_other_pictures_are_found_out_by_the_captions(tmp_path):
+    data, grids = folders_to_align(tmp_path, 1)
+    write_lines(data / "pfan/train_ids.txt", [f"train{i}" for i in range(9)])
+    assert "--by captions" in fails(*align(data, "--out", data / "out"))
+    assert not list((data / "out").glob("*.npy"))
+    ok(*align(data, "--out", data / "out", "--by", "captions"))
+    np.testing.assert_array_equal(np.load(data / "out/train_boxes.npy"), grids["train"])
+
+
+def test_what_has_no_partner_is_named_and_can_be_left_out(tmp_path):
+    data, grids = folders_to_align(tmp_path, 2, ids=False)
+    lines = (data / "scan/train_caps.txt").read_text().splitlines()
+    lines[5:10] = ["no such picture"] * 5  # all five
+    lines[10] = "one caption differs"
+    write_lines(data / "scan/train_caps.txt", lines)
+    message = fails(*align(data, "--out", data / "out"))
+    assert "1 without a partner" in message
+    assert "train, picture 1 (id train1)" in (data / "out/align_problems.txt").read_text()
+    assert "another folder" in fails(*align(data, "--out", data / "scan", "--skip_bad"))
+    ok(*align(data, "--out", data / "out", "--skip_bad"))
+    kept = [0, 2, 3, 4, 5, 6, 7, 8]
+    np.testing.assert_array_equal(np.load(data / "out/train_boxes.npy"), grids["train"][kept])
+    np.testing.assert_array_equal(np.load(data / "out/train_ims.npy"), np.load(data / "scan/train_ims.npy")[kept])
+    assert (data / "out/train_caps.txt").read_text().splitlines() == [lines[5 * i + j] for i in kept for j in range(5)]
+
+
+# ---------------------------------------------------------------- captions
+
+
+def karpathy(path, coco):
+    images = []
+    for i, (split, k) in enumerate([("train", 5), ("restval", 6), ("val", 5), ("test", 5), ("test", 5), ("train", 4)]):
+        sentences = [{"raw": f"Caption {i} {j} é.\n", "tokens": ["x"]} for j in range(k)]
+        images.append({"filename": f"COCO_val2014_{i:012}.jpg" if coco else f"{i}00.jpg", "split": split,
+                       "sentences": sentences, **({"cocoid": i} if coco else {})})  # fmt: skip
+    path.write_text(json.dumps({"dataset": "x", "images": images}))
+
+
+def test_karpathy_splits(tmp_path):
+    karpathy(tmp_path / "coco.json", True)
+    out = ok("captions_to_dataset", "--karpathy", tmp_path / "coco.json", "--out", tmp_path / "c", "--test_images", 1)
+    assert "1 with more than 5 captions" in out and "1 with fewer than 5 captions" in out
+    read = {p.name: p.read_text().splitlines() for p in (tmp_path / "c").glob("*.txt")}
+    assert read["train_ids.txt"] == ["0", "1"] and read["dev_ids.txt"] == ["2"]
+    assert read["testall_ids.txt"] == ["3", "4"] and read["test_ids.txt"] == ["3"]
+    assert read["train_caps.txt"] == [f"Caption {i} {j} é." for i in (0, 1) for j in range(5)]
+    assert read["caption_problems.txt"] == [
+        "1: with more than 5 captions: the first 5 of 6 are kept", "5: with fewer than 5 captions: 4; left out"
+    ]  # fmt: skip
+    karpathy(tmp_path / "f30k.json", False)
+    ok("captions_to_dataset", "--karpathy", tmp_path / "f30k.json", "--out", tmp_path / "f")
+    assert (tmp_path / "f/test_ids.txt").read_text() == "300.jpg\n400.jpg\n"
+    assert not (tmp_path / "f/testall_ids.txt").exists()
+
+
+def test_official_coco_captions(tmp_path):
+    for name, ids in (("train", (7, 3)), ("val", (9,))):
+        annotations = [{"id": 10 * i + j, "image_id": i, "caption": f"{i} {j}"} for j in (4, 1, 3, 2, 5) for i in ids]
+        value = {"images": [{"id": i} for i in ids], "annotations": annotations}
+        (tmp_path / f"captions_{name}.json").write_text(json.dumps(value))
+    files = [tmp_path / f"captions_{name}.json" for name in ("train", "val")]
+    write_lines(tmp_path / "tr.txt", ["COCO_train2014_000000000009.jpg", "7"])
+    write_lines(tmp_path / "de.txt", ["3"])
+    ok("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o", "--ids", f"train={tmp_path}/tr.txt",
+       f"dev={tmp_path}/de.txt")  # fmt: skip
+    assert (tmp_path / "o/train_caps.txt").read_text().splitlines() == [f"{i} {j}" for i in (9, 7) for j in range(1, 6)]
+    assert "--ids" in fails("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o")
+    write_lines(tmp_path / "de.txt", ["3", "444"])
+    assert "1 without captions" in fails(
+        "captions_to_dataset", "--coco", *files, "--out", tmp_path / "o", "--ids", f"dev={tmp_path}/de.txt"
+    )
+
+
+def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
+    write_lines(tmp_path / "caps.tsv", [f"{i}.jpg#{j}\tcaption {i} {j}" for i in range(6) for j in range(5)])
+    args = ("captions_to_dataset", "--tsv", tmp_path / "caps.tsv", "--out", tmp_path / "o")
+    ok(*args, "--sizes", "dev=1", "test=2", "--seed", 1)
+    splits = {s: (tmp_path / f"o/{s}_ids.txt").read_text().split() for s in ("train", "dev", "test")}
+    assert [len(ids) for ids in splits.values()] == [3, 1, 2] and len({i for s in splits.values() for i in s}) == 6
+    for split, ids in splits.items():
+        lines = (tmp_path / f"o/{split}_caps.txt").read_text().splitlines()
+        assert lines == [f"caption {i[:-4]} {j}" for i in ids for j in range(5)]
+        np.save(tmp_path / f"o/{split}_ims.npy", np.zeros((len(ids), R, D), np.float32))
+    ok(*args, "--sizes", "dev=1", "test=2", "--seed", 1)
+    assert "another order" in fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2) or "in the order" in fails(
+        *args, "--sizes", "dev=1", "test=2", "--seed", 2
+    )
+    write_lines(tmp_path / "caps.tsv", ["no tab here"])
+    assert "no picture has 5 captions" in fails(*args, "--split", "train")
+
+
+# ---------------------------------------------------------------- check
+
+
+def break_folder(folder, what):
+    images, boxes = (np.load(folder / f"train_{name}.npy") for name in ("ims", "boxes"))
+    captions = (folder / "train_caps.txt").read_text().splitlines()
+    if what == "NaN features":
+        images[3, 2, 1] = np.nan
+    elif what == "cell indices":
+        boxes[2, 1, 3] = 257
+    elif what == "weights":
+        boxes[2, 1, 20] = -0.5
+    elif what == "regions":
+        boxes = boxes[:, :-1]
+    elif what == "multiple":
+        captions = captions[:-1]
+    elif what == "empty":
+        captions[7] = ""
+    elif what == "30 or 31":
+        boxes = boxes[..., :29]
+    np.save(folder / "train_ims.npy", images)
+    np.save(folder / "train_boxes.npy", boxes)
+    write_lines(folder / "train_caps.txt", captions)
+
+
+FAULTS = ("NaN features", "cell indices", "weights", "regions", "multiple", "empty", "30 or 31")
+
+
+@pytest.mark.parametrize("what", FAULTS)
+def test_check_finds_what_training_would_stumble_over(tmp_path, what):
+    data_path, vocab_path = make_folder(tmp_path)
+    folder = Path(data_path) / "toy_precomp"
+    break_folder(folder, what)
+    done = tool("check_data", folder, "--vocab_path", vocab_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("WRONG") and what.split()[0] in line]
+    vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
+    with pytest.raises(InputError):
+        PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
+
+
+def test_check_says_what_is_there(tmp_path):
+    data_path, vocab_path = make_folder(tmp_path)
+    folder = Path(data_path) / "toy_precomp"
+    done = tool("check_data", folder, "--vocab_path", vocab_path)
+    assert done.returncode == 0 and "ready to train" in done.stdout, done.stdout
+    assert "(12, 36, 16)" in done.stdout and "5 captions an image" in done.stdout and "--img_dim 16" in done.stdout
+    assert "vocab.py" in tool("check_data", folder, "--vocab_path", tmp_path).stdout
+    os.remove(folder / "dev_ims.npy")
+    done = tool("check_data", folder, "--vocab_path", vocab_path)
+    assert done.returncode == 1 and "dev_ims.npy: no such file" in done.stdout
+    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("name", ["tsv_to_dataset", "align", "captions_to_dataset", "check_data", "position",
+                                  "extract_features"])  # fmt: skip
+def test_every_tool_shows_an_example(name):
+    assert "example: python " in ok(name, "--help")

@@ -1,0 +1,221 @@
+"""The demo dataset: f30k_precomp's files, features from pixels alone, true captions, the same bytes for a seed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]
+import make_demo_data as demo  # noqa: E402
+
+from position import position_grid  # noqa: E402
+
+COUNTS = {"train": 24, "dev": 8, "test": 12}
+
+
+def make(path, *flags):
+    command = [sys.executable, "scripts/make_demo_data.py", "--data_path", str(path), "--data_name", "d"]
+    command += [word for split, n in COUNTS.items() for word in (f"--{split}", str(n))]
+    return subprocess.run(command + list(flags), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def contents(path):
+    return {os.path.relpath(os.path.join(folder, name), path): open(os.path.join(folder, name), "rb").read()
+            for folder, _, names in os.walk(path) for name in names}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo")
+    result = make(path, "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    return path / "d"
+
+
+def lines(path):
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def scenes_of(made, split):
+    return json.loads((made / f"{split}_scenes.json").read_text())
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_files_have_the_format_of_f30k_precomp(made, split):
+    n = COUNTS[split]
+    features, grids = np.load(made / f"{split}_ims.npy"), np.load(made / f"{split}_boxes.npy")
+    boxes = np.load(made / f"{split}_pixel_boxes.npy")
+    assert (features.dtype, features.shape) == (np.float32, (n, 36, demo.IMG_DIM))
+    assert (grids.dtype, grids.shape) == (np.float32, (n, 36, 31))
+    assert (boxes.dtype, boxes.shape) == (np.float32, (n, 36, 4))
+    assert (boxes[..., :2] >= 0).all() and (boxes[..., 2:] <= (demo.WIDTH, demo.HEIGHT)).all()
+    np.testing.assert_array_equal(grids, position_grid(boxes, np.tile([demo.HEIGHT, demo.WIDTH], (n, 1))))
+    captions, ids = lines(made / f"{split}_caps.txt"), lines(made / f"{split}_ids.txt")
+    assert len(captions) == 5 * n and all(captions)
+    assert all(len(set(captions[i:i + 5])) == 5 for i in range(0, 5 * n, 5))
+    assert ids == [scene["id"] for scene in scenes_of(made, split)]
+    pictures = [] if split == "train" else [f"{i}.png" for i in ids]
+    folder = made / f"{split}_images"
+    assert sorted(pictures) == sorted(os.listdir(folder) if folder.exists() else [])
+
+
+def test_features_are_those_of_the_pictures_pixels(made):
+    features, boxes = np.load(made / "test_ims.npy"), np.load(made / "test_pixel_boxes.npy")
+    for i, name in enumerate(lines(made / "test_ids.txt")):
+        picture = np.asarray(Image.open(made / "test_images" / f"{name}.png"))
+        assert picture.shape == (demo.HEIGHT, demo.WIDTH, 3)
+        np.testing.assert_array_equal(demo.region_features(picture, boxes[i]), features[i])
+    assert (features >= 0).all() and np.isfinite(features).all()
+
+
+def test_a_feature_does_not_know_where_its_crop_lies():
+    rng = np.random.default_rng(0)
+    crop = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)
+    picture = rng.integers(0, 256, (demo.HEIGHT, demo.WIDTH, 3), dtype=np.uint8)
+    corners = [(0, 0), (100, 120), (demo.WIDTH - 40, demo.HEIGHT - 50)]
+    for x, y in corners:
+        picture[y:y + 50, x:x + 40] = crop
+    first, *others = demo.region_features(picture, [(x, y, x + 40, y + 50) for x, y in corners])
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+def test_a_seed_gives_the_same_bytes_with_any_number_of_processes(made, tmp_path):
+    assert make(tmp_path, "--workers", "3").returncode == 0
+    assert contents(tmp_path / "d") == contents(made)
+
+
+def test_another_seed_gives_other_data(made, tmp_path):
+    assert make(tmp_path, "--seed", "1").returncode == 0
+    first, second = contents(made), contents(tmp_path / "d")
+    assert first.keys() == second.keys()
+    assert {name for name in first if first[name] == second[name]} == {f"{split}_ids.txt" for split in COUNTS}
+
+
+def test_groups_show_the_same_shapes_in_different_places(made):
+    groups = {}
+    for scene in scenes_of(made, "test"):
+        groups.setdefault(scene["group"], []).append(scene)
+    assert [len(group) for group in groups.values()] == [5, 5, 2]
+    for group in groups.values():
+        shown = {tuple((o["colour"], o["kind"], o["size"], *o["rgb"]) for o in s["objects"]) for s in group}
+        assert len(shown) == len({(s["background"], s["lightness"]) for s in group}) == 1
+        placed = {tuple(tuple(o["place"]) for o in s["objects"]) for s in group}
+        assert len(placed) == len(group)
+    mirrored = [(g[0], s) for g in groups.values() for s in g if s["arrangement"] == "mirror"]
+    assert mirrored
+    for first, mirror in mirrored:
+        for a, b in zip(first["objects"], mirror["objects"], strict=True):
+            assert b["centre"] == [demo.WIDTH - a["centre"][0], a["centre"][1]]
+
+
+# What captions say, read back from their text
+
+WORDS = {"colour": {w: names[0] for names in demo.COLOURS for w in names},
+         "kind": {w: names[0] for names in demo.KINDS for w in names},
+         "size": {w: names[0] for names in demo.SIZES for w in names}}
+PLACE = {text: list(place) for place, texts in demo.PLACES.items() for text in texts}
+RELATION = {text: relation for relation, texts in demo.RELATIONS.items() for text in texts}
+
+
+def longest_first(texts):
+    return "|".join(sorted(map(re.escape, texts), key=len, reverse=True))
+
+
+NOUN = rf"(?:an?|the) (?:(?:{longest_first(WORDS['size'])}) )?(?:{longest_first(WORDS['colour'])}) \w+"
+PIECES = re.compile(rf"(?P<noun>{NOUN})|(?P<relation>\b(?:{longest_first(RELATION)})\b)|"
+                    rf"(?P<place>\b(?:{longest_first(PLACE)})\b)", re.IGNORECASE)
+
+
+def check_caption(text, scene):
+    """Assert that each shape named is in the scene, where and as the caption says. Returns how many claims it makes."""
+    claims, subject, relation, waiting = 0, None, None, None
+    for piece in PIECES.finditer(text):
+        words = piece.group().lower()
+        if piece.lastgroup == "noun":
+            said = {what: names[w] for w in words.split() for what, names in WORDS.items() if w in names}
+            found = [o for o in scene["objects"] if all(o[what] == name for what, name in said.items())]
+            assert {"colour", "kind"} <= said.keys() and len(found) == 1, (text, words)
+            if relation:  # of the last one named to this one
+                (ax, ay), (bx, by) = subject["centre"], found[0]["centre"]
+                true = {"left": ax < bx, "right": ax > bx, "above": ay < by, "below": ay > by}[relation]
+                across = abs(ax - bx) > abs(ay - by)
+                assert true and across == (relation in ("left", "right")), text
+            if waiting:  # the sentence began with the place
+                assert found[0]["place"] == waiting, text
+            subject, relation, waiting = found[0], None, None
+        elif piece.lastgroup == "relation":
+            relation = RELATION[words]
+        elif subject is None:
+            waiting = PLACE[words]
+        else:
+            assert subject["place"] == PLACE[words], (text, words)
+        claims += piece.lastgroup != "noun"
+    assert relation is waiting is None
+    return claims
+
+
+@pytest.mark.parametrize("split", COUNTS)
+def test_captions_are_true(made, split):
+    captions = lines(made / f"{split}_caps.txt")
+    claims = [check_caption(text, scene) for i, scene in enumerate(scenes_of(made, split))
+              for text in captions[5 * i:5 * i + 5]]
+    assert min(claims) == 3  # every caption says three times where something is
+    assert all(re.fullmatch(r"[A-Z][a-z, ]+\.", text) for text in captions)
+
+
+def test_the_check_of_captions_finds_lies(made):
+    first, mirror, *_ = scenes_of(made, "test")
+    assert mirror["arrangement"] == "mirror"
+    lies = 0
+    for text in lines(made / "test_caps.txt")[:5]:
+        check_caption(text, first)
+        try:
+            check_caption(text, mirror)
+        except AssertionError:
+            lies += 1
+    assert lies
+
+
+def test_boxes_cover_every_shape(made):
+    boxes = np.load(made / "test_pixel_boxes.npy")
+    for i, scene in enumerate(scenes_of(made, "test")):
+        for o in scene["objects"]:
+            low, high = np.maximum(boxes[i, :, :2], o["box"][:2]), np.minimum(boxes[i, :, 2:], o["box"][2:])
+            both = np.prod(np.clip(high - low, 0, None), 1)
+            sides = np.prod(boxes[i, :, 2:] - boxes[i, :, :2], 1) + np.prod(np.subtract(o["box"][2:], o["box"][:2]))
+            assert (both / (sides - both) > .7).sum() >= 3
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--test", "0"], "--test is 0"), (["--group", "0"], "--group"), (["--seed", "x"], "--seed"),
+    (["--seed", "-1"], "--seed"), (["--workers", "0"], "--workers"), (["--pictures", "9"], "--pictures"),
+    (["--data_path", "setup.cfg/x"], "setup.cfg")])
+def test_bad_flags_give_one_line_and_status_2(tmp_path, flags, named):
+    if named == "setup.cfg":  # a file where a folder must be
+        (tmp_path / "setup.cfg").write_text("")
+        flags = ["--data_path", str(tmp_path / flags[1])]
+    result = make(tmp_path / "no", *flags)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and named in result.stderr
+    assert not (tmp_path / "no").exists()
+
+
+def test_other_peoples_features_are_not_overwritten(tmp_path):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "test_ims.npy").write_bytes(b"hours of work")
+    result = make(tmp_path)
+    assert result.returncode == 2 and "test_ims.npy" in result.stderr and result.stderr.count("\n") == 1
+    assert contents(tmp_path) == {os.path.join("d", "test_ims.npy"): b"hours of work"}
+
+
+def test_pictures_of_a_larger_run_do_not_stay(made, tmp_path):
+    assert make(tmp_path, "--test", "15", "--train_images").returncode == 0
+    assert make(tmp_path).returncode == 0
+    assert contents(tmp_path / "d") == contents(made)
