@@ -243,7 +243,7 @@ def cut_folds(dataset, n_folds):
     counts = dataset.n_images, len(dataset.captions)
     if any(n % n_folds for n in counts):
         raise InputError(
-            f"{dataset.prefix}: {counts[0]} images, {counts[1]} captions: do not divide into {n_folds} folds"
+            f"{dataset.prefix}: {counts[1]} captions of {counts[0]} images do not divide into {n_folds} folds"
         )
     return [[slice(fold * n // n_folds, (fold + 1) * n // n_folds) for n in counts] for fold in range(n_folds)]
 

