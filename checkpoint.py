@@ -13,6 +13,13 @@ import torch
 
 from errors import InputError
 
+# What every checkpoint of SCAN and PFAN says of its model and data.
+OPTIONS = (
+    "data_path data_name vocab_path batch_size word_dim embed_size num_layers img_dim no_imgnorm no_txtnorm bi_gru "
+    "raw_feature_norm agg_func cross_attn precomp_enc_type lambda_lse lambda_softmax margin max_violation "
+    "learning_rate grad_clip"
+).split()
+
 
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar", prefix=""):
     """Write state to prefix/filename, and to prefix/model_best.pth.tar if it is the best; each whole or not at all."""
@@ -25,6 +32,8 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar", prefix=""):
 
 def replace(path, write):
     """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected one or a free name")
     part = path + ".part"
     try:
         with open(part, "wb") as file:
@@ -32,6 +41,8 @@ def replace(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
+        raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -60,6 +71,12 @@ def load_checkpoint(path):
     opt, states = checkpoint["opt"], checkpoint["model"]
     if not isinstance(opt, argparse.Namespace):
         raise InputError(f"{path}: opt is a {type(opt).__name__}, expected an argparse.Namespace")
+    lacking = [name for name in OPTIONS if not hasattr(opt, name)]
+    if lacking:
+        raise InputError(f"{path}: its options lack {lacking[0]}")
+    for key in ("epoch", "best_rsum", "Eiters"):
+        if not isinstance(checkpoint[key], (int, float)):
+            raise InputError(f"{path}: {key} is {checkpoint[key]!r:.40}, expected a number")
     if not isinstance(states, (list, tuple)) or [isinstance(state, dict) for state in states] != [True, True]:
         raise InputError(f"{path}: model is no list of two encoders' states")
     if not isinstance(states[1].get("embed.weight"), torch.Tensor):

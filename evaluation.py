@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, replace
 from cross_attention import XATTN_SCORE
 from data import flag, get_test_loader, pad
 from errors import InputError, run
@@ -233,6 +233,8 @@ def load_split(
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
     vars(opt).update(overrides)
+    if opt.batch_size < 1:
+        raise InputError(f"--batch_size {opt.batch_size}: expected at least 1")
     vocab = read_vocab(opt)
     model = load_model(model_path, len(vocab), make_model, **overrides)
     return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
@@ -272,6 +274,8 @@ def evalrank(
     """
     paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
     n_folds = 5 if fold5 else 1
+    if save_ranks and not os.path.isdir(os.path.dirname(save_ranks) or "."):
+        raise InputError(f"{save_ranks}: no such folder")
     folds = None
     for path in paths:
         sims = score_split(path, data_path, vocab_path, split, n_folds, **overrides)
@@ -299,7 +303,7 @@ def evalrank(
     print_recall(mean)
     if save_ranks:
         ranks = [{key: [torch.as_tensor(x) for x in pair] for key, pair in ranks.items()} for _, ranks in results]
-        torch.save(ranks if fold5 else ranks[0], save_ranks)
+        replace(save_ranks, lambda file: torch.save(ranks if fold5 else ranks[0], file))
     return mean
 
 

@@ -167,7 +167,7 @@ class ContrastiveLoss(nn.Module):
             image_score, image = scores.max(0)  # the hardest image of each caption
             own = torch.arange(len(scores), device=scores.device)
             wrong = torch.cat([torch.stack([own, caption], 1), torch.stack([image, own], 1)])
-            costs = self.margin + torch.cat([caption_score - right, image_score - right]) > 0
+            costs = ~(self.margin + torch.cat([caption_score - right, image_score - right]) <= 0)  # NaN counts
             anchors = own.repeat(2)[costs]
             pairs = torch.cat([torch.stack([own, own], 1), wrong[costs]]).cpu()
         scores = self.score(*embeddings, pairs=pairs)

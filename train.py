@@ -75,11 +75,17 @@ def get_parser():
 
 def check(opt):
     """Raise InputError for flags that cannot be trained with."""
-    for name, least in (("batch_size", 2), ("num_epochs", 1), ("log_step", 1), ("val_step", 1), ("lr_update", 1)):
-        if getattr(opt, name) < least:
-            raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
-    if opt.workers < 0:
-        raise InputError(f"--workers {opt.workers}: expected 0 or more")
+    for names, least, most in (
+        ("batch_size", 2, 2**31),
+        ("num_epochs log_step val_step lr_update num_layers embed_size word_dim img_dim", 1, 2**31),
+        ("workers grad_clip margin lambda_lse lambda_softmax", 0, 2**31),
+        ("seed", 0, 2**32 - 1),
+    ):
+        for name in names.split():
+            if not least <= getattr(opt, name) <= most:
+                raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}, at most {most}")
+    if not 0 < opt.learning_rate < float("inf"):
+        raise InputError(f"--learning_rate {opt.learning_rate}: expected a positive number")
 
 
 def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=None):
@@ -92,7 +98,7 @@ def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=Non
     train_loader, val_loader = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
     torch.manual_seed(opt.seed)
     model = make_model(opt)
-    start_epoch, best_rsum = resume(model, checkpoint, opt) if checkpoint else (0, 0.0)
+    start_epoch, best_rsum = resume(model, checkpoint, opt) if checkpoint else (0, -1.0)
     os.makedirs(opt.model_name, exist_ok=True)
     tb = tensorboard_logger.Logger(opt.logger_name, flush_secs=5)
     log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
@@ -112,7 +118,8 @@ def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=Non
             "optimizer": model.optimizer.state_dict(),
         }
         save_checkpoint(state, is_best, f"checkpoint_{epoch}.pth.tar", prefix=opt.model_name)
-    log.info("best rsum on dev %.1f, in %s", best_rsum, os.path.join(opt.model_name, "model_best.pth.tar"))
+    best = os.path.join(opt.model_name, "model_best.pth.tar")
+    log.info("best rsum on dev %.1f, in %s", best_rsum, best if os.path.exists(best) else "the run that was resumed")
     return best_rsum
 
 
@@ -127,8 +134,8 @@ def resume(model, checkpoint, opt):
             model.optimizer.load_state_dict(checkpoint["optimizer"])
         else:
             log.warning("%s holds no optimizer state: Adam starts afresh", opt.resume)
-    except ValueError as error:
-        raise InputError(f"{opt.resume}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{opt.resume}: {error or type(error).__name__}") from None
     model.Eiters = checkpoint["Eiters"]
     log.info("%s: %d epochs done, best rsum %.1f", opt.resume, checkpoint["epoch"], checkpoint["best_rsum"])
     return checkpoint["epoch"], float(checkpoint["best_rsum"])

@@ -95,10 +95,12 @@ def deserialize_vocab(src):
     words = stored.get("word2idx") if isinstance(stored, dict) else None
     if not isinstance(words, dict) or not all(type(index) is int for index in words.values()):
         raise InputError(f"{src}: not a vocabulary, expected an object with word2idx (word → id), idx2word and idx")
-    missing = [word for word in SPECIAL if word not in words]
-    if missing or sorted(words.values()) != list(range(len(words))):
-        found = f"no {missing[0]}" if missing else "ids with gaps or repeats"
-        raise InputError(f"{src}: found {found}, expected {', '.join(SPECIAL)} and the ids 0 to {len(words) - 1}")
+    for index, word in enumerate(SPECIAL):
+        if words.get(word) != index:
+            found = f"id {words[word]} for {word}" if word in words else f"no {word}"
+            raise InputError(f"{src}: found {found}, expected {', '.join(SPECIAL)} to have the ids 0 to 3")
+    if sorted(words.values()) != list(range(len(words))):
+        raise InputError(f"{src}: ids with gaps or repeats, expected 0 to {len(words) - 1}")
     vocab = Vocabulary()
     vocab.word2idx = words
     vocab.idx2word = {index: word for word, index in words.items()}
@@ -117,7 +119,7 @@ def read_captions(path, allow_empty=False):
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                caption = line.decode("utf-8").strip()
+                caption = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError:
                 raise InputError(f"{path}, line {number}: not UTF-8") from None
             if not caption and not allow_empty:

@@ -400,7 +400,7 @@ def test_a_checkpoint_to_resume_that_is_not_there_is_named(place):
         ("--log_step 0", "at least 1"),
         ("--val_step 0", "at least 1"),
         ("--lr_update 0", "at least 1"),
-        ("--workers -1", "0 or more"),
+        ("--workers -1", "at least 0"),
         ("--agg_func Foo", "LogSumExp"),
         ("--cross_attn both", "t2i"),
         ("--raw_feature_norm l3norm", "clipped_l2norm"),

