@@ -255,8 +255,12 @@ def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
     model, loader = load_split(model_path, data_path, vocab_path, split, **overrides)
     folds = cut_folds(loader.dataset, n_folds)
     images, words, lens = encode_data(model, loader, packed=True)
-    words = words.split(lens)
-    return [shard_xattn(images[i], torch.cat(words[c]), lens[c], model.opt) for i, c in folds]
+    return [shard_xattn(images[i], words_of(words, lens, c), lens[c], model.opt) for i, c in folds]
+
+
+def words_of(words, lens, captions):
+    """The words of a slice of the captions in words (ΣW_i, D), a view."""
+    return words[sum(lens[: captions.start]) : sum(lens[: captions.stop])]
 
 
 def evalrank(

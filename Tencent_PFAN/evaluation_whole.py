@@ -93,8 +93,9 @@ def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
     )
     folds = cut_folds(loader.dataset, n_folds)
     images, whole, words, lens, final = encode_data(model, loader, packed=True)
-    words = words.split(lens)
-    return [shard_xattn(images[i], whole[i], torch.cat(words[c]), lens[c], final[c], model.opt) for i, c in folds]
+    return [
+        shard_xattn(images[i], whole[i], root.words_of(words, lens, c), lens[c], final[c], model.opt) for i, c in folds
+    ]
 
 
 def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, **overrides):

@@ -359,3 +359,25 @@ def test_real_photographs_are_learned_from_the_command_line(photographs, tmp_pat
         recalls = [float(x) for x in re.search(rf"{direction}: (.*)", done.stdout)[1].split()][:3]
         assert recalls[2] > 30, done.stdout
         assert recalls == sorted(recalls)
+
+
+def test_published_grids_and_captions_of_flickr30k_are_learned_from_the_command_line(shared, tmp_path):
+    """50 + 50 images with the position files and captions as published; their features are random numbers."""
+    folder = tmp_path / "f30k_test"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for path in (shared / "real" / "f30k_test").iterdir():
+        (folder / path.name).symlink_to(path)
+    for split in ("train", "dev"):
+        np.save(folder / f"{split}_ims.npy", np.maximum(rng.normal(size=(50, 36, 64)), 0).astype(np.float32))
+    data = ["--data_path", tmp_path, "--data_name", "f30k_test", "--vocab_path", tmp_path / "vocab"]
+    assert command("vocab.py", *data).returncode == 0
+    flags = """--max_violation --bi_gru --agg_func=Mean --num_epochs=12 --batch_size=16 --learning_rate=.001
+        --embed_size=64 --word_dim=32 --img_dim=64 --val_step=2000000 --workers=0"""
+    done = command("train.py", *data, "--logger_name", tmp_path, "--model_name", tmp_path, *flags.split())
+    assert done.returncode == 0, done.stderr
+    done = command("evaluation.py", "--model_path", tmp_path / "checkpoint_11.pth.tar", "--split", "train")
+    assert "Images: 50, Captions: 250" in done.stdout, done.stderr
+    for direction in ("Image to text", "Text to image"):
+        r10 = float(re.search(rf"{direction}: (.*)", done.stdout)[1].split()[2])
+        assert r10 > 60, done.stdout  # chance is 20

@@ -1,0 +1,446 @@
+"""The scoring server: the published contract, many clients at once, refusals, limits, the end."""
+
+import gzip
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, post, scorer_of, serve
+
+from Tencent_PFAN.scoring import Scorer, caption
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.fixture(scope="module")
+def scorer(tmp_path_factory):
+    return scorer_of(str(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def port(scorer):
+    with serve(scorer, "--max_body_mb", "2") as port:
+        yield port
+
+
+def scores(port, request):
+    """(2, P) or (2, S, P): sim_t2i and sim_i2t."""
+    status, answer, _ = post(port, request)
+    assert status == 200, answer
+    assert set(answer) == {"sim_t2i", "sim_i2t"}
+    return np.array([answer["sim_t2i"], answer["sim_i2t"]])
+
+
+def alone(scorer, request):
+    """The scores that the model gives one request, without a server."""
+    answer = scorer.score([scorer.read(json.dumps(request).encode())])[0]
+    return np.array([answer["sim_t2i"], answer["sim_i2t"]])
+
+
+# ---------------------------------------------------------------- scores
+
+
+def test_published_requests_get_the_published_scores(shared):
+    folder = shared / "golden" / "server"
+    published = Scorer(str(folder / "sentence_t2i.pth.tar"), str(folder / "vocab"))
+    with gzip.open(folder / "requests.jsonl.gz", "rt", encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file]
+    assert lines
+    with serve(published) as port:
+        for line in lines:
+            ours = scores(port, line["request"])
+            expected = [line["response"]["sim_t2i"], line["response"]["sim_i2t"]]
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_pictures", [1, 2, 300])
+def test_any_number_of_pictures_gets_each_its_own_score(port, n_pictures):
+    request = make_request(n_pictures, seed=n_pictures)
+    together = scores(port, request)
+    assert together.shape == (2, n_pictures)
+    for i in {0, n_pictures // 2, n_pictures - 1}:
+        one = {**request, "boxes": request["boxes"][i : i + 1], "whole_items": request["whole_items"][i : i + 1]}
+        np.testing.assert_allclose(scores(port, one)[:, 0], together[:, i], rtol=0, atol=1e-5)
+
+
+def test_clients_at_once_get_the_scores_that_they_get_alone(scorer, port, tmp_path):
+    requests = [make_request(1 + i % 5, seed=i % 20, sentence=["足球"] * (1 + i % 7)) for i in range(120)]
+    expected = [scores(port, request) for request in requests]
+    fresh = Scorer(make_model(str(tmp_path)), cache_bytes=0)
+    with serve(fresh) as other_port, ThreadPoolExecutor(16) as pool:
+        for got, wanted in zip(pool.map(lambda r: scores(other_port, r), requests), expected, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+        batches = dict(re.findall(r"^pfan_batch_requests_(count|sum) (\S+)$", get(other_port, "/metrics")[1], re.M))
+    assert float(batches["sum"]) == len(requests)
+    assert float(batches["count"]) < len(requests)  # some came together
+
+
+def test_several_sentences_get_a_list_each(port):
+    request = make_request(3)
+    sentences = [["上海", "新闻"], ["足球"], "红色 汽车"]
+    several = {"sentences": sentences, **{key: request[key] for key in ("boxes", "whole_items")}}
+    together = scores(port, several)
+    assert together.shape == (2, 3, 3)
+    for i, sentence in enumerate(sentences):
+        np.testing.assert_allclose(scores(port, {**request, "sentence": sentence}), together[:, i], rtol=0, atol=1e-5)
+
+
+def test_a_plain_string_is_cut_into_words_where_it_is_chinese(port):
+    assert caption("上海新闻,足球iPhone 12.5", "sentence").split() == ["上海", "新闻", ",", "足球", "iPhone", "12.5"]
+    assert caption("U.S. news", "sentence") == "U.S. news"
+    request = make_request()
+    cut, whole = (scores(port, {**request, "sentence": s}) for s in (["上海", "新闻"], "上海新闻"))
+    np.testing.assert_array_equal(cut, whole)
+
+
+def test_what_does_not_matter_does_not_change_the_scores(port):
+    request = make_request()
+    expected = scores(port, request)
+    features = request["boxes"][0]["features"]
+    broken = "\r\n".join(features[i : i + 76] for i in range(0, len(features), 76)) + "\n"
+    changed = {**request, "more": {"surplus": [1]}, "boxes": [{**box, "also": None} for box in request["boxes"]]}
+    changed["boxes"][0]["features"] = broken
+    np.testing.assert_array_equal(scores(port, changed), expected)
+    status, answer, _ = post(port, request, {"Content-Type": "Application/JSON; charset=UTF-8"})
+    assert (status, answer["sim_t2i"]) == (200, expected[0].tolist())
+
+
+def test_a_box_that_reaches_outside_is_clipped(port):
+    request = make_request(1)
+    boxes = make_boxes(np.random.default_rng(0))
+    inside, outside = boxes.copy(), boxes.copy()
+    inside[3], outside[3] = (50, 40, 200, 100), (50, 40, 999, 1e30)
+    ours = [
+        scores(port, {**request, "boxes": [{**request["boxes"][0], "boxes": encode(b)}]}) for b in (inside, outside)
+    ]
+    np.testing.assert_array_equal(*ours)
+
+
+def test_need_box_whole_models_are_served(tmp_path):
+    with serve(scorer_of(str(tmp_path), need_box_whole=True)) as port:
+        assert np.isfinite(scores(port, make_request(2))).all()
+
+
+def test_pictures_that_come_again_are_not_encoded_again_and_the_cache_has_an_end(tmp_path):
+    scorer = Scorer(make_model(str(tmp_path)), cache_bytes=20_000)
+    first = make_request(4)
+    before = alone(scorer, first)
+    assert len(scorer.read(json.dumps(first).encode()).new) == 0
+    np.testing.assert_array_equal(alone(scorer, first), before)
+    moved = json.loads(json.dumps(first))
+    moved["boxes"][0]["image_h"] = 101  # the same features elsewhere in the picture: another embedding
+    assert len(scorer.read(json.dumps(moved).encode()).new) == 1
+    for seed in range(1, 9):
+        alone(scorer, make_request(4, seed=seed))
+    assert 0 < scorer.cache.used <= 20_000
+    assert len(scorer.read(json.dumps(first).encode()).new) == 4
+    np.testing.assert_allclose(alone(scorer, first), before, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def changed_picture(**fields):
+    """A request whose picture 1 has other fields; None removes one."""
+    request = make_request(3)
+    picture = {**request["boxes"][1], **fields}
+    request["boxes"][1] = {name: value for name, value in picture.items() if value is not None}
+    return request
+
+
+def changed_boxes(*corners):
+    boxes = make_boxes(np.random.default_rng(0))
+    boxes[7] = corners
+    return changed_picture(boxes=encode(boxes))
+
+
+def changed_whole(value):
+    request = make_request(3)
+    request["whole_items"][2] = value
+    return request
+
+
+def without(name):
+    return {key: value for key, value in make_request().items() if key != name}
+
+
+def changed_features(value):
+    features = np.zeros((36, IMG_DIM))
+    features[5, 2] = value
+    return changed_picture(features=encode(features))
+
+
+BAD = {
+    "not JSON": (b"{", "body: not JSON"),
+    "nothing": (b"", "body: not JSON"),
+    "not UTF-8": (b'{"sentence": "\xff\xff", "boxes": [], "whole_items": []}', "body: not UTF-8"),
+    "NaN in JSON": (json.dumps(changed_whole([float("nan")] * IMG_DIM)).encode(), "body: not JSON"),
+    "too deep": (b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "body: JSON nested too deeply"),
+    "an array": ([1], "body: expected `object`"),
+    "no sentence": (without("sentence"), "sentence: missing"),
+    "no boxes": (without("boxes"), "boxes: missing"),
+    "no whole_items": (without("whole_items"), "whole_items: missing"),
+    "both sentences": ({**make_request(), "sentences": [["上海"]]}, "sentence: beside sentences"),
+    "empty sentence": ({**make_request(), "sentence": []}, "sentence: empty"),
+    "blank sentence": ({**make_request(), "sentence": [" ", ""]}, "sentence: empty"),
+    "blank string": ({**make_request(), "sentence": " \n"}, "sentence: empty"),
+    "odd words": ({**make_request(), "sentence": ["a", 3]}, "sentence[1]: expected `str`, got `int`"),
+    "long sentence": ({**make_request(), "sentence": ["a"] * 1001}, "sentence: 1001 words"),
+    "very long sentence": ({**make_request(), "sentence": "a" * 20_001}, "sentence: 20001 characters"),
+    "no sentences": ({**without("sentence"), "sentences": []}, "sentences: 0, expected 1 to"),
+    "empty sentences": ({**without("sentence"), "sentences": [["a"], ""]}, "sentences[1]: empty"),
+    "no pictures": ({**make_request(), "boxes": [], "whole_items": []}, "boxes: no pictures"),
+    "fewer wholes": ({**make_request(2), "whole_items": make_request(1)["whole_items"]}, "whole_items: 1, but 2 boxes"),
+    **{f"no {name}": (changed_picture(**{name: None}), f"boxes[1].{name}: missing")
+       for name in ("image_id", "image_h", "image_w", "num_boxes", "boxes", "features")},
+    "height 0": (changed_picture(image_h=0), "boxes[1].image_h: 0, expected 1 to"),
+    "width a string": (changed_picture(image_w="200"), "boxes[1].image_w: expected `float`, got `str`"),
+    "35 boxes": (changed_picture(num_boxes=35), "boxes[1].num_boxes: 35, expected 36"),
+    "wrong base64": (changed_picture(features="!" + changed_picture()["boxes"][1]["features"][1:]),
+                     "boxes[1].features: not base64"),
+    "cut base64": (changed_picture(boxes="AAA"), "boxes[1].boxes: not base64"),
+    "base64 not ASCII": (changed_picture(boxes="上海"), "boxes[1].boxes: not base64"),
+    "few features": (changed_picture(features=encode([1])), "boxes[1].features: 4 bytes, expected 1152"),
+    "many boxes": (changed_picture(boxes=encode(np.ones((37, 4)))), "boxes[1].boxes: 592 bytes, expected 576"),
+    "NaN feature": (changed_features(np.nan), "boxes[1].features, region 5: NaN"),
+    "infinite feature": (changed_features(-np.inf), "boxes[1].features, region 5: NaN, infinite"),
+    "huge feature": (changed_features(1e30), "boxes[1].features, region 5: NaN, infinite or beyond 1e+09"),
+    "NaN box": (changed_boxes(np.nan, 0, 1, 1), "boxes[1].boxes: box 7 [nan, 0.0, 1.0, 1.0] is NaN"),
+    "reversed box": (changed_boxes(50, 10, 40, 20), "boxes[1].boxes: box 7 [50.0, 10.0, 40.0, 20.0] is reversed"),
+    "flat box": (changed_boxes(50, 10, 50, 20), "boxes[1].boxes: box 7 [50.0, 10.0, 50.0, 20.0] has no area"),
+    "box outside": (changed_boxes(201, 10, 300, 20), "boxes[1].boxes: box 7 [201.0, 10.0, 300.0, 20.0] has no area"),
+    "short whole": (changed_whole([0.5]), "whole_items[2]: 1 numbers, expected 8"),
+    "whole of strings": (changed_whole([0.5] * 7 + ["x"]), "whole_items[2][7]: expected `float`, got `str`"),
+    "huge whole": (changed_whole([1e300] * 8), "whole_items[2]: NaN, infinite or beyond"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_request_gets_one_line_that_names_field_and_index(port, case):
+    body, reason = BAD[case]
+    status, answer, _ = post(port, body)
+    assert status == 400
+    assert set(answer) == {"error"}
+    assert answer["error"].startswith(reason)
+    assert "\n" not in answer["error"]
+
+
+def test_the_server_goes_on_after_bad_requests(port):
+    for body, _ in BAD.values():
+        post(port, body)
+    assert scores(port, make_request()).shape == (2, 2)
+    assert json.loads(get(port, "/health")[1]) == {"status": "ok", "waiting": 0}
+
+
+def test_a_bad_request_costs_those_beside_it_nothing(scorer):
+    """A model that fails for one job of a batch: the others get their scores."""
+
+    class Failing:
+        img_dim, read = scorer.img_dim, scorer.read
+
+        def score(self, jobs):
+            if any(len(job.keys) == 3 for job in jobs):
+                raise RuntimeError("planned")
+            return scorer.score(jobs)
+
+    requests = [make_request(3 if i == 5 else 1, seed=i) for i in range(12)]
+    with serve(Failing()) as port, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda request: post(port, request), requests))
+    assert [answer[0] for answer in answers] == [500 if i == 5 else 200 for i in range(12)]
+    assert answers[5][1] == {"error": "internal error"}
+
+
+def test_other_addresses_methods_and_content_types_are_refused_as_json(port):
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": ""}):
+        status, answer, _ = post(port, make_request(), headers)
+        assert (status, answer) == (415, {"error": "Content-Type: expected application/json"})
+    assert get(port, "/nothing") == (404, '{"error":"Not Found"}')
+    assert get(port, PATH) == (405, '{"error":"Method Not Allowed"}')
+    assert get(port, "/demo/items/x")[0] == 400
+
+
+def raw(port, head, body=b"", size=65536):
+    """What a server sends to raw bytes until it is silent or ends."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
+        return connection.recv(size)
+
+
+HEAD = f"POST {PATH} HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_read(port):
+    started = time.monotonic()
+    assert raw(port, HEAD + "Content-Length: 900000000000\n").startswith(b"HTTP/1.1 413 ")
+    assert time.monotonic() - started < 1.5  # nothing of the body was ever sent
+    chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
+    answer = raw(port, HEAD + "Transfer-Encoding: chunked\n", 3 * chunk)
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b'{"error":"body: over 2 MB (--max_body_mb)"}' in answer
+    status, answer, _ = post(port, b" " * (3 << 20))  # a client that sends all before it reads hears the reason
+    assert (status, answer) == (413, {"error": "body: over 2 MB (--max_body_mb)"})
+
+
+def test_a_body_that_stops_coming_is_given_up(scorer):
+    with serve(scorer, "--timeout", "0.3") as port:
+        assert raw(port, HEAD + "Content-Length: 1000\n", b"{").startswith(b"HTTP/1.1 408 ")
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(HEAD.replace("\n", "\r\n").encode() + b"Content-Length: 1000\r\n\r\n{")
+        assert scores(port, make_request()).shape == (2, 2)
+
+
+class Slow:
+    """A scorer that waits until it may go on."""
+
+    def __init__(self, scorer):
+        self.scorer, self.img_dim, self.read, self.go_on = scorer, scorer.img_dim, scorer.read, threading.Event()
+
+    def score(self, jobs):
+        assert self.go_on.wait(20)
+        return self.scorer.score(jobs)
+
+
+def wait_for(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("did not happen within 10 seconds")
+
+
+def waiting(port):
+    return json.loads(get(port, "/health")[1])["waiting"]
+
+
+def test_a_full_queue_answers_429_and_when_to_come_back(scorer):
+    slow = Slow(scorer)
+    with serve(slow, "--queue", "3") as port, ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(scores, port, make_request(seed=i)) for i in range(3)]
+        wait_for(lambda: waiting(port) == 3)
+        status, answer, headers = post(port, make_request())
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert answer == {"error": "3 requests wait, come back later"}
+        slow.go_on.set()
+        assert all(answer.result().shape == (2, 2) for answer in answers)
+        assert scores(port, make_request()).shape == (2, 2)
+
+
+def test_scores_that_take_too_long_are_answered_503(scorer):
+    slow = Slow(scorer)
+    with serve(slow, "--timeout", "0.3") as port:
+        status, answer, headers = post(port, make_request())
+        slow.go_on.set()
+        assert (status, headers["Retry-After"]) == (503, "1")
+        assert answer == {"error": "not scored within 0.3 seconds"}
+        wait_for(lambda: waiting(port) == 0)
+        assert scores(port, make_request()).shape == (2, 2)
+
+
+def test_an_api_key_is_asked_for_where_one_is_set(scorer):
+    with serve(scorer, "--api_key", "geheim") as port:
+        for headers in ({}, {"X-API-Key": "falsch"}, {"X-API-Key": "ü".encode().decode("latin-1")}):
+            assert post(port, make_request(), headers)[:2] == (401, {"error": "X-API-Key: missing or wrong"})
+        assert post(port, make_request(), {"X-API-Key": "geheim"})[0] == 200
+        assert get(port, "/metrics")[0] == 401
+        assert get(port, "/health")[0] == 200
+
+
+# ---------------------------------------------------------------- what people look at
+
+
+def test_metrics_count_requests_errors_latency_and_batches(scorer):
+    with serve(scorer) as port:
+        post(port, make_request(4))
+        post(port, b"{")
+        text = get(port, "/metrics")[1]
+    for line in (
+        'pfan_requests_total{status="200"} 1.0',
+        'pfan_requests_total{status="400"} 1.0',
+        "pfan_errors_total 1.0",
+        "pfan_latency_seconds_count 2.0",
+        "pfan_batch_requests_count 1.0",
+        "pfan_batch_pictures_sum 4.0",
+    ):
+        assert line in text.splitlines()
+
+
+def test_page_and_documentation_load_nothing_from_elsewhere(port):
+    status, page = get(port, "/")
+    assert status == 200 and "<form" in page
+    status, documentation = get(port, "/docs")
+    assert status == 200
+    assert not re.findall(r'(?:src|href)="(?:https?:)?//', page + documentation)
+    document = json.loads(get(port, "/openapi.json")[1])
+    body = document["paths"][PATH]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body["required"] == ["boxes", "whole_items"]
+
+
+# ---------------------------------------------------------------- processes
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def answers(port):
+    try:
+        return get(port, "/health")[0] == 200
+    except OSError:
+        return False
+
+
+def test_sigterm_lets_what_has_begun_finish(tmp_path):
+    model, port = make_model(str(tmp_path)), free_port()
+    command = [sys.executable, "-m", "Tencent_PFAN.scan_server_whole", model, str(port), "--threads", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "http://127.0.0.1:" in process.stdout.readline()
+        wait_for(lambda: answers(port))
+        body = json.dumps(make_request()).encode()
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            head = HEAD + f"Content-Length: {len(body)}\nConnection: close\n"
+            connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body[:-10])
+            wait_for(lambda: waiting(port) == 1)
+            process.send_signal(signal.SIGTERM)
+            wait_for(lambda: not answers(port))
+            connection.sendall(body[-10:])
+            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+
+
+def test_run_server_starts_both_models_and_stops_both(tmp_path):
+    model, ports = make_model(str(tmp_path)), (free_port(), free_port())
+    environment = {**ENVIRONMENT, "SENTENCE_PORT": str(ports[0]), "TAG_PORT": str(ports[1])}
+    command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), model, model, "--threads", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("ready: ") for line in process.stdout)
+        for port in ports:
+            assert scores(port, make_request()).shape == (2, 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0
+        assert not any(answers(port) for port in ports)
+    finally:
+        process.kill()
+
+
+def test_run_server_says_so_where_a_model_is_missing(tmp_path):
+    command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), str(tmp_path / "none"), str(tmp_path / "none")]
+    environment = {**ENVIRONMENT, "SENTENCE_PORT": str(free_port()), "TAG_PORT": str(free_port())}
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 1
+    assert "no such checkpoint" in process.stderr
