@@ -34,7 +34,7 @@ def replace(path, write):
     """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
-    part = path + ".part"
+    part = os.fspath(path) + ".part"
     try:
         with open(part, "wb") as file:
             write(file)

@@ -10,122 +10,41 @@ import argparse
 import asyncio
 import hmac
 import os
-import time
+import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
-import orjson
 import prometheus_client as prometheus
+import torch
 import uvicorn
 from fastapi import Depends, Request, Security
-from fastapi.exceptions import HTTPException, RequestValidationError
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from errors import InputError, run
-from Tencent_PFAN.scoring import N_REGIONS, BadRequest, Scorer
+from errors import run
+from Tencent_PFAN.demo_page import add_demo
+from Tencent_PFAN.scoring import BadRequest, Scorer
+from Tencent_PFAN.web import (
+    PATH,
+    RESPONSES,
+    Answer,
+    Counting,
+    Protocol,
+    Refused,
+    json_of,
+    refuse,
+    refuse_parameters,
+    refuse_unexpected,
+    request_schema,
+)
 
-PATH = "/scan_sentence_image_score"
 BATCH_PICTURES = 256  # of the requests that are scored together; a single request may have more
-LINGER_SECONDS, LINGER_BYTES = 2, 64 << 20  # how long a refused request is still read, so that its client hears why
 HERE = os.path.dirname(os.path.abspath(__file__))
-
-# ---------------------------------------------------------------- what the document at /docs says
-
-_words = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
-_base64 = {"type": "string", "contentEncoding": "base64"}
-
-
-def request_schema(img_dim):
-    """JSON schema of a request's body."""
-    picture = {
-        "image_id": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
-        "image_h": {"type": "number", "minimum": 1, "maximum": 1e6},
-        "image_w": {"type": "number", "minimum": 1, "maximum": 1e6},
-        "num_boxes": {"const": N_REGIONS},
-        "boxes": {**_base64, "description": f"float32, {N_REGIONS} x 4: x1, y1, x2, y2 in pixels"},
-        "features": {**_base64, "description": f"float32, {N_REGIONS} x {img_dim}"},
-    }
-    whole = {"type": "array", "items": {"type": "number"}, "minItems": img_dim, "maxItems": img_dim}
-    properties = {
-        "sentence": {**_words, "description": "words, or a plain string, cut into words where it is Chinese"},
-        "sentences": {"type": "array", "items": _words, "minItems": 1, "description": "several, instead of sentence"},
-        "boxes": {
-            "type": "array",
-            "minItems": 1,
-            "items": {"type": "object", "properties": picture, "required": list(picture)},
-        },
-        "whole_items": {"type": "array", "items": whole, "minItems": 1, "description": "one for each of boxes"},
-    }
-    return {"type": "object", "properties": properties, "required": ["boxes", "whole_items"]}
-
-
-def json_of(schema):
-    return {"content": {"application/json": {"schema": schema}}}
-
-
-_scores = {"anyOf": [{"type": "array", "items": {"type": "number"}},
-                     {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}]}  # fmt: skip
-SCORES = json_of({
-    "type": "object",
-    "properties": {"sim_t2i": _scores, "sim_i2t": _scores},
-    "required": ["sim_t2i", "sim_i2t"],
-})  # fmt: skip
-ERROR = json_of({"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]})
-REASONS = {
-    400: "cannot be scored; the reason names the field and the index",
-    401: "no or a wrong X-API-Key",
-    408: "the body did not arrive in time",
-    413: "the body is too large",
-    415: "not application/json",
-    429: "too many requests wait; Retry-After says when to come back",
-    503: "not scored in time",
-}
-
-# ---------------------------------------------------------------- answers
-
-
-class Answer(Response):
-    media_type = "application/json"
-
-    def render(self, content):
-        return orjson.dumps(content)
-
-
-class Refusal(Answer):
-    """{"error": reason}. What the client still sends is read and dropped, within bounds: closing at once would reset
-    the connection, and many clients would then see that instead of the reason."""
-
-    def __init__(self, reason, status, headers=None):
-        super().__init__({"error": reason}, status, headers)
-
-    async def __call__(self, scope, receive, send):
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                left = 0 if scope.get("body_read") else LINGER_BYTES
-                while left > 0 and (message := await receive()).get("more_body"):
-                    left -= len(message["body"])
-        await send({"type": "http.response.body", "body": b""})
-
-
-class Refused(HTTPException):
-    def __init__(self, status, reason, **headers):
-        super().__init__(status, reason, {name.replace("_", "-"): value for name, value in headers.items()})
-
-
-async def refuse(request, error):
-    return Refusal(str(error.detail), error.status_code, error.headers)
-
-
-async def refuse_parameters(request, error):
-    return Refusal("; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors()), 400)
-
 
 # ---------------------------------------------------------------- the service
 
@@ -241,41 +160,112 @@ class Service:
         return [self.score_jobs([job])[0] for job in jobs]
 
 
-class Counting:
-    """ASGI layer that counts the scoring requests by status, and how long their answers took."""
-
-    def __init__(self, app, service):
-        self.app, self.service = app, service
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http" or scope["path"] != PATH:
-            return await self.app(scope, receive, send)
-        started = time.perf_counter()
-
-        async def counting_send(message):
-            if message["type"] == "http.response.start":
-                self.service.requests.labels(message["status"]).inc()
-                self.service.latency.observe(time.perf_counter() - started)
-                if message["status"] >= 400:
-                    self.service.errors.inc()
-            await send(message)
-
-        await self.app(scope, receive, counting_send)
+# ---------------------------------------------------------------- the app
 
 
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, with a limit on the time from a connection's start to the end of its first request's headers."""
+def make_app(scorer, opt):
+    """The FastAPI app of a Scorer. opt: queue, queue_mb, max_body_mb, timeout, api_key, demo_path."""
+    service = Service(scorer, opt)
 
-    HEADER_SECONDS = 10
+    @asynccontextmanager
+    async def lifespan(app):
+        task = asyncio.create_task(service.score_batches())
+        yield
+        task.cancel()  # uvicorn comes here when every request has been answered
+        service.parsers.shutdown()
+        service.model_thread.shutdown()
 
-    def connection_made(self, transport):
-        super().connection_made(transport)
-        self.header_timer = self.loop.call_later(self.HEADER_SECONDS, self.timeout_keep_alive_handler)
+    async def check_key(key=Security(APIKeyHeader(name="X-API-Key", auto_error=False))):  # noqa: B008
+        if opt.api_key and not hmac.compare_digest((key or "").encode(), opt.api_key.encode()):
+            raise Refused(401, "X-API-Key: missing or wrong")
 
-    def on_headers_complete(self):
-        self.header_timer.cancel()
-        super().on_headers_complete()
+    app = FastAPIOffline(
+        title="PFAN scoring server",
+        version="1",
+        description="How well pictures fit a sentence, words to regions (t2i) and regions to words (i2t).",
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    app.add_middleware(Counting, service=service)
+    app.add_exception_handler(HTTPException, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_parameters)
+    app.add_exception_handler(Exception, refuse_unexpected)
+    keyed = [Depends(check_key)]
 
-    def connection_lost(self, error):
-        self.header_timer.cancel()
-        super().connection_lost(error)
+    @app.post(
+        PATH,
+        dependencies=keyed,
+        openapi_extra={"requestBody": {"required": True, **json_of(request_schema(scorer.img_dim))}},
+        responses=RESPONSES,
+    )
+    async def score(request: Request) -> Response:
+        """Scores of every picture with the sentence, both ways; with `sentences`, a list for each of them."""
+        return await service.score(request)
+
+    @app.get("/health")
+    async def health():
+        return {"status": "ok", "waiting": service.waiting}
+
+    @app.get("/metrics", dependencies=keyed, response_class=PlainTextResponse)
+    async def metrics():
+        return Response(prometheus.generate_latest(service.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page():
+        return FileResponse(os.path.join(HERE, "page.html"))
+
+    add_demo(app, opt.demo_path, keyed)
+    return app
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description="Score pictures against sentences over HTTP.",
+        epilog="example: python -m Tencent_PFAN.scan_server_whole ./runs/sentence_t2i.pth.tar 5091",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("model", help="checkpoint of train_whole.py")
+    add("port", type=int, help="to listen on")
+    add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
+    add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
+    add("--api_key", default=os.environ.get("PFAN_API_KEY"), help="what X-API-Key must be; PFAN_API_KEY's where set")
+    add("--timeout", type=float, default=60, help="seconds for a body to arrive, and again for its scores")
+    add("--max_body_mb", type=int, default=256, help="largest body; 8 pictures have about 3.5 MB")
+    add("--queue", type=int, default=64, help="requests that may wait; a further one gets 429")
+    add("--queue_mb", type=int, default=1024, help="size of the bodies of the requests that wait")
+    add("--cache_mb", type=int, default=256, help="memory for embeddings of pictures that may come again, 0 for none")
+    add("--threads", type=int, default=os.cpu_count(), help="of the matrix products")
+    add("--demo_path", help="a tencent_data_meta folder whose items the page at / offers")
+    add("--device", default="auto", help="auto, cpu, cuda, …")
+    return parser
+
+
+def main():
+    parser = get_parser()
+    opt = parser.parse_args()
+    if min(opt.queue, opt.max_body_mb, opt.queue_mb, opt.threads) < 1 or opt.cache_mb < 0 or not opt.timeout > 0:
+        parser.error("expected --queue, --max_body_mb, --queue_mb, --threads, --timeout above 0, --cache_mb 0 or more")
+    torch.set_num_threads(opt.threads)
+    scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
+    config = uvicorn.Config(
+        make_app(scorer, opt),
+        opt.host,
+        opt.port,
+        http=Protocol,
+        log_level="warning",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(opt.timeout) + 1,
+    )
+    print(f"{opt.model}: http://{opt.host}:{opt.port}", flush=True)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end
+    server = uvicorn.Server(config)
+    server.run()
+    if not server.started:
+        sys.exit(1)  # it has said why
+
+
+if __name__ == "__main__":
+    run(main)

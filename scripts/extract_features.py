@@ -8,6 +8,8 @@ The pictures of a split are those of DIR's SPLIT_ids.txt; without one, all pictu
 
 import argparse
 import base64
+import contextlib
+import ctypes
 import os
 import sys
 from collections import deque
@@ -238,10 +240,10 @@ def get_parser():
     add("--weights", default="download", help=f"of the backbone: {help_weights} (default: %(default)s)")
     add("--detector", choices=Detector.NAMES, default=Detector.NAMES[0], help="(default: %(default)s)")
     add("--detector_weights", default="download", help="of the detector: likewise (default: %(default)s)")
-    add("--image_size", type=int, help="pixels of the shorter side (default: 800 with proposals, 448 with windows)")
+    add("--image_size", type=int, help="pixels of the shorter side (default: 600 with proposals, 448 with windows)")
     add("--whole", action="store_true", help="also write the whole picture's feature, SPLIT_who_ims.npy")
     add("--float16", action="store_true", help="features in half the space")
-    add("--batch_size", type=int, default=8, help="pictures at once (default: %(default)s)")
+    add("--batch_size", type=int, help="pictures at once (default: 8 on a GPU; 1 on the CPU, where more are no faster)")
     add("--workers", type=int, default=4, help="threads that read pictures (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA if there, else the CPU (default: %(default)s)")
     add("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
@@ -249,10 +251,19 @@ def get_parser():
     return parser
 
 
+def free_at_once():
+    """Have glibc give large blocks back when they are freed: maps of many sizes would pile up as holes otherwise."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+
+
 def main():
+    free_at_once()
     opt = get_parser().parse_args()
     opt.backbone = opt.backbone or ("detector" if opt.regions == "proposals" else "resnet50")
-    opt.image_size = opt.image_size or (800 if opt.regions == "proposals" else 448)
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if opt.device == "auto" else opt.device)
+    opt.batch_size = (8 if device.type == "cuda" else 1) if opt.batch_size is None else opt.batch_size
+    opt.image_size = opt.image_size or (600 if opt.regions == "proposals" else 448)
     if opt.regions == "windows" and opt.backbone == "detector":
         raise InputError("--regions windows has no detector: expected --backbone " + " | ".join(BACKBONES))
     for name, least in (("image_size", STRIDE), ("batch_size", 1), ("workers", 1)):
@@ -266,7 +277,6 @@ def main():
     else:
         splits = {opt.split: list(dict.fromkeys(path for hits in found.values() for path in hits))}
     paths = {split: picture_paths(ids, found, opt, problems, split) for split, ids in splits.items()}
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if opt.device == "auto" else opt.device)
     torch.manual_seed(opt.seed)
     detector = Detector(opt.detector, opt.detector_weights).to(device) if opt.regions == "proposals" else None
     backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)

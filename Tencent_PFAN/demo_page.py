@@ -1,0 +1,79 @@
+"""What the page at / asks for: the items of a tencent_data_meta folder, with their pictures, as requests to send."""
+
+import importlib.util
+import os
+import sys
+
+from fastapi.responses import FileResponse
+
+from Tencent_PFAN.web import Answer, Refused
+
+
+def load_client():
+    """test_server/test.py as a module: it is a script, whose folder and whose name others have too."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "test_server")
+    sys.path.append(folder)  # where it finds compute_map
+    spec = importlib.util.spec_from_file_location("scoring_client", os.path.join(folder, "test.py"))
+    client = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(client)
+    return client
+
+
+client = load_client()
+import compute_map  # noqa: E402
+
+
+class Items:
+    """The items of folder/test_list.json. Pictures to look at are images/ID.png there, where that exists."""
+
+    def __init__(self, folder):
+        path = os.path.join(folder, "test_list.json")
+        self.folder = folder
+        self.sentences, self.tags = (
+            [words for words, _ in client.read_test_list(path, kind)] for kind in ("sentence", "tag")
+        )
+        self.flags = compute_map.read_test_list(path)
+        self.pictures = client.Pictures(folder, {url for item in self.flags for url, _ in item})
+
+    def listing(self):
+        """[{"sentence", "tags", "pictures": how many}], the items in order."""
+        columns = zip(self.sentences, self.tags, self.flags, strict=True)
+        return [{"sentence": words, "tags": tags, "pictures": len(flags)} for words, tags, flags in columns]
+
+    def item(self, number):
+        """{"pictures": [{"url", "image_id", "right"}], "boxes", "whole_items"}, the last two as a request has them."""
+        if not 0 <= number < len(self.flags):
+            raise Refused(404, f"item {number}: expected 0 to {len(self.flags) - 1}")
+        shown = [(url, right) for url, right in self.flags[number] if not self.pictures.missing(url)]
+        boxes, wholes = zip(*(self.pictures.read(url) for url, _ in shown), strict=True) if shown else ([], [])
+        pictures = [{"url": url, "image_id": self.pictures.ids[url], "right": right == 1} for url, right in shown]
+        return {"pictures": pictures, "boxes": boxes, "whole_items": wholes}
+
+    def image(self, number):
+        path = os.path.join(self.folder, "images", f"{number}.png")
+        if not os.path.isfile(path):
+            raise Refused(404, f"no picture {number}")
+        return path
+
+
+def add_demo(app, folder, dependencies):
+    """Give app the addresses under /demo; folder: a tencent_data_meta one, or None."""
+    items = Items(folder) if folder else None
+    options = {"dependencies": dependencies, "include_in_schema": False}
+
+    def present():
+        if items is None:
+            raise Refused(404, "the server runs without --demo_path")
+        return items
+
+    @app.get("/demo/items", **options)
+    def listing():
+        return items.listing() if items else []
+
+    @app.get("/demo/items/{number}", **options)
+    def item(number: int):
+        return Answer(present().item(number))
+
+    @app.get("/demo/images/{number}", **options)
+    def image(number: int):
+        return FileResponse(present().image(number))
