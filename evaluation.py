@@ -5,6 +5,7 @@ python evaluation.py --model_path runs/f30k/model_best.pth.tar [MORE …] --data
 
 import argparse
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +15,9 @@ from checkpoint import load_checkpoint, replace
 from cross_attention import XATTN_SCORE
 from data import flag, get_test_loader, pad
 from errors import InputError, run
+from intervals import RECALL_AT, hits, print_summary
 from model import MATMUL_PRECISION, SCAN, load_model, pick_device
 from vocab import deserialize_vocab
-
-RECALL_AT = (1, 5, 10)
 
 
 class AverageMeter:
@@ -263,26 +263,11 @@ def words_of(words, lens, captions):
     return words[sum(lens[: captions.start]) : sum(lens[: captions.stop])]
 
 
-def evalrank(
-    model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, score_split=score_split,
-    **overrides,
-):  # fmt: skip
-    """Rank a split both ways and print SCAN's lines.
-
-    model_path: a checkpoint, or a list of them whose mean similarities are ranked. data_path, vocab_path: instead of
-    the checkpoint's. fold5: five folds, each printed, then their means. save_ranks: a file for ranks and top-1
-    choices. score_split: what scores a checkpoint, for a variant. overrides: other options of the checkpoint to set
-    (batch_size, device, matmul_precision).
-    Returns {"rsum", "ar", "ari", "i2t": (R@1, R@5, R@10, medr, meanr), "t2i": likewise, "n_images", "n_captions"},
-    with fold5 the means and "folds", the same for each. Raises InputError for files that do not fit.
-    """
-    paths = [model_path] if isinstance(model_path, (str, os.PathLike)) else list(model_path)
-    n_folds = 5 if fold5 else 1
-    if save_ranks and not os.path.isdir(os.path.dirname(save_ranks) or "."):
-        raise InputError(f"{save_ranks}: no such folder")
+def mean_sims(paths, *args, score_split=score_split, **overrides):
+    """score_split's matrices of several checkpoints, averaged. Raises InputError where their shapes differ."""
     folds = None
     for path in paths:
-        sims = score_split(path, data_path, vocab_path, split, n_folds, **overrides)
+        sims = score_split(path, *args, **overrides)
         folds = folds or [np.zeros_like(block) for block in sims]
         if [block.shape for block in folds] != [block.shape for block in sims]:
             raise InputError(
@@ -290,6 +275,31 @@ def evalrank(
             )
         for total, block in zip(folds, sims, strict=True):
             total += block / len(paths)
+    return folds
+
+
+def evalrank(
+    model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, score_split=score_split,
+    intervals=False, versus=None, **overrides,
+):  # fmt: skip
+    """Rank a split both ways and print SCAN's lines.
+
+    model_path: a checkpoint, or a list of them whose mean similarities are ranked. data_path, vocab_path: instead of
+    the checkpoint's. fold5: five folds, each printed, then their means. save_ranks: a file for ranks and top-1
+    choices. score_split: what scores a checkpoint, for a variant. intervals: also print 95 % bootstrap intervals.
+    versus: another checkpoint (or list), whose intervals and whose paired difference from model_path are printed too.
+    overrides: other options of the checkpoint to set (batch_size, device, matmul_precision).
+    Returns {"rsum", "ar", "ari", "i2t": (R@1, R@5, R@10, medr, meanr), "t2i": likewise, "n_images", "n_captions"},
+    with fold5 the means and "folds", the same for each; "intervals", and with versus "versus" and "difference", are
+    {measure: (mean, low, high)}, see intervals.py. Raises InputError for files that do not fit.
+    """
+    paths = as_list(model_path)
+    n_folds = 5 if fold5 else 1
+    if save_ranks and not os.path.isdir(os.path.dirname(save_ranks) or "."):
+        raise InputError(f"{save_ranks}: no such folder")
+    rivals = [] if versus is None else as_list(versus)
+    score = partial(mean_sims, score_split=score_split, **overrides)
+    folds = score(paths, data_path, vocab_path, split, n_folds)
     n_images, n_captions = (sum(block.shape[axis] for block in folds) for axis in (0, 1))
     print(f"Images: {n_images}, Captions: {n_captions}")
     results = [rank_both(block) for block in folds]
@@ -305,6 +315,15 @@ def evalrank(
         mean["folds"] = [result for result, _ in results]
     mean.update(n_images=n_images, n_captions=n_captions)
     print_recall(mean)
+    if intervals or rivals:
+        own = all_hits(results)
+        mean["intervals"] = print_summary("95 % intervals, bootstrap over images", own)
+    if rivals:
+        others = all_hits([rank_both(block) for block in score(rivals, data_path, vocab_path, split, n_folds)])
+        if len(others) != len(own):
+            raise InputError(f"{rivals[0]}: ranks {len(others)} groups of images and captions, {paths[0]} {len(own)}")
+        mean["versus"] = print_summary("The other model", others)
+        mean["difference"] = print_summary("Paired difference, first minus other", own - others, signed=True)
     if save_ranks:
         ranks = [{key: [torch.as_tensor(x) for x in pair] for key, pair in ranks.items()} for _, ranks in results]
         replace(save_ranks, lambda file: torch.save(ranks if fold5 else ranks[0], file))
@@ -326,6 +345,15 @@ def print_recall(result):
     print("Text to image: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["t2i"]))
 
 
+def as_list(paths):
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
+def all_hits(results):
+    """intervals.hits of what rank_both gave for each fold, one below the other."""
+    return np.concatenate([hits(ranks["rt"][0], ranks["rti"][0]) for _, ranks in results])
+
+
 def get_parser():
     parser = argparse.ArgumentParser(
         description="Rank a split with one checkpoint, or with the mean similarities of several.",
@@ -338,6 +366,8 @@ def get_parser():
     parser.add_argument("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
     parser.add_argument("--fold5", action="store_true", help="mean over five folds, as for MS-COCO 1K")
     parser.add_argument("--save_ranks", metavar="FILE", help="also write the ranks, e.g. to ranks.pth.tar")
+    parser.add_argument("--intervals", action="store_true", help="also 95 %% intervals, bootstrap over images")
+    parser.add_argument("--versus", nargs="+", metavar="MODEL", help="other checkpoints: paired difference from these")
     parser.add_argument("--batch_size", type=int, help="images or captions encoded at once (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
     parser.add_argument(

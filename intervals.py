@@ -1,0 +1,60 @@
+"""How sure recalls are: bootstrap confidence intervals over images, and the paired difference of two models.
+
+The pictures that are searched stay the same; what is drawn again, with replacement, are the queries: a picture
+together with its captions (the captions of one picture succeed and fail together, so they are no separate draws).
+"""
+
+import numpy as np
+
+MEASURES = ("i2t R@1", "i2t R@5", "i2t R@10", "t2i R@1", "t2i R@5", "t2i R@10", "rsum")
+RECALL_AT = (1, 5, 10)
+SAMPLES = 10_000
+BLOCK = 1 << 22  # drawn indices that are held at once
+
+
+def hits(i2t_ranks, t2i_ranks):
+    """What each group of an image and its captions (or a caption and its images) adds to the recalls.
+
+    i2t_ranks (n_images,), t2i_ranks (n_captions,), from 0, as evaluation.i2t and t2i return them.
+    Returns (groups, 7) float64 in percent, the columns being MEASURES; the recalls are its mean over the groups.
+    """
+    groups = min(len(i2t_ranks), len(t2i_ranks))
+    sides = [np.asarray(ranks).reshape(groups, -1) for ranks in (i2t_ranks, t2i_ranks)]
+    columns = [100.0 * (ranks < k).mean(1) for ranks in sides for k in RECALL_AT]
+    return np.stack([*columns, np.sum(columns, axis=0)], axis=1)
+
+
+def bootstrap(values, level=95, samples=SAMPLES, seed=0):
+    """Percentile interval of the mean over rows: values (groups, K) → low (K,), high (K,).
+
+    For two models' paired difference on the same split, values is the difference of what hits gave for each.
+    level in percent. The same values, samples and seed give the same interval.
+    """
+    values = np.asarray(values, dtype=np.float64)
+    rng, n = np.random.default_rng(seed), len(values)
+    means = np.empty((samples, values.shape[1]))
+    step = max(1, BLOCK // n)
+    for at in range(0, samples, step):
+        count = min(step, samples - at)
+        drawn = rng.integers(0, n, (count, n)) + np.arange(count)[:, None] * n
+        means[at : at + count] = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n) @ values / n
+    tail = (100 - level) / 2
+    return tuple(np.percentile(means, [tail, 100 - tail], axis=0))
+
+
+def summary(values):
+    """{measure: (mean, low, high)} of values (groups, 7) as hits gives them, or the difference of two of these."""
+    rows = zip(MEASURES, values.mean(0), *bootstrap(values), strict=True)
+    return {name: tuple(map(float, row)) for name, *row in rows}
+
+
+def print_summary(title, values, signed=False):
+    """Print title and a line `measure: mean [low, high]` for each of MEASURES; returns the summary of values.
+
+    signed: with + before what is above 0.
+    """
+    result = summary(values)
+    number = "{:+.1f}" if signed else "{:.1f}"
+    form = f"  {{}}: {number} [{number}, {number}]"
+    print(title + ":", *(form.format(name, *row) for name, row in result.items()), sep="\n")
+    return result

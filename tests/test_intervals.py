@@ -1,0 +1,122 @@
+"""Bootstrap intervals of recalls, and the paired difference of two models, as evalrank prints and returns them."""
+
+import contextlib
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from folders import make_folder
+from test_evaluation import save_model
+
+from errors import InputError
+from evaluation import evalrank, i2t, t2i
+from intervals import MEASURES, bootstrap, hits, summary
+
+
+def ranks_of(sims):
+    return i2t(None, None, None, sims, return_ranks=True)[1][0], t2i(None, None, None, sims, return_ranks=True)[1][0]
+
+
+@pytest.mark.parametrize("shape", [(20, 100), (30, 30), (60, 20)])
+def test_the_mean_of_the_hits_is_the_recall(shape):
+    sims = np.random.default_rng(0).standard_normal(shape)
+    expected = [*i2t(None, None, None, sims)[:3], *t2i(None, None, None, sims)[:3]]
+    assert hits(*ranks_of(sims)).mean(0) == pytest.approx([*expected, sum(expected)])
+
+
+def test_intervals_agree_with_the_normal_approximation_on_many_images():
+    values = 100.0 * (np.random.default_rng(0).random((2000, 2)) < (0.3, 0.7))
+    low, high = bootstrap(values)
+    error = 1.96 * values.std(0) / np.sqrt(len(values))
+    assert low == pytest.approx(values.mean(0) - error, abs=0.1)
+    assert high == pytest.approx(values.mean(0) + error, abs=0.1)
+
+
+def test_95_of_100_intervals_hold_the_truth():
+    """400 draws of 150 images each from a population with 60 % hits; 3 standard errors of that share are allowed."""
+    rng = np.random.default_rng(1)
+    samples = 100.0 * (rng.random((400, 150, 1)) < 0.6)
+    held = [low[0] <= 60 <= high[0] for low, high in (bootstrap(sample, samples=1000) for sample in samples)]
+    assert np.mean(held) == pytest.approx(0.945, abs=0.033)
+
+
+def test_captions_of_one_image_count_as_one_draw():
+    """Five captions that succeed or fail together say no more than one."""
+    one = 100.0 * (np.random.default_rng(0).random((200, 1)) < 0.5)
+    t2i_ranks = np.where(one.repeat(5), 0, 99)
+    values = hits(np.where(one.ravel(), 0, 99), t2i_ranks)
+    low, high = bootstrap(values)
+    assert low[3] == low[0] and high[3] == high[0]
+
+
+def test_the_same_seed_gives_the_same_interval_whatever_the_block(monkeypatch):
+    values = np.random.default_rng(0).random((50, 7))
+    whole = summary(values)
+    assert summary(values) == whole
+    monkeypatch.setattr("intervals.BLOCK", 500)
+    assert summary(values) == whole
+
+
+def test_a_paired_difference_is_surer_than_two_intervals():
+    """Two models that agree on most queries: their difference is known better than either recall."""
+    rng = np.random.default_rng(0)
+    first = 100.0 * (rng.random((300, 1)) < 0.5)
+    second = np.where(rng.random((300, 1)) < 0.1, 100 - first, first)
+    low, high = bootstrap(first)
+    pair_low, pair_high = bootstrap(first - second)
+    assert pair_high - pair_low < 0.7 * (high - low)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Two untrained checkpoints and one of another data set; returns their paths."""
+    root = tmp_path_factory.mktemp("intervals")
+    where = make_folder(root, splits={"dev": 6, "test": 25}, n_regions=4)
+    save_model(root / "a.pth.tar", *where, seed=1)
+    save_model(root / "b.pth.tar", *where, seed=2)
+    other = make_folder(root / "other", splits={"dev": 6, "test": 10}, n_regions=4)
+    save_model(root / "c.pth.tar", *other)
+    return [str(root / f"{name}.pth.tar") for name in "abc"]
+
+
+def printed(*args, **kwargs):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        result = evalrank(*args, split="test", **kwargs)
+    return result, out.getvalue()
+
+
+@pytest.mark.parametrize("fold5", [False, True])
+def test_evalrank_adds_intervals_only_when_asked(toy, fold5):
+    plain, lines = printed(toy[0], fold5=fold5)
+    assert "intervals" not in plain
+    result, more = printed(toy[0], fold5=fold5, intervals=True)
+    assert more.startswith(lines) and "95 % intervals" not in lines
+    assert more.removeprefix(lines).splitlines()[0] == "95 % intervals, bootstrap over images:"
+    assert list(result["intervals"]) == list(MEASURES)
+    means = [mean for mean, _, _ in result["intervals"].values()]
+    assert means == pytest.approx([*plain["i2t"][:3], *plain["t2i"][:3], plain["rsum"]])
+    assert all(low <= mean <= high for mean, low, high in result["intervals"].values())
+
+
+def test_evalrank_compares_two_models(toy):
+    result, lines = printed(toy[0], versus=toy[1])
+    rival, _ = printed(toy[1])
+    assert result["versus"]["rsum"][0] == pytest.approx(rival["rsum"])
+    assert result["difference"]["rsum"][0] == pytest.approx(result["rsum"] - rival["rsum"])
+    assert "Paired difference, first minus other:\n  i2t R@1: " in lines
+    same, _ = printed(toy[0], versus=[toy[0]])
+    assert set(same["difference"].values()) == {(0.0, 0.0, 0.0)}
+
+
+def test_models_of_different_splits_are_not_compared(toy):
+    with pytest.raises(InputError, match="c.pth.tar: ranks 10 groups"):
+        printed(toy[0], versus=toy[2])
+
+
+def test_the_command_takes_both_flags(toy):
+    command = [sys.executable, "evaluation.py", "--model_path", toy[0], "--split", "test", "--versus", toy[1]]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "\nThe other model:\n  i2t R@1: " in out and out.count("[") == 21
