@@ -52,6 +52,17 @@ AGG_FUNC = {
 }
 
 
+def attention_of(S, opt):
+    """A = softmax over the contexts' elements of λ·normalised S, for S (N, L, M, K) as attend takes it."""
+    return (RAW_FEATURE_NORM[opt.raw_feature_norm](S) * opt.lambda_softmax).softmax(1)
+
+
+def pair_attention(image, words, opt, t2i):
+    """What attends to what in one pair: image (R, D), words (W, D) → (W, R) with t2i, else (R, W); rows sum to 1."""
+    context, query = (image, words) if t2i else (words, image)
+    return attention_of((context @ query.mT)[None, :, None], opt)[0, :, 0].mT
+
+
 def attend(S, gram, query_norms, opt, attention_term):
     """Stacked cross attention from raw similarities, without ever building an attended context.
 
@@ -61,7 +72,7 @@ def attend(S, gram, query_norms, opt, attention_term):
     a query element q is Σ A v, so their cosine is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
     0.5 · agg(max over the context's elements of A).
     """
-    attention = (RAW_FEATURE_NORM[opt.raw_feature_norm](S) * opt.lambda_softmax).softmax(1)
+    attention = attention_of(S, opt)
     dots = (attention * S).sum(1)
     squares = (attention * (gram @ attention.flatten(2)).view_as(attention)).sum(1)
     norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros

@@ -76,17 +76,26 @@ class EncoderImage(nn.Module):
     def position_feature(self, images, boxes):
         """p of every region: (B, R, img_dim) and (B, R, 30 | 31) → (B, R, 200).
 
-        area: p = Σ_j a_j e_j. attention: α = softmax_j(tanh(fc_att(v)·e_j)), β = softmax_j(a_j α_j), p = Σ_j β_j e_j.
+        area: p = Σ_j a_j e_j. attention: p = Σ_j β_j e_j.
+        """
+        cells, weights = self.cell_weights(images, boxes)
+        table = self.position_embedding.weight
+        p = F.embedding_bag(cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))
+        return p.view(*cells.shape[:2], -1)
+
+    def cell_weights(self, images, boxes):
+        """Each region's cells (B, R, 15) and what weighs them (B, R, 15).
+
+        area: a_j. attention: α = softmax_j(tanh(fc_att(v)·e_j)), β = softmax_j(a_j α_j).
         """
         cells = boxes[..., :N_SLOTS].long()
         weights = boxes[..., N_SLOTS : 2 * N_SLOTS]
-        table = self.position_embedding.weight
         if self.position == "attention":
-            logits = self.fc_att(images) @ table.T  # all 257 cells in one product, then the 15 of each region
+            # all 257 cells in one product, then the 15 of each region
+            logits = self.fc_att(images) @ self.position_embedding.weight.T
             weights = weights * torch.tanh(logits.gather(2, cells)).float().softmax(2)
             weights = weights.softmax(2)
-        p = F.embedding_bag(cells.flatten(0, 1), table, mode="sum", per_sample_weights=weights.flatten(0, 1))
-        return p.view(*cells.shape[:2], -1)
+        return cells, weights
 
     def forward(self, images, boxes):
         """images (B, R, img_dim), boxes (B, R, 30 | 31; not read with position none) → (B, R, D)."""
