@@ -393,15 +393,15 @@ def write_split(pool, options, split):
 def parse(argv=None):
     """Flags as a namespace. Raises InputError for bad ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.add_argument("--data_path", default="./data", help="folder of datasets")
-    parser.add_argument("--data_name", default="demo_precomp", help="the dataset's folder in it")
-    parser.add_argument("--seed", type=int, default=0)
+                                     allow_abbrev=False, epilog="example: python scripts/make_demo_data.py --seed 1")
+    parser.add_argument("--data_path", default="./data", help="folder of datasets (default: %(default)s)")
+    parser.add_argument("--data_name", default="demo_precomp", help="the dataset's folder in it (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     for split, count in zip(SPLITS, (3000, 300, 500), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"pictures in the {split} split")
-    parser.add_argument("--group", type=int, default=5, help="pictures that show the same shapes (1: none do)")
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"pictures in the {split} split (default: {count})")
+    parser.add_argument("--group", type=int, default=5, help="pictures that show the same shapes (default: %(default)s)")
     parser.add_argument("--train_images", action="store_true", help="write the PNGs of the train split, too")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
 
     def fail(message):
         raise InputError(message)
