@@ -398,8 +398,8 @@ def parse(argv=None):
     parser.add_argument("--data_name", default="demo_precomp", help="the dataset's folder in it (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     for split, count in zip(SPLITS, (3000, 300, 500), strict=True):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"pictures in the {split} split (default: {count})")
-    parser.add_argument("--group", type=int, default=5, help="pictures that show the same shapes (default: %(default)s)")
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} pictures (default: {count})")
+    parser.add_argument("--group", type=int, default=5, help="pictures of the same shapes (default: %(default)s)")
     parser.add_argument("--train_images", action="store_true", help="write the PNGs of the train split, too")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
 
