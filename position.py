@@ -15,7 +15,7 @@ import numpy as np
 
 from errors import InputError, run
 
-CHUNK = 4096  # regions computed at once: 256 cells × 8 bytes × 4096 = 8 MB a temporary
+CHUNK = 256  # regions computed at once: 256 cells × 8 bytes × 256 = 0.5 MB a temporary, which stays in the cache
 
 
 def position_grid(boxes, image_size, split_size=16, top_n=15):
@@ -77,18 +77,23 @@ def _grid(boxes, sizes, n, top_n):
     covered_y, middle_y = _cover(y1, y2, height, n)
     area = (covered_x[:, :, None] * covered_y[:, None, :]).reshape(-1, n * n)  # index = column·n + row
     # One integer a cell orders it by area, then nearness, then index: 26 + 28 + 9 bits. Areas are taken relative to
-    # the region's largest, rounded to 2⁻²⁵ (float32's precision), so that rounding errors do not decide between equals.
+    # the region's largest, rounded to 2⁻²⁵ (float32's precision), so that rounding errors do not decide between equals;
+    # nearness and index are sums of a column's and a row's part.
     largest = area.max(1, keepdims=True)
+    order = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1)))
+    order += area > 0  # any area comes before none
+    key = order.astype(np.int64) << 37
     side = np.maximum(width, height)
-    step_x = (middle_x * (width / side)[:, None]) ** 2
-    step_y = (middle_y * (height / side)[:, None]) ** 2
-    distance = (step_x[:, :, None] + step_y[:, None, :]).reshape(-1, n * n) / (2 * n * n)  # < 1
-    key = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1))).astype(np.int64) << 28
-    key += (2**28 - 1) - np.rint(distance * (2**27)).astype(np.int64)
-    key = (key << 9) + (n * n - 1 - np.arange(n * n))
-    key[area <= 0] = -1
-    best = np.argpartition(key, -top_n, axis=1)[:, -top_n:]
-    best = np.take_along_axis(best, np.argsort(-np.take_along_axis(key, best, 1), axis=1, kind="stable"), 1)
+    far_x, far_y = (
+        np.rint((middle * (length / side)[:, None]) ** 2 * (2**26 / n**2)).astype(np.int64) << 9
+        for middle, length in ((middle_x, width), (middle_y, height))
+    )  # each below 2³⁵
+    edge = np.arange(n)
+    columns, rows = (1 << 36) + n * n - 1 - n * edge - far_x, -edge - far_y
+    key += (columns[:, :, None] + rows[:, None, :]).reshape(-1, n * n)
+    key = np.partition(key, -top_n, axis=1)[:, -top_n:]
+    key.sort(axis=1)
+    best = n * n - 1 - (key[:, ::-1] & 511)
     weights = np.take_along_axis(area, best, 1)
     total = weights.sum(1, keepdims=True)
     cells = np.where(weights > 0, best, n * n)
