@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import os
 import pickle
 import pickletools
@@ -13,6 +14,11 @@ import torch
 
 from errors import InputError
 
+log = logging.getLogger(__name__)
+
+LAST, BEST = "checkpoint_last.pth.tar", "model_best.pth.tar"  # saved within an epoch; of the best score
+EPOCH = re.compile(r"checkpoint_(\d+)\.pth\.tar")  # saved after an epoch
+
 # What every checkpoint of SCAN and PFAN says of its model and data.
 OPTIONS = (
     "data_path data_name vocab_path batch_size word_dim embed_size num_layers img_dim no_imgnorm no_txtnorm bi_gru "
@@ -22,12 +28,53 @@ OPTIONS = (
 
 
 def save_checkpoint(state, is_best, filename="checkpoint.pth.tar", prefix=""):
-    """Write state to prefix/filename, and to prefix/model_best.pth.tar if it is the best; each whole or not at all."""
-    path = os.path.join(prefix, filename)
-    replace(path, lambda file: torch.save(state, file))
-    if is_best:
-        with open(path, "rb") as source:
-            replace(os.path.join(prefix, "model_best.pth.tar"), lambda file: shutil.copyfileobj(source, file))
+    """Write state to prefix/filename, and to prefix/model_best.pth.tar if it is the best; each whole or not at all.
+
+    The best one gets its name first: a run that ends between the two goes on from the older checkpoint, and comes to
+    the same best again.
+    """
+
+    def write(file):
+        torch.save(state, file)
+        if is_best:
+            file.flush()
+            with open(file.name, "rb") as source:
+                replace(os.path.join(prefix, BEST), lambda copy: shutil.copyfileobj(source, copy))
+
+    replace(os.path.join(prefix, filename), write)
+
+
+def epoch_checkpoints(folder):
+    """Paths of the checkpoints that epochs left in folder, the latest first."""
+    found = [(int(match[1]), match[0]) for match in map(EPOCH.fullmatch, os.listdir(folder)) if match]
+    return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
+
+
+def last_checkpoint(folder):
+    """Path of the checkpoint in folder that holds the most training, and its contents; None, None where there is none.
+
+    One that cannot be read is passed over with a warning.
+    """
+    if not os.path.isdir(folder):
+        return None, None
+    found = []
+    for paths in ([os.path.join(folder, LAST)], epoch_checkpoints(folder)):
+        for path in filter(os.path.isfile, paths):
+            try:
+                found.append((path, load_checkpoint(path)))
+                break
+            except InputError as error:
+                log.warning("passed over: %s", error)
+    return max(found, key=lambda one: (one[1]["epoch"], one[1].get("step", 0)), default=(None, None))
+
+
+def remove_older(folder, keep):
+    """Remove what a newly saved epoch makes superfluous: LAST, and all epochs' checkpoints but the latest keep ones
+    (none of these with keep 0). The best one stays."""
+    older = epoch_checkpoints(folder)[keep:] if keep else []
+    for path in [os.path.join(folder, LAST), *older]:
+        if os.path.isfile(path):
+            os.remove(path)
 
 
 def replace(path, write):
@@ -74,8 +121,8 @@ def load_checkpoint(path):
     lacking = [name for name in OPTIONS if not hasattr(opt, name)]
     if lacking:
         raise InputError(f"{path}: its options lack {lacking[0]}")
-    for key in ("epoch", "best_rsum", "Eiters"):
-        if not isinstance(checkpoint[key], (int, float)):
+    for key, kinds in (("epoch", int), ("best_rsum", (int, float)), ("Eiters", int), ("step", int)):
+        if not isinstance(checkpoint.get(key, 0), kinds):
             raise InputError(f"{path}: {key} is {checkpoint[key]!r:.40}, expected a number")
     if not isinstance(states, (list, tuple)) or [isinstance(state, dict) for state in states] != [True, True]:
         raise InputError(f"{path}: model is no list of two encoders' states")

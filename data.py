@@ -1,11 +1,15 @@
 """Dataset folders → batches. Features stay on disk, memory-mapped; see README, "Data layout", for the files."""
 
 import os
+import re
+import signal
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+import distributed
 from errors import InputError
 from vocab import read_captions
 
@@ -51,6 +55,8 @@ class PrecompDataset(Dataset):
     With need_boxes False (position none) SPLIT_boxes.npy is not read and items have boxes of shape (R, 0).
     Raises InputError where files are missing or do not fit together.
     """
+
+    reading = None  # shared with loading processes, see watched_workers
 
     def __init__(self, data_path, data_split, vocab, img_dim=None, need_boxes=True, allow_empty_captions=False):
         self.vocab = vocab
@@ -146,6 +152,8 @@ class PrecompDataset(Dataset):
 
     def __getitem__(self, index):
         """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id)."""
+        if self.reading is not None and (worker := get_worker_info()):
+            self.reading[worker.id, 1] = index
         img_id = index * self.n_images // len(self)
         image = [rows[0] for rows in self.read_images(img_id, img_id + 1)]
         return *image, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
@@ -176,8 +184,10 @@ def collate_fn(data):
     """Batch items, longest caption first.
 
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
-    lengths (list of B int), ids (tuple of B int, which item each row is).
+    lengths (list of B int), ids (tuple of B int, which item each row is); () for no items.
     """
+    if not data:
+        return ()
     data.sort(key=lambda item: len(item[-3]), reverse=True)
     *images, captions, ids, _ = zip(*data, strict=True)
     lengths = [len(caption) for caption in captions]
@@ -189,18 +199,22 @@ def pad(captions):
     return torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
 
 
-class EpochSampler(Sampler):
-    """A new order of n items each epoch, given by seed and epoch alone: a resumed run goes on as it would have."""
+class EpochBatches(Sampler):
+    """Batches of a new order of n items each epoch, given by seed and epoch alone: a resumed run goes on as it would
+    have. Of each batch a process gets its share. first: how many of the epoch's batches are done already."""
 
-    def __init__(self, n, seed):
-        self.n, self.seed, self.epoch = n, seed, 0
+    def __init__(self, n, batch_size, seed):
+        self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
 
     def __iter__(self):
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        return iter(torch.randperm(self.n, generator=generator).tolist())
+        order = torch.randperm(self.n, generator=generator).tolist()
+        for at in range(self.first * self.batch_size, self.n, self.batch_size):
+            batch = order[at : at + self.batch_size]
+            yield batch[distributed.share(len(batch))]
 
     def __len__(self):
-        return self.n
+        return -(-self.n // self.batch_size)
 
 
 def get_precomp_dataset(data_name, data_split, vocab, opt):
@@ -216,17 +230,56 @@ def get_precomp_dataset(data_name, data_split, vocab, opt):
 
 
 def get_precomp_loader(dataset, batch_size, workers, shuffle_seed=None):
-    """A DataLoader of collate_fn's batches, in order or shuffled by seed and its sampler's epoch."""
-    workers = min(workers, os.cpu_count() or 1)
+    """A DataLoader of collate_fn's batches, in order or shuffled by seed and its batch sampler's epoch."""
+    workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    dataset.reading = torch.zeros(workers + 1, 2, dtype=torch.int64).share_memory_() if workers else None
+    order = {"batch_size": batch_size}
+    if shuffle_seed is not None:
+        order = {"batch_sampler": EpochBatches(len(dataset), batch_size, shuffle_seed)}
     return DataLoader(
         dataset,
-        batch_size=batch_size,
-        sampler=None if shuffle_seed is None else EpochSampler(len(dataset), shuffle_seed),
+        **order,
         num_workers=workers,
         persistent_workers=workers > 0,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate_fn,
+        generator=torch.Generator(),  # its own, so that loading leaves the random state of training alone
     )
+
+
+def start_worker(number):
+    """In a loading process: note its id, leave Ctrl-C to the process that trains, and SIGTERM as long as that lasts."""
+    table = get_worker_info().dataset.reading
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None if table[-1, 0] else os._exit(0))
+    table[number, 0] = os.getpid()
+
+
+@contextmanager
+def watched_workers(dataset):
+    """While this lasts, a loading process that dies becomes an InputError that names what it was reading.
+
+    dataset.reading (workers + 1, 2) has a row for each loading process, its id and the item that it reads; the last
+    row says whether this lasts.
+    """
+    table = dataset.reading if dataset.reading is not None else torch.zeros(1, 2)
+    table[-1, 0] = 1
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
+        dead = set(map(int, found[1].split(","))) if found else ()
+        for pid, index in table[:-1].tolist():
+            if pid in dead:
+                image, line = (index * n // len(dataset) for n in (dataset.n_images, len(dataset.captions)))
+                raise InputError(
+                    f"{dataset.prefix}: a loading process died when it read pair {index}, which is image {image} and "
+                    f"caption line {line + 1} ({str(error).strip().splitlines()[0]})"
+                ) from None
+        raise
+    finally:
+        table[-1, 0] = 0
 
 
 def get_loaders(data_name, vocab, batch_size, workers, opt, make_dataset=get_precomp_dataset):

@@ -1,6 +1,7 @@
 """What a user can do wrong: one exception, and one way for a command to report it."""
 
 import os
+import signal
 import sys
 
 
@@ -17,7 +18,8 @@ def report(message):
 def run(main):
     """Call main(), the body of a command line.
 
-    An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C becomes 130.
+    An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C becomes 130,
+    SIGTERM in training 143.
     An InputError raised in a DataLoader worker arrives with the worker's traceback around it;
     its own text is the last line.
     """
@@ -30,6 +32,6 @@ def run(main):
         sys.exit(1)
     except OSError as error:
         report(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+import distributed
 from checkpoint import load_checkpoint
 from cross_attention import (  # noqa: F401 (l1norm and the two scores have their place here in SCAN)
     AGG_FUNC,
@@ -60,6 +61,11 @@ MATMUL_PRECISION = ("highest", "high", "medium")  # torch.set_float32_matmul_pre
 POSITIONS = ("attention", "area", "none")  # PFAN-A, PFAN-P, SCAN
 
 
+def full(x):
+    """x in full precision: float32 where it is bfloat16, as it is where it is float32 or float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class EncoderImage(nn.Module):
     """Region features and position grids → region embeddings."""
 
@@ -93,7 +99,7 @@ class EncoderImage(nn.Module):
         if self.position == "attention":
             # all 257 cells in one product, then the 15 of each region
             logits = self.fc_att(images) @ self.position_embedding.weight.T
-            weights = weights * torch.tanh(logits.gather(2, cells)).float().softmax(2)
+            weights = weights * full(torch.tanh(logits.gather(2, cells))).softmax(2)
             weights = weights.softmax(2)
         return cells, weights
 
@@ -101,7 +107,7 @@ class EncoderImage(nn.Module):
         """images (B, R, img_dim), boxes (B, R, 30 | 31; not read with position none) → (B, R, D)."""
         if self.position != "none":
             images = torch.cat([images, self.position_feature(images, boxes)], 2)
-        features = self.fc(images).float()
+        features = full(self.fc(images))
         return features if self.no_imgnorm else l2norm(features, dim=2)
 
 
@@ -126,7 +132,7 @@ class EncoderText(nn.Module):
         packed = pack_padded_sequence(self.embed(captions), lengths, batch_first=True, enforce_sorted=False)
         plain_cpu = packed.data.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         packed, state = packed_gru(self.rnn, packed) if plain_cpu else self.rnn(packed)
-        words = packed.data.float()
+        words = full(packed.data)
         if self.use_bi_gru:
             words = (words[:, : self.embed_size] + words[:, self.embed_size :]) / 2
         if not self.no_txtnorm:
@@ -144,6 +150,8 @@ class ContrastiveLoss(nn.Module):
     most: the matrix is scored without gradient, the pairs that matter once more with it. Same loss, same gradient.
     """
 
+    image_parts = 1  # how many of the embeddings are the images'; the captions' follow
+
     def __init__(self, opt, margin=0, max_violation=False):
         super().__init__()
         if opt.cross_attn not in XATTN_SCORE:
@@ -157,30 +165,44 @@ class ContrastiveLoss(nn.Module):
         return XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
 
     def forward(self, *embeddings):
-        """embeddings: im (B, R, D), s (B, W, D), s_l (B ints), row i of each belonging together → scalar."""
-        if self.max_violation:
-            return self.hardest_negatives(*embeddings)
-        scores = self.score(*embeddings)
-        right = scores.diag()
+        """embeddings: im (B, R, D), s (B, W, D), s_l (B ints), row i of each belonging together → scalar.
+
+        Of several processes each has its own pairs, scores its images against all captions, and gets the whole
+        batch's loss, with the gradient of its part of the sum.
+        """
+        batch = distributed.Batch(len(embeddings[0]))
+        images, captions = embeddings[: self.image_parts], embeddings[self.image_parts :]
+        embeddings = (*images, *batch.gather_captions(*captions))
+        return distributed.total((self.hardest_negatives if self.max_violation else self.negatives)(batch, embeddings))
+
+    def negatives(self, batch, embeddings):
+        scores = self.score(*embeddings)  # (n, B): this process's images, all captions; their own begin at batch.first
+        right = scores.diagonal(batch.first)
         cost_s = (self.margin + scores - right[:, None]).clamp(min=0)
-        cost_im = (self.margin + scores - right[None, :]).clamp(min=0)
-        others = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        cost_im = (self.margin + scores - batch.gather(right)[None, :]).clamp(min=0)
+        others = torch.ones_like(scores, dtype=torch.bool)
+        others.diagonal(batch.first).fill_(False)
         return ((cost_s + cost_im) * others).sum()
 
-    def hardest_negatives(self, *embeddings):
+    def hardest_negatives(self, batch, embeddings):
         with torch.no_grad():
             scores = self.score(*embeddings)
-            right = scores.diag().clone()
-            scores.fill_diagonal_(-torch.inf)
+            right = scores.diagonal(batch.first).clone()
+            scores.diagonal(batch.first).fill_(-torch.inf)
             caption_score, caption = scores.max(1)  # the hardest caption of each image
-            image_score, image = scores.max(0)  # the hardest image of each caption
-            own = torch.arange(len(scores), device=scores.device)
-            wrong = torch.cat([torch.stack([own, caption], 1), torch.stack([image, own], 1)])
-            costs = ~(self.margin + torch.cat([caption_score - right, image_score - right]) <= 0)  # NaN counts
-            anchors = own.repeat(2)[costs]
-            pairs = torch.cat([torch.stack([own, own], 1), wrong[costs]]).cpu()
+            image_score, image = batch.hardest(scores)  # the hardest image of each caption, in the whole batch
+            own = torch.arange(len(right), device=scores.device)
+            costs = ~(self.margin + caption_score - right <= 0)  # NaN counts
+            of_images = torch.stack([own, caption], 1)[costs]
+            costs = ~(self.margin + image_score - batch.gather(right) <= 0)
+            row = image - batch.first
+            costs &= (row >= 0) & (row < len(own))  # each pair is scored where its image is
+            of_captions = torch.stack([row, torch.arange(len(row), device=row.device)], 1)[costs]
+            anchors = torch.cat([of_images[:, 0] + batch.first, of_captions[:, 1]])
+            pairs = torch.cat([torch.stack([own, own + batch.first], 1), of_images, of_captions]).cpu()
         scores = self.score(*embeddings, pairs=pairs)
-        return (self.margin + scores[len(own) :] - scores[anchors]).clamp(min=0).sum()
+        right, wrong = scores[: len(own)], scores[len(own) :]
+        return (self.margin + wrong - batch.gather(right)[anchors]).clamp(min=0).sum()
 
 
 def pick_device(name="auto"):
@@ -281,16 +303,28 @@ class SCAN:
         return self.step(images, boxes, captions, lengths)
 
     def step(self, *batch):
-        """One training step on what forward_emb takes. Returns the loss."""
+        """One training step on what forward_emb takes. Returns the loss.
+
+        Where several processes train, all call this for every batch, each with its own pairs; without arguments one
+        that has none. Raises FloatingPointError, the parameters untouched, for a loss or gradient that is no number.
+        """
         self.Eiters += 1
         if self.logger is not None:
             self.logger.update("Eit", self.Eiters)
             self.logger.update("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
-        loss = self.forward_loss(*self.forward_emb(*batch))
-        loss.backward()
-        if self.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.params, self.grad_clip)
+        if batch:
+            loss = self.forward_loss(*self.forward_emb(*batch))
+            loss.backward()
+        else:
+            distributed.Batch(0)
+            loss = distributed.total(self.params[0].new_zeros(()))
+        distributed.add_up_gradients(self.params)
+        norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or torch.inf)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"the loss is {loss.item()}, its gradient's norm {norm.item()}")
         self.optimizer.step()
         return loss.detach()
 

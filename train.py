@@ -6,7 +6,10 @@ python train.py --data_path ./data --data_name f30k_precomp --max_violation --bi
 import argparse
 import logging
 import os
+import signal
 import time
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 # tensorboard_logger needs this before protobuf is first imported
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
@@ -16,14 +19,17 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from checkpoint import load_checkpoint, save_checkpoint
+import distributed
+from checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
 from cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
-from data import NEW_FLAGS, get_loaders
+from data import NEW_FLAGS, flag, get_loaders, watched_workers
 from errors import InputError, run
 from evaluation import AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from model import LINEAR, MATMUL_PRECISION, POSITIONS, SCAN
 
 log = logging.getLogger(__name__)
+
+EXPLODED = 1000  # a loss this many times the square of the batch has left what cosines can give far behind
 
 
 def get_parser():
@@ -40,7 +46,7 @@ def get_parser():
     add("--vocab_path", default="./vocab/", help="folder of the vocabularies, DATA_NAME_vocab.json")
     add("--margin", default=0.2, type=float, help="margin of the hinge loss")
     add("--num_epochs", "--num_epoches", default=30, type=int, help="epochs to train")
-    add("--batch_size", default=128, type=int, help="pairs in a batch")
+    add("--batch_size", default=128, type=int, help="pairs in a batch, those of all processes together")
     add("--word_dim", default=300, type=int, help="size of a word's input embedding")
     add("--embed_size", default=1024, type=int, help="size of the joint embedding")
     add("--grad_clip", default=2.0, type=float, help="largest norm of the gradient; 0 does not clip")
@@ -52,7 +58,9 @@ def get_parser():
     add("--val_step", default=500, type=int, help="steps between two validations; each epoch's end has one as well")
     add("--logger_name", default="./runs/runX/log", help="folder of the TensorBoard events")
     add("--model_name", default="./runs/runX/checkpoint", help="folder of the checkpoints")
-    add("--resume", default="", metavar="FILE", help="checkpoint to go on from")
+    add("--resume", default="", metavar="FILE", help="checkpoint to go on from; auto: the last in --model_name, if any")
+    add("--save_step", default=0, type=int, help="steps between two checkpoints within an epoch; 0 saves none")
+    add("--keep_last", default=0, type=int, help="checkpoints of epochs to keep, besides the best; 0 keeps all")
     add("--max_violation", action="store_true", help="only the hardest negatives in the loss")
     add("--img_dim", default=2048, type=int, help="size of a region's feature")
     add("--no_imgnorm", action="store_true", help="do not normalise image embeddings")
@@ -78,7 +86,7 @@ def check(opt):
     for names, least, most in (
         ("batch_size", 2, 2**31),
         ("num_epochs log_step val_step lr_update num_layers embed_size word_dim img_dim", 1, 2**31),
-        ("workers grad_clip margin lambda_lse lambda_softmax", 0, 2**31),
+        ("workers grad_clip margin lambda_lse lambda_softmax save_step keep_last", 0, 2**31),
         ("seed", 0, 2**32 - 1),
     ):
         for name in names.split():
@@ -88,75 +96,174 @@ def check(opt):
         raise InputError(f"--learning_rate {opt.learning_rate}: expected a positive number")
 
 
+@dataclass
+class Progress:
+    """How far training is: epochs done, steps done of the epoch after them, the best rsum, the last good checkpoint."""
+
+    epoch: int = 0
+    step: int = 0
+    best_rsum: float = -1.0
+    saved: str = ""
+
+
+class Stopped(KeyboardInterrupt):
+    """Raised between two steps, the signal's number its argument: what is saved then can be gone on from."""
+
+
+class Stop:
+    """While this lasts, Ctrl-C and SIGTERM are noted in asked; training ends after the step at hand.
+
+    Where the model rests, it ends at once; a second Ctrl-C or SIGTERM does not wait for the step either. Several
+    processes have to end at the same step, so there they always wait for it.
+    """
+
+    def __init__(self):
+        self.asked, self.resting = None, False
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number, frame):
+        again, self.asked = self.asked, number
+        if distributed.size() == 1 and (self.resting or again):
+            raise (Stopped if self.resting else KeyboardInterrupt)(number)
+
+    @contextmanager
+    def rest(self):
+        """The model does not change in here."""
+        self.resting = True
+        try:
+            yield
+        finally:
+            self.resting = False
+
+    def check(self):
+        """Raise Stopped in all processes where an end was asked for in one of them."""
+        if distributed.anywhere(self.asked):
+            raise Stopped(self.asked or signal.SIGTERM)
+
+
 def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=None):
     """Train as opt says; make_model, make_loaders and validate are what a variant replaces. Returns the best rsum."""
     check(opt)
+    distributed.start(opt.device)
     validate = validate or validation
-    checkpoint = load_checkpoint(opt.resume) if opt.resume else None
+    if opt.resume == "auto":
+        path, checkpoint = last_checkpoint(opt.model_name)
+    else:
+        path, checkpoint = opt.resume, load_checkpoint(opt.resume) if opt.resume else None
     vocab = vocab or read_vocab(opt)
     opt.vocab_size = len(vocab)
     train_loader, val_loader = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
     torch.manual_seed(opt.seed)
     model = make_model(opt)
-    start_epoch, best_rsum = resume(model, checkpoint, opt) if checkpoint else (0, -1.0)
-    os.makedirs(opt.model_name, exist_ok=True)
-    tb = tensorboard_logger.Logger(opt.logger_name, flush_secs=5)
+    progress = resume(model, checkpoint, opt, path) if checkpoint else Progress()
+    if not distributed.same_everywhere(model.Eiters):
+        raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
+    first = distributed.rank() == 0  # the process that logs and saves
+    if first:
+        os.makedirs(opt.model_name, exist_ok=True)
+    tb = tensorboard_logger.Logger(opt.logger_name, flush_secs=5, is_dummy=not first)
     log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
-    for epoch in range(start_epoch, opt.num_epochs):
-        adjust_learning_rate(opt, model.optimizer, epoch)
-        train_loader.sampler.epoch = epoch
-        train(opt, train_loader, model, epoch, val_loader, tb, validate)
+    with Stop() as stop, watched_workers(train_loader.dataset):
+        try:
+            while progress.epoch < opt.num_epochs:
+                train_epoch(opt, train_loader, model, progress, val_loader, tb, validate, stop)
+        except Stopped:
+            save(opt, model, progress, LAST)
+            log.info("stopped after step %d; --resume %s goes on there, as auto does", model.Eiters, progress.saved)
+            raise
+    best = os.path.join(opt.model_name, BEST)
+    where = best if os.path.exists(best) else "the run that was resumed"
+    log.info("best rsum on dev %.1f, in %s", progress.best_rsum, where)
+    distributed.stop()
+    return progress.best_rsum
+
+
+def train_epoch(opt, train_loader, model, progress, val_loader, tb, validate, stop):
+    """What is left of an epoch, its validation, its checkpoint."""
+    adjust_learning_rate(opt, model.optimizer, progress.epoch)
+    train(opt, train_loader, model, progress, val_loader, tb, validate, stop)
+    with stop.rest():
         rsum = validate(opt, val_loader, model, tb)
-        is_best = rsum > best_rsum
-        best_rsum = max(rsum, best_rsum)
-        state = {
-            "epoch": epoch + 1,
-            "model": model.state_dict(),
-            "best_rsum": best_rsum,
-            "opt": opt,
-            "Eiters": model.Eiters,
-            "optimizer": model.optimizer.state_dict(),
-        }
-        save_checkpoint(state, is_best, f"checkpoint_{epoch}.pth.tar", prefix=opt.model_name)
-    best = os.path.join(opt.model_name, "model_best.pth.tar")
-    log.info("best rsum on dev %.1f, in %s", best_rsum, best if os.path.exists(best) else "the run that was resumed")
-    return best_rsum
+    name, is_best = f"checkpoint_{progress.epoch}.pth.tar", rsum > progress.best_rsum
+    progress.epoch, progress.step, progress.best_rsum = progress.epoch + 1, 0, max(rsum, progress.best_rsum)
+    save(opt, model, progress, name, is_best)
+    if distributed.rank() == 0:
+        remove_older(opt.model_name, opt.keep_last)
 
 
-def resume(model, checkpoint, opt):
-    """Put a checkpoint's parameters, optimizer and step count into model. Returns (epochs done, best rsum)."""
+def save(opt, model, progress, name, is_best=False):
+    """The first process writes all that a run needs to go on, to opt.model_name/name; the others wait for it."""
+    state = {
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "model": model.state_dict(),
+        "best_rsum": progress.best_rsum,
+        "opt": opt,
+        "Eiters": model.Eiters,
+        "optimizer": model.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    if model.device.type == "cuda":
+        state["random_cuda"] = torch.cuda.get_rng_state(model.device)
+    if distributed.rank() == 0:
+        save_checkpoint(state, is_best, name, prefix=opt.model_name)
+    distributed.wait()
+    progress.saved = os.path.join(opt.model_name, name)
+
+
+def resume(model, checkpoint, opt, path):
+    """Put a checkpoint's parameters, optimizer, step count and random state into model. Returns its Progress."""
     words = len(checkpoint["model"][1]["embed.weight"])
     if words != opt.vocab_size:
-        raise InputError(f"{opt.resume}: made with a vocabulary of {words} words, found one of {opt.vocab_size}")
+        raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {opt.vocab_size}")
+    progress = Progress(checkpoint["epoch"], checkpoint.get("step", 0), float(checkpoint["best_rsum"]), path)
+    for name in ("batch_size", "seed") if progress.step else ():
+        found, then = getattr(opt, name), flag(checkpoint["opt"], name)
+        if found != then:
+            raise InputError(f"{path}: saved within an epoch with --{name} {then}, found --{name} {found}")
     try:
         model.load_state_dict(checkpoint["model"])
         if "optimizer" in checkpoint:
             model.optimizer.load_state_dict(checkpoint["optimizer"])
         else:
-            log.warning("%s holds no optimizer state: Adam starts afresh", opt.resume)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{opt.resume}: {error or type(error).__name__}") from None
+            log.warning("%s holds no optimizer state: Adam starts afresh", path)
+        if "random" in checkpoint:
+            torch.set_rng_state(checkpoint["random"])
+        if "random_cuda" in checkpoint and model.device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["random_cuda"], model.device)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: {error or type(error).__name__}") from None
     model.Eiters = checkpoint["Eiters"]
-    log.info("%s: %d epochs done, best rsum %.1f", opt.resume, checkpoint["epoch"], checkpoint["best_rsum"])
-    return checkpoint["epoch"], float(checkpoint["best_rsum"])
+    log.info(
+        "%s: %d epochs and %d steps done, best rsum %.1f", path, progress.epoch, progress.step, progress.best_rsum
+    )
+    return progress
 
 
-def train(opt, train_loader, model, epoch, val_loader, tb, validate):
-    """One epoch."""
+def train(opt, train_loader, model, progress, val_loader, tb, validate, stop):
+    """The steps that are left of an epoch."""
     batch_time, data_time = AverageMeter(), AverageMeter()
     model.logger = LogCollector()
+    epoch, order = progress.epoch, train_loader.batch_sampler
+    order.epoch, order.first = epoch, progress.step
+    bar = tqdm(
+        train_loader, f"epoch {epoch}", len(train_loader), initial=progress.step,
+        unit="step", leave=False, disable=distributed.rank() > 0 or None,
+    )  # fmt: skip
     end = time.time()
     with logging_redirect_tqdm():
-        for i, batch in enumerate(tqdm(train_loader, desc=f"epoch {epoch}", unit="step", leave=False, disable=None)):
+        for i, batch in enumerate(bar, progress.step):
             model.train_start()
             data_time.update(time.time() - end, 1)
-            loss = model.train_emb(*batch).item()
-            if not torch.isfinite(torch.tensor(loss)):
-                raise InputError(
-                    f"epoch {epoch}, step {i}: the loss is {loss}, training cannot go on; "
-                    f"pairs {list(batch[-1])[:8]} … of {train_loader.dataset.prefix}; "
-                    f"the last good checkpoint is in {opt.model_name}"
-                )
+            train_step(opt, model, batch, f"epoch {epoch}, step {i}", train_loader.dataset.prefix, progress.saved)
+            progress.step = i + 1
             batch_time.update(time.time() - end, 1)
             if model.Eiters % opt.log_step == 0:
                 log.info(
@@ -169,8 +276,25 @@ def train(opt, train_loader, model, epoch, val_loader, tb, validate):
                 tb.log_value(name, value, step=model.Eiters)
             model.logger.tb_log(tb, step=model.Eiters)
             if model.Eiters % opt.val_step == 0:
-                validate(opt, val_loader, model, tb)
+                with stop.rest():
+                    validate(opt, val_loader, model, tb)
+            if opt.save_step and model.Eiters % opt.save_step == 0:
+                save(opt, model, progress, LAST)
+            stop.check()
             end = time.time()
+
+
+def train_step(opt, model, batch, place, prefix, saved):
+    """One step on this process's share of a batch. Raises InputError that names place, pairs and the last good
+    checkpoint where the loss or its gradient is no number, or the loss far beyond what scores between -1 and 1 give."""
+    try:
+        loss = (model.train_emb(*batch) if batch else model.step()).item()
+        if loss > EXPLODED * (1 + opt.margin) * opt.batch_size**2:
+            raise FloatingPointError(f"the loss is {loss}")
+    except FloatingPointError as error:
+        ids = distributed.gather_ints(batch[-1] if batch else ())
+        last = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
+        raise InputError(f"{place}: {error}, training cannot go on; pairs {ids} of {prefix}; {last}") from None
 
 
 def validation(opt, val_loader, model, tb):

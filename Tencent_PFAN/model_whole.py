@@ -12,7 +12,7 @@ import model
 from cross_attention import EPS, l1norm, l2norm, xattn_pairs, xattn_score  # noqa: F401 (SCAN's names)
 from data import flag
 from errors import InputError
-from model import LINEAR
+from model import LINEAR, full
 
 
 class EncoderImage(model.EncoderImage):
@@ -36,7 +36,7 @@ class EncoderImage(model.EncoderImage):
 
     def forward(self, images, whole_images, boxes):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""
-        whole = self.fc_whole(whole_images).float()
+        whole = full(self.fc_whole(whole_images))
         return super().forward(images, boxes), whole if self.no_imgnorm else l2norm(whole, dim=1)
 
 
@@ -46,7 +46,7 @@ class EncoderText(model.EncoderText):
     def forward(self, captions, lengths):
         """captions (B, W) ids, lengths (B ints) → (B, W, D), zero behind a caption's end, and (B, D)."""
         words, state = self.run_gru(captions, lengths)
-        final = state[-2:].float().mean(0) if self.use_bi_gru else state[-1].float()
+        final = full(state[-2:]).mean(0) if self.use_bi_gru else full(state[-1])
         return pad_packed_sequence(words, batch_first=True)[0], final if self.no_txtnorm else l2norm(final, dim=1)
 
 
@@ -106,6 +106,8 @@ XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
 
 class ContrastiveLoss(model.ContrastiveLoss):
     """The root's hinge loss over the whole-image scores; its arguments are what forward_emb returns."""
+
+    image_parts = 2
 
     def score(self, im, whole_im, s, s_l, final_s, pairs=None):
         return score(im, whole_im, s, s_l, final_s, self.opt, self.opt.cross_attn == "t2i", pairs)

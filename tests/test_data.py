@@ -186,7 +186,7 @@ def test_reading_does_not_alter_the_files(toy):
 def test_the_order_of_training_depends_on_seed_and_epoch_alone(toy):
     def order(seed, epoch):
         train, _ = loaders(toy, seed=seed)
-        train.sampler.epoch = epoch
+        train.batch_sampler.epoch = epoch
         return [i for batch in train for i in batch[-1]]
 
     assert sorted(order(0, 0)) == list(range(60))
@@ -210,7 +210,7 @@ def test_workers_give_the_same_batches_as_none(toy):
     for epoch in (0, 1):
         ours, theirs = loaders(toy, workers=0), loaders(toy, workers=2)
         for loader in (ours[0], theirs[0]):
-            loader.sampler.epoch = epoch
+            loader.batch_sampler.epoch = epoch
         for one, two in zip(ours, theirs, strict=True):
             assert_same_batches(list(one), list(two))
 
