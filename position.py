@@ -161,11 +161,10 @@ def read_json(path, ids, n_regions):
     Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
     regions keep their order in the file. ids: list of ids or file names, None for the images' order.
     """
-    from dataset_files import key
-    from json_stream import json_items
+    from dataset_files import json_items, key
 
     try:
-        images = {image["id"]: image for _, image in json_items(path, "images")}
+        images = {image["id"]: image for image in json_items(path, "images")}
         if ids is not None:
             named = {key(name): id for id, image in images.items() for name in (image.get("file_name", id), id)}
             lost = [name for name in ids if key(name) not in named]
@@ -176,7 +175,7 @@ def read_json(path, ids, n_regions):
         sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.float64)
         boxes = np.zeros((len(rows), n_regions, 4), dtype=np.float32)
         found = np.zeros(len(rows), dtype=np.int64)
-        for _, annotation in json_items(path, "annotations"):
+        for annotation in json_items(path, "annotations"):
             row = rows.get(annotation["image_id"])
             if row is None:
                 continue
@@ -222,8 +221,6 @@ def main():
     if os.path.exists(opt.out) and not opt.overwrite:
         print(f"{opt.out}: there already (--overwrite makes it anew)")
         return
-    if not os.path.isfile(opt.boxes):
-        raise InputError(f"{opt.boxes}: no such file")
     if opt.boxes.endswith(".json"):
         problems = Problems(opt.out + ".problems.txt")
         ids = read_ids(opt.ids, problems) if opt.ids else None

@@ -19,8 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import Problems, key, read_lines, split_ids, write_lines
-from json_stream import json_items
+from dataset_files import SPLITS, Problems, json_items, key, read_lines, split_ids, write_lines
 
 from errors import InputError, run
 
@@ -45,7 +44,7 @@ class Pictures:
 
 def read_karpathy(path):
     pictures = Pictures()
-    for _, item in json_items(path, "images"):
+    for item in json_items(path, "images"):
         try:
             split = KARPATHY[item["split"]]
             image_id, captions = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
@@ -63,8 +62,6 @@ def read_coco(paths):
 
     pictures = Pictures()
     for path in paths:
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file")
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 coco = COCO(path)
@@ -92,8 +89,8 @@ def sizes_of(texts):
     sizes = {}
     for text in texts:
         split, _, count = text.partition("=")
-        if not count.isdecimal() or not int(count):
-            raise InputError(f"--sizes {text}: expected SPLIT=COUNT, such as test=100")
+        if split not in SPLITS or not count.isdecimal() or not int(count):
+            raise InputError(f"--sizes {text}: expected SPLIT=COUNT, SPLIT one of {', '.join(SPLITS)}")
         sizes[split] = int(count)
     return sizes
 
@@ -170,7 +167,7 @@ def main():
     order = parser.add_mutually_exclusive_group()
     order.add_argument("--ids", nargs="+", metavar="SPLIT=FILE", help="which pictures, in which order: id lists")
     order.add_argument("--sizes", nargs="+", metavar="SPLIT=COUNT", help="pictures drawn for dev and test (and train)")
-    order.add_argument("--split", help="all pictures go to this split")
+    order.add_argument("--split", choices=SPLITS, help="all pictures go to this split")
     add("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
     add("--test_images", type=int, default=COCO_TEST, help="of MS-COCO's testall that make test (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing with --sizes (default: %(default)s)")

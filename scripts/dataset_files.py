@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import ijson
 import numpy as np
 from tqdm import tqdm
 
@@ -47,8 +48,6 @@ def write_lines(path, lines):
 
 def read_lines(path):
     """Lines of a UTF-8 file, which end at \\n only. Raises InputError where it is not UTF-8."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
     with open(path, "rb") as file:
         lines = []
         for number, line in enumerate(file, 1):
@@ -57,6 +56,19 @@ def read_lines(path):
             except UnicodeDecodeError:
                 raise InputError(f"{path}, line {number}: not UTF-8") from None
     return lines
+
+
+def json_items(path, name):
+    """Yield the items of the array called name in the object that a JSON file holds, one by one however large it is.
+
+    Raises InputError where it is not JSON.
+    """
+    shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
+    with open(path, "rb") as file, tqdm.wrapattr(file, "read", total=os.path.getsize(path), **shown) as source:
+        try:
+            yield from ijson.items(source, name + ".item", use_float=True)
+        except ijson.JSONError as error:
+            raise InputError(f"{path}: truncated or not JSON ({str(error).strip().splitlines()[0]})") from None
 
 
 def read_ids(path, problems):
@@ -90,9 +102,9 @@ def split_ids(folder, given, problems):
     """
     files = {}
     for text in given or ():
-        split, equals, path = text.partition("=")
-        if not (split and equals and path):
-            raise InputError(f"--ids {text}: expected SPLIT=FILE, such as train=train_ids.txt")
+        split, _, path = text.partition("=")
+        if split not in SPLITS or not path:
+            raise InputError(f"--ids {text}: expected SPLIT=FILE, SPLIT one of {', '.join(SPLITS)}")
         files[split] = path
     if not files:
         paths = {split: os.path.join(folder, f"{split}_ids.txt") for split in SPLITS}

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import PICTURE, Problems, SplitWriter, key, split_ids
+from dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, split_ids
 from region_networks import BACKBONES, N_REGIONS, Detector, load_backbone, windows
 
 from errors import InputError, run
@@ -231,7 +231,7 @@ def get_parser():
     add("--images", required=True, metavar="DIR", help="the folder of pictures")
     add("--out", required=True, metavar="DIR", help="the dataset folder; its SPLIT_ids.txt say which pictures")
     add("--ids", nargs="+", metavar="SPLIT=FILE", help="id lists to use instead of the folder's own")
-    add("--split", default="train", help="split of all pictures, where there are no id lists (default: %(default)s)")
+    add("--split", choices=SPLITS, default="train", help="of all pictures, without id lists (default: %(default)s)")
     add("--tsv", metavar="FILE", help="write this bottom-up-attention TSV instead of arrays")
     add("--regions", choices=("proposals", "windows"), default="proposals", help="(default: %(default)s)")
     help_backbone = "detector: its own ResNet-50 (default with proposals); with windows: resnet50"

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import Problems, SplitWriter, key, split_ids
+from dataset_files import SPLITS, Problems, SplitWriter, key, split_ids
 
 from errors import InputError, run
 from position import position_grid
@@ -31,9 +31,6 @@ GRID = 31
 def read_tsv(paths, fields):
     """Yield (where, image id, list of fields as bytes) for every line. where: "FILE, line N"."""
     column = fields.index("image_id")
-    for path in paths:
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file")
     total = sum(os.path.getsize(path) for path in paths)
     with tqdm(total=total, desc="TSV", unit="B", unit_scale=True, disable=None) as bar:
         for path in paths:
@@ -110,7 +107,7 @@ def convert(tsv, writers, fields, opt, problems):
     for writer in writers.values():
         for row, image_id in enumerate(writer.ids):
             rows.setdefault(key(image_id), []).append((writer, row))
-    seen, counts = {}, {"of other pictures": 0, "cut": 0, "padded": 0, "boxes without area": 0}
+    seen, counts = {}, {"used": 0, "of other pictures": 0, "cut": 0, "padded": 0, "boxes without area": 0}
     for where, image_id, values in read_tsv(tsv, fields):
         name = key(image_id)
         if not image_id:
@@ -134,8 +131,9 @@ def convert(tsv, writers, fields, opt, problems):
                 features = features.astype(np.float16 if opt.float16 else np.float32)
             grid = position_grid(boxes, size)
         except (InputError, FloatingPointError) as error:
-            problems.add("malformed", where, f"id {image_id}: {error}")
+            problems.add("malformed", where, f"id {image_id}: {str(error).removeprefix('picture 0, ')}")
             continue
+        counts["used"] += 1
         counts["cut"] += n > opt.n_regions
         counts["padded"] += n < opt.n_regions
         counts["boxes without area"] += int((grid[:n, -1] == 0).sum())
@@ -159,7 +157,7 @@ def main():
     add("tsv", nargs="+", help="the TSV file, or all its parts")
     add("--out", required=True, metavar="DIR", help="the dataset folder")
     add("--ids", nargs="+", metavar="SPLIT=FILE", help="id lists, one id a line (default: DIR's own SPLIT_ids.txt)")
-    add("--all", metavar="SPLIT", help="instead of id lists: every picture of the TSV, in its order, as this split")
+    add("--all", choices=SPLITS, help="instead of id lists: every picture of the TSV, in its order, as this split")
     regions = "fixed: every picture has N; best: the N best of 10 to 100, padded if fewer; all: padded to N"
     add("--regions", choices=("fixed", "best", "all"), default="fixed", help=regions + " (default: %(default)s)")
     add("--n_regions", type=int, metavar="N", help="regions a picture (default: 36, with --regions all 100)")
@@ -199,7 +197,7 @@ def main():
     finally:
         for writer in writers.values():
             writer.sync()
-    print("; ".join(f"{count} {name}" for name, count in counts.items() if count) or "every line was used as it is")
+    print("lines: " + (", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none used"))
     if problems.total and not opt.skip_bad:
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad goes on without them")
     for split, writer in writers.items():

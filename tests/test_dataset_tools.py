@@ -22,7 +22,6 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
 
 from array_files import ArrayFile, ArrayReader
 from dataset_files import Problems, SplitWriter, key, read_ids
-from json_stream import json_items
 
 ROOT = Path(__file__).resolve().parents[1]
 R, D = 36, 8
@@ -330,17 +329,6 @@ def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     assert "more than 2 boxes" in fails("position", path, "--n_regions", 2, "--out", tmp_path / "o2.npy")
     path.write_text(path.read_text()[:-30])
     assert "JSON" in fails("position", path, "--out", tmp_path / "o3.npy")
-
-
-def test_json_is_read_item_by_item_whatever_the_chunks(tmp_path, monkeypatch):
-    import json_stream
-
-    value = {"info": {"é": "ü" * 30}, "images": [{"id": 123456, "x": [1.5, 'ß\\"']}, {"id": 7}], "more": 12, "e": []}
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    for chunk in (1, 2, 3, 7, 1000):
-        monkeypatch.setattr(json_stream, "CHUNK", chunk)
-        assert list(json_items(str(path), "images")) == [("images", item) for item in value["images"]]
 
 
 # ---------------------------------------------------------------- align
