@@ -107,17 +107,18 @@ class Service:
             raise Refused(413, f"body: over {self.opt.max_body_mb} MB (--max_body_mb)", Connection="close")
 
     async def read_body(self, request, admitted):
-        body = bytearray()
+        chunks, size = [], 0  # a growing bytearray would be copied again and again
         async for chunk in request.stream():
-            body += chunk
-            if len(body) > admitted[0]:  # sent in chunks, without a Content-Length
-                self.waiting_bytes += len(body) - admitted[0]
-                admitted[0] = len(body)
-                self.check_size(len(body))
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > admitted[0]:  # sent in chunks, without a Content-Length
+                self.waiting_bytes += size - admitted[0]
+                admitted[0] = size
+                self.check_size(size)
                 if self.waiting > 1 and self.waiting_bytes > self.opt.queue_mb << 20:
                     raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
         request.scope["body_read"] = True
-        return body
+        return b"".join(chunks)
 
     async def score_body(self, body):
         loop = asyncio.get_running_loop()

@@ -1,7 +1,9 @@
 """Put a scoring server under load and compare every answer with the one that the same request got alone.
 
-Without --port it makes a model of random weights and starts servers of its own on this machine, once without the
-embedding cache (every picture is new to the server) and once with it (every picture has been seen before).
+Without --port it makes a model of random weights and starts servers of its own on this machine: once with an embedding
+cache that is too small for the pictures, so that every one is new to the server, and once with the default cache,
+where every one has been seen before. The clients run on the same cores, and so does whatever else the machine does:
+the table says what each took.
 """
 
 import argparse
@@ -31,6 +33,7 @@ from vocab import SPECIAL, Vocabulary, serialize_vocab  # noqa: E402
 
 PATH = "/scan_sentence_image_score"
 HEADERS = {"Content-Type": "application/json"}
+CACHE_MB = {"new": 2, "seen": 256}  # room for the pictures of 3 requests of 8, and the server's default
 TOLERANCE = 1e-5  # between the scores of a request alone and among others
 WORDS = ["".join(pair) for pair in itertools.product("天地人和山水火木金土日月星云风雨春夏秋冬", repeat=2)]
 
@@ -121,12 +124,19 @@ class Server:
 
 
 def memory_mb(pid):
-    """Resident memory of a process, NaN where this system does not say."""
-    try:
-        with open(f"/proc/{pid}/status") as file:
-            return int(re.search(r"VmRSS:\s+(\d+)", file.read())[1]) / 1024
-    except OSError:
-        return float("nan")
+    """Resident memory of a process. Linux only, as cpu_seconds."""
+    with open(f"/proc/{pid}/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def cpu_seconds(pid):
+    """CPU time so far of a process, of this one, and of the whole machine."""
+    ticks = os.sysconf("SC_CLK_TCK")
+    with open(f"/proc/{pid}/stat") as file:
+        server = sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+    with open("/proc/stat") as file:
+        user, nice, system, _idle, _iowait, *interrupts = map(int, file.readline().split()[1:8])
+    return np.array([server / ticks, time.process_time(), (user + nice + system + sum(interrupts)) / ticks])
 
 
 def cache_counts(port):
@@ -141,7 +151,8 @@ def load(port, bodies, expected, clients, n_requests, pid=None):
     numbers = iter(range(n_requests))
     lock = threading.Lock()
     times, wrong, failed, memory = [], [], [], []
-    before = cache_counts(port)
+    pid = pid if os.path.exists("/proc/stat") else None
+    before, cpu = cache_counts(port), cpu_seconds(pid) if pid else None
 
     def work():
         client = Client(port)
@@ -173,14 +184,21 @@ def load(port, bodies, expected, clients, n_requests, pid=None):
     seconds = time.perf_counter() - started
     hits, new = cache_counts(port) - before
     middle, late = np.percentile(times, [50, 95]) * 1000 if times else (float("nan"),) * 2
-    memory = f", memory {memory[0]:.0f} -> {memory[-1]:.0f} MB, most {max(memory):.0f}" if memory else ""
     for problem in failed[:3]:
         print(f"  failed: {problem}", file=sys.stderr)
     line = (
         f"{clients:3d} clients: {len(times) / seconds:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, "
         f"{len(failed)} of {n_requests} failed, {len(wrong)} wrong, {hits / max(1, hits + new):.0%} of the pictures "
-        f"from the cache{memory}"
+        f"from the cache"
     )
+    if pid:
+        server, own, machine = cpu_seconds(pid) - cpu
+        others = max(0, machine - server - own) / (seconds * os.cpu_count())
+        line += (
+            f"\n             CPU a request: server {1000 * server / n_requests:.1f} ms, client "
+            f"{1000 * own / n_requests:.1f} ms; other programs took {others:.0%} of the machine; "
+            f"memory {memory[0]:.0f} -> {memory[-1]:.0f} MB, most {max(memory):.0f}"
+        )
     return line, not failed and not wrong
 
 
@@ -212,7 +230,8 @@ def main():
     add("--pictures", type=int, default=8, help="a request (default: %(default)s)")
     add("--embed_size", type=int, default=512, help="of the own model (default: %(default)s)")
     add("--img_dim", type=int, default=2048, help="of the features (default: %(default)s)")
-    add("--cache", choices=["off", "on", "both"], default="both", help="of the own servers (default: %(default)s)")
+    add("--cases", nargs="+", choices=list(CACHE_MB), default=list(CACHE_MB),
+        help="pictures that own servers have not seen before, or have (default: both)")
     add("--server_flags", default="", help="further flags of the own servers, in one string")
     opt = parser.parse_args()
     if min(opt.requests, opt.distinct, opt.pictures, *opt.clients) < 1:
@@ -226,11 +245,11 @@ def main():
         ok = True
         with tempfile.TemporaryDirectory() as folder:
             model = make_model(folder, opt.embed_size, opt.img_dim)
-            for cache_mb, title in ((0, "without cache"), (256, "with cache")):
-                if opt.cache in ("both", "on" if cache_mb else "off"):
-                    with Server(model, "--cache_mb", str(cache_mb), *opt.server_flags.split()) as server:
-                        title = f"embed_size {opt.embed_size}, {title}"
-                        ok &= measure(server.port, bodies, opt, title, server.process.pid)
+            for case in opt.cases:
+                flags = ["--cache_mb", str(CACHE_MB[case]), *opt.server_flags.split()]
+                with Server(model, *flags) as server:
+                    title = f"embed_size {opt.embed_size}, every picture {case}: {' '.join(flags)}"
+                    ok &= measure(server.port, bodies, opt, title, server.process.pid)
     sys.exit(0 if ok else 1)
 
 
