@@ -75,9 +75,9 @@ def share(n: int) -> slice:
     return slice(n * rank() // size(), n * (rank() + 1) // size())
 
 
-def turns(n: int) -> range:
-    """Which of n equal pieces of work are this process's: every size-th."""
-    return range(rank(), n, size())
+def turns(n: int, done: int = 0) -> range:
+    """Which of n equal pieces of work, after done others, are this process's: every size-th."""
+    return range((rank() - done) % size(), n, size())
 
 
 # ---------------------------------------------------------------- sums

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import distributed
 from checkpoint import load_checkpoint, replace
 from cross_attention import XATTN_SCORE
 from data import flag, get_test_loader, pad
@@ -86,30 +87,39 @@ def embed_captions(model, data_loader):
     by_length = sorted(range(len(targets)), key=cap_lens.__getitem__)  # batches with little padding
     starts = np.cumsum([0, *cap_lens])
     words = None
-    for at in tqdm(range(0, len(targets), batch), desc="captions", unit="batch", leave=False, disable=None):
+    for own, at in own_turns(range(0, len(targets), batch), "captions"):
         index = by_length[at : at + batch]
         block, *rows = as_tuple(model.encode_captions(pad([targets[i] for i in index]), [cap_lens[i] for i in index]))
         if words is None:
-            words = torch.empty(starts[-1], block.shape[2])
-            more = [torch.empty(len(targets), *x.shape[1:]) for x in rows]
+            words = torch.zeros(starts[-1], block.shape[2])
+            more = [torch.zeros(len(targets), *x.shape[1:]) for x in rows]
+        if not own:
+            continue
         for i, embedding in zip(index, block.cpu(), strict=True):
             words[starts[i] : starts[i + 1]] = embedding[: cap_lens[i]]
         for kept, x in zip(more, rows, strict=True):
-            kept[index] = x.cpu()
-    return words, cap_lens, *more
+            kept[index] = x.to(kept)
+    return distributed.add_up(words), cap_lens, *map(distributed.add_up, more)
 
 
 def embed_images(model, data_loader):
     """Embed every image of a loader's data set once: what model.encode_images gives, (n_images, …), on the CPU."""
     dataset, batch = data_loader.dataset, data_loader.batch_size
     embeddings = None
-    for at in tqdm(range(0, dataset.n_images, batch), desc="images", unit="batch", leave=False, disable=None):
+    for own, at in own_turns(range(0, dataset.n_images, batch), "images"):
         blocks = as_tuple(model.encode_images(*dataset.read_images(at, min(at + batch, dataset.n_images))))
         if embeddings is None:
-            embeddings = [torch.empty(dataset.n_images, *x.shape[1:]) for x in blocks]
-        for kept, x in zip(embeddings, blocks, strict=True):
+            embeddings = [torch.zeros(dataset.n_images, *x.shape[1:]) for x in blocks]
+        for kept, x in zip(embeddings, blocks, strict=True) if own else ():
             kept[at : at + batch] = x.cpu()
-    return embeddings
+    return [distributed.add_up(kept) for kept in embeddings]
+
+
+def own_turns(batches, desc):
+    """(True, batch) for every batch that is this process's, with a progress bar. Where there are none, (False, the
+    first batch), to learn the embeddings' shapes from."""
+    own = [(True, batches[turn]) for turn in distributed.turns(len(batches))] or [(False, batches[0])]
+    return tqdm(own, desc=desc, unit="batch", leave=False, disable=distributed.rank() > 0 or None)
 
 
 def as_tuple(x):
@@ -122,7 +132,8 @@ def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None,
 
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
     tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: images in a shard.
-    score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None.
+    score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None. Several processes take
+    turns with the shards, and all get all scores.
     """
     cross_attn = cross_attn or opt.cross_attn
     score = score or XATTN_SCORE[cross_attn]
@@ -130,21 +141,24 @@ def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None,
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
     device = pick_device(flag(opt, "device"))
     starts = (lens.cumsum(0) - lens).tolist()
-    sims = np.empty((len(images), len(lens)), dtype=np.float32)
+    sims = np.zeros((len(images), len(lens)), dtype=np.float32)
     by_length = lens.argsort(stable=True)
     with tqdm(
-        total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False, disable=None
-    ) as bar:
-        for index in by_length.split(8 * shard_size):
+        total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False,
+        disable=distributed.rank() > 0 or None,
+    ) as bar:  # fmt: skip
+        for number, index in enumerate(by_length.split(8 * shard_size)):
             if captions.dim() == 2:
                 words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
             else:
                 words = [captions[i, : lens[i]] for i in index.tolist()]
             words = torch.cat(words).to(device)
-            for at in range(0, len(images), shard_size):
+            shards = range(0, len(images), shard_size)
+            for at in (shards[turn] for turn in distributed.turns(len(shards), number * len(shards))):
                 block = score(images[at : at + shard_size].to(device), words, lens[index], opt)
                 sims[at : at + shard_size, index.numpy()] = block.cpu().numpy()
-                bar.update(block.numel())
+                bar.update(block.numel() * distributed.size())
+    distributed.add_up(torch.from_numpy(sims))
     return sims
 
 
@@ -324,7 +338,7 @@ def evalrank(
             raise InputError(f"{rivals[0]}: ranks {len(others)} groups of images and captions, {paths[0]} {len(own)}")
         mean["versus"] = print_summary("The other model", others)
         mean["difference"] = print_summary("Paired difference, first minus other", own - others, signed=True)
-    if save_ranks:
+    if save_ranks and distributed.rank() == 0:
         ranks = [{key: [torch.as_tensor(x) for x in pair] for key, pair in ranks.items()} for _, ranks in results]
         replace(save_ranks, lambda file: torch.save(ranks if fold5 else ranks[0], file))
     return mean
@@ -381,7 +395,9 @@ def get_parser():
 
 def main(parser=None, evalrank=evalrank):
     opt = vars((parser or get_parser()).parse_args())
+    distributed.start(opt["device"])
     evalrank(**{name: value for name, value in opt.items() if value is not None})
+    distributed.stop()
 
 
 if __name__ == "__main__":

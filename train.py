@@ -84,7 +84,7 @@ def get_parser():
 def check(opt):
     """Raise InputError for flags that cannot be trained with."""
     for names, least, most in (
-        ("batch_size", 2, 2**31),
+        ("batch_size", max(2, distributed.size()), 2**31),
         ("num_epochs log_step val_step lr_update num_layers embed_size word_dim img_dim", 1, 2**31),
         ("workers grad_clip margin lambda_lse lambda_softmax save_step keep_last", 0, 2**31),
         ("seed", 0, 2**32 - 1),
@@ -150,8 +150,8 @@ class Stop:
 
 def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=None):
     """Train as opt says; make_model, make_loaders and validate are what a variant replaces. Returns the best rsum."""
-    check(opt)
     distributed.start(opt.device)
+    check(opt)
     validate = validate or validation
     if opt.resume == "auto":
         path, checkpoint = last_checkpoint(opt.model_name)

@@ -1,0 +1,89 @@
+"""What test_distributed.py and test_same_numbers.py run in one, two and three processes: a list of jobs, one after the
+other, so that the processes have to be started once only.
+
+jobs.py JOBS.json FOLDER      writes what job NAME gave in process R to FOLDER/NAME.R
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import distributed  # noqa: E402
+import evaluation  # noqa: E402
+import train  # noqa: E402
+from errors import run  # noqa: E402
+from Tencent_PFAN import evaluation_whole, train_whole  # noqa: E402
+
+
+def recording(make_model, dtype, stop_at, steps):
+    """The class make_model with parameters of dtype; each step's numbers go to the list steps. Before step stop_at the
+    last process gets a SIGTERM."""
+
+    class Model(make_model):
+        def __init__(self, opt):
+            super().__init__(opt)
+            self.img_enc.to(dtype)
+            self.txt_enc.to(dtype)
+
+        def encode_images(self, *parts):
+            return super().encode_images(*(x.to(dtype) for x in parts))
+
+        def step(self, *batch):
+            if self.Eiters + 1 == stop_at and distributed.rank() == distributed.size() - 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            loss = super().step(*batch)
+            gradient = torch.cat([p.grad.flatten() for p in self.params])
+            steps.append((len(batch[0]) if batch else 0, loss.item(), gradient if not steps else None))
+            return loss
+
+    return Model
+
+
+def train_job(flags, variant="root", dtype="float64", stop_at=None):
+    """Train in float64 or float32: shares, losses, the first step's gradient, the last weights, and how it ended."""
+    trainer, more = (train, {}) if variant == "root" else (train_whole, {"make_loaders": train_whole.get_loaders})
+    opt = trainer.get_parser().parse_args(flags.split())
+    if variant != "root":
+        more |= {"vocab": train_whole.read_vocab(opt), "validate": train_whole.validation}
+    steps, models = [], []
+    make_model = recording(trainer.SCAN, getattr(torch, dtype), stop_at, steps)
+    stopped = False
+    try:
+        train.fit(opt, lambda opt: models.append(make_model(opt)) or models[0], **more)
+    except train.Stopped:
+        stopped = True
+    shares, losses, gradients = zip(*steps, strict=True)
+    weights = torch.cat([p.detach().flatten() for p in models[0].params])
+    return {"shares": shares, "losses": losses, "gradient": gradients[0], "weights": weights, "stopped": stopped}
+
+
+def evaluate_job(model, variant="root", shard_size=128, batch_size=128, threads=1):
+    """What evalrank returns, and similarities of the test split in shards of shard_size."""
+    torch.set_num_threads(threads)
+    module, parts = evaluation, ()
+    if variant != "root":
+        module, parts = evaluation_whole, (train_whole.SCAN, train_whole.read_vocab, evaluation_whole.get_test_loader)
+    loaded, loader = evaluation.load_split(model, None, None, "test", *parts, batch_size=batch_size)
+    sims = module.shard_xattn(*module.encode_data(loaded, loader, packed=True), loaded.opt, shard_size)
+    return {"result": module.evalrank(model, split="test", batch_size=batch_size), "sims": torch.from_numpy(sims)}
+
+
+def main():
+    jobs, folder = sys.argv[1:]
+    distributed.start("cpu")
+    distributed.stop = lambda: None  # the next job needs the other processes
+    with open(jobs) as file:
+        jobs = json.load(file)
+    for name, job in jobs.items():
+        result = {"train": train_job, "evaluate": evaluate_job}[job.pop("job")](**job)
+        torch.save(result, os.path.join(folder, f"{name}.{distributed.rank()}"))
+
+
+if __name__ == "__main__":
+    run(main)

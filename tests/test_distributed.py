@@ -1,0 +1,179 @@
+"""Several processes train and evaluate as one does: the same losses, gradients, weights and ranks, and the same end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from folders import make_folder
+from processes import run_jobs
+from test_tencent import make_whole_folder
+
+import distributed
+import train
+from checkpoint import load_checkpoint
+from data import EpochBatches
+from errors import InputError
+
+ROOT_FLAGS = "--img_dim 16 --embed_size 24 --word_dim 8 --bi_gru --agg_func Mean --workers 0 --num_epochs 1"
+WHOLE_FLAGS = "--img_dim 8 --embed_size 12 --word_dim 6 --bi_gru --agg_func Mean --workers 0 --num_epochs 1"
+I2T = "--cross_attn i2t --lambda_softmax 4"
+# 260 pairs are 20 batches of 13, with shares of unequal size; or two of 129 and one of 2, too few for three processes
+FLAGS = {
+    "t2i": f"{ROOT_FLAGS} --batch_size 13",
+    "i2t": f"{ROOT_FLAGS} --batch_size 13 {I2T}",
+    "t2i hardest": f"{ROOT_FLAGS} --batch_size 13 --max_violation",
+    "i2t hardest": f"{ROOT_FLAGS} --batch_size 13 --max_violation {I2T}",
+    "tiny": f"{ROOT_FLAGS} --batch_size 129",
+    "tiny hardest": f"{ROOT_FLAGS} --batch_size 129 --max_violation --grad_clip 0",
+    "whole": f"{WHOLE_FLAGS} --batch_size 13 --lambda_whole 2",
+    "whole hardest": f"{WHOLE_FLAGS} --batch_size 13 --max_violation --need_box_whole {I2T}",
+    "float32": f"{ROOT_FLAGS} --batch_size 129 --max_violation",
+}
+SAME = [(name, n) for n in (2, 3) for name in ("t2i", "i2t hardest")]
+SAME += [("i2t", 2), ("t2i hardest", 3), ("tiny", 3), ("tiny hardest", 3), ("whole", 2), ("whole hardest", 3)]
+EVALUATED = [("root", 3), ("whole", 2)]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """done[n](job) → the results of that job's n processes; done["folder"], where the data and the models are."""
+    root = tmp_path_factory.mktemp("distributed")
+    data = (*make_folder(str(root), splits={"train": 52, "dev": 6, "test": 40}), "toy_precomp")
+    whole = (*make_whole_folder(str(root / "whole"), sizes=(260, 6, 9)), "toy")
+    results = {"folder": root}
+    for n in (1, 2, 3):
+        jobs = {}
+        for name in FLAGS:
+            if n > 1 and (name, n) not in [*SAME, ("float32", 2)]:
+                continue
+            data_path, vocab_path, data_name = whole if "whole" in name else data
+            folder = root / str(n) / name.replace(" ", "_")
+            flags = f"{FLAGS[name]} --data_path {data_path} --vocab_path {vocab_path} --data_name {data_name}"
+            jobs[name] = {
+                "job": "train",
+                "variant": "whole" if "whole" in name else "root",
+                "flags": f"{flags} --model_name {folder} --logger_name {folder}",
+                "dtype": "float32" if name == "float32" else "float64",
+            }
+        whole_run = jobs["t2i hardest" if n == 3 else "t2i"]
+        flags = f"{whole_run['flags']} --model_name {root / str(n) / 'stopped'}"
+        jobs["stopped"] = {**whole_run, "flags": flags, "stop_at": 7}
+        jobs["resumed"] = {**whole_run, "flags": f"{flags} --resume auto"}
+        for variant, count in EVALUATED:
+            model = root / "1" / ("float32" if variant == "root" else "whole") / "checkpoint_0.pth.tar"
+            for shard_size in (128, 7) if n in (1, count) else ():
+                jobs[f"evaluate {variant} {shard_size}"] = {
+                    "job": "evaluate", "model": str(model), "variant": variant, "shard_size": shard_size,
+                    "batch_size": 16,
+                }  # fmt: skip
+        (root / f"{n}.json").write_text(json.dumps(jobs))
+        (root / f"out{n}").mkdir()
+        results[n] = run_jobs(n, root / f"{n}.json", root / f"out{n}")
+    return results
+
+
+@pytest.mark.parametrize(("name", "n"), SAME)
+def test_losses_and_weights_are_those_of_one_process(done, name, n):
+    """In float64 within 1e-8 over 20 steps, 1e-6 where the hardest negatives are picked."""
+    (one,), several = done[1](name), done[n](name)
+    bound = 1e-6 if "hardest" in name else 1e-8
+    assert len(one["losses"]) == (3 if "tiny" in name else 20)
+    for result in several:
+        assert result["losses"] == pytest.approx(one["losses"], abs=bound, rel=0)
+        assert (result["weights"] - one["weights"]).abs().max() < bound
+        assert (result["gradient"] - one["gradient"]).abs().max() < bound
+    for result in several[1:]:
+        assert torch.equal(result["weights"], several[0]["weights"]), "all processes hold the very same weights"
+
+
+def test_first_gradients_in_float32_are_those_of_one_process(done):
+    (one,) = done[1]("float32")
+    for result in done[2]("float32"):
+        difference = (result["gradient"] - one["gradient"]).abs().max()
+        assert difference < 1e-4 * one["gradient"].abs().max()
+
+
+def test_a_batch_is_divided_into_shares_of_all_its_pairs(done):
+    for n, shares in ((1, [13]), (2, [6, 7]), (3, [4, 4, 5])):
+        assert [result["shares"] for result in done[n]("t2i")] == [(share,) * 20 for share in shares]
+    assert [result["shares"] for result in done[3]("tiny")] == [(43, 43, 2), (43, 43, 0), (43, 43, 0)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_sigterm_to_one_process_stops_all_at_the_same_step_and_resuming_ends_the_same(done, n):
+    straight, stopped, resumed = (done[n](name) for name in ("t2i hardest" if n == 3 else "t2i", "stopped", "resumed"))
+    for whole, first, rest in zip(straight, stopped, resumed, strict=True):
+        assert first["stopped"] and len(first["losses"]) == 7
+        assert first["losses"] + rest["losses"] == whole["losses"]
+        assert torch.equal(rest["weights"], whole["weights"])
+    names = sorted(path.name for path in (done["folder"] / str(n) / "stopped").glob("*.tar"))
+    assert names == ["checkpoint_0.pth.tar", "model_best.pth.tar"], "what was saved within the epoch has gone"
+
+
+@pytest.mark.parametrize(("variant", "n"), EVALUATED)
+def test_similarities_and_recalls_are_those_of_one_process(done, variant, n):
+    """Bit for bit: the processes take turns with the pieces that one process works through."""
+    for shard_size in (128, 7):
+        (one,) = done[1](f"evaluate {variant} {shard_size}")
+        for result in done[n](f"evaluate {variant} {shard_size}"):
+            assert torch.equal(result["sims"], one["sims"])
+            assert result["result"] == one["result"]
+
+
+def test_only_the_first_process_prints_logs_and_saves(done):
+    for n in (1, 2, 3):
+        first, *others = done[n]("printed")
+        assert "Images: 40, Captions: 200" in first or n == 2
+        assert "Images: 9, Captions: 9" in first or n == 3
+        assert not any(others)
+        folder = done["folder"] / str(n) / "i2t_hardest"
+        assert sum(path.name.startswith("events") for path in folder.iterdir()) == 1
+        assert load_checkpoint(folder / "model_best.pth.tar")["epoch"] == 1
+
+
+def test_a_process_that_dies_ends_the_run_on_all_with_a_clear_line(done, tmp_path):
+    """Started by torchrun, as the README says; one of three workers is killed outright."""
+    data = done["folder"] / "data"
+    flags = f"--data_path {data} --vocab_path {data.parent / 'vocab'} --data_name toy_precomp --model_name {tmp_path} "
+    flags += f"--logger_name {tmp_path} {ROOT_FLAGS} --num_epochs 100000 --batch_size 13 --keep_last 1"
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", ROOT / "train.py"]
+    with open(tmp_path / "log", "w") as log:
+        run = subprocess.Popen([*line, *flags.split()], stderr=log, stdout=log)
+    try:
+        end = time.monotonic() + 90
+        while not list(tmp_path.glob("checkpoint_*.tar")) and time.monotonic() < end and run.poll() is None:
+            time.sleep(0.2)
+        children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
+        assert run.wait(timeout=60) == 1
+    finally:
+        run.kill()
+    said = (tmp_path / "log").read_text()
+    assert "another process has ended, so this one ends as well" in said, said
+    assert "Signal 9 (SIGKILL)" in said, "torchrun names the process that died"
+    assert load_checkpoint(max(tmp_path.glob("checkpoint_*.tar")))["epoch"] >= 1
+
+
+def test_flags_that_do_not_go_with_several_processes_are_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="--device cuda:1: expected auto, cpu or cuda"):
+        distributed.start("cuda:1")
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    with pytest.raises(InputError, match="--batch_size 2: expected at least 3"):
+        train.check(train.get_parser().parse_args(["--batch_size", "2"]))
+
+
+def test_skipped_batches_leave_the_others_as_they_are():
+    batches = EpochBatches(23, 4, seed=5)
+    batches.epoch = 3
+    whole = list(batches)
+    assert [len(batch) for batch in whole] == [4] * 5 + [3] and len(batches) == 6
+    for first in range(7):
+        batches.first = first
+        assert list(batches) == whole[first:]
