@@ -1,13 +1,16 @@
-"""What test_distributed.py and test_same_numbers.py run in one, two and three processes: a list of jobs, one after the
+"""What test_distributed.py runs in one, two and three processes: a list of jobs, one after the
 other, so that the processes have to be started once only.
 
-jobs.py JOBS.json FOLDER      writes what job NAME gave in process R to FOLDER/NAME.R
+jobs.py JOBS.json …      each file holds [processes, jobs, folder]; what job NAME gives in process R goes to
+                         folder/NAME.R, what the process prints to folder/printed.R
 """
 
 import json
 import os
 import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -17,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distributed  # noqa: E402
 import evaluation  # noqa: E402
 import train  # noqa: E402
-from errors import run  # noqa: E402
 from Tencent_PFAN import evaluation_whole, train_whole  # noqa: E402
 
 
@@ -74,16 +76,45 @@ def evaluate_job(model, variant="root", shard_size=128, batch_size=128, threads=
     return {"result": module.evalrank(model, split="test", batch_size=batch_size), "sims": torch.from_numpy(sims)}
 
 
-def main():
-    jobs, folder = sys.argv[1:]
+def work(jobs, folder):
     distributed.start("cpu")
     distributed.stop = lambda: None  # the next job needs the other processes
-    with open(jobs) as file:
-        jobs = json.load(file)
     for name, job in jobs.items():
         result = {"train": train_job, "evaluate": evaluate_job}[job.pop("job")](**job)
         torch.save(result, os.path.join(folder, f"{name}.{distributed.rank()}"))
 
 
+def start(n, jobs, folder):
+    """Fork n processes that find each other as those of torchrun do. Returns their ids."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    started = []
+    for rank in range(n):
+        if pid := os.fork():
+            started.append(pid)
+            continue
+        places = {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "RANK": rank, "LOCAL_RANK": rank}
+        os.environ |= {name: str(value) for name, value in places.items()}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        sys.stdout = open(os.path.join(folder, f"printed.{rank}"), "w", buffering=1)  # noqa: SIM115
+        status = 1
+        try:
+            work(jobs, folder)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        os._exit(status)
+    return started
+
+
+def main():
+    for jobs in sys.argv[1:]:
+        with open(jobs) as file:
+            n, jobs, folder = json.load(file)
+        ended = [os.waitpid(pid, 0)[1] for pid in start(n, jobs, folder)]
+        if any(ended):
+            sys.exit(f"{n} processes ended with {ended}")
+
+
 if __name__ == "__main__":
-    run(main)
+    main()
