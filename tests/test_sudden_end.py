@@ -1,0 +1,265 @@
+"""Training that is ended from outside, or ends itself: what is on disk afterwards, and how it goes on."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from folders import make_folder
+from test_train import assert_same, load
+
+import train
+from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from errors import InputError
+from model import SCAN
+
+SMALL = "--img_dim 16 --embed_size 24 --word_dim 8 --batch_size 16 --max_violation --agg_func Mean --bi_gru"
+KILLS = int(os.environ.get("KILLS", 6))  # CONTRIBUTING.md: 200 once in a while
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    data_path, vocab_path = make_folder(str(tmp_path_factory.mktemp("toy")), n_regions=6)
+    return f"--data_path {data_path} --vocab_path {vocab_path} --data_name toy_precomp {SMALL}"
+
+
+class Forgetful(SCAN):
+    """A model whose steps draw random numbers, as dropout does. before(step) is called before each step."""
+
+    before = staticmethod(lambda step: None)
+
+    def forward_emb(self, *batch):
+        images, *rest = super().forward_emb(*batch)
+        return torch.nn.functional.dropout(images, 0.2), *rest
+
+    def step(self, *batch):
+        self.before(self.Eiters + 1)
+        return super().step(*batch)
+
+
+@pytest.fixture
+def fit(toy, tmp_path):
+    """fit(name, flags, make_model) trains in this process, by default for 2 epochs of 4 steps; returns its folder."""
+
+    def run(name, flags="", make_model=Forgetful):
+        folder = tmp_path / name
+        line = f"{toy} --workers 0 --num_epochs 2 --logger_name {folder / 'log'} --model_name {folder} {flags}"
+        train.fit(train.get_parser().parse_args(line.split()), make_model)
+        return folder
+
+    return run
+
+
+def ends_at(step, number=signal.SIGTERM):
+    class Model(Forgetful):
+        @staticmethod
+        def before(now):
+            if now == step:
+                os.kill(os.getpid(), number)
+
+    return Model
+
+
+@pytest.fixture
+def straight(fit):
+    return fit("straight")
+
+
+# ---------------------------------------------------------------- asked to end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_stopped_at_any_step_ends_bit_for_bit_as_if_it_had_not_been(fit, straight, number):
+    """Weights, optimizer, counters, best score, data order and random state."""
+    for step in range(1, 9):
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            fit(f"stopped{step}", "", ends_at(step, number))
+        assert stopped.value.args == (number,)
+        folder = fit(f"stopped{step}", "--resume auto")
+        for name in ("checkpoint_1", "model_best"):
+            assert_same(load(folder, name), load(straight, name))
+        assert not (folder / "checkpoint_last.pth.tar").exists()
+
+
+def test_a_run_stopped_again_and_again_ends_the_same(fit, straight):
+    for step in (2, 3, 4, 7):
+        with pytest.raises(KeyboardInterrupt):
+            fit("often", "--resume auto", ends_at(step))
+    assert_same(load(fit("often", "--resume auto"), "checkpoint_1"), load(straight, "checkpoint_1"))
+
+
+def test_validation_is_interrupted_at_once_and_made_up_for(fit, straight, monkeypatch):
+    validation = train.validation
+
+    def interrupted(*args):
+        monkeypatch.setattr(train, "validation", validation)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("the signal should have ended this")
+
+    monkeypatch.setattr(train, "validation", interrupted)
+    with pytest.raises(train.Stopped):
+        fit("stopped")
+    saved = load(straight.parent / "stopped", "checkpoint_last")
+    assert (saved["epoch"], saved["step"], saved["Eiters"]) == (0, 4, 4)
+    assert_same(load(fit("stopped", "--resume auto"), "checkpoint_1"), load(straight, "checkpoint_1"))
+
+
+def test_a_second_ctrl_c_does_not_wait_and_does_not_save_half_a_step(fit, tmp_path):
+    class Impatient(Forgetful):
+        def before(self, now):
+            if now == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        fit("impatient", "", Impatient)
+    assert not isinstance(stopped.value, train.Stopped)
+    assert last_checkpoint(str(tmp_path / "impatient")) == (None, None)
+
+
+def test_sigterm_from_the_shell_saves_says_where_and_exits_with_143(toy, tmp_path):
+    line = [sys.executable, ROOT / "train.py", *toy.split(), "--workers", "2", "--num_epochs", "100000"]
+    line += ["--logger_name", tmp_path / "log", "--model_name", tmp_path, "--keep_last", "1"]
+    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.glob("checkpoint_*.tar")) and run.poll() is None:
+        time.sleep(0.1)
+    os.killpg(run.pid, signal.SIGTERM)  # as a service manager does: to the loading processes as well
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 143, errors
+    path = re.search(r"stopped after step \d+; --resume (\S+) goes on there, as auto does\ninterrupted\n$", errors)[1]
+    assert load_checkpoint(path)["epoch"] >= 1
+
+
+# ---------------------------------------------------------------- not asked
+
+
+def test_killed_at_random_moments_every_checkpoint_loads_and_training_goes_on(toy, tmp_path):
+    line = [sys.executable, ROOT / "tests" / "kill_training.py", KILLS, tmp_path, *toy.split()]
+    line += ["--workers", "0", "--num_epochs", "6", "--save_step", "1", "--keep_last", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork has no threads but one
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    counts = json.loads(done.stdout.splitlines()[-1])
+    print(counts)
+    assert counts["kills"] == KILLS and counts["finished runs"] >= 1
+
+
+def test_the_last_checkpoint_is_the_one_with_the_most_training_that_loads(tmp_path, fit, caplog):
+    assert last_checkpoint(str(tmp_path / "none")) == (None, None)
+    folder = fit("run", "--num_epochs 3")
+    assert last_checkpoint(str(folder))[0] == str(folder / "checkpoint_2.pth.tar")
+    state = load(folder, "checkpoint_1")
+    save_checkpoint({**state, "step": 3}, False, "checkpoint_last.pth.tar", str(folder))
+    assert last_checkpoint(str(folder))[0] == str(folder / "checkpoint_2.pth.tar"), "3 epochs beat 2 and 3 steps"
+    os.truncate(folder / "checkpoint_2.pth.tar", 1000)
+    (folder / "checkpoint_7.pth.tar.part").write_bytes(b"what a killed process left")
+    assert last_checkpoint(str(folder))[0] == str(folder / "checkpoint_last.pth.tar")
+    assert "checkpoint_2.pth.tar: not a checkpoint" in caplog.text
+
+
+def test_resume_auto_without_any_checkpoint_starts_afresh(fit, straight):
+    assert_same(load(fit("fresh", "--resume auto"), "checkpoint_1"), load(straight, "checkpoint_1"))
+
+
+def test_save_step_saves_within_epochs_and_the_file_goes_with_the_epoch(fit):
+    seen = []
+
+    class Watching(Forgetful):
+        def before(self, now):
+            path = last_checkpoint(self.opt.model_name)[0]
+            seen.append(os.path.basename(path) if path else None)
+
+    fit("run", "--save_step 3", Watching)
+    last, first = "checkpoint_last.pth.tar", "checkpoint_0.pth.tar"
+    assert seen == [None, None, None, last, first, first, last, last]
+
+
+def test_keep_last_keeps_that_many_epochs_and_the_best(fit):
+    for keep, expected in ((0, "0123"), (1, "3"), (3, "123")):
+        folder = fit(f"keep{keep}", f"--num_epochs 4 --keep_last {keep}")
+        names = sorted(path.name for path in folder.glob("*.tar"))
+        assert names == [*(f"checkpoint_{epoch}.pth.tar" for epoch in expected), "model_best.pth.tar"]
+
+
+@pytest.mark.parametrize("flags", ["--batch_size 8", "--seed 1"])
+def test_a_checkpoint_within_an_epoch_goes_on_with_the_same_batches_only(fit, flags):
+    with pytest.raises(KeyboardInterrupt):
+        fit("stopped", "", ends_at(2))
+    with pytest.raises(InputError, match=f"saved within an epoch with {flags.split()[0]} "):
+        fit("stopped", f"--resume auto {flags}")
+
+
+# ---------------------------------------------------------------- it ends itself
+
+
+def breaking(step, what):
+    class Model(SCAN):
+        def forward_loss(self, *embeddings):
+            loss = super().forward_loss(*embeddings)
+            return what(loss) if self.Eiters == step else loss
+
+    return Model
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        (lambda loss: loss * float("nan"), "the loss is nan"),
+        (lambda loss: loss + 1e9, r"the loss is 1\d{9}"),
+        (lambda loss: (loss * 0 + 1e-30).sqrt() * 1e38 * loss, "gradient's norm"),
+    ],
+    ids=["nan", "exploding", "gradient"],
+)
+def test_a_loss_that_is_none_names_step_pairs_and_the_last_good_checkpoint(fit, what, said, tmp_path):
+    with pytest.raises(InputError, match=f"epoch 0, step 1: .*{said}") as error:
+        fit("early", "", breaking(2, what))
+    assert "there is no checkpoint yet" in str(error.value)
+    with pytest.raises(InputError, match=f"epoch 1, step 2: .*{said}") as error:
+        fit("late", "", breaking(7, what))
+    assert f"the last good checkpoint is {tmp_path / 'late' / 'checkpoint_0.pth.tar'}" in str(error.value)
+    ids = json.loads(re.search(r"pairs (\[.*?\]) of \S*train", str(error.value))[1])
+    assert len(ids) == 16 and len(set(ids)) == 16 and set(ids) < set(range(60))
+    assert all(torch.isfinite(x).all() for x in load(tmp_path / "late")["model"][0].values())
+
+
+def test_the_death_of_a_loading_process_names_the_sample(toy, tmp_path):
+    """A file that shrinks under a run ends the process that reads it with a bus error."""
+    data_path, vocab_path = make_folder(str(tmp_path), splits={"train": 40, "dev": 4}, img_dim=512)
+    ims = tmp_path / "data" / "toy_precomp" / "train_ims.npy"
+    code = "import os, sys, train; opt = train.get_parser().parse_args(sys.argv[2:]); make = train.get_loaders\n"
+    code += "def loaders(*args):\n    made = make(*args)\n    os.truncate(sys.argv[1], 8192)\n    return made\n"
+    code += "import errors; errors.run(lambda: train.fit(opt, make_loaders=loaders))"
+    flags = f"{toy} --data_path {data_path} --vocab_path {vocab_path} --img_dim 512 --workers 1 --num_epochs 1"
+    flags += f" --logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'}"
+    done = subprocess.run(
+        [sys.executable, "-c", code, ims, *flags.split()], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
+    assert done.returncode == 2, done.stderr
+    order = next(iter(train.get_loaders.__globals__["EpochBatches"](200, 16, 0)))
+    found = re.search(r"train: a loading process died when it read pair (\d+), which is image (\d+) and", done.stderr)
+    assert found, done.stderr
+    assert int(found[1]) == next(pair for pair in order if pair // 5 > 0) and int(found[2]) == int(found[1]) // 5
+    assert np.load(tmp_path / "data" / "toy_precomp" / "dev_ims.npy").shape == (4, 36, 512)
+
+
+def test_a_full_disk_is_one_line_and_the_older_checkpoints_stay(fit, tmp_path, monkeypatch):
+    folder = fit("run", "--num_epochs 1")
+    before = {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+    written = torch.save
+
+    def full(state, file):
+        written(state, file)
+        raise OSError(28, "No space left on device", file.name)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left on device.*checkpoint_1"):
+        fit("run", "--resume auto")
+    assert {path.name: path.read_bytes() for path in folder.glob("*.tar*")} == before
