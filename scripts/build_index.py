@@ -1,0 +1,272 @@
+"""Encode a split once into a collection on disk, for search among more pictures than can be scored for each sentence.
+
+python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar --data_path data --split test
+
+In the collection's folder (beside the checkpoint, unless --out says otherwise):
+  images.npy (n, R, D) and words.npy (ΣW, D), float16, memory-mapped by the search; lens.npy (captions,)
+  anchors.faiss   a faiss index of K directions that stand for the captions' words (their k-means centres)
+  table.npy       (K, n) float16: how much of each anchor there is in each picture, max over its regions
+  collection.json what it was made from; written last
+A stopped run goes on where it was when the same command runs again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+
+import faiss
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from array_files import ArrayFile
+
+from checkpoint import replace
+from data import open_npy, pad
+from errors import InputError, run
+from evaluation import load_split
+from search import Collection, FirstStage
+
+ANCHORS = 4096
+WORDS_PER_ANCHOR = 64  # at most this many words of each anchor's share train it
+SYNC_EVERY = 16  # batches between two notes of how far a build is
+TABLE_BLOCK = 1024  # pictures of which the table is made at once
+SAMPLE_SEED = 0
+
+
+def collection_folder(model_path, data_name, split):
+    """Where the collection of a checkpoint and a split lies unless one says otherwise."""
+    return f"{model_path.removesuffix('.pth.tar')}_{data_name}_{split}_collection"
+
+
+def fingerprint(model_path, dataset, n_anchors):
+    """What a collection is made from, as a dict that collection.json keeps."""
+    with open(model_path, "rb") as file:
+        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    some = np.ascontiguousarray(dataset.images[:: len(dataset.images) // 8 + 1])
+    return {
+        "checkpoint": checkpoint,
+        "captions": hashlib.sha256("\n".join(dataset.captions).encode()).hexdigest(),
+        "features": [*dataset.images.shape, hashlib.sha256(some).hexdigest()],
+        "anchors": n_anchors,
+    }
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise InputError(f"{path}: not JSON, expected the notes of a collection; --overwrite makes it anew") from None
+
+
+def write_json(path, value):
+    replace(path, lambda file: file.write(json.dumps(value, indent=1).encode()))
+
+
+class Build:
+    """One collection in the making: files that are filled block by block, and a note of how far each is."""
+
+    def __init__(self, folder, made_from):
+        os.makedirs(folder, exist_ok=True)
+        self.folder, self.made_from = folder, made_from
+        self.note = os.path.join(folder, "progress.json")
+        before = read_json(self.note) or {}
+        self.done = before.get("done", {}) if before.get("made_from") == made_from else {}
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def fill(self, name, n, row_shape, blocks):
+        """Write name, float16 (n, *row_shape), from blocks(start): pairs of a first row and the rows from there on.
+
+        start: how many steps of blocks an earlier run has done.
+        """
+        if self.done.get(name) == "all" and os.path.isfile(self.path(name)):
+            return
+        file = ArrayFile(self.path(name), n, row_shape, np.float16, resume=name in self.done)
+        start = self.done.get(name, 0) if file.resumed else 0
+        for step, (row, rows) in enumerate(blocks(start), start + 1):
+            file.write(row, rows)
+            if step % SYNC_EVERY == 0:
+                file.sync()
+                self.keep(name, step)
+        file.commit()
+        self.keep(name, "all")
+
+    def keep(self, name, steps):
+        self.done[name] = steps
+        write_json(self.note, {"made_from": self.made_from, "done": self.done})
+
+
+def progress(steps, start, name):
+    return tqdm(range(start, steps), initial=start, total=steps, desc=name, unit="batch", leave=False, disable=None)
+
+
+@torch.no_grad()
+def build(folder, made_from, model, loader, n_anchors):
+    """Make the collection of a loader's data set in folder, or go on making it."""
+    dataset, batch, job = loader.dataset, loader.batch_size, Build(folder, made_from)
+    model.val_start()
+    n, n_captions, size = dataset.n_images, len(dataset.captions), model.opt.embed_size
+    lens = np.array([len(dataset.encode_caption(i)) for i in range(n_captions)], dtype=np.int32)
+    starts = np.concatenate([[0], lens.cumsum(dtype=np.int64)])
+    replace(job.path("lens.npy"), lambda file: np.save(file, lens))
+
+    def images(start):
+        for step in progress(-(-n // batch), start, "pictures"):
+            at = step * batch
+            yield at, model.encode_images(*dataset.read_images(at, min(at + batch, n))).cpu().numpy()
+
+    def words(start):
+        for step in progress(-(-n_captions // batch), start, "captions"):
+            targets = [dataset.encode_caption(i) for i in range(step * batch, min((step + 1) * batch, n_captions))]
+            own = [len(target) for target in targets]
+            block = model.encode_captions(pad(targets), own).cpu()
+            yield int(starts[step * batch]), torch.cat([row[:w] for row, w in zip(block, own, strict=True)]).numpy()
+
+    job.fill("images.npy", n, (dataset.images.shape[1], size), images)
+    job.fill("words.npy", int(starts[-1]), (size,), words)
+    anchors = make_anchors(job, n_anchors)
+    encoded = open_npy(job.path("images.npy"))
+
+    def table(start):
+        for step in progress(-(-n // TABLE_BLOCK), start, "table"):
+            regions = torch.from_numpy(encoded[step * TABLE_BLOCK : (step + 1) * TABLE_BLOCK].astype(np.float32))
+            yield step * TABLE_BLOCK, strongest(regions, anchors)
+
+    # filled a picture a row, then turned: a sentence reads the few rows of its anchors only
+    job.fill("by_picture.npy", n, (len(anchors),), table)
+    turn(job, len(anchors), n)
+    write_json(job.path("collection.json"), made_from)
+    for leftover in ("by_picture.npy", "progress.json"):
+        if os.path.exists(job.path(leftover)):
+            os.remove(job.path(leftover))
+
+
+def make_anchors(job, n_anchors):
+    """K-means centres (K, D) of the captions' words, all of unit length; K is n_anchors, fewer where words are few."""
+    path = job.path("anchors.faiss")
+    if job.done.get("anchors.faiss") != "all" or not os.path.isfile(path):
+        words = open_npy(job.path("words.npy"))
+        k = max(1, min(n_anchors, len(words) // 4))
+        chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(words))[: k * WORDS_PER_ANCHOR]
+        sample = np.asarray(words[np.sort(chosen)], dtype=np.float32)
+        kmeans = faiss.Kmeans(words.shape[1], k, niter=10, seed=1, spherical=True, verbose=False,
+                              min_points_per_centroid=1, max_points_per_centroid=WORDS_PER_ANCHOR)  # fmt: skip
+        kmeans.train(sample)
+        index = faiss.IndexFlatIP(words.shape[1])
+        index.add(kmeans.centroids)
+        replace(path, lambda file: file.write(faiss.serialize_index(index).tobytes()))
+        job.keep("anchors.faiss", "all")
+    index = read_anchors(path)
+    return torch.from_numpy(index.reconstruct_n(0, index.ntotal))
+
+
+def strongest(regions, anchors):
+    """The largest dot product of each anchor (K, D) with a picture's regions: (n, R, D) → (n, K) float16 numpy."""
+    largest = np.empty((len(regions), len(anchors)), dtype=np.float16)
+    for at in range(0, len(regions), 32):
+        largest[at : at + 32] = (regions[at : at + 32] @ anchors.T).amax(1).numpy()
+    return largest
+
+
+def turn(job, k, n):
+    """table.npy (K, n) from by_picture.npy (n, K), a few anchors at a time."""
+    source = open_npy(job.path("by_picture.npy"))
+    file = ArrayFile(job.path("table.npy"), k, (n,), np.float16)
+    some = max(1, (256 << 20) // (2 * n))
+    for at in range(0, k, some):
+        file.write(at, np.ascontiguousarray(source[:, at : at + some].T))
+    file.commit()
+
+
+def read_anchors(path):
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file, make the collection anew with --overwrite")
+    try:
+        return faiss.read_index(path)
+    except RuntimeError as error:
+        raise InputError(f"{path}: not a faiss index ({str(error).splitlines()[0][:80]})") from None
+
+
+def open_collection(folder, model, vocab):
+    """The Collection in folder, its arrays memory-mapped. Raises InputError where files are missing or do not fit."""
+    images, words, lens, table = (
+        open_npy(os.path.join(folder, f"{x}.npy")) for x in ("images", "words", "lens", "table")
+    )
+    anchors = read_anchors(os.path.join(folder, "anchors.faiss"))
+    if (table.shape, anchors.d, images.ndim) != ((anchors.ntotal, len(images)), model.opt.embed_size, 3):
+        raise InputError(f"{folder}: its files do not fit together, make it anew with --overwrite")
+    return Collection(model, vocab, images, words, lens, FirstStage(anchors, table))
+
+
+def open_or_build(model_path, model, loader, split, folder=None, n_anchors=None, overwrite=False):
+    """The collection of a checkpoint and a loader's split; made where it is not there yet.
+
+    n_anchors: what it must have been made with; where None, anything, or ANCHORS if it is made now.
+    """
+    folder = folder or collection_folder(model_path, model.opt.data_name, split)
+    before = read_json(os.path.join(folder, "collection.json"))
+    n_anchors = n_anchors or (before or {}).get("anchors", ANCHORS)
+    made_from = fingerprint(model_path, loader.dataset, n_anchors)
+    if before is not None and not overwrite and before != made_from:
+        found = next(name for name in made_from if before.get(name) != made_from[name])
+        raise InputError(f"{folder}: made from other {found}, --overwrite of build_index.py makes it anew")
+    if before is None or overwrite:
+        if os.path.isdir(folder) and not {*os.listdir(folder)} <= OWN | {name + ".part" for name in OWN}:
+            raise InputError(f"{folder}: holds files that are no collection's, choose another --out")
+        if before is not None:
+            os.remove(os.path.join(folder, "collection.json"))
+        print(f"making {folder}", flush=True)
+        build(folder, made_from, model, loader, n_anchors)
+    return open_collection(folder, model, loader.dataset.vocab)
+
+
+OWN = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "by_picture.npy", "table.npy", "progress.json",
+       "collection.json"}  # fmt: skip
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description="Encode a split once into a collection on disk, with an index for its search.",
+        epilog="example: python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar "
+        '--data_path data --split test --query "a red ring at the top"',
+    )
+    add = parser.add_argument
+    add("--model_path", required=True, help="checkpoint")
+    add("--data_path", help="folder of the data sets (default: the checkpoint's)")
+    add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+    add("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
+    add("--out", metavar="DIR", help="the collection's folder (default: beside the checkpoint)")
+    add("--anchors", type=int, help=f"directions that stand for words (default: {ANCHORS})")
+    add("--overwrite", action="store_true", help="make anew what is there already")
+    add("--query", metavar="SENTENCE", help="then print the best ten pictures for a sentence")
+    add("--candidates", type=int, default=1000, help="pictures that --query scores exactly (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
+    return parser
+
+
+def main():
+    parser = get_parser()
+    opt = parser.parse_args()
+    if min(opt.anchors or 1, opt.candidates) < 1 or opt.anchors == 0:
+        parser.error("expected --anchors and --candidates of 1 or more")
+    model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
+    collection = open_or_build(opt.model_path, model, loader, opt.split, opt.out, opt.anchors, opt.overwrite)
+    folder = opt.out or collection_folder(opt.model_path, model.opt.data_name, opt.split)
+    size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
+    print(f"{folder}: {len(collection.images)} pictures, {len(collection.lens)} captions, {size:.1f} MB")
+    if opt.query:
+        for image, score in zip(*collection.search(opt.query, 10, opt.candidates), strict=True):
+            print(f"  {score:.3f}  picture {image}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,204 @@
+// The page's address says what is shown: #q=SENTENCE, #q=SENTENCE&open=NUMBER, #hard.
+import {Detail} from './detail.js'
+import {$, ask, drawn, h, number, percent, say} from './dom.js'
+
+const K = 24, WAIT = 250  // results shown; milliseconds without a key before a search
+let about, shown = null, asking = null, polling = null
+
+const detail = new Detail({
+  step: by => { const at = order().indexOf(state().open) + by; if (order()[at] !== undefined) go({open: order()[at]}) },
+  neighbours: () => { const at = order().indexOf(state().open); return [order()[at - 1], order()[at + 1]] },
+  search: sentence => { $('sentence').value = sentence; go({q: sentence, open: null}) },
+  closed: () => { if (state().open !== null) go({open: null}) },
+})
+
+function state() {
+  const hash = new URLSearchParams(location.hash.slice(1))
+  const open = hash.get('open')
+  return {hard: hash.has('hard'), q: hash.get('q') ?? '', open: open === null ? null : Number(open)}
+}
+
+// Change part of the address; typing replaces the entry in the history instead of adding one.
+function go(change, replace = false) {
+  const next = {...state(), ...change}, hash = new URLSearchParams()
+  if (next.hard) hash.set('hard', '')
+  if (next.q) hash.set('q', next.q)
+  if (next.open !== null) hash.set('open', next.open)
+  history[replace ? 'replaceState' : 'pushState'](null, '', '#' + hash)
+  show()
+}
+
+// The pictures in the order in which the first model's column shows them, then what only others show.
+function order() {
+  if (state().hard) return [...document.querySelectorAll('.hard')].map(card => Number(card.dataset.image))
+  return shown ? [...new Set(shown.models.flatMap(model => model.results.map(result => result.image)))] : []
+}
+
+async function show() {
+  const {hard, q, open} = state()
+  $('search-view').hidden = hard
+  $('hard-view').hidden = !hard
+  for (const [id, here] of [['tab-search', !hard], ['tab-hard', hard]]) {
+    if (here) $(id).setAttribute('aria-current', 'page')
+    else $(id).removeAttribute('aria-current')
+  }
+  if (hard) showHard()
+  else {
+    if ($('sentence').value.trim() !== q) $('sentence').value = q
+    if (q !== (shown?.sentence ?? '')) await search(q)
+  }
+  if (open === null) detail.close()
+  else detail.open(about, open, q)
+}
+
+// ---- sentence → pictures
+
+async function search(sentence) {
+  asking?.abort()
+  if (!sentence) {
+    shown = null
+    $('results').replaceChildren()
+    return say('status', '')
+  }
+  const mine = asking = new AbortController()
+  $('results').classList.add('waiting')
+  const started = performance.now()
+  try {
+    shown = await ask(`api/search?k=${K}&sentence=${encodeURIComponent(sentence)}`, mine.signal)
+    $('results').replaceChildren(...shown.models.map(column))
+    const seconds = (performance.now() - started) / 1000
+    say('status', `${number(about.pictures)} pictures ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
+  } catch (error) {
+    if (error.name === 'AbortError') return
+    shown = null
+    $('results').replaceChildren()
+    say('status', error.message, true)
+  } finally {
+    if (asking === mine) $('results').classList.remove('waiting')
+  }
+}
+
+function truth({right}) {
+  if (!right.length) return 'The sentence is no caption of this split, so no picture counts as right.'
+  return right.length === 1 ? 'Its own picture is marked.' : `The ${right.length} pictures that it describes are marked.`
+}
+
+function column(model, i) {
+  const place = model.rank ? `its picture at rank ${number(model.rank)} of ${number(model.scored)}`
+    : shown.right.length ? `its picture is not among the ${number(model.scored)} that were scored` : ' '
+  const unknown = model.tokens.filter(token => !token.known).length
+  return h('section', {className: 'model'},
+    h('h2', {}, about.models[i].name),
+    h('p', {className: 'note'}, place),
+    h('p', {className: 'tokens', ariaLabel: 'Words as the model reads them'},
+      ...model.tokens.slice(1, -1).map(word),
+      unknown ? h('span', {className: 'unknown-note'}, `(${unknown} unknown to the model)`) : ''),
+    h('ol', {className: 'cards'}, ...model.results.map((result, rank) => h('li', {}, card(result, rank)))))
+}
+
+function word(token) {
+  return token.known ? h('span', {}, token.text)
+    : h('span', {className: 'unknown', title: 'not in the vocabulary: read as <unk>'}, token.text)
+}
+
+function card(result, rank) {
+  const button = h('button', {type: 'button', className: result.right ? 'card right' : 'card'},
+    drawn(result, `Picture ${result.id}`),
+    h('div', {className: 'text'},
+      h('div', {className: 'line'}, h('b', {}, `${rank + 1}`), h('span', {}, result.score.toFixed(3))),
+      h('span', {className: 'mark'}, result.right ? '✓ its picture' : ''),
+      h('span', {className: 'caption'}, result.caption)))
+  button.dataset.image = result.image
+  button.onclick = () => go({open: result.image})
+  return button
+}
+
+// ---- where the models differ
+
+async function showHard() {
+  clearTimeout(polling)
+  try {
+    const hard = await ask('api/hard')
+    if (!state().hard) return
+    if (hard.state === 'done') {
+      say('hard-status', hard.cases.length ? `Queries whose right answer the models rank most differently, among `
+        + `${number(hard.pictures)} pictures and ${number(hard.captions)} captions. Lower is better.`
+        : 'The models rank the right answer of every query alike.')
+      if (!$('hard-list').children.length) listHard(hard.cases)
+    } else if (hard.state === 'new' || hard.state === 'running') {
+      say('hard-status', `Comparing the models on every query: ${percent(hard.share)} done.`)
+      polling = setTimeout(showHard, 500)
+    } else say('hard-status', hard.state, true)
+  } catch (error) { say('hard-status', error.message, true) }
+}
+
+function listHard(cases) {
+  for (const [title, some] of [['Sentences that look for their picture', cases.filter(entry => entry.sentence)],
+                               ['Pictures that look for one of their captions', cases.filter(entry => !entry.sentence)]])
+    if (some.length) $('hard-list').append(h('li', {}, h('h2', {}, title), h('ol', {}, ...some.map(hardCase))))
+}
+
+function hardCase(entry) {
+  const best = Math.min(...entry.ranks)
+  const button = h('button', {type: 'button', className: 'hard'},
+    drawn(entry, `Picture ${entry.id}`),
+    h('div', {}, h('div', {}, entry.sentence ? `“${entry.sentence}”` : `Picture ${entry.id}: which caption is its own?`),
+      h('div', {className: 'ranks'}, ...entry.ranks.map((rank, i) =>
+        h('span', {className: rank === best ? 'best' : ''}, `${about.models[i].name} `, h('b', {}, `rank ${number(rank)}`))))))
+  button.dataset.image = entry.image
+  button.onclick = () => entry.sentence ? go({hard: false, q: entry.sentence}) : go({open: entry.image})
+  return h('li', {}, button)
+}
+
+// ---- keyboard
+
+function move(event) {
+  const cards = [...event.target.closest('.cards')?.querySelectorAll('.card') ?? []]
+  const at = cards.indexOf(event.target)
+  if (at < 0) return
+  const across = cards.findIndex(other => other.offsetTop > cards[0].offsetTop)
+  const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -across, ArrowDown: across}[event.key]
+  if (step === undefined || !cards[at + step]) return
+  cards[at + step].focus()
+  event.preventDefault()
+}
+
+document.addEventListener('keydown', event => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return
+  if (event.key === '/' && !$('detail').open && event.target !== $('sentence')) {
+    event.preventDefault()
+    if (state().hard) go({hard: false})
+    $('sentence').focus()
+    $('sentence').select()
+  } else if (event.target.classList?.contains('card')) move(event)
+  else if (event.target === $('sentence') && event.key === 'ArrowDown') document.querySelector('.card')?.focus()
+})
+
+// ---- start
+
+let timer
+$('sentence').oninput = () => {
+  clearTimeout(timer)
+  timer = setTimeout(() => go({q: $('sentence').value.trim()}, true), WAIT)
+}
+$('form').onsubmit = event => {
+  event.preventDefault()
+  clearTimeout(timer)
+  const q = $('sentence').value.trim()
+  if (q) go({q})
+  else say('status', 'Type a sentence first.', true)
+}
+let tried = 0
+$('example').onclick = () => go({q: about.examples[tried++ % about.examples.length]})
+addEventListener('popstate', show)
+addEventListener('hashchange', show)
+
+try {
+  about = await ask('api/about')
+  const files = about.files ? '' : ' No picture files: the regions are drawn on a blank frame.'
+  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} pictures, `
+    + `${number(about.captions)} captions.${files}`
+  $('tab-hard').hidden = about.models.length < 2
+  document.documentElement.style.setProperty('--models', about.models.length)
+  show()
+} catch (error) { $('about').textContent = ''; say('status', error.message, true) }

@@ -1,0 +1,112 @@
+"""Sentence → pictures and picture → captions in an encoded split: all of it, or the best of a first stage exactly.
+
+Sizes in the docstrings: n pictures of R regions, W words, D embed_size.
+"""
+
+import numpy as np
+import torch
+
+from cross_attention import XATTN_SCORE, pair_attention
+from evaluation import encode_data
+
+BLOCK = 512  # pictures that are scored at once
+
+
+class FirstStage:
+    """Promising pictures for a sentence: each word stands for its nearest anchor, whose row of the table says how much
+    of it each picture has in one of its regions; the pictures with the largest sums win.
+
+    anchors: a faiss index of K directions (K, D). table (K, n): the largest dot product of an anchor with a picture's
+    regions. A query reads W rows of it.
+    """
+
+    def __init__(self, anchors, table):
+        self.anchors, self.table = anchors, table
+
+    def __call__(self, words, count):
+        """The rows of the best count pictures for words (W, D), in ascending order."""
+        _, nearest = self.anchors.search(words.cpu().numpy(), 1)
+        sums = np.zeros(self.table.shape[1], dtype=np.float32)
+        for anchor in nearest[:, 0]:
+            sums += self.table[anchor]
+        count = min(count, len(sums))
+        return np.sort(np.argpartition(-sums, count - 1)[:count])
+
+
+class Collection:
+    """The embeddings that one model gives a split, and the search in them.
+
+    model, vocab: what encodes sentences. images (n, R, D), words (ΣW_i, D), the captions' words one after the other,
+    lens (n_captions,): tensors or memory-mapped arrays, of any float type. first_stage(words (W, D), count) → the
+    rows of the most promising pictures, or None to score all.
+    """
+
+    def __init__(self, model, vocab, images, words, lens, first_stage=None):
+        self.model, self.vocab, self.first_stage = model, vocab, first_stage
+        self.images, self.words, self.lens = images, words, np.asarray(lens)
+        self.starts = np.cumsum([0, *self.lens])
+
+    @classmethod
+    def encode(cls, model, loader):
+        """The collection of a loader's data set, in memory."""
+        return cls(model, loader.dataset.vocab, *encode_data(model, loader, packed=True))
+
+    @torch.no_grad()
+    def embed(self, sentence):
+        """The words (W, D) of a sentence (str), with those of <start> and <end>."""
+        ids = torch.tensor([self.vocab.encode(sentence)])
+        return self.model.encode_captions(ids, [ids.shape[1]])[0]
+
+    def caption(self, number):
+        """The words (W, D) of one of the collection's captions."""
+        return self.tensor(self.words[self.starts[number] : self.starts[number + 1]])
+
+    def image(self, number):
+        """The regions (R, D) of a picture."""
+        return self.tensor(self.images[number])
+
+    def tensor(self, rows):
+        return torch.as_tensor(np.asarray(rows)).to(self.model.device, torch.float32)
+
+    @torch.no_grad()
+    def score_images(self, words, rows=None):
+        """Exact scores (n,) float32 numpy of a sentence's words (W, D) with all pictures, or (len(rows),) with some."""
+        score, opt, n = XATTN_SCORE[self.model.opt.cross_attn], self.model.opt, len(self.images)
+        rows = range(n) if rows is None else rows
+        scores = np.empty(len(rows), dtype=np.float32)
+        for at in range(0, len(rows), BLOCK):
+            some = rows[at : at + BLOCK]
+            block = self.tensor(self.images[some.start : some.stop] if isinstance(some, range) else self.images[some])
+            scores[at : at + BLOCK] = score(block, words, [len(words)], opt)[:, 0].cpu()
+        return scores
+
+    @torch.no_grad()
+    def score_captions(self, image, rows=None):
+        """Exact scores (n_captions,) float32 numpy of a picture's regions (R, D) with all captions, or with some."""
+        score, opt = XATTN_SCORE[self.model.opt.cross_attn], self.model.opt
+        rows = np.arange(len(self.lens)) if rows is None else rows
+        scores = np.empty(len(rows), dtype=np.float32)
+        for at in range(0, len(rows), 8 * BLOCK):
+            some = rows[at : at + 8 * BLOCK]
+            if some[-1] - some[0] == len(some) - 1:
+                words = self.words[self.starts[some[0]] : self.starts[some[-1] + 1]]
+            else:
+                words = np.concatenate([self.words[self.starts[i] : self.starts[i + 1]] for i in some])
+            scores[at : at + 8 * BLOCK] = score(image[None], self.tensor(words), self.lens[some], opt)[0].cpu()
+        return scores
+
+    def search(self, sentence, k=10, candidates=1000):
+        """The best k pictures for a sentence: their numbers (k,) and scores (k,), best first.
+
+        With a first stage, only that many candidates are scored exactly; without, all pictures.
+        """
+        words = self.embed(sentence)
+        rows = None if self.first_stage is None else self.first_stage(words, candidates)
+        scores = self.score_images(words, rows)
+        best = np.argsort(-scores, kind="stable")[:k]
+        return best if rows is None else rows[best], scores[best]
+
+    @torch.no_grad()
+    def attention(self, image, words):
+        """Of a picture's regions (R, D) and a sentence's words (W, D): t2i (W, R) and i2t (R, W), rows sum to 1."""
+        return [pair_attention(image, words, self.model.opt, t2i).cpu().numpy() for t2i in (True, False)]

@@ -1,0 +1,604 @@
+"""The explorer: its answers against plain computations, and its page in a real browser, used as a person does.
+
+The browser is the system's Chromium (apt-get install chromium chromium-driver). PFAN_SCREENSHOTS=FOLDER makes the
+screenshots of the documentation there, of the models that scripts/demo.sh --ablation has trained.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from conftest import ROOT
+from folders import make_folder, write_lines
+from PIL import Image
+from test_evaluation import save_model
+
+from cross_attention import pair_attention
+from errors import InputError, run
+from evaluation import encode_data, load_split, shard_xattn
+
+sys.path.append(str(ROOT / "scripts"))
+import explore
+from pictures import Pictures, find_files
+
+N_PICTURES = 12
+
+# ---------------------------------------------------------------- a served explorer
+
+
+def options(*flags):
+    return explore.get_parser().parse_args(["--model_path", *map(str, flags)])
+
+
+@contextlib.contextmanager
+def serve(explorer):
+    """The address of a server of an Explorer on a free port."""
+    config = uvicorn.Config(explore.make_app(explorer), "127.0.0.1", 0, http=explore.Protocol, log_level="error")
+    server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listening.close()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Drawn pictures, their vocabulary and two untrained models of them; (root, checkpoints)."""
+    root = tmp_path_factory.mktemp("explore")
+    where = ("--data_path", str(root / "data"), "--data_name", "demo")
+    counts = ("--train", "40", "--dev", "5", "--test", str(N_PICTURES), "--workers", "1")
+    subprocess.run([sys.executable, "scripts/make_demo_data.py", *where, *counts], cwd=ROOT, check=True)
+    words = ("vocab.py", *where, "--vocab_path", str(root / "vocab"), "--threshold", "1")
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    paths = [root / "first.pth.tar", root / "second.pth.tar"]
+    for path, position in zip(paths, ("attention", "none"), strict=True):
+        here = (str(root / "data"), str(root / "vocab"))
+        save_model(path, *here, seed=1, data_name="demo", img_dim=128, position=position)
+    return root, paths
+
+
+@pytest.fixture(scope="module")
+def explorer(made):
+    return explore.Explorer(options(*made[1]))
+
+
+@pytest.fixture(scope="module")
+def address(explorer):
+    with serve(explorer) as address:
+        yield address
+
+
+def get(address, path, **parameters):
+    """(status, object) of a GET under /api."""
+    url = f"{address}api/{path}?{urllib.parse.urlencode(parameters)}"
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_a_sentence_ranks_the_pictures_as_evalrank_scores_them(made, explorer, address):
+    caption = 17
+    status, answer = get(address, "search", sentence=explorer.captions[caption], k=5)
+    assert status == 200 and answer["right"] == [caption // 5]
+    for path, found in zip(made[1], answer["models"], strict=True):
+        model, loader = load_split(str(path), None, None, "test")
+        images, captions, lens = encode_data(model, loader)
+        scores = shard_xattn(images, captions[caption : caption + 1], lens[caption : caption + 1], model.opt)[:, 0]
+        best = np.argsort(-scores)
+        assert [result["image"] for result in found["results"]] == best[:5].tolist()
+        assert [result["score"] for result in found["results"]] == pytest.approx(scores[best[:5]].tolist(), abs=1e-5)
+        assert found["rank"] == 1 + best.tolist().index(caption // 5)
+        assert [result["right"] for result in found["results"]] == [i == caption // 5 for i in best[:5]]
+
+
+def test_words_that_a_model_does_not_know_are_said(address):
+    _, answer = get(address, "search", sentence="A red unicorn.", k=1)
+    tokens = answer["models"][0]["tokens"]
+    assert [token["text"] for token in tokens] == ["<start>", "a", "red", "unicorn", ".", "<end>"]
+    assert [token["text"] for token in tokens if not token["known"]] == ["unicorn"]
+    assert answer["right"] == [] and answer["models"][0]["rank"] is None
+
+
+def test_a_picture_ranks_the_captions(made, explorer, address):
+    _, answer = get(address, "pictures/3/captions", k=60)
+    for path, found in zip(made[1], answer["models"], strict=True):
+        model, loader = load_split(str(path), None, None, "test")
+        images, captions, lens = encode_data(model, loader)
+        scores = shard_xattn(images[3:4], captions, lens, model.opt)[0]
+        assert [r["score"] for r in found["results"]] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-5)
+        own = [i for i, result in enumerate(found["results"]) if result["right"]]
+        assert len(own) == 5 and found["rank"] == own[0] + 1
+        assert {found["results"][i]["text"] for i in own} == set(explorer.captions[15:20])
+
+
+def test_attention_is_the_formulas(made, explorer, address):
+    """t2i: softmax over regions of λ · LeakyReLU(S) / ‖·‖ over words, and the same with the roles swapped."""
+    sentence = explorer.captions[0]
+    _, answer = get(address, "pictures/2/attention", sentence=sentence)
+    for path, shown in zip(made[1], answer["models"], strict=True):
+        model, loader = load_split(str(path), None, None, "test")
+        images, captions, lens = encode_data(model, loader)
+        S = captions[0, : lens[0]] @ images[2].T  # words × regions
+        clipped = torch.where(S > 0, S, 0.1 * S)
+        t2i = (9 * clipped / clipped.norm(dim=0)).softmax(1)
+        i2t = (9 * clipped / clipped.norm(dim=1, keepdim=True)).T.softmax(1)
+        assert np.array(shown["t2i"]) == pytest.approx(t2i.numpy(), abs=1e-4)
+        assert np.array(shown["i2t"]) == pytest.approx(i2t.numpy(), abs=1e-4)
+        expected = shard_xattn(images[2:3], captions[:1], lens[:1], model.opt)[0, 0]
+        assert shown["score"] == pytest.approx(float(expected), abs=1e-5)
+
+
+def test_pair_attention_rows_sum_to_1():
+    image, words = torch.randn(36, 8), torch.randn(7, 8)
+    for t2i, shape in ((True, (7, 36)), (False, (36, 7))):
+        opt = type("opt", (), {"raw_feature_norm": "softmax", "lambda_softmax": 4.0})
+        attention = pair_attention(image, words, opt, t2i)
+        assert attention.shape == shape and torch.allclose(attention.sum(1), torch.ones(shape[0]))
+
+
+def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
+    _, answer = get(address, "pictures/4")
+    grids = np.load(made[0] / "data" / "demo" / "test_boxes.npy")[4]
+    assert np.array(answer["cells"]) == pytest.approx(grids[:, :15])
+    assert np.array(answer["area"]) == pytest.approx(grids[:, 15:30], abs=1e-4)
+    encoder = explorer.models[0].model.img_enc
+    features = torch.from_numpy(np.load(made[0] / "data" / "demo" / "test_ims.npy")[4])
+    logits = torch.tanh((encoder.fc_att(features)[:, None] * encoder.position_embedding(
+        torch.tensor(grids[:, :15]).long())).sum(2)).softmax(1)  # fmt: skip
+    learned = (torch.tensor(grids[:, 15:30]) * logits).softmax(1).detach().numpy()
+    assert np.array(answer["learned"][0]) == pytest.approx(learned, abs=1e-4)
+    assert answer["learned"][1] is None  # plain SCAN knows no positions
+
+
+def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, address):
+    deadline = time.monotonic() + 60
+    while (hard := get(address, "hard")[1])["state"] != "done":
+        assert hard["state"] in ("new", "running") and time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (hard["pictures"], hard["captions"]) == (N_PICTURES, 5 * N_PICTURES)
+    for one_way in (lambda case: case["sentence"], lambda case: not case["sentence"]):
+        cases = list(filter(one_way, hard["cases"]))
+        ratios = [max(case["ranks"]) / min(case["ranks"]) for case in cases]
+        assert ratios == sorted(ratios, reverse=True) and min(ratios) > 1
+        assert ratios == pytest.approx([case["ratio"] for case in cases])
+    case = next(case for case in hard["cases"] if case["sentence"])
+    _, answer = get(address, "search", sentence=case["sentence"], k=1)
+    assert [found["rank"] for found in answer["models"]] == case["ranks"]
+    picture = next(case for case in hard["cases"] if not case["sentence"])
+    _, answer = get(address, f"pictures/{picture['image']}/captions", k=1)
+    assert [found["rank"] for found in answer["models"]] == picture["ranks"]
+
+
+@pytest.mark.parametrize(
+    "path, parameters, status, said",
+    [
+        ("search", {"sentence": " ", "k": 5}, 400, "Type a sentence"),
+        ("search", {"sentence": "a " * 240, "k": 5}, 400, "over 100 words"),
+        ("search", {"sentence": "a" * 501, "k": 5}, 400, "500"),
+        ("search", {"sentence": "a", "k": 101}, 400, "100"),
+        ("search", {"k": 5}, 400, "sentence"),
+        ("pictures/12", {}, 404, "expected 0 to 11"),
+        ("pictures/-1", {}, 404, "expected 0 to 11"),
+        ("pictures/x", {}, 400, "number"),
+        ("nothing", {}, 404, "Not Found"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_with_a_reason(address, path, parameters, status, said):
+    found, answer = get(address, path, **parameters)
+    assert found == status and said in answer["error"]
+
+
+def test_only_the_pages_own_names_reach_it(address):
+    request = urllib.request.Request(address + "api/about", headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=10)
+    assert refused.value.code == 400
+
+
+def test_files_outside_the_page_are_not_served(address):
+    for path in ("../explore.py", "..%2fexplore.py", "%2e%2e/explore.py"):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(address + path, timeout=10)
+        assert refused.value.code == 404
+
+
+def test_more_pictures_than_index_above_are_searched_in_two_stages(made, explorer):
+    flags = ("--index_above", "5", "--candidates", str(N_PICTURES))
+    two_stages = explore.Explorer(options(*made[1], *flags))
+    assert all(model["indexed"] for model in two_stages.about()["models"])
+    sentence = explorer.captions[7]
+    answers = (known.search(sentence, 5)["models"] for known in (explorer, two_stages))
+    for fine, coarse in zip(*answers, strict=True):
+        assert [r["score"] for r in coarse["results"]] == pytest.approx([r["score"] for r in fine["results"]], abs=3e-3)
+
+
+def test_models_of_different_captions_are_refused(made, tmp_path):
+    where = make_folder(tmp_path, splits={"dev": 6, "test": 6}, n_regions=4)
+    save_model(tmp_path / "other.pth.tar", *where)
+    with pytest.raises(InputError, match="other.pth.tar: its test split is not that of"):
+        explore.Explorer(options(made[1][0], tmp_path / "other.pth.tar"))
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--split", "nosuch"], "nosuch_caps.txt: no such file"),
+        (["--images", "nowhere"], "nowhere: no such folder of pictures"),
+        (["--port", "0"], "--port 1 to 65535"),
+    ],
+)
+def test_the_command_says_what_is_wrong_in_one_line(made, monkeypatch, capsys, flags, said):
+    monkeypatch.setattr("sys.argv", ["explore.py", "--model_path", str(made[1][0]), *flags])
+    with pytest.raises(SystemExit) as left:
+        run(explore.main)
+    assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---------------------------------------------------------------- picture files and boxes
+
+
+def test_picture_files_are_found_by_id_by_name_and_by_number(tmp_path):
+    names = ("17.png", "beach.JPG", "COCO_val2014_000000391895.jpg", "notes.txt")
+    for name in names:
+        (tmp_path / name).touch()
+    ids = ["17", "beach.JPG", "391895", "18", "notes", "../17"]
+    assert find_files(tmp_path, ids) == {
+        "17": str(tmp_path / "17.png"),
+        "beach.JPG": str(tmp_path / "beach.JPG"),
+        "391895": str(tmp_path / "COCO_val2014_000000391895.jpg"),
+    }
+
+
+def test_boxes_come_from_pixels_or_else_from_grid_cells(made):
+    _, loader = load_split(str(made[1][0]), None, None, "test")
+    shown = Pictures(loader.dataset)
+    pixels = np.load(made[0] / "data" / "demo" / "test_pixel_boxes.npy")[5]
+    assert shown.boxes(5) == pytest.approx(pixels / [288, 216, 288, 216], abs=1e-6)
+    shown.pixel_boxes = None
+    from_cells, share = shown.boxes(5), (pixels / [288, 216, 288, 216])
+    small = np.prod(share[:, 2:] - share[:, :2], axis=1) < 0.02  # covers at most 15 cells
+    assert small.sum() > 5
+    assert from_cells[small] == pytest.approx(share[small], abs=1 / 16)
+    shown.grids = None
+    assert shown.boxes(5) is None
+
+
+def test_ids_that_repeat_for_each_caption_are_read(tmp_path):
+    data, vocab = make_folder(tmp_path, splits={"dev": 3, "test": 4}, n_regions=4)
+    write_lines(tmp_path / "data" / "toy_precomp" / "test_ids.txt", np.repeat([7, 8, 9, 10], 5))
+    save_model(tmp_path / "m.pth.tar", data, vocab)
+    _, loader = load_split(str(tmp_path / "m.pth.tar"), None, None, "test")
+    assert Pictures(loader.dataset).ids == ["7", "8", "9", "10"]
+
+
+# ---------------------------------------------------------------- the page, in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
+    if missing:
+        pytest.skip(f"no {' and no '.join(missing)} on this machine: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    settings = webdriver.ChromeOptions()
+    settings.binary_location = shutil.which("chromium")
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        settings.add_argument(flag)
+    settings.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=settings, service=Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+class Person:
+    """Someone at the page: looks, waits, points, types."""
+
+    def __init__(self, driver, address, size=(1280, 900), scheme="light"):
+        self.driver, self.address = driver, address
+        self.size(*size)
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
+            {"name": "prefers-color-scheme", "value": scheme}]})  # fmt: skip
+        driver.get("about:blank")
+        driver.get_log("browser")  # of the page before
+        driver.get(address)
+        self.until(lambda: "pictures" in self.text("#about"))
+
+    def size(self, width, height):
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
+            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+
+    def until(self, what, seconds=20):
+        deadline = time.monotonic() + seconds
+        while not (found := what()):
+            assert time.monotonic() < deadline, f"waited in vain; the page says: {self.text('body')[:600]}"
+            time.sleep(0.03)
+        return found
+
+    def all(self, selector):
+        return self.driver.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return self.until(lambda: self.all(selector))[0]
+
+    def text(self, selector):
+        return self.driver.execute_script("return document.querySelector(arguments[0])?.innerText ?? ''", selector)
+
+    def run(self, script, *args):
+        return self.driver.execute_script(script, *args)
+
+    def point(self, element):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver, duration=20).move_to_element(element).perform()
+
+    def press(self, *keys):
+        from selenium.webdriver import ActionChains
+
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def search(self, sentence):
+        field = self.one("#sentence")
+        field.clear()
+        field.send_keys(sentence)
+        self.until(lambda: "ranked in" in self.text("#status") and self.run(
+            "return location.hash.length > 3 && !document.querySelector('.waiting')"))  # fmt: skip
+        self.until(lambda: self.text(".tokens").split()[:2] == sentence.lower().split()[:2])
+
+    def open_first(self):
+        self.one(".card").click()
+        return self.until(lambda: self.all("#views .word"))
+
+    def fills(self):
+        """[region, its share of the largest weight] of each rectangle of the first model's picture."""
+        return self.run(
+            "return [...document.querySelectorAll('#views > .view:first-child rect')].map(rect =>"
+            "[Number(rect.dataset.region), Number(rect.style.getPropertyValue('--weight'))])"
+        )
+
+    def complaints(self):
+        """What the browser's console holds, but for answers that the page turns into sentences."""
+        return [entry["message"] for entry in self.driver.get_log("browser") if "/api/" not in entry["message"]]
+
+
+@pytest.fixture
+def person(browser, address):
+    return Person(browser, address)
+
+
+def test_type_read_open_point_and_see_the_overlay_change(person, explorer):
+    sentence = explorer.captions[17]
+    person.search(sentence)
+    expected = explorer.search(sentence, 1)["models"][0]["results"][0]
+    first = person.text(".card")
+    assert f"{expected['score']:.3f}" in first and expected["caption"][:20] in first
+    columns = [column.text for column in person.all("#results h2")]
+    assert columns == ["PFAN-A t2i", "SCAN t2i"]
+    words = person.open_first()
+    assert person.text("#detail-title").endswith(f"“{sentence}”")
+    attention = explorer.attention(expected["image"], sentence)["models"][0]
+    for at in (2, 5):
+        person.point(words[at])
+        person.until(lambda at=at: words[at].get_attribute("class") == "word chosen")
+        weights = np.array(attention["t2i"][at])
+        shown = dict(person.fills())
+        assert [shown[r] for r in range(36)] == pytest.approx((weights / weights.max()).tolist(), abs=2e-3)
+        assert f"region {weights.argmax() + 1}" in person.text("#detail-status")
+    strongest = f"#views rect[data-region='{weights.argmax()}']"
+    colour = "return getComputedStyle(document.querySelector(arguments[0])).fill"
+    lit = person.run(colour, strongest)
+    person.point(person.one("#detail-title"))
+    person.until(lambda: person.run(colour, strongest) != lit)
+    assert set(dict(person.fills()).values()) == {0}
+    assert person.complaints() == []
+
+
+def test_pointing_at_a_region_lights_words_and_shows_its_grid(person, explorer):
+    sentence = explorer.captions[0]
+    person.search(sentence)
+    words = person.open_first()
+    image = int(person.one(".card").get_attribute("data-image"))
+    top = person.all("#views > .view:first-child rect")[-1]  # the smallest, which nothing hides
+    region = int(top.get_attribute("data-region"))
+    person.point(top)
+    person.until(lambda: "chosen" in top.get_attribute("class"))
+    weights = explorer.attention(image, sentence)["models"][0]["i2t"][region]
+    assert [word.text.split("\n")[-1] for word in words[: len(weights)]] == [f"{100 * w:.0f} %" for w in weights]
+    assert person.text("#region-name").startswith(f"{region + 1} of 36")
+    cells = np.array(explorer.picture(image)["cells"][region])
+    titles = [title.text for title in person.all(".grid h4")]
+    assert titles == ["Area weights", "Learned, PFAN-A t2i"]
+    for drawn in person.all(".grid svg"):
+        assert len(drawn.find_elements("css selector", "rect")) == (cells < 256).sum()
+    assert "SCAN t2i does not know positions." in person.text("#grids")
+
+
+def test_everything_can_be_done_with_the_keyboard(person, explorer):
+    from selenium.webdriver import Keys
+
+    person.press("/")
+    assert person.run("return document.activeElement.id") == "sentence"
+    person.press(explorer.captions[3], Keys.ENTER)
+    person.until(lambda: person.all(".card"))
+    person.press(Keys.ARROW_DOWN, Keys.ARROW_RIGHT)
+    chosen = person.run("return document.activeElement.dataset.image")
+    assert chosen == person.all(".card")[1].get_attribute("data-image")
+    person.press(Keys.ENTER)
+    words = person.until(lambda: person.all("#views .word"))
+    person.run("arguments[0].focus()", words[1])
+    assert "chosen" in words[1].get_attribute("class") and max(dict(person.fills()).values()) == 1
+    person.press(Keys.ARROW_RIGHT)
+    assert "chosen" in words[2].get_attribute("class") and "chosen" not in words[1].get_attribute("class")
+    person.run("document.getElementById('region').focus()")
+    person.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    person.until(lambda: person.text("#region-name").startswith("2 of 36"))
+    person.run("document.getElementById('close').focus()")
+    title = person.text("#detail-title")
+    person.press(Keys.ARROW_RIGHT)
+    person.until(lambda: person.text("#detail-title") != title)
+    person.press(Keys.ESCAPE)
+    person.until(lambda: not person.run("return document.getElementById('detail').open"))
+    assert "open=" not in person.driver.current_url
+
+
+def test_a_caption_of_the_picture_can_be_looked_at_instead(person, explorer):
+    person.search(explorer.captions[8])
+    person.open_first()
+    other = next(b for b in person.all("#captions button") if "now" not in b.get_attribute("class"))
+    text = other.find_element("css selector", "span:last-child").text.removesuffix(" ✓ its own")
+    person.run("arguments[0].click()", other)
+    person.until(lambda: person.text("#detail-title").endswith(f"“{text}”"))
+    person.one("#find").click()
+    person.until(lambda: person.run("return document.getElementById('sentence').value") == text)
+    person.until(lambda: "ranked in" in person.text("#status"))
+
+
+def test_unknown_words_are_marked_and_errors_are_sentences(person):
+    person.search("a purple unicorn")
+    assert [word.text for word in person.all(".model:first-child .unknown")] == ["unicorn"]
+    assert "(1 unknown to the model)" in person.text(".tokens")
+    person.run("location.hash = 'q=a+ring&open=99999'")
+    person.until(lambda: "There is no picture 99999: expected 0 to 11." in person.text("#detail-status"))
+    person.run("document.getElementById('detail').close()")
+    person.run("document.getElementById('sentence').value = ''")
+    person.one("#form button").click()
+    person.until(lambda: person.text("#status") == "Type a sentence first.")
+
+
+def test_hard_cases_lead_to_the_query(person):
+    person.one("#tab-hard").click()
+    cases = person.until(lambda: person.all(".hard"))
+    assert "rank 1" in cases[0].text
+    case = next(case for case in cases if "“" in case.text)
+    sentence = case.text.split("“")[1].split("”")[0]
+    person.run("arguments[0].click()", case)
+    person.until(lambda: "ranked in" in person.text("#status") and person.all(".card.right"))
+    assert person.run("return document.getElementById('sentence').value") == sentence
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_narrow_screens_and_both_schemes_show_all_and_nothing_jumps(browser, address, explorer, scheme):
+    person = Person(browser, address, (360, 740), scheme)
+    person.search(explorer.captions[2])
+    wide = "return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth"
+    assert person.run(wide) == 0
+    words = person.open_first()
+    assert person.run("const d = document.getElementById('detail'); return d.scrollWidth - d.clientWidth") == 0
+    where = ("return [...document.querySelectorAll('.word, #views .frame, .grid .map, #captions button')]"
+             ".map(e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })")  # fmt: skip
+    person.run("arguments[0].focus()", words[1])
+    person.until(lambda: "attends" in person.text("#detail-status"))
+    on_word = person.run(where)
+    person.run("const r = document.getElementById('region'); r.value = 3; r.oninput()")
+    person.until(lambda: person.text("#detail-status").startswith("Region 3"))
+    assert person.run(where) == on_word
+    shades = person.run("const s = getComputedStyle(detail); return [s.color, s.backgroundColor]")
+    shades = [[int(number) for number in re.findall(r"\d+", shade)[:3]] for shade in shades]
+    light = [relative_luminance(shade) for shade in shades]
+    assert (light[0] < light[1]) == (scheme == "light")
+    assert (max(light) + 0.05) / (min(light) + 0.05) > 7
+
+
+def relative_luminance(rgb):
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+def test_nothing_comes_from_another_host(person, explorer):
+    person.search(explorer.captions[2])
+    person.open_first()
+    loaded = person.run("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert len(loaded) > 8 and all(name.startswith(person.address) for name in loaded)
+
+
+def test_without_picture_files_boxes_stand_on_a_blank_frame(browser, made, tmp_path):
+    """As with the published Flickr30K files: features, grids and captions alone."""
+    shutil.copytree(made[0] / "data" / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*images", "*pixel*"))
+    explorer = explore.Explorer(options(made[1][0], "--data_path", tmp_path))
+    with serve(explorer) as address:
+        person = Person(browser, address)
+        assert "No picture files" in person.text("#about")
+        assert not person.run("return document.getElementById('tab-hard').checkVisibility()")  # one model alone
+        person.search(explorer.captions[0])
+        assert not person.all(".card img") and len(person.one(".card").find_elements("css selector", "rect")) == 36
+        assert person.text(".card .caption")
+        words = person.open_first()
+        person.point(words[2])
+        person.until(lambda: max(dict(person.fills()).values()) == 1)
+        assert person.complaints() == []
+
+
+def test_a_stopped_explorer_is_said_on_the_page(browser, explorer):
+    with serve(explorer) as address:
+        person = Person(browser, address)
+    person.one("#sentence").send_keys("a ring")
+    person.until(lambda: "does not answer" in person.text("#status"))
+
+
+@pytest.mark.skipif("PFAN_SCREENSHOTS" not in os.environ, reason="PFAN_SCREENSHOTS names no folder for screenshots")
+def test_screenshots_for_the_documentation(browser):
+    out, runs = os.environ["PFAN_SCREENSHOTS"], os.environ.get("PFAN_RUNS", "runs/demo")
+    paths = [os.path.join(runs, f"{name}_seed0", "model_best.pth.tar") for name in ("attention", "none")]
+    with serve(explore.Explorer(options(*paths))) as address:
+        sentence = "A large red ring is to the left of a small blue star."
+
+        def shoot(person, name):
+            time.sleep(0.5)  # the colours' transition
+            path = os.path.join(out, f"explorer_{name}.png")
+            person.driver.save_screenshot(path)
+            with Image.open(path) as picture:
+                picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=128).save(path, optimize=True)
+            assert os.path.getsize(path) < 200_000
+
+        person = Person(browser, address, (1180, 860))
+        person.one("#tab-hard").click()
+        case = person.until(lambda: [case for case in person.all(".hard") if "“" in case.text], 120)[0]
+        shoot(person, "hard")
+        person.run("arguments[0].click()", case)
+        person.until(lambda: "ranked in" in person.text("#status") and person.all(".card"))
+        shoot(person, "search")
+        words = person.open_first()
+        nouns = ("ring", "hoop", "star", "heart", "cross", "plus", "circle", "disc", "dot", "square", "box", "block")
+        noun = next(word for word in words if word.text in nouns)
+        person.point(noun)
+        shoot(person, "word")
+        person = Person(browser, address, (1180, 860), "dark")
+        person.search(sentence)
+        person.open_first()
+        person.run("const r = document.getElementById('region'); r.value = 5; r.oninput()")
+        shoot(person, "region_dark")
+        person.run(
+            "document.getElementById('detail').scrollTo(0, document.getElementById('grid-title').offsetTop - 60)"
+        )
+        shoot(person, "grid_dark")
+        person = Person(browser, address, (390, 760))
+        person.search(sentence)
+        person.open_first()[3].click()
+        shoot(person, "narrow")
