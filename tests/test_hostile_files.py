@@ -1,0 +1,357 @@
+"""Broken and hostile files: whatever bytes a file holds, reading it succeeds or ends in one clear line.
+
+Never a traceback, never a hang, and nothing in a file is ever run. HOSTILE_FILES=20000 reads that many instead of a few
+hundred.
+"""
+
+import base64
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_opt
+from folders import make_folder
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train
+from checkpoint import load_checkpoint
+from data import get_precomp_dataset
+from errors import InputError
+from model import SCAN, load_model
+from vocab import build_vocab, deserialize_vocab, read_captions
+
+sys.path += [str(ROOT / "scripts"), str(ROOT / "test_server")]  # whose files are started by their paths
+import captions_to_dataset  # noqa: E402
+import compute_map  # noqa: E402
+import tsv_to_dataset  # noqa: E402
+
+INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
+SECONDS = 20  # more than any of these files may take
+NAME = "toy_precomp"
+AWKWARD = (
+    b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\xa6\x9c", "\u202eمرحبا بالعالم".encode(), b"\r", b"\n\n",
+    b"\xef\xbb\xbf", "\u2028".encode(), b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 400, b'"', b"{}", b"[" * 3000,
+    b"null", b"\t", b"a" * 2_000_000, b"\x80\x02", b"PK\x03\x04", b"(((((" * 200, b"'",
+)  # fmt: skip
+NUMBERS = (b"0", b"-1", b"1e400", b"9" * 20, b"NaN", b'""')
+
+
+class Bomb:
+    """Unpickled freely, it makes a folder."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+# ---------------------------------------------------------------- what reads them
+
+
+def run_script(script, *args):
+    sys.argv = [script.__name__, *map(str, args)]
+    script.main()
+
+
+def read_checkpoint(path):
+    load_checkpoint(str(path))
+    model = load_model(str(path), device="cpu")
+    opt = make_opt(resume=str(path), vocab_size=model.opt.vocab_size, batch_size=4, seed=0, device="cpu", **SIZES)
+    train.resume(SCAN(opt), load_checkpoint(str(path)), opt, str(path))
+
+
+def read_split(path):
+    opt = make_opt(data_path=str(path.parent.parent), img_dim=8)
+    vocab = deserialize_vocab(str(path.parent / f"{NAME}_vocab.json"))
+    dataset = get_precomp_dataset(path.parent.name, "train", vocab, opt)
+    for index in range(len(dataset)):
+        dataset[index]
+
+
+def read_words(path):
+    deserialize_vocab(str(path)).encode("a man is \u202e \x00 and 🦜")
+
+
+def read_lines(path):
+    read_captions(str(path), allow_empty=True)
+    vocab = build_vocab(str(path.parent), "", [path.name], threshold=1)
+    for caption in read_captions(str(path)):
+        vocab.encode(caption)
+
+
+def read_tsv(path):
+    run_script(
+        tsv_to_dataset, path, "--out", path.parent / "out", "--all", "train", "--img_dim", 4,
+        "--n_regions", 2, "--overwrite",
+    )  # fmt: skip
+
+
+def read_caption_tsv(path):
+    out = path.parent / "out"
+    run_script(captions_to_dataset, "--tsv", path, "--split", "train", "--out", out, "--overwrite")
+
+
+def read_karpathy(path):
+    run_script(captions_to_dataset, "--karpathy", path, "--out", path.parent / "out", "--overwrite")
+
+
+def read_coco(path):
+    out = path.parent / "out"
+    run_script(captions_to_dataset, "--coco", path, "--split", "train", "--out", out, "--overwrite")
+
+
+def read_scores(path):
+    compute_map.read_scores(str(path))
+
+
+def read_test_list(path):
+    compute_map.read_test_list(str(path))
+
+
+SIZES = {"embed_size": 6, "word_dim": 4, "img_dim": 8}
+READERS = {
+    "model.pth.tar": read_checkpoint,
+    "old_model.pth.tar": read_checkpoint,
+    "train_ims.npy": read_split,
+    "train_boxes.npy": read_split,
+    "train_caps.txt": read_split,
+    "captions.txt": read_lines,
+    f"{NAME}_vocab.json": read_words,
+    "regions.tsv": read_tsv,
+    "captions.tsv": read_caption_tsv,
+    "karpathy.json": read_karpathy,
+    "coco.json": read_coco,
+    "dist_t2i.json": read_scores,
+    "test_list.json": read_test_list,
+}
+
+
+@pytest.fixture(scope="module")
+def valid(tmp_path_factory):
+    """A folder with a valid file of every kind, each of which its reader takes."""
+    root = tmp_path_factory.mktemp("valid")
+    _, vocab_path = make_folder(str(root), NAME, {"train": 3, "dev": 1}, 2, 3, 8)
+    folder = root / "data" / NAME
+    shutil.copy(Path(vocab_path) / f"{NAME}_vocab.json", folder)
+    shutil.copy(folder / "train_caps.txt", folder / "captions.txt")
+    torch.manual_seed(0)
+    words = len(deserialize_vocab(str(folder / f"{NAME}_vocab.json")))
+    opt = make_opt(data_path="data", data_name=NAME, vocab_path="vocab", batch_size=4, vocab_size=words, **SIZES)
+    model = SCAN(opt)
+    state = {"epoch": 1, "step": 0, "model": model.state_dict(), "best_rsum": 3.5, "opt": opt, "Eiters": 4,
+             "optimizer": model.optimizer.state_dict(), "random": torch.get_rng_state()}  # fmt: skip
+    torch.save(state, folder / "model.pth.tar")
+    torch.save(state, folder / "old_model.pth.tar", _use_new_zipfile_serialization=False)
+    rng = np.random.default_rng(0)
+    with open(folder / "regions.tsv", "w") as file:
+        for image in range(2):
+            arrays = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4)).astype(np.float32)
+            columns = [base64.b64encode(x).decode() for x in arrays]
+            file.write("\t".join(map(str, (image, 200, 100, 2, *columns))) + "\n")
+    (folder / "captions.tsv").write_text("".join(f"{i}.jpg\ta man sits {k}\n" for i in range(2) for k in range(5)))
+    images = [
+        {"filename": f"{i}.jpg", "imgid": i, "cocoid": i, "split": ("train", "val", "test")[i % 3],
+         "sentences": [{"raw": f"a dog {k}"} for k in range(5)]} for i in range(3)
+    ]  # fmt: skip
+    (folder / "karpathy.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
+    notes = [{"image_id": i, "id": 5 * i + k, "caption": f"a cat {k}"} for i in range(2) for k in range(5)]
+    (folder / "coco.json").write_text(json.dumps({"images": [{"id": 0}, {"id": 1}], "annotations": notes}))
+    scores = {"urls": ["a", "b"], "dist_t2i": [0.5, 0.25], "dist_i2t": [1, 2]}
+    (folder / "dist_t2i.json").write_text(json.dumps(scores) + "\n" + json.dumps(scores) + "\n")
+    (folder / "test_list.json").write_text(json.dumps({"Img_urls": ["a", "b"], "Img_flags": [0, 1]}) + "\n")
+    return folder
+
+
+RUNNING = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen"}
+watched = []
+
+
+def watch(event, args):
+    if watched and event in RUNNING:
+        raise AssertionError(f"a file led to {event} {args}")
+
+
+sys.addaudithook(watch)
+
+
+def survive(name, folder):
+    """Read folder/name as its reader does; the error's line, or None. Anything but one line is a failure."""
+
+    def too_long(*_):
+        raise AssertionError(f"{name}: not read within {SECONDS} s")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(SECONDS)
+    argv = sys.argv
+    watched.append(name)
+    try:
+        READERS[name](folder / name)
+    except (InputError, OSError) as error:
+        lines = str(error).splitlines()
+        assert len(lines) == 1 and lines[0].strip(), f"{name}: {error!r}"
+        assert len(lines[0]) < 2000, f"{name}: a line of {len(lines[0])} characters"
+        return lines[0]
+    finally:
+        watched.pop()
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+        sys.argv = argv
+    return None
+
+
+def mutate(data, rng):
+    """data with one to four random changes: bits, cuts, repeats, awkward pieces, numbers."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(data) + 1) if rng.random() < 0.7 else rng.randrange(min(len(data), 200) + 1)
+        end = min(len(data), at + rng.choice((1, 4, 30, 1000)))
+        kind = rng.randrange(7)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[at:]
+        elif kind == 2:
+            del data[at:end]
+        elif kind == 3:
+            data[at:at] = data[at:end] * rng.choice((1, 2, 50))
+        elif kind == 4:
+            data[at:at] = rng.choice(AWKWARD)
+        elif kind == 5:
+            data[at:end] = rng.randbytes(end - at)
+        else:
+            digits = [match.span() for match in re.finditer(rb"\d+", data[at : at + 4000])]
+            if digits:
+                start, stop = rng.choice(digits)
+                data[at + start : at + stop] = rng.choice(NUMBERS)
+    return bytes(data)
+
+
+# ---------------------------------------------------------------- the tests
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_valid_file_is_read(valid, name):
+    assert survive(name, valid) is None
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_mutations_of_a_valid_file_end_in_success_or_one_line(valid, name, tmp_path, capfd):
+    folder = tmp_path / NAME
+    shutil.copytree(valid, folder)
+    data, rng = (folder / name).read_bytes(), random.Random(name)
+    refused = 0
+    for number in range(-(-INPUTS // len(READERS))):
+        (folder / name).write_bytes(mutated := mutate(data, rng))
+        try:
+            refused += survive(name, folder) is not None
+        except BaseException:
+            (Path(os.environ.get("HOSTILE_KEEP", tmp_path)) / f"failed_{name}").write_bytes(mutated)
+            print(f"mutation {number} of {name}")
+            raise
+        shutil.rmtree(folder / "out", ignore_errors=True)
+    assert refused
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+places = st.sampled_from(["word2idx", "idx2word", "idx", "images", "annotations", "urls", "dist_t2i", "Img_urls",
+                          "Img_flags", "sentences", "filename", "caption", "split"])  # fmt: skip
+
+
+@settings(max_examples=max(20, INPUTS // 10))
+@given(value=json_values | st.dictionaries(places, json_values, max_size=4))
+@pytest.mark.parametrize("name", [name for name in READERS if name.endswith(".json")])
+def test_any_json_ends_in_success_or_one_line(tmp_path_factory, name, value):
+    folder = tmp_path_factory.getbasetemp() / "json"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(json.dumps(value), encoding="utf-8", errors="surrogatepass")
+    survive(name, folder)
+
+
+@settings(max_examples=max(20, INPUTS // 10))
+@given(text=st.binary(max_size=60) | st.text(st.characters(), max_size=60).map(lambda t: t.encode("utf8", "replace")))
+@pytest.mark.parametrize("name", ["captions.txt", "captions.tsv", "regions.tsv"])
+def test_any_text_ends_in_success_or_one_line(tmp_path_factory, name, text):
+    folder = tmp_path_factory.getbasetemp() / "text"
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_bytes(text)
+    survive(name, folder)
+
+
+arrays = st.builds(
+    lambda shape, kind, value: np.full(shape, value, kind),
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from(["f4", "f2", "i8", "u1", "c8", "S3", "U2", "O", "M8[s]", "?"]),
+    st.sampled_from([0, 1, 255]),
+)  # fmt: skip
+
+
+@settings(max_examples=max(20, INPUTS // 10))
+@given(array=arrays)
+@pytest.mark.parametrize("name", ["train_ims.npy", "train_boxes.npy"])
+def test_arrays_of_any_shape_and_kind_end_in_success_or_one_line(valid, tmp_path_factory, name, array):
+    folder = tmp_path_factory.getbasetemp() / NAME
+    shutil.copytree(valid, folder, dirs_exist_ok=True)
+    np.save(folder / name, array)
+    survive(name, folder)
+
+
+@pytest.mark.parametrize("key", ["epoch", "step", "best_rsum", "Eiters", "model", "optimizer", "random", "opt"])
+@pytest.mark.parametrize("value", [None, -1, 2**70, float("nan"), "x", [], {}, torch.zeros(0), {"state": {}}])
+def test_a_checkpoint_with_other_contents_ends_in_success_or_one_line(valid, tmp_path, key, value):
+    state = torch.load(valid / "model.pth.tar", weights_only=False)  # noqa: S614 (written above)
+    torch.save({**state, key: value}, tmp_path / "model.pth.tar")
+    survive("model.pth.tar", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.pth.tar", "train_ims.npy", "train_boxes.npy"])
+def test_nothing_in_a_file_is_run(valid, tmp_path, name):
+    folder = tmp_path / NAME
+    shutil.copytree(valid, folder)
+    marker = str(tmp_path / "it ran")
+    forms = [pickle.dumps(Bomb(marker)), b"\x93NUMPY" + pickle.dumps(Bomb(marker))]
+    for zipped in (True, False):
+        torch.save({"model": Bomb(marker)}, folder / name, _use_new_zipfile_serialization=zipped)
+        forms.append((folder / name).read_bytes())
+    np.save(folder / "bomb.npy", np.array([Bomb(marker)], dtype=object), allow_pickle=True)  # noqa: S301 (to be refused)
+    forms.append((folder / "bomb.npy").read_bytes())
+    for data in forms:
+        (folder / name).write_bytes(data)
+        assert survive(name, folder)
+        assert not os.path.exists(marker)
+
+
+@pytest.mark.parametrize("awkward", AWKWARD, ids=range(len(AWKWARD)))
+def test_awkward_captions_are_read_or_refused_by_line(tmp_path, awkward):
+    (tmp_path / "captions.txt").write_bytes(b"a man\n" + awkward + b"\na dog\n")
+    error = survive("captions.txt", tmp_path)
+    assert error is None or "line " in error
+
+
+def test_no_file_of_the_project_is_opened_in_a_way_that_could_run_it():
+    """Beside the lint rules S301, S307 and S102: every read of an array or a checkpoint says that it is a safe one."""
+    unsafe = re.compile(r"allow_pickle=(?!False)|weights_only=(?!True)|\bpickle\.loads?\b|\bUnpickler\(")
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in ("tests", "runs", "data") or parts[0].startswith("."):
+            continue
+        text = path.read_text(encoding="utf-8")
+        assert not unsafe.search(text), (path, unsafe.search(text))
+        for call in re.findall(r"\btorch\.load\(((?:[^()]|\([^()]*\))*)\)", text):
+            assert "weights_only=True" in call, (path, call)
+
+
