@@ -13,6 +13,7 @@ import warnings
 import torch
 
 from errors import InputError
+from files import replace
 
 log = logging.getLogger(__name__)
 
@@ -75,24 +76,6 @@ def remove_older(folder, keep):
     for path in [os.path.join(folder, LAST), *older]:
         if os.path.isfile(path):
             os.remove(path)
-
-
-def replace(path, write):
-    """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise InputError(f"{path}: is no file, expected one or a free name")
-    part = os.fspath(path) + ".part"
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
-        raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
 
 
 def load_checkpoint(path):

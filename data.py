@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 import distributed
 from errors import InputError
+from files import open_npy
 from vocab import read_captions
 
 N_CELLS = 256  # cell indices 0…255 of the 16×16 grid, and 256 for "no cell"
@@ -32,19 +33,6 @@ NEW_FLAGS = {
 def flag(opt, name):
     """The value of a newer flag, or its default where opt (any object) lacks it."""
     return getattr(opt, name, NEW_FLAGS[name]) if name in NEW_FLAGS else getattr(opt, name)
-
-
-def open_npy(path):
-    """Memory-map an .npy file. Raises InputError where it is missing, truncated or not an array of numbers."""
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file")
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"{path}: truncated or not an .npy array of numbers ({error})") from None
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
-        raise InputError(f"{path}: expected an .npy array of numbers")
-    return array
 
 
 class PrecompDataset(Dataset):

@@ -10,10 +10,12 @@ import argparse
 import os
 import re
 import sys
+import zipfile
 
 import numpy as np
 
 from errors import InputError, run
+from files import open_npy
 
 CHUNK = 256  # regions computed at once: 256 cells × 8 bytes × 256 = 0.5 MB a temporary, which stays in the cache
 
@@ -120,34 +122,33 @@ BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
 SIZE_NAMES = ("image_sizes", "image_size", "sizes")
 
 
-def load_array(path):
-    """The array (or .npz archive) in a file. Raises InputError where it is none."""
+def read_archive(path):
+    """Boxes, and image sizes or None, of an .npz file."""
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: truncated or not an .npy or .npz file ({error})") from None
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
+            arrays = {name: archive[name] for name in (*BOX_NAMES, *SIZE_NAMES, "image_h", "image_w") if name in names}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: truncated or not an .npz file of numbers ({error})") from None
+    boxes, sizes = (
+        next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES)
+    )
+    if boxes is None:
+        raise InputError(f"{path}: holds {', '.join(names)}; expected {' or '.join(BOX_NAMES)}")
+    if sizes is None and {"image_h", "image_w"} <= set(arrays):
+        sizes = np.stack([arrays["image_h"], arrays["image_w"]], axis=-1)
+    return boxes, sizes
 
 
 def read_arrays(path, sizes_path):
     """Boxes (n, R, 4) and image sizes (n, 2) of an .npy or .npz file; the sizes may come from sizes_path."""
-    boxes, sizes = load_array(path), None
-    if isinstance(boxes, np.lib.npyio.NpzFile):
-        archive, names = boxes, boxes.files
-        name = next((name for name in BOX_NAMES if name in names), None)
-        if name is None:
-            raise InputError(f"{path}: holds {', '.join(names)}; expected {' or '.join(BOX_NAMES)}")
-        boxes = archive[name]
-        name = next((name for name in SIZE_NAMES if name in names), None)
-        if name:
-            sizes = archive[name]
-        elif {"image_h", "image_w"} <= set(names):
-            sizes = np.stack([archive["image_h"], archive["image_w"]], axis=-1)
+    boxes, sizes = read_archive(path) if path.endswith(".npz") else (open_npy(path), None)
     if sizes_path:
         pair = re.fullmatch(r"([\d.]+)[x,]([\d.]+)", sizes_path)
         if pair:
             sizes = np.tile(np.array(pair.groups(), dtype=np.float64), (len(boxes), 1))
         else:
-            sizes = load_array(sizes_path)
+            sizes = open_npy(sizes_path)
     if sizes is None:
         raise InputError(f"{path}: no image sizes in it; --sizes gives them")
     if boxes.ndim != 3 or boxes.shape[2] != 4 or sizes.shape != (len(boxes), 2):

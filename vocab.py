@@ -14,6 +14,7 @@ from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 from tqdm import tqdm
 
 from errors import InputError, run
+from files import read_lines, write_lines
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0…3
 SPLITS = ("train", "dev")  # what a vocabulary is built from
@@ -76,9 +77,8 @@ class Vocabulary:
 
 def serialize_vocab(vocab, dest):
     """Write a Vocabulary as JSON to the file dest, whole or not at all."""
-    with open(dest + ".part", "w", encoding="utf-8") as file:
-        json.dump({"word2idx": vocab.word2idx, "idx2word": vocab.idx2word, "idx": vocab.idx}, file)
-    os.replace(dest + ".part", dest)
+    stored = {"word2idx": vocab.word2idx, "idx2word": vocab.idx2word, "idx": vocab.idx}
+    write_lines(dest, [json.dumps(stored)])
 
 
 def deserialize_vocab(src):
@@ -113,18 +113,9 @@ def read_captions(path, allow_empty=False):
 
     Raises InputError naming the line for an empty caption (unless allow_empty) or one that is not UTF-8.
     """
-    if not os.path.isfile(path):
-        raise InputError(f"{path}: no such file, expected a caption a line")
-    captions = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                caption = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError:
-                raise InputError(f"{path}, line {number}: not UTF-8") from None
-            if not caption and not allow_empty:
-                raise InputError(f"{path}, line {number}: empty caption (--allow_empty_captions accepts it)")
-            captions.append(caption)
+    captions = read_lines(path)
+    if not allow_empty and "" in captions:
+        raise InputError(f"{path}, line {captions.index('') + 1}: empty caption (--allow_empty_captions accepts it)")
     if not captions:
         raise InputError(f"{path}: no captions, expected one a line")
     return captions
@@ -139,7 +130,7 @@ def build_vocab(data_path, data_name, caption_file=None, threshold=4, drop=(), t
     counter = Counter()
     for name in caption_file or [f"{split}_caps.txt" for split in SPLITS]:
         captions = read_captions(os.path.join(data_path, data_name, name), allow_empty)
-        for caption in tqdm(captions, desc=name, unit="caption", mininterval=1):
+        for caption in tqdm(captions, desc=name, unit="caption", disable=None):
             counter.update(tokenize(caption))
     vocab = Vocabulary()
     for word in SPECIAL:

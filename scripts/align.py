@@ -20,9 +20,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from array_files import ArrayReader
-from dataset_files import SPLITS, Problems, SplitWriter, key, read_lines, write_lines
+from dataset_files import SPLITS, Problems, SplitWriter, key
 
 from errors import InputError, run
+from files import read_lines, write_lines
 
 WORD = re.compile(r"\w+")
 SAMPLE = 100  # pictures whose features are compared

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import InputError
+from files import open_npy
 
 
 class ArrayFile:
@@ -57,14 +58,9 @@ class ArrayReader:
     """Rows of an .npy file: shape, dtype, read."""
 
     def __init__(self, path):
-        if not os.path.isfile(path):
-            raise InputError(f"{path}: no such file")
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise InputError(f"{path}: truncated or not an .npy array of numbers ({error})") from None
-        if not isinstance(array, np.memmap) or array.dtype.kind not in "fiu" or not array.flags.c_contiguous:
-            raise InputError(f"{path}: expected an .npy array of numbers in C order")
+        array = open_npy(path)
+        if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
+            raise InputError(f"{path}: expected an array in C order")
         self.path, self.shape, self.dtype, self.start = path, array.shape, array.dtype, array.offset
         self.row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
         self.file = open(path, "rb", buffering=0)

@@ -19,9 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import SPLITS, Problems, json_items, key, read_lines, split_ids, write_lines
+from dataset_files import SPLITS, Problems, json_items, key, split_ids
 
 from errors import InputError, run
+from files import read_lines, write_lines
 
 KARPATHY = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 COCO_TEST = 1000  # of the 5,000

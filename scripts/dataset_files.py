@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from array_files import ArrayFile
 
 from errors import InputError
+from files import read_lines, write_lines
 
 SPLITS = ("train", "dev", "test", "testall")
 PICTURE = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)$", re.IGNORECASE)
@@ -35,27 +36,6 @@ def key(image_id):
     name = PICTURE.sub("", str(image_id).strip())
     name = re.sub(r"^(.*/)?COCO_(train|val|test)\d{4}_(?=\d+$)", "", name)
     return (name.lstrip("0") or "0") if name.isdecimal() else name
-
-
-def write_lines(path, lines):
-    """Write lines (str, without line ends) as UTF-8, whole or not at all."""
-    with open(path + ".part", "w", encoding="utf-8", newline="") as file:
-        file.writelines(line + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
-
-
-def read_lines(path):
-    """Lines of a UTF-8 file, which end at \\n only. Raises InputError where it is not UTF-8."""
-    with open(path, "rb") as file:
-        lines = []
-        for number, line in enumerate(file, 1):
-            try:
-                lines.append(line.decode("utf-8").strip())
-            except UnicodeDecodeError:
-                raise InputError(f"{path}, line {number}: not UTF-8") from None
-    return lines
 
 
 def json_items(path, name):

@@ -254,7 +254,7 @@ def get_parser():
 def free_at_once():
     """Have glibc give large blocks back when they are freed: maps of many sizes would pile up as holes otherwise."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def main():

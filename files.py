@@ -1,0 +1,61 @@
+"""Files: written whole or not at all, and read with a plain word about what is wrong with them."""
+
+import os
+
+import numpy as np
+
+from errors import InputError
+
+
+def replace(path, write):
+    """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected one or a free name")
+    part = os.fspath(path) + ".part"
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
+        raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def write_lines(path, lines):
+    """Write lines (str, without line ends) as UTF-8, whole or not at all."""
+    replace(path, lambda file: file.writelines(line.encode() + b"\n" for line in lines))
+
+
+def read_lines(path):
+    """Lines (list of str) of a UTF-8 file, which end at \\n only, without the blanks around them.
+
+    Raises InputError where there is no such file, or naming the line that is not UTF-8.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    lines = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                lines.append(line.decode("utf-8-sig" if number == 1 else "utf-8").strip())
+            except UnicodeDecodeError:
+                raise InputError(f"{path}, line {number}: not UTF-8") from None
+    return lines
+
+
+def open_npy(path):
+    """Memory-map an .npy file. Raises InputError where it is missing, truncated or not an array of numbers."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # a broken header makes NumPy raise SyntaxError, tokenize's errors and more
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(f"{path}: truncated or not an .npy array of numbers ({reason})") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise InputError(f"{path}: expected an .npy array of numbers")
+    return array
