@@ -13,13 +13,14 @@ started=$(date +%s)
 show() { echo "+ $*" && "$@"; }
 
 show python scripts/make_tencent_demo.py --out "$out" "$@"
+# small batches: among more pictures, the hardest negatives alone teach a new model nothing for many epochs
 for kind in sentence tag; do
     case $kind in sentence) name=tencent_data ;; tag) name=tencent_data_tag ;; esac
     show python -m Tencent_PFAN.vocab --data_path "$out/data" --data_name $name --vocab_path "$out/vocab"
     show python -m Tencent_PFAN.train_whole --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" \
         --logger_name "$out/$kind" --model_name "$out/$kind" --max_violation --bi_gru --agg_func=Mean \
-        --cross_attn=t2i --lambda_softmax=9 --lambda_whole=2 --embed_size=128 --word_dim=64 --batch_size=64 \
-        --learning_rate=.001 --num_epochs=12 --lr_update=9 --val_step=2000000 --workers=1 ${TRAIN_FLAGS-}
+        --cross_attn=t2i --lambda_softmax=9 --lambda_whole=2 --embed_size=128 --word_dim=64 --batch_size=16 \
+        --learning_rate=.001 --num_epochs=12 --lr_update=10 --val_step=2000000 --workers=1 ${TRAIN_FLAGS-}
 done
 
 log=$out/servers.log
@@ -46,11 +47,15 @@ cd test_server
 show python test.py "$out/dist_sentence_t2i.json" sentence "$SENTENCE_PORT" --data_path "$meta"
 show python test.py "$out/dist_tag_t2i.json" tag "$SENTENCE_PORT" --data_path "$meta"
 show python test.py "$out/dist_tag_new_t2i.json" tag "$TAG_PORT" --data_path "$meta"
-echo "+ python compute_map.py (into $out/result.txt)"
+echo "+ python compute_map.py (of all three together into $out/mixed.txt, and of each alone)"
+for name in sentence tag tag_new; do
+    python compute_map.py "$out/dist_${name}_t2i.json" --test_list "$meta/test_list.json" >"$out/$name.txt"
+done
 python compute_map.py "$out/dist_tag_t2i.json" "$out/dist_sentence_t2i.json" "$out/dist_tag_new_t2i.json" \
-    --test_list "$meta/test_list.json" >"$out/result.txt"
+    --test_list "$meta/test_list.json" >"$out/mixed.txt"
 cd ..
 stop
-python scripts/make_tencent_demo.py --out "$out" --beside_chance "$out/result.txt"
+python scripts/make_tencent_demo.py --out "$out" --beside_chance \
+    "$out/sentence.txt" "$out/tag.txt" "$out/tag_new.txt" "$out/mixed.txt"
 echo "took $(($(date +%s) - started)) seconds; to look at the items in a browser, on http://127.0.0.1:$SENTENCE_PORT :"
 echo "  sh Tencent_PFAN/run_server.sh $out/sentence/model_best.pth.tar $out/tag/model_best.pth.tar --demo_path $meta"

@@ -124,22 +124,25 @@ def write_test(folder, n_items, n_candidates, rng, widen):
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
-def beside_chance(result, test_list):
-    """Print MAP@1-3 and A@1-3 of compute_map.py's output, the file result, beside those of a random order.
+def beside_chance(results, test_list):
+    """Print MAP@1-3 and A@1-3 of outputs of compute_map.py, the files results, beside those of a random order.
 
     With m right ones among an item's n pictures, the share of right ones at each rank of a random order is m / n on
     average; so are its AP@k and A@k, for every k.
     """
     with open(test_list, encoding="utf-8") as file:
         flags = [json.loads(line)["Img_flags"] for line in file]
-    with open(result, encoding="utf-8") as file:
-        found = dict(line.split(": ", 1) for line in file if ": " in line)
-    print(f"{'':8}{'found':>8}{'chance':>8}")
+    columns = {}
+    for path in results:
+        with open(path, encoding="utf-8") as file:
+            found = dict(line.split(": ", 1) for line in file if ": " in line)
+        columns[os.path.splitext(os.path.basename(path))[0]] = found
+    print(" " * 8 + "".join(f"{name:>10}" for name in (*columns, "chance")))
     for measure, name in ("MAP", "MAP"), ("Acc", "A"):
         for k in (1, 2, 3):
             shares = [sum(item) / len(item) for item in flags if sum(item) >= k]
-            chance = sum(shares) / max(1, len(shares))
-            print(f"{name + '@' + str(k):8}{float(found[f'{measure}@{k}'].split()[0]):8.3f}{chance:8.3f}")
+            numbers = [float(found[f"{measure}@{k}"].split()[0]) for found in columns.values()]
+            print(f"{name}@{k}".ljust(8) + "".join(f"{x:10.3f}" for x in (*numbers, sum(shares) / max(1, len(shares)))))
 
 
 def main():
@@ -155,8 +158,9 @@ def main():
     add("--items", type=int, default=60, help="items to test with (default: %(default)s)")
     add("--candidates", type=int, default=10, help="pictures of an item (default: %(default)s)")
     add("--img_dim", type=int, default=2048, help="of a feature (default: %(default)s)")
-    add("--seed", type=int, default=0)
-    add("--beside_chance", metavar="RESULT", help="print the output of compute_map.py beside chance, draw nothing")
+    add("--seed", type=int, default=0, help="another one draws other pictures (default: %(default)s)")
+    add("--beside_chance", metavar="RESULT", nargs="+",
+        help="print outputs of compute_map.py beside chance, draw nothing")
     opt = parser.parse_args()
     meta = os.path.join(opt.out, "data", "tencent_data_meta")
     if opt.beside_chance:
