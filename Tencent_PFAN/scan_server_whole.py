@@ -228,10 +228,10 @@ def get_parser():
     )
     add = parser.add_argument
     add("model", help="checkpoint of train_whole.py")
-    add("port", type=int, help="to listen on")
+    add("port", type=int, help="to listen on, 1 to 65535")
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
     add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
-    add("--api_key", default=os.environ.get("PFAN_API_KEY"), help="what X-API-Key must be; PFAN_API_KEY's where set")
+    add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY, as others can read command lines")
     add("--timeout", type=float, default=60, help="seconds for a body to arrive, and again for its scores")
     add("--max_body_mb", type=int, default=256, help="largest body; 8 pictures have about 3.5 MB")
     add("--queue", type=int, default=64, help="requests that may wait; a further one gets 429")
@@ -246,8 +246,11 @@ def get_parser():
 def main():
     parser = get_parser()
     opt = parser.parse_args()
+    opt.api_key = opt.api_key or os.environ.get("PFAN_API_KEY")
     if min(opt.queue, opt.max_body_mb, opt.queue_mb, opt.threads) < 1 or opt.cache_mb < 0 or not opt.timeout > 0:
         parser.error("expected --queue, --max_body_mb, --queue_mb, --threads, --timeout above 0, --cache_mb 0 or more")
+    if not 0 < opt.port < 65536:
+        parser.error(f"port: {opt.port}, expected 1 to 65535")
     torch.set_num_threads(opt.threads)
     scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
     config = uvicorn.Config(
