@@ -1,13 +1,14 @@
 """Files: written whole or not at all, and read with a plain word about what is wrong with them."""
 
 import os
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from errors import InputError
 
 
-def replace(path, write):
+def replace(path: str | os.PathLike, write: Callable) -> None:
     """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
@@ -25,12 +26,12 @@ def replace(path, write):
             os.remove(part)
 
 
-def write_lines(path, lines):
+def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Write lines (str, without line ends) as UTF-8, whole or not at all."""
     replace(path, lambda file: file.writelines(line.encode() + b"\n" for line in lines))
 
 
-def read_lines(path):
+def read_lines(path: str | os.PathLike) -> list[str]:
     """Lines (list of str) of a UTF-8 file, which end at \\n only, without the blanks around them.
 
     Raises InputError where there is no such file, or naming the line that is not UTF-8.
@@ -47,14 +48,14 @@ def read_lines(path):
     return lines
 
 
-def open_npy(path):
+def open_npy(path: str | os.PathLike) -> np.ndarray:
     """Memory-map an .npy file. Raises InputError where it is missing, truncated or not an array of numbers."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a broken header makes NumPy raise SyntaxError, tokenize's errors and more
-        reason = str(error).partition("\n")[0][:200]
+        reason = str(error).partition("\n")[0].partition(". If you trust")[0][:200]
         raise InputError(f"{path}: truncated or not an .npy array of numbers ({reason})") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise InputError(f"{path}: expected an .npy array of numbers")

@@ -15,7 +15,7 @@ import zipfile
 import numpy as np
 
 from errors import InputError, run
-from files import open_npy
+from files import open_npy, replace
 
 CHUNK = 256  # regions computed at once: 256 cells × 8 bytes × 256 = 0.5 MB a temporary, which stays in the cache
 
@@ -200,7 +200,6 @@ def main():
     from tqdm import tqdm
 
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "scripts"))
-    from array_files import ArrayFile
     from dataset_files import Problems, read_ids
 
     parser = argparse.ArgumentParser(
@@ -222,29 +221,35 @@ def main():
     if os.path.exists(opt.out) and not opt.overwrite:
         print(f"{opt.out}: there already (--overwrite makes it anew)")
         return
+    os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)
     if opt.boxes.endswith(".json"):
         problems = Problems(opt.out + ".problems.txt")
         ids = read_ids(opt.ids, problems) if opt.ids else None
         if problems.total:
-            raise InputError(f"{opt.ids}: {problems}")
+            raise InputError(f"{opt.ids}: {problems} (listed in {problems.path})")
         boxes, sizes, found = read_json(opt.boxes, ids, opt.n_regions)
     else:
         boxes, sizes = read_arrays(opt.boxes, opt.sizes)
+        if opt.xywh:
+            boxes = np.array(boxes, dtype=np.float64)
+            boxes[..., 2:] += boxes[..., :2]
         found = np.full(len(boxes), boxes.shape[1])
-    os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)
-    file, no_area = ArrayFile(opt.out, len(boxes), (boxes.shape[1], 31), np.float32), 0
-    for start in tqdm(range(0, len(boxes), PICTURES_AT_ONCE), unit=f"{PICTURES_AT_ONCE} pictures", disable=None):
-        block = np.array(boxes[start : start + PICTURES_AT_ONCE], dtype=np.float64)
-        if opt.xywh and not opt.boxes.endswith(".json"):
-            block[..., 2:] += block[..., :2]
-        try:
-            grid = position_grid(block, sizes[start : start + PICTURES_AT_ONCE])
-        except InputError as error:
-            picture, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
-            raise InputError(f"{opt.boxes}: picture {start + int(picture)}{rest}") from None
-        no_area += int((grid[..., -1] == 0).sum())
-        file.write(start, grid)
-    file.commit()
+    no_area = 0
+
+    def write(file):
+        nonlocal no_area
+        shape = (*boxes.shape[:2], 31)
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        for start in tqdm(range(0, len(boxes), PICTURES_AT_ONCE), unit=f"{PICTURES_AT_ONCE} pictures", disable=None):
+            try:
+                grid = position_grid(*(x[start : start + PICTURES_AT_ONCE] for x in (boxes, sizes)))
+            except InputError as error:
+                picture, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
+                raise InputError(f"{opt.boxes}: picture {start + int(picture)}{rest}") from None
+            no_area += int((grid[..., -1] == 0).sum())
+            file.write(grid.astype("<f4", copy=False).tobytes())
+
+    replace(opt.out, write)
     padded = int((boxes.shape[1] - found).sum())
     print(f"{opt.out}: {len(boxes)} pictures, {boxes.shape[1]} regions; {no_area - padded} boxes without area", end="")
     print(f", {padded} regions padded in {int((found < boxes.shape[1]).sum())} pictures" if padded else "")
