@@ -66,7 +66,8 @@ class Collection:
         return self.tensor(self.images[number])
 
     def tensor(self, rows):
-        return torch.as_tensor(np.asarray(rows)).to(self.model.device, torch.float32)
+        rows = rows if isinstance(rows, torch.Tensor) else torch.from_numpy(np.array(rows))
+        return rows.to(self.model.device, torch.float32)
 
     @torch.no_grad()
     def score_images(self, words, rows=None):

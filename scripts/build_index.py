@@ -115,7 +115,8 @@ def build(folder, made_from, model, loader, n_anchors):
     dataset, batch, job = loader.dataset, loader.batch_size, Build(folder, made_from)
     model.val_start()
     n, n_captions, size = dataset.n_images, len(dataset.captions), model.opt.embed_size
-    lens = np.array([len(dataset.encode_caption(i)) for i in range(n_captions)], dtype=np.int32)
+    targets = [dataset.encode_caption(i) for i in tqdm(range(n_captions), desc="words", leave=False, disable=None)]
+    lens = np.array([len(target) for target in targets], dtype=np.int32)
     starts = np.concatenate([[0], lens.cumsum(dtype=np.int64)])
     replace(job.path("lens.npy"), lambda file: np.save(file, lens))
 
@@ -126,9 +127,8 @@ def build(folder, made_from, model, loader, n_anchors):
 
     def words(start):
         for step in progress(-(-n_captions // batch), start, "captions"):
-            targets = [dataset.encode_caption(i) for i in range(step * batch, min((step + 1) * batch, n_captions))]
-            own = [len(target) for target in targets]
-            block = model.encode_captions(pad(targets), own).cpu()
+            some, own = (x[step * batch : (step + 1) * batch] for x in (targets, lens.tolist()))
+            block = model.encode_captions(pad(some), own).cpu()
             yield int(starts[step * batch]), torch.cat([row[:w] for row, w in zip(block, own, strict=True)]).numpy()
 
     job.fill("images.npy", n, (dataset.images.shape[1], size), images)
@@ -151,21 +151,31 @@ def build(folder, made_from, model, loader, n_anchors):
 
 
 def make_anchors(job, n_anchors):
-    """K-means centres (K, D) of the captions' words, all of unit length; K is n_anchors, fewer where words are few."""
+    """The collection's anchors (K, D), made of its captions' words where that has not been done."""
     path = job.path("anchors.faiss")
     if job.done.get("anchors.faiss") != "all" or not os.path.isfile(path):
-        words = open_npy(job.path("words.npy"))
-        k = max(1, min(n_anchors, len(words) // 4))
-        chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(words))[: k * WORDS_PER_ANCHOR]
-        sample = np.asarray(words[np.sort(chosen)], dtype=np.float32)
-        kmeans = faiss.Kmeans(words.shape[1], k, niter=10, seed=1, spherical=True, verbose=False,
-                              min_points_per_centroid=1, max_points_per_centroid=WORDS_PER_ANCHOR)  # fmt: skip
-        kmeans.train(sample)
-        index = faiss.IndexFlatIP(words.shape[1])
-        index.add(kmeans.centroids)
+        index = find_anchors(open_npy(job.path("words.npy")), n_anchors)
         replace(path, lambda file: file.write(faiss.serialize_index(index).tobytes()))
         job.keep("anchors.faiss", "all")
-    index = read_anchors(path)
+    return directions(read_anchors(path))
+
+
+def find_anchors(words, n_anchors):
+    """A faiss index of the k-means centres of words (n, D), of unit length: n_anchors, fewer where words are few."""
+    k = max(1, min(n_anchors, len(words) // 4))
+    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(words))[: k * WORDS_PER_ANCHOR]
+    sample = np.asarray(words[np.sort(chosen)], dtype=np.float32)
+    kmeans = faiss.Kmeans(
+        words.shape[1], k, niter=10, seed=1, spherical=True,
+        min_points_per_centroid=1, max_points_per_centroid=WORDS_PER_ANCHOR,
+    )  # fmt: skip
+    kmeans.train(sample)
+    index = faiss.IndexFlatIP(words.shape[1])
+    index.add(kmeans.centroids)
+    return index
+
+
+def directions(index):
     return torch.from_numpy(index.reconstruct_n(0, index.ntotal))
 
 

@@ -1,0 +1,321 @@
+"""Figures of what models find and learn, as PNG files.
+
+python scripts/visualize.py search    --model_path M --sentence "a red ring" --out found.png
+python scripts/visualize.py captions  --model_path M --picture 12 --out captions.png
+python scripts/visualize.py positions --model_path M --out positions.png
+python scripts/visualize.py curves    runs/demo/attention_seed0 runs/demo/none_seed0 --out curves.png
+python scripts/visualize.py ablation  --model_path A B C --split test --out ablation.png
+"""
+
+import argparse
+import contextlib
+import glob
+import io
+import os
+import struct
+import sys
+import textwrap
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+
+from explore import name_models
+from pictures import SIDE, Pictures
+
+from checkpoint import load_checkpoint, replace
+from data import N_CELLS
+from errors import InputError, run
+from evaluation import evalrank, load_split
+from search import Collection
+from train import tensorboard_logger  # with what its protobuf needs
+from vocab import tokenize
+
+Event = tensorboard_logger.tf_protobuf.event_pb2.Event
+HEAT, RIGHT, FRAME = "#ff7a00", "#1a7a3c", "#e7eaee"
+CURVES = (
+    ("Le", "loss of a batch"),
+    ("rsum", "rsum on dev"),
+    ("r1", "R@1 on dev, image to text"),
+    ("r1i", "R@1 on dev, text to image"),
+)
+SMOOTH = 0.9  # of the loss: share of the running mean that a step keeps
+MAX_RESULTS, MAX_WORDS_SHOWN = 10, 8
+EVENT_LIMIT = 1 << 24  # bytes of one event; a scalar's has some tens
+plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9})
+
+# ---------------------------------------------------------------- pictures with attention
+
+
+def open_split(opt):
+    """A checkpoint's Collection of the split, and its Pictures."""
+    model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
+    return Collection.encode(model, loader), loader.dataset, Pictures(loader.dataset, opt.images)
+
+
+def draw_picture(axis, pictures, number, weights=None):
+    """A picture (a blank frame where it has no file) with its regions, lit by weights (R,) where given."""
+    width, height = pictures.size(number)
+    axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal", facecolor=FRAME)
+    path = pictures.files.get(pictures.ids[number])
+    if path is not None:
+        try:
+            with Image.open(path) as picture:
+                axis.imshow(picture.convert("RGB"), extent=(0, width, height, 0), alpha=1 if weights is None else 0.6)
+        except OSError:
+            raise InputError(f"{path}: not a picture that can be read") from None
+    boxes = pictures.boxes(number)
+    if boxes is None or (weights is None and path is not None):
+        return
+    shares = np.full(len(boxes), 0.3) if weights is None else weights / weights.max()
+    for region in np.argsort(shares):
+        x1, y1, x2, y2 = boxes[region] * np.tile([width, height], 2)
+        style = {"ec": "#66717d", "lw": 0.6} if weights is None else {"ec": HEAT, "lw": 0.3 + 2 * shares[region]}
+        alpha = 0.7 if weights is None else float(shares[region])
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, alpha=alpha, **style))
+
+
+def shown_words(tokens):
+    """Indices of the words whose attention is drawn: the longest ones, in their order (small words say little)."""
+    longest = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))[:MAX_WORDS_SHOWN]
+    return sorted(longest)
+
+
+def draw_search(opt):
+    """The best pictures for a sentence, a row each: the picture, then what each of its words attends to."""
+    collection, dataset, pictures = open_split(opt)
+    tokens = tokenize(opt.sentence)
+    if not tokens:
+        raise InputError("--sentence: expected at least one word")
+    images, scores = collection.search(opt.sentence, min(opt.top, dataset.n_images))
+    words, columns = collection.embed(opt.sentence), shown_words(tokens)
+    figure, axes = grid_of_axes(len(images), 1 + len(columns))
+    for row, (image, score) in enumerate(zip(images, scores, strict=True)):
+        draw_picture(axes[row, 0], pictures, image)
+        axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{pictures.ids[image]}")
+        t2i, _ = collection.attention(collection.image(image), words)
+        for axis, word in zip(axes[row, 1:], columns, strict=True):
+            draw_picture(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
+    for axis, word in zip(axes[0, 1:], columns, strict=True):
+        unknown = tokens[word] not in collection.vocab.word2idx
+        axis.set_title(tokens[word] + (" (unknown)" if unknown else ""), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(f"“{opt.sentence}”", 110)), fontsize=11)
+    return figure
+
+
+def grid_of_axes(rows, columns):
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(1.75 * columns, 0.5 + 1.4 * rows), squeeze=False, layout="constrained"
+    )
+    return figure, axes
+
+
+def draw_captions(opt):
+    """A picture, the best captions for it, and the words of the first: how much its regions attend to each."""
+    collection, dataset, pictures = open_split(opt)
+    if not 0 <= opt.picture < dataset.n_images:
+        raise InputError(f"--picture {opt.picture}: expected 0 to {dataset.n_images - 1}")
+    scores = collection.score_captions(collection.image(opt.picture))
+    groups = min(dataset.n_images, len(scores))
+    own = opt.picture * groups // dataset.n_images
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1, 2.2), layout="constrained")
+    draw_picture(left, pictures, opt.picture)
+    left.set_title(f"Picture {pictures.ids[opt.picture]}")
+    right.axis("off")
+    for row, caption in enumerate(np.argsort(-scores, kind="stable")[: opt.top]):
+        is_own = caption * groups // len(scores) == own
+        text = textwrap.shorten(dataset.captions[caption], 110, placeholder=" …")
+        line = f"{row + 1:2}.  {scores[caption]:.3f}  {text}{'  ✓' if is_own else ''}"
+        right.text(0, 1 - (row + 0.5) / opt.top, line, color=RIGHT if is_own else "black", va="center", fontsize=8.5)
+    right.set_title("captions by score; its own ones in green, with ✓", fontsize=9, loc="left")
+    return figure
+
+
+# ---------------------------------------------------------------- what position attention learned
+
+
+def draw_positions(opt):
+    """For each cell of the 16×16 grid, how like its part in a region's embedding is to every cell's, as a small map.
+
+    A cell's part is what fc makes of its embedding, less the mean over the cells: the embeddings themselves stay close
+    to their random start, what is learned shows in what reaches the scores.
+    """
+    state = load_checkpoint(opt.model_path)["model"][0]
+    table, fc = (state.get(name) for name in ("position_embedding.weight", "fc.weight"))
+    fc = state.get("fc.weight_v") if fc is None else fc
+    if table is None or fc is None or len(table) != N_CELLS + 1:
+        raise InputError(f"{opt.model_path}: holds no position embedding, expected --position attention or area")
+    parts = table[:N_CELLS].float() @ fc[:, -table.shape[1] :].float().T
+    parts = parts - parts.mean(0)
+    parts = parts / parts.norm(dim=1, keepdim=True)
+    cosines = (parts @ parts.T).numpy()
+    others = cosines[~np.eye(N_CELLS, dtype=bool)]
+    limit = float(np.percentile(np.abs(others), 99.5))
+    mosaic = np.full((SIDE, SIDE + 2, SIDE, SIDE + 2), np.nan)  # row, row in the map, column, column in the map
+    # a cell's index is column·16 + row
+    mosaic[:, 1:-1, :, 1:-1] = cosines.reshape(SIDE, SIDE, SIDE, SIDE).transpose(1, 3, 0, 2)
+    figure, axis = plt.subplots(figsize=(8.6, 8), layout="constrained")
+    shown = axis.imshow(mosaic.reshape(SIDE * (SIDE + 2), -1), cmap="RdBu_r", vmin=-limit, vmax=limit)
+    axis.axis("off")
+    figure.colorbar(shown, shrink=0.6, label="cosine")
+    figure.suptitle("What position adds to a region: each small map compares its cell with all cells")
+    return figure
+
+
+# ---------------------------------------------------------------- learning curves
+
+
+def read_events(path):
+    """{name: [(step, value), …]} of a TensorBoard file; what a killed run left half-written at its end is left out."""
+    scalars = {}
+    with open(path, "rb") as file:
+        while len(header := file.read(12)) == 12:  # length (8 bytes), its checksum
+            (length,) = struct.unpack("<Q", header[:8])
+            if length > EVENT_LIMIT:
+                raise InputError(f"{path}: not a TensorBoard file (an event of {length} bytes)")
+            data = file.read(length + 4)  # and its checksum
+            if len(data) < length + 4:
+                break
+            try:
+                event = Event.FromString(data[:length])
+            except Exception:  # protobuf's decoder meets foreign bytes with several exception types
+                raise InputError(f"{path}: not a TensorBoard file") from None
+            for value in event.summary.value:
+                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
+    return scalars
+
+
+def read_run(folder):
+    """The scalars of all TensorBoard files in a run's folder, in the order of their steps."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*tfevents*"), recursive=True))
+    if not paths:
+        raise InputError(f"{folder}: no TensorBoard files (names with tfevents) in it")
+    scalars = {}
+    for path in paths:
+        for name, points in read_events(path).items():
+            scalars.setdefault(name, []).extend(points)
+    return {name: np.array(sorted(points)) for name, points in scalars.items()}
+
+
+def draw_curves(opt):
+    """Loss, rsum and R@1 of one or more runs against the training step."""
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
+    for folder in opt.runs:
+        scalars = read_run(folder)
+        for axis, (name, title) in zip(axes.flat, CURVES, strict=True):
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+            if name in scalars:
+                steps, values = scalars[name].T
+                label = os.path.basename(os.path.normpath(folder))
+                if name == "Le":
+                    values, label = smooth(values), f"{label}, running mean"
+                axis.plot(steps, values, marker=None if name == "Le" else "o", label=label)
+    for axis in axes.flat:
+        if axis.lines:
+            axis.legend(fontsize=8)
+    return figure
+
+
+def smooth(values):
+    """Running mean that forgets exponentially, corrected for its start."""
+    mean, kept = np.zeros(len(values)), 0.0
+    for i, value in enumerate(values):
+        kept = SMOOTH * kept + (1 - SMOOTH) * value
+        mean[i] = kept / (1 - SMOOTH ** (i + 1))
+    return mean
+
+
+# ---------------------------------------------------------------- ablation
+
+
+def draw_ablation(opt):
+    """Recalls of several models as bars with 95 % bootstrap intervals."""
+    names = name_models(opt.model_path, [load_checkpoint(path)["opt"] for path in opt.model_path])
+    figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    width = 0.8 / len(names)
+    for i, (name, path) in enumerate(zip(names, opt.model_path, strict=True)):
+        print(f"{name}: {path}")
+        result = evalrank(path, opt.data_path, opt.split, vocab_path=opt.vocab_path, intervals=True, device=opt.device)
+        measures = [(key, row) for key, row in result["intervals"].items() if key != "rsum"]
+        mean, low, high = np.array([row for _, row in measures]).T
+        places = np.arange(len(measures)) + (i - (len(names) - 1) / 2) * width
+        errors = np.maximum([mean - low, high - mean], 0)
+        bars = axis.bar(places, mean, 0.92 * width, yerr=errors, capsize=3, label=f"{name}, rsum {result['rsum']:.1f}")
+        axis.bar_label(bars, fmt="%.1f", fontsize=7, label_type="center", color="white")
+    axis.set_xticks(range(len(measures)), [key for key, _ in measures])
+    axis.set(ylabel="recall in percent", ylim=(0, 108))
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(names), frameon=False)
+    size = f"{result['n_images']} images, {result['n_captions']} captions"
+    axis.set_title(f"{opt.split}: {size}; whiskers: 95 % intervals, bootstrap over images", fontsize=10)
+    return figure
+
+
+# ---------------------------------------------------------------- command line
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(
+        description="Figures of what models find and learn, as PNG files.",
+        epilog='example: python scripts/visualize.py search --model_path runs/demo/attention_seed0/model_best.pth.tar '
+        '--data_path data --sentence "a red ring to the left of a blue star" --out found.png',
+    )  # fmt: skip
+    commands = parser.add_subparsers(required=True, metavar="FIGURE")
+
+    def command(name, draw, text, models=True, many=False, split=True):
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(draw=draw)
+        sub.add_argument("--out", required=True, metavar="FILE", help="the PNG to write")
+        sub.add_argument("--dpi", type=int, default=110, help="pixels an inch (default: %(default)s)")
+        if models:
+            sub.add_argument("--model_path", required=True, nargs="+" if many else None, help="checkpoint")
+        if split:
+            sub.add_argument("--data_path", help="folder of the data sets (default: the checkpoint's)")
+            sub.add_argument("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+            sub.add_argument("--split", default="test", help="dev, test, … (default: %(default)s)")
+            sub.add_argument("--device", default="auto", help="cpu, cuda, … (default: CUDA if there, else CPU)")
+        return sub
+
+    found = command("search", draw_search, "a sentence's best pictures, and what its words attend to in them")
+    found.add_argument("--sentence", required=True)
+    captions = command("captions", draw_captions, "a picture's best captions")
+    captions.add_argument("--picture", type=int, required=True, help="its number in the split, from 0")
+    for sub, top in ((found, 4), (captions, 10)):
+        sub.add_argument(
+            "--images", metavar="DIR", help="picture files (default: SPLIT_images beside the data, if there)"
+        )
+        sub.add_argument("--top", type=int, default=top, help=f"results, 1 to {MAX_RESULTS} (default: %(default)s)")
+    command(
+        "positions",
+        draw_positions,
+        "what position attention learned: how alike the cells are to the model",
+        split=False,
+    )
+    curves = command("curves", draw_curves, "learning curves from TensorBoard files", models=False, split=False)
+    curves.add_argument("runs", nargs="+", help="folders given to train.py as --logger_name")
+    command("ablation", draw_ablation, "recalls of several models with 95 %% intervals", many=True)
+    return parser
+
+
+def main():
+    parser = get_parser()
+    opt = parser.parse_args()
+    if not 1 <= getattr(opt, "top", 1) <= MAX_RESULTS or not 20 <= opt.dpi <= 1000:
+        parser.error(f"expected --top 1 to {MAX_RESULTS} and --dpi 20 to 1000")
+    if not os.path.isdir(os.path.dirname(opt.out) or "."):
+        raise InputError(f"{opt.out}: no such folder")
+    picture = io.BytesIO()
+    with contextlib.closing(picture):
+        opt.draw(opt).savefig(picture, format="png", dpi=opt.dpi)
+        replace(opt.out, lambda file: file.write(picture.getvalue()))
+    print(opt.out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,210 @@
+"""A collection on disk, its first stage, and the two-stage search against scoring every picture."""
+
+import json
+import os
+import sys
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from folders import make_folder
+from test_evaluation import save_model
+
+from errors import InputError
+from evaluation import load_split
+from search import Collection, FirstStage
+
+sys.path.append(str(ROOT / "scripts"))
+import benchmark_search
+import build_index
+from build_index import build, collection_folder, fingerprint, open_collection, open_or_build
+
+FILES = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "table.npy", "collection.json"}
+N = 60
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A t2i and an i2t checkpoint of a split of N pictures; (root, {cross_attn: path})."""
+    root = tmp_path_factory.mktemp("index")
+    where = make_folder(root, splits={"dev": 6, "test": N}, captions_per_image=2)
+    for way in ("t2i", "i2t"):
+        save_model(root / f"{way}.pth.tar", *where, cross_attn=way)
+    return root, {way: str(root / f"{way}.pth.tar") for way in ("t2i", "i2t")}
+
+
+def load(path):
+    return load_split(path, None, None, "test")
+
+
+@pytest.fixture(scope="module")
+def built(toy):
+    """(model, loader, folder) of a finished collection."""
+    root, paths = toy
+    model, loader = load(paths["t2i"])
+    folder = str(root / "built")
+    open_or_build(paths["t2i"], model, loader, "test", folder, n_anchors=32)
+    return model, loader, folder
+
+
+def test_a_collection_holds_what_the_model_encodes_in_half_precision(built):
+    model, loader, folder = built
+    assert set(os.listdir(folder)) == FILES
+    collection, memory = open_collection(folder, model, loader.dataset.vocab), Collection.encode(model, loader)
+    assert isinstance(collection.images, np.memmap) and collection.images.dtype == np.float16
+    assert np.asarray(collection.images) == pytest.approx(memory.images.numpy(), abs=1e-3)
+    assert np.asarray(collection.words) == pytest.approx(memory.words.numpy(), abs=1e-3)
+    assert collection.lens.tolist() == memory.lens.tolist()
+
+
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+def test_with_all_candidates_the_search_is_exhaustive(toy, way):
+    root, paths = toy
+    model, loader = load(paths[way])
+    collection = open_or_build(paths[way], model, loader, "test", str(root / f"all_{way}"))
+    memory = Collection.encode(model, loader)
+    for sentence in loader.dataset.captions[:5]:
+        images, scores = collection.search(sentence, 10, candidates=N)
+        expected, exact = memory.search(sentence, 10)
+        assert scores == pytest.approx(exact, abs=3e-3)  # half precision
+        assert len(set(images) & set(expected)) >= 9
+        captions = collection.score_captions(collection.image(3))
+        assert captions == pytest.approx(memory.score_captions(memory.image(3)), abs=3e-3)
+
+
+def test_a_search_scores_its_candidates_exactly(built):
+    model, loader, folder = built
+    collection = open_collection(folder, model, loader.dataset.vocab)
+    words = collection.embed(loader.dataset.captions[0])
+    rows = collection.first_stage(words, 12)
+    images, scores = collection.search(loader.dataset.captions[0], 5, candidates=12)
+    assert len(rows) == 12 and set(images) <= set(rows)
+    assert scores == pytest.approx(np.sort(collection.score_images(words)[rows])[::-1][:5], abs=1e-6)
+    assert sorted(scores, reverse=True) == scores.tolist()
+
+
+def test_some_captions_are_scored_as_in_the_whole(built):
+    model, loader, folder = built
+    collection = open_collection(folder, model, loader.dataset.vocab)
+    rows = np.array([3, 90, 17, 18])
+    some = collection.score_captions(collection.image(1), rows)
+    assert some == pytest.approx(collection.score_captions(collection.image(1))[rows], abs=1e-6)
+
+
+def test_the_first_stage_takes_each_words_nearest_anchor():
+    anchors = faiss.IndexFlatIP(2)
+    anchors.add(np.array([[1, 0], [0, 1], [-1, 0]], dtype=np.float32))
+    table = np.array([[9, 0, 1, 1], [0, 9, 1, 5], [7, 7, 7, 0]], dtype=np.float16)
+    stage = FirstStage(anchors, table)
+    words = torch.tensor([[0.9, 0.1], [0.2, 0.8]])  # the first two anchors: sums 9, 9, 2, 6
+    assert stage(words, 2).tolist() == [0, 1]
+    assert stage(words, 3).tolist() == [0, 1, 3]
+    assert stage(words, 99).tolist() == [0, 1, 2, 3]
+
+
+def test_the_table_is_the_largest_product_of_anchors_and_regions(built):
+    model, loader, folder = built
+    collection = open_collection(folder, model, loader.dataset.vocab)
+    anchors = collection.first_stage.anchors.reconstruct_n(0, collection.first_stage.anchors.ntotal)
+    images = np.asarray(collection.images, dtype=np.float32)
+    expected = np.einsum("nrd,kd->knr", images, anchors).max(2)
+    assert np.asarray(collection.first_stage.table, dtype=np.float32) == pytest.approx(expected, abs=1e-3)
+    assert np.linalg.norm(anchors, axis=1) == pytest.approx(1, abs=1e-4)
+
+
+def test_a_promising_first_stage_finds_most_of_the_top(built):
+    """Even of an untrained model: of 20 of 60 candidates, more than the third that chance would give."""
+    model, loader, folder = built
+    collection, found = open_collection(folder, model, loader.dataset.vocab), []
+    for sentence in loader.dataset.captions[:20]:
+        words = collection.embed(sentence)
+        best = np.argsort(-collection.score_images(words))[:5]
+        found.append(np.isin(best, collection.first_stage(words, 20)).mean())
+    assert np.mean(found) > 0.6
+
+
+@pytest.mark.parametrize("stop_at", ["images.npy", "words.npy", "by_picture.npy"])
+def test_a_stopped_build_goes_on_where_it_was(toy, built, tmp_path, monkeypatch, stop_at):
+    model, loader, finished = built
+    made_from, steps = fingerprint(toy[1]["t2i"], loader.dataset, 32), []
+    monkeypatch.setattr(build_index, "SYNC_EVERY", 1)
+    monkeypatch.setattr(build_index, "TABLE_BLOCK", 8)
+    plain_write = build_index.ArrayFile.write
+
+    def write(file, row, values):
+        if os.path.basename(file.path) == stop_at:
+            steps.append(row)
+            if len(steps) == 4 and "stopped" not in steps:
+                raise KeyboardInterrupt
+        plain_write(file, row, values)
+
+    monkeypatch.setattr(build_index.ArrayFile, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        build(str(tmp_path), made_from, model, loader, 32)
+    assert not (tmp_path / stop_at).exists() and not (tmp_path / "collection.json").exists()
+    steps.append("stopped")
+    build(str(tmp_path), made_from, model, loader, 32)
+    assert steps[5] == steps[3]  # on it goes with what was not written, not from the start
+    assert set(os.listdir(tmp_path)) == FILES
+    for name in ("images.npy", "words.npy", "lens.npy"):
+        assert (np.load(tmp_path / name) == np.load(os.path.join(finished, name))).all()
+    assert np.load(tmp_path / "table.npy") == pytest.approx(np.load(os.path.join(finished, "table.npy")), abs=1e-3)
+
+
+def test_a_finished_collection_is_opened_and_not_made_again(toy, built, monkeypatch):
+    model, loader, folder = built
+    monkeypatch.setattr(build_index, "build", lambda *args: pytest.fail("made again"))
+    open_or_build(toy[1]["t2i"], model, loader, "test", folder)
+    with pytest.raises(InputError, match="made from other anchors, --overwrite"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", folder, n_anchors=16)
+
+
+def test_a_collection_of_another_model_is_refused(toy, built):
+    _, loader, folder = built
+    with pytest.raises(InputError, match="made from other checkpoint"):
+        open_or_build(toy[1]["i2t"], load(toy[1]["i2t"])[0], loader, "test", folder)
+
+
+def test_files_that_are_no_collections_are_left_alone(toy, built, tmp_path):
+    model, loader, _ = built
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds files that are no collection's"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_damaged_files_are_an_error_that_names_them(toy, built, tmp_path):
+    model, loader, folder = built
+    for name in FILES:
+        (tmp_path / name).write_bytes(open(os.path.join(folder, name), "rb").read())
+    for name, contents, said in (
+        ("anchors.faiss", b"nothing", "not a faiss index"),
+        ("table.npy", b"\x93NUMPY", "truncated or not an .npy"),
+        ("collection.json", b"{", "not JSON"),
+    ):
+        before = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(contents)
+        with pytest.raises(InputError, match=f"{name}: {said}"):
+            open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
+        (tmp_path / name).write_bytes(before)
+    np.save(tmp_path / "table.npy", np.zeros((3, 3), dtype=np.float16))
+    with pytest.raises(InputError, match="do not fit together"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
+
+
+def test_the_commands_build_search_and_measure(toy, monkeypatch, capsys):
+    root, paths = toy
+    monkeypatch.setattr("sys.argv", ["build_index.py", "--model_path", paths["t2i"], "--query", "a red ball"])
+    build_index.main()
+    folder, printed = collection_folder(paths["t2i"], "toy_precomp", "test"), capsys.readouterr().out
+    assert set(os.listdir(folder)) == FILES
+    assert f"{folder}: {N} pictures, {2 * N} captions" in printed and printed.count("  picture ") == 10
+    flags = ["--sizes", "50", "80", "--queries", "2", "--anchors", "8", "--threads", "1"]
+    out = ["--out", str(root / "measured.png")]
+    monkeypatch.setattr("sys.argv", ["benchmark_search.py", "--model_path", paths["t2i"], *flags, *out])
+    benchmark_search.main()
+    rows = json.loads((root / "measured.json").read_text())
+    assert {row["pictures"] for row in rows} == {50, 80} and all(0 <= row["recall"] <= 1 for row in rows)
+    assert (root / "measured.png").read_bytes().startswith(b"\x89PNG")
