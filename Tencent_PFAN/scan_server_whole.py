@@ -260,7 +260,7 @@ def main():
         http=Protocol,
         log_level="warning",
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(opt.timeout) + 1,
+        timeout_graceful_shutdown=int(2 * opt.timeout) + 1,  # to read what has begun to arrive, and to score it
     )
     print(f"{opt.model}: http://{opt.host}:{opt.port}", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
