@@ -9,6 +9,7 @@ import pickletools
 import re
 import shutil
 import warnings
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ OPTIONS = (
 ).split()
 
 
-def save_checkpoint(state, is_best, filename="checkpoint.pth.tar", prefix=""):
+def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.tar", prefix: str = "") -> None:
     """Write state to prefix/filename, and to prefix/model_best.pth.tar if it is the best; each whole or not at all.
 
     The best one gets its name first: a run that ends between the two goes on from the older checkpoint, and comes to
@@ -45,13 +46,13 @@ def save_checkpoint(state, is_best, filename="checkpoint.pth.tar", prefix=""):
     replace(os.path.join(prefix, filename), write)
 
 
-def epoch_checkpoints(folder):
+def epoch_checkpoints(folder: str) -> list[str]:
     """Paths of the checkpoints that epochs left in folder, the latest first."""
     found = [(int(match[1]), match[0]) for match in map(EPOCH.fullmatch, os.listdir(folder)) if match]
     return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
 
 
-def last_checkpoint(folder):
+def last_checkpoint(folder: str) -> tuple[str, dict] | tuple[None, None]:
     """Path of the checkpoint in folder that holds the most training, and its contents; None, None where there is none.
 
     One that cannot be read is passed over with a warning.
@@ -69,7 +70,7 @@ def last_checkpoint(folder):
     return max(found, key=lambda one: (one[1]["epoch"], one[1].get("step", 0)), default=(None, None))
 
 
-def remove_older(folder, keep):
+def remove_older(folder: str, keep: int) -> None:
     """Remove what a newly saved epoch makes superfluous: LAST, and all epochs' checkpoints but the latest keep ones
     (none of these with keep 0). The best one stays."""
     older = epoch_checkpoints(folder)[keep:] if keep else []
@@ -78,7 +79,7 @@ def remove_older(folder, keep):
             os.remove(path)
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: str) -> dict:
     """Read a checkpoint of this or the published code onto the CPU; nothing in it is ever executed.
 
     Returns its dict, opt's position filled in from the parameters where opt has none.
@@ -121,7 +122,7 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_plain(path):
+def load_plain(path: str) -> Any:
     """torch.load of nothing but tensors, numbers and an argparse.Namespace."""
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -133,14 +134,14 @@ def load_plain(path):
             return torch.load(python3_strings(path), map_location="cpu", weights_only=True)
 
 
-def python3_strings(path):
+def python3_strings(path: str) -> io.BytesIO:
     """The bytes of a file in PyTorch's old format, its Python 2 strings made into those of Python 3 (same layout)."""
     with open(path, "rb") as file:
         stream = io.BytesIO(file.read())
     with stream.getbuffer() as data:
         for _ in range(5):  # magic number, version, machine, the checkpoint itself, its storages' names
             for opcode, _, at in pickletools.genops(stream):
-                if opcode.name == "BINSTRING":
+                if opcode.name == "BINSTRING" and at is not None:
                     data[at] = ord("X")
     stream.seek(0)
     return stream

@@ -4,8 +4,12 @@ Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, E
 PFAN's. Sizes in the docstrings: I images of R regions, C captions of W words, D embed_size.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from data import flag
 
@@ -13,33 +17,33 @@ EPS = 1e-8
 BLOCK_WORDS = 512  # words of equally long captions that are scored at once
 
 
-def l1norm(X, dim, eps=EPS):
+def l1norm(X: Tensor, dim: int, eps: float = EPS) -> Tensor:
     """X divided by the sum of its absolute values along dim."""
     return X / (X.abs().sum(dim, keepdim=True) + eps)
 
 
-def l2norm(X, dim, eps=EPS):
+def l2norm(X: Tensor, dim: int, eps: float = EPS) -> Tensor:
     """X divided by its Euclidean length along dim."""
     return X / (length(X, dim, keepdim=True) + eps)
 
 
-def length(X, dim, keepdim=False):
+def length(X: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     """Euclidean length of X along dim. Only vector_norm has a finite gradient at 0; the plain form is faster."""
     if X.requires_grad:
         return torch.linalg.vector_norm(X, dim=dim, keepdim=keepdim)
     return X.square().sum(dim, keepdim=keepdim).sqrt_()
 
 
-def leaky(S):
+def leaky(S: Tensor) -> Tensor:
     return F.leaky_relu(S, 0.1)
 
 
-def largest(X, dim):
+def largest(X: Tensor, dim: int) -> Tensor:
     """The maximum along dim. amax is faster; only max gives the gradient to one element where several are equal."""
     return X.max(dim).values if X.requires_grad else X.amax(dim)
 
 
-def times(X, Y):
+def times(X: Tensor, Y: Tensor) -> Tensor:
     """X · Y, in X's own memory where no gradient needs X: half the traffic."""
     return X * Y if X.requires_grad else X.mul_(Y)
 
@@ -64,18 +68,18 @@ AGG_FUNC = {
 }
 
 
-def attention_of(S, opt):
+def attention_of(S: Tensor, opt: Any) -> Tensor:
     """A = softmax over the contexts' elements of λ·normalised S, for S (N, L, K, M) as attend takes it."""
     return times(RAW_FEATURE_NORM[opt.raw_feature_norm](S), opt.lambda_softmax).softmax(1)
 
 
-def pair_attention(image, words, opt, t2i):
+def pair_attention(image: Tensor, words: Tensor, opt: Any, t2i: bool) -> Tensor:
     """What attends to what in one pair: image (R, D), words (W, D) → (W, R) with t2i, else (R, W); rows sum to 1."""
     context, query = (image, words) if t2i else (words, image)
     return attention_of((context @ query.mT)[None, ..., None], opt)[0, ..., 0].mT
 
 
-def attend(S, gram, query_norms, opt, attention_term):
+def attend(S: Tensor, gram: Tensor, query_norms: Tensor, opt: Any, attention_term: bool) -> Tensor:
     """Stacked cross attention from raw similarities, without ever building an attended context.
 
     S (N, L, K, M): dot products of the L elements of each of N contexts with the K elements of each of M queries; M
@@ -95,12 +99,14 @@ def attend(S, gram, query_norms, opt, attention_term):
     return scores + 0.5 * aggregate(strongest, opt) if attention_term else scores
 
 
-def has_attention_term(opt, t2i):
+def has_attention_term(opt: Any, t2i: bool) -> bool:
     """Whether PFAN's 0.5 · max-attention term is part of the score: in t2i, but not in plain SCAN."""
     return t2i and flag(opt, "position") != "none"
 
 
-def equal_length_blocks(captions, cap_lens, chosen=None):
+def equal_length_blocks(
+    captions: Tensor, cap_lens: Sequence[int] | Tensor, chosen: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """Sort captions by length and cut them into blocks of equally long ones, so that no block holds padding.
 
     captions: (C, W, D) padded, or packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints.
@@ -126,7 +132,14 @@ def equal_length_blocks(captions, cap_lens, chosen=None):
     return order, [block.view(*shape, -1) for block, shape in zip(blocks, shapes, strict=True)]
 
 
-def xattn_score(images, captions, cap_lens, opt, t2i, attention_term=None):
+def xattn_score(
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Sequence[int] | Tensor,
+    opt: Any,
+    t2i: bool,
+    attention_term: bool | None = None,
+) -> Tensor:
     """Scores (I, C) of all images (I, R, D) with all captions, padded or packed as equal_length_blocks takes them.
 
     attention_term: has_attention_term(opt, t2i) where None.
@@ -148,18 +161,18 @@ def xattn_score(images, captions, cap_lens, opt, t2i, attention_term=None):
     return torch.cat(scores, 1)[:, order.argsort().to(images.device)]
 
 
-def dot_products(contexts, queries):
+def dot_products(contexts: Tensor, queries: Tensor) -> Tensor:
     """contexts (N, L, D), queries (K, M, D) → S (N, L, K, M), one matrix product."""
     S = contexts.flatten(0, 1) @ queries.flatten(0, 1).T
     return S.view(*contexts.shape[:2], *queries.shape[:2])
 
 
-def xattn_score_t2i(images, captions, cap_lens, opt):
+def xattn_score_t2i(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Any) -> Tensor:
     """Words attend to regions: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
     return xattn_score(images, captions, cap_lens, opt, t2i=True)
 
 
-def xattn_score_i2t(images, captions, cap_lens, opt):
+def xattn_score_i2t(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Any) -> Tensor:
     """Regions attend to words: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
     return xattn_score(images, captions, cap_lens, opt, t2i=False)
 
@@ -167,7 +180,14 @@ def xattn_score_i2t(images, captions, cap_lens, opt):
 XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
 
 
-def xattn_pairs(images, captions, cap_lens, pairs, opt, attention_term=None):
+def xattn_pairs(
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Sequence[int] | Tensor,
+    pairs: Tensor,
+    opt: Any,
+    attention_term: bool | None = None,
+) -> Tensor:
     """Scores (P,) of P pairs only: pairs (P, 2) int64 on the CPU, an image's and a caption's index in each row."""
     t2i = opt.cross_attn == "t2i"
     attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term

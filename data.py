@@ -3,10 +3,13 @@
 import os
 import re
 import signal
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 import distributed
@@ -30,7 +33,7 @@ NEW_FLAGS = {
 }
 
 
-def flag(opt, name):
+def flag(opt: Any, name: str) -> Any:
     """The value of a newer flag, or its default where opt (any object) lacks it."""
     return getattr(opt, name, NEW_FLAGS[name]) if name in NEW_FLAGS else getattr(opt, name)
 
@@ -150,7 +153,7 @@ class PrecompDataset(Dataset):
         return max(self.n_images, len(self.captions))
 
 
-def run_length(images):
+def run_length(images: np.ndarray) -> int:
     """Length of the runs of identical consecutive rows of images (n, R, D): captions per image where rows repeat.
 
     Two equal pictures side by side lengthen one run only, so the greatest common divisor of the runs' lengths counts.
@@ -168,7 +171,7 @@ def run_length(images):
     return int(np.gcd.reduce(np.diff([0, *starts, len(images)])))
 
 
-def collate_fn(data):
+def collate_fn(data: list) -> tuple:
     """Batch items, longest caption first.
 
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
@@ -179,10 +182,10 @@ def collate_fn(data):
     data.sort(key=lambda item: len(item[-3]), reverse=True)
     *images, captions, ids, _ = zip(*data, strict=True)
     lengths = [len(caption) for caption in captions]
-    return *map(torch.stack, images), pad(captions), lengths, ids
+    return *map(torch.stack, images), pad(list(captions)), lengths, ids
 
 
-def pad(captions):
+def pad(captions: list[Tensor]) -> Tensor:
     """Word ids, a list of (W_i,) tensors → (B, W) int64, padded with 0."""
     return torch.nn.utils.rnn.pad_sequence(captions, batch_first=True)
 
@@ -205,7 +208,7 @@ class EpochBatches(Sampler):
         return -(-self.n // self.batch_size)
 
 
-def get_precomp_dataset(data_name, data_split, vocab, opt):
+def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any) -> PrecompDataset:
     """The PrecompDataset of a split under opt.data_path/data_name, as opt's flags ask for."""
     return PrecompDataset(
         os.path.join(opt.data_path, data_name),
@@ -217,7 +220,7 @@ def get_precomp_dataset(data_name, data_split, vocab, opt):
     )
 
 
-def get_precomp_loader(dataset, batch_size, workers, shuffle_seed=None):
+def get_precomp_loader(dataset: Any, batch_size: int, workers: int, shuffle_seed: int | None = None) -> DataLoader:
     """A DataLoader of collate_fn's batches, in order or shuffled by seed and its batch sampler's epoch."""
     workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dataset.reading = torch.zeros(workers + 1, 2, dtype=torch.int64).share_memory_() if workers else None
@@ -236,7 +239,7 @@ def get_precomp_loader(dataset, batch_size, workers, shuffle_seed=None):
     )
 
 
-def start_worker(number):
+def start_worker(number: int) -> None:
     """In a loading process: note its id, leave Ctrl-C to the process that trains, and SIGTERM as long as that lasts."""
     table = get_worker_info().dataset.reading
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -245,7 +248,7 @@ def start_worker(number):
 
 
 @contextmanager
-def watched_workers(dataset):
+def watched_workers(dataset: Any) -> Iterator[None]:
     """While this lasts, a loading process that dies becomes an InputError that names what it was reading.
 
     dataset.reading (workers + 1, 2) has a row for each loading process, its id and the item that it reads; the last
@@ -270,7 +273,9 @@ def watched_workers(dataset):
         table[-1, 0] = 0
 
 
-def get_loaders(data_name, vocab, batch_size, workers, opt, make_dataset=get_precomp_dataset):
+def get_loaders(
+    data_name: str, vocab: Any, batch_size: int, workers: int, opt: Any, make_dataset: Callable = get_precomp_dataset
+) -> tuple[DataLoader, DataLoader]:
     """Loaders of the train split (shuffled) and the whole dev split (in order)."""
     train, dev = (make_dataset(data_name, split, vocab, opt) for split in ("train", "dev"))
     return (
@@ -279,6 +284,14 @@ def get_loaders(data_name, vocab, batch_size, workers, opt, make_dataset=get_pre
     )
 
 
-def get_test_loader(split_name, data_name, vocab, batch_size, workers, opt, make_dataset=get_precomp_dataset):
+def get_test_loader(
+    split_name: str,
+    data_name: str,
+    vocab: Any,
+    batch_size: int,
+    workers: int,
+    opt: Any,
+    make_dataset: Callable = get_precomp_dataset,
+) -> DataLoader:
     """Loader of a split, in order."""
     return get_precomp_loader(make_dataset(data_name, split_name, vocab, opt), batch_size, workers)

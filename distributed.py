@@ -10,7 +10,9 @@ In a process that torchrun did not start, every function here returns what it wa
 import logging
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -58,7 +60,7 @@ def size() -> int:
 
 
 @contextmanager
-def peers():
+def peers() -> Iterator[None]:
     """Say in one line that another process is gone, wherever processes wait for each other."""
     try:
         yield
@@ -91,7 +93,7 @@ def add_up(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def anywhere(flag) -> bool:
+def anywhere(flag: Any) -> bool:
     """Whether flag holds in any process."""
     return bool(add_up(torch.tensor(int(bool(flag)))))
 
@@ -154,13 +156,13 @@ class GatherRows(torch.autograd.Function):
         return add_up(gradient.contiguous().clone()).split(ctx.counts)[rank()], None
 
 
-def gather_ints(numbers) -> list:
+def gather_ints(numbers: Iterable[int]) -> list:
     """Every process's integers, however many, one after the other."""
-    numbers = torch.tensor(list(numbers), dtype=torch.int64)
+    own = torch.tensor(list(numbers), dtype=torch.int64)
     if size() == 1:
-        return numbers.tolist()
-    counts = GatherRows.apply(torch.tensor([len(numbers)]), [1] * size()).tolist()
-    return GatherRows.apply(numbers, counts).tolist()
+        return own.tolist()
+    counts = GatherRows.apply(torch.tensor([len(own)]), [1] * size()).tolist()
+    return GatherRows.apply(own, counts).tolist()
 
 
 class Batch:

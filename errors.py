@@ -3,19 +3,21 @@
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
     """A file, flag or array that does not fit. The message is one line: what was found, where, what was expected."""
 
 
-def report(message):
+def report(message: str) -> None:
     """Print `error: message` on stderr and leave with status 2."""
     print("error: " + message, file=sys.stderr)
     sys.exit(2)
 
 
-def run(main):
+def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C becomes 130,

@@ -5,10 +5,13 @@ python evaluation.py --model_path runs/f30k/model_best.pth.tar [MORE …] --data
 
 import argparse
 import os
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import distributed
@@ -62,7 +65,9 @@ class LogCollector:
 
 
 @torch.no_grad()
-def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
+def encode_data(
+    model: Any, data_loader: Any, log_step: int = 10, logging: Callable = print, packed: bool = False
+) -> tuple:
     """Embed every image and every caption of a loader's data set once.
 
     Returns img_embs (n_images, R, D), cap_embs (n_captions, W, D) padded with 0, cap_lens (list of int), float32
@@ -75,7 +80,7 @@ def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
     return img_embs, words if packed else pad(words.split(cap_lens)), cap_lens
 
 
-def embed_captions(model, data_loader):
+def embed_captions(model: Any, data_loader: Any) -> tuple:
     """Embed every caption of a loader's data set once.
 
     Returns words (ΣW_i, D), the captions' words one after the other, cap_lens (list of int), and whatever else
@@ -102,7 +107,7 @@ def embed_captions(model, data_loader):
     return distributed.add_up(words), cap_lens, *map(distributed.add_up, more)
 
 
-def embed_images(model, data_loader):
+def embed_images(model: Any, data_loader: Any) -> list[Tensor]:
     """Embed every image of a loader's data set once: what model.encode_images gives, (n_images, …), on the CPU."""
     dataset, batch = data_loader.dataset, data_loader.batch_size
     embeddings = None
@@ -115,19 +120,27 @@ def embed_images(model, data_loader):
     return [distributed.add_up(kept) for kept in embeddings]
 
 
-def own_turns(batches, desc):
+def own_turns(batches: Sequence, desc: str) -> Iterable:
     """(True, batch) for every batch that is this process's, with a progress bar. Where there are none, (False, the
     first batch), to learn the embeddings' shapes from."""
     own = [(True, batches[turn]) for turn in distributed.turns(len(batches))] or [(False, batches[0])]
     return tqdm(own, desc=desc, unit="batch", leave=False, disable=distributed.rank() > 0 or None)
 
 
-def as_tuple(x):
+def as_tuple(x: Any) -> tuple:
     return x if isinstance(x, tuple) else (x,)
 
 
 @torch.no_grad()
-def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None, score=None):
+def shard_xattn(
+    images: Any,
+    captions: Any,
+    caplens: Any,
+    opt: Any,
+    shard_size: int = 128,
+    cross_attn: str | None = None,
+    score: Callable | None = None,
+) -> np.ndarray:
     """Scores (n_images, n_captions) float32 numpy, a shard of images × a shard of captions at a time.
 
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
@@ -162,12 +175,12 @@ def shard_xattn(images, captions, caplens, opt, shard_size=128, cross_attn=None,
     return sims
 
 
-def shard_xattn_t2i(images, captions, caplens, opt, shard_size=128):
+def shard_xattn_t2i(images: Any, captions: Any, caplens: Any, opt: Any, shard_size: int = 128) -> np.ndarray:
     """shard_xattn where words attend to regions."""
     return shard_xattn(images, captions, caplens, opt, shard_size, "t2i")
 
 
-def shard_xattn_i2t(images, captions, caplens, opt, shard_size=128):
+def shard_xattn_i2t(images: Any, captions: Any, caplens: Any, opt: Any, shard_size: int = 128) -> np.ndarray:
     """shard_xattn where regions attend to words."""
     return shard_xattn(images, captions, caplens, opt, shard_size, "i2t")
 
@@ -175,7 +188,7 @@ def shard_xattn_i2t(images, captions, caplens, opt, shard_size=128):
 # ---------------------------------------------------------------- ranks
 
 
-def rank_rows(sims):
+def rank_rows(sims: Any) -> tuple[np.ndarray, np.ndarray]:
     """For each row of sims (n, m), how many wrong columns score at least as much as its best right one.
 
     Rows and columns belong together in equal consecutive groups, as many as the shorter side is long.
@@ -203,13 +216,15 @@ def rank_rows(sims):
     return ranks, top1
 
 
-def recall(ranks):
+def recall(ranks: np.ndarray) -> tuple:
     """(R@1, R@5, R@10, median rank, mean rank) of ranks that start at 0; recalls in percent."""
     recalls = [100.0 * float((ranks < k).mean()) for k in RECALL_AT]
     return (*recalls, float(np.floor(np.median(ranks)) + 1), float(ranks.mean() + 1))
 
 
-def i2t(images, captions, caplens, sims, npts=None, return_ranks=False):
+def i2t(
+    images: Any, captions: Any, caplens: Any, sims: Any, npts: int | None = None, return_ranks: bool = False
+) -> tuple:
     """Images find their captions. sims (n_images, n_captions); images, captions and caplens are not read.
 
     npts: only the first npts images and their captions. Returns (R@1, R@5, R@10, medr, meanr), with
@@ -219,13 +234,15 @@ def i2t(images, captions, caplens, sims, npts=None, return_ranks=False):
     return (recall(ranks), (ranks, top1)) if return_ranks else recall(ranks)
 
 
-def t2i(images, captions, caplens, sims, npts=None, return_ranks=False):
+def t2i(
+    images: Any, captions: Any, caplens: Any, sims: Any, npts: int | None = None, return_ranks: bool = False
+) -> tuple:
     """Captions find their image: i2t with the roles swapped, ranks and top1 are (n_captions,)."""
     ranks, top1 = rank_rows(first(sims, npts).T)
     return (recall(ranks), (ranks, top1)) if return_ranks else recall(ranks)
 
 
-def first(sims, npts):
+def first(sims: Any, npts: int | None) -> np.ndarray:
     """The part of sims for the first npts images (all, where npts is None)."""
     sims = np.asarray(sims)
     return sims if npts is None else sims[:npts, : npts * sims.shape[1] // sims.shape[0]]
@@ -234,15 +251,15 @@ def first(sims, npts):
 # ---------------------------------------------------------------- evalrank
 
 
-def read_vocab(opt):
+def read_vocab(opt: Any) -> Any:
     """The vocabulary that opt's vocab_path and data_name lead to."""
     return deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
 
 
 def load_split(
-    model_path, data_path, vocab_path, split, make_model=SCAN, read_vocab=read_vocab, get_test_loader=get_test_loader,
-    **overrides,
-):  # fmt: skip
+    model_path: Any, data_path: str | None, vocab_path: str | None, split: str, make_model: Callable = SCAN,
+    read_vocab: Callable = read_vocab, get_test_loader: Callable = get_test_loader, **overrides: Any,
+) -> tuple:  # fmt: skip
     """A checkpoint's model and a loader of the split; make_model and the two after it are what a variant replaces."""
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
@@ -254,7 +271,7 @@ def load_split(
     return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
 
 
-def cut_folds(dataset, n_folds):
+def cut_folds(dataset: Any, n_folds: int) -> list:
     """Slices of the images and of the captions of each of n equal folds of a data set."""
     counts = dataset.n_images, len(dataset.captions)
     if any(n % n_folds for n in counts):
@@ -264,7 +281,9 @@ def cut_folds(dataset, n_folds):
     return [[slice(fold * n // n_folds, (fold + 1) * n // n_folds) for n in counts] for fold in range(n_folds)]
 
 
-def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
+def score_split(
+    model_path: Any, data_path: str | None, vocab_path: str | None, split: str, n_folds: int, **overrides: Any
+) -> list[np.ndarray]:
     """Similarities of one checkpoint on a split: a list with one (n_images, n_captions) matrix for each fold."""
     model, loader = load_split(model_path, data_path, vocab_path, split, **overrides)
     folds = cut_folds(loader.dataset, n_folds)
@@ -272,14 +291,14 @@ def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
     return [shard_xattn(images[i], words_of(words, lens, c), lens[c], model.opt) for i, c in folds]
 
 
-def words_of(words, lens, captions):
+def words_of(words: Tensor, lens: list, captions: slice) -> Tensor:
     """The words of a slice of the captions in words (ΣW_i, D), a view."""
     return words[sum(lens[: captions.start]) : sum(lens[: captions.stop])]
 
 
-def mean_sims(paths, *args, score_split=score_split, **overrides):
+def mean_sims(paths: Any, *args: Any, score_split: Callable = score_split, **overrides: Any) -> list[np.ndarray]:
     """score_split's matrices of several checkpoints, averaged. Raises InputError where their shapes differ."""
-    folds = None
+    folds: list[np.ndarray] = []
     for path in paths:
         sims = score_split(path, *args, **overrides)
         folds = folds or [np.zeros_like(block) for block in sims]
@@ -293,9 +312,10 @@ def mean_sims(paths, *args, score_split=score_split, **overrides):
 
 
 def evalrank(
-    model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, score_split=score_split,
-    intervals=False, versus=None, **overrides,
-):  # fmt: skip
+    model_path: Any, data_path: str | None = None, split: str = "dev", fold5: bool = False,
+    vocab_path: str | None = None, save_ranks: str | None = None, score_split: Callable = score_split,
+    intervals: bool = False, versus: Any = None, **overrides: Any,
+) -> dict:  # fmt: skip
     """Rank a split both ways and print SCAN's lines.
 
     model_path: a checkpoint, or a list of them whose mean similarities are ranked. data_path, vocab_path: instead of
@@ -312,7 +332,7 @@ def evalrank(
     if save_ranks and not os.path.isdir(os.path.dirname(save_ranks) or "."):
         raise InputError(f"{save_ranks}: no such folder")
     rivals = [] if versus is None else as_list(versus)
-    score = partial(mean_sims, score_split=score_split, **overrides)
+    score: Callable = partial(mean_sims, score_split=score_split, **overrides)
     folds = score(paths, data_path, vocab_path, split, n_folds)
     n_images, n_captions = (sum(block.shape[axis] for block in folds) for axis in (0, 1))
     print(f"Images: {n_images}, Captions: {n_captions}")
@@ -344,7 +364,7 @@ def evalrank(
     return mean
 
 
-def rank_both(sims):
+def rank_both(sims: Any) -> tuple[dict, dict]:
     """Recalls of a similarity matrix both ways, and {"rt": (i2t ranks, top1), "rti": (t2i ranks, top1)}."""
     r, rt = i2t(None, None, None, sims, return_ranks=True)
     ri, rti = t2i(None, None, None, sims, return_ranks=True)
@@ -352,23 +372,23 @@ def rank_both(sims):
     return {"rsum": sum(r[:3]) + sum(ri[:3]), "ar": ar, "ari": ari, "i2t": r, "t2i": ri}, {"rt": rt, "rti": rti}
 
 
-def print_recall(result):
+def print_recall(result: dict) -> None:
     print("rsum: {rsum:.1f}\nAverage i2t Recall: {ar:.1f}".format(**result))
     print("Image to text: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["i2t"]))
     print("Average t2i Recall: {ari:.1f}".format(**result))
     print("Text to image: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["t2i"]))
 
 
-def as_list(paths):
+def as_list(paths: Any) -> list:
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
-def all_hits(results):
+def all_hits(results: list) -> Any:
     """intervals.hits of what rank_both gave for each fold, one below the other."""
     return np.concatenate([hits(ranks["rt"][0], ranks["rti"][0]) for _, ranks in results])
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Rank a split with one checkpoint, or with the mean similarities of several.",
         epilog="example: python evaluation.py --model_path runs/f30k_t2i/model_best.pth.tar "
@@ -393,7 +413,7 @@ def get_parser():
     return parser
 
 
-def main(parser=None, evalrank=evalrank):
+def main(parser: argparse.ArgumentParser | None = None, evalrank: Callable = evalrank) -> None:
     opt = vars((parser or get_parser()).parse_args())
     distributed.start(opt["device"])
     evalrank(**{name: value for name, value in opt.items() if value is not None})

@@ -7,6 +7,7 @@ Parameters, formulas and results are nn.GRU's (Cho et al. 2014, in the variant o
 """
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
@@ -66,7 +67,7 @@ class Direction(torch.autograd.Function):
         return d_words, None, None, d_in.T @ words, d_hidden.T @ previous, d_in.sum(0), d_hidden.sum(0)
 
 
-def packed_gru(rnn, packed):
+def packed_gru(rnn: torch.nn.GRU, packed: PackedSequence) -> tuple[PackedSequence, Tensor]:
     """What rnn(packed) gives, for an nn.GRU without dropout and a PackedSequence.
 
     Returns the outputs, a PackedSequence, and the final states (layers · directions, B, H) in the captions' order.

@@ -12,7 +12,7 @@ SAMPLES = 10_000
 BLOCK = 1 << 22  # drawn indices that are held at once
 
 
-def hits(i2t_ranks, t2i_ranks):
+def hits(i2t_ranks: np.ndarray, t2i_ranks: np.ndarray) -> np.ndarray:
     """What each group of an image and its captions (or a caption and its images) adds to the recalls.
 
     i2t_ranks (n_images,), t2i_ranks (n_captions,), from 0, as evaluation.i2t and t2i return them.
@@ -24,7 +24,7 @@ def hits(i2t_ranks, t2i_ranks):
     return np.stack([*columns, np.sum(columns, axis=0)], axis=1)
 
 
-def bootstrap(values, level=95, samples=SAMPLES, seed=0):
+def bootstrap(values: np.ndarray, level: float = 95, samples: int = SAMPLES, seed: int = 0) -> tuple:
     """Percentile interval of the mean over rows: values (groups, K) → low (K,), high (K,).
 
     For two models' paired difference on the same split, values is the difference of what hits gave for each.
@@ -42,13 +42,13 @@ def bootstrap(values, level=95, samples=SAMPLES, seed=0):
     return tuple(np.percentile(means, [tail, 100 - tail], axis=0))
 
 
-def summary(values):
+def summary(values: np.ndarray) -> dict:
     """{measure: (mean, low, high)} of values (groups, 7) as hits gives them, or the difference of two of these."""
     rows = zip(MEASURES, values.mean(0), *bootstrap(values), strict=True)
     return {name: tuple(map(float, row)) for name, *row in rows}
 
 
-def print_summary(title, values, signed=False):
+def print_summary(title: str, values: np.ndarray, signed: bool = False) -> dict:
     """Print title and a line `measure: mean [low, high]` for each of MEASURES; returns the summary of values.
 
     signed: with + before what is above 0.

@@ -5,9 +5,12 @@ Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in
 R regions (36), W words, D embed_size.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import distributed
@@ -49,7 +52,7 @@ class WeightNormLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def plain_linear(in_features, out_features):
+def plain_linear(in_features: int, out_features: int) -> nn.Linear:
     layer = nn.Linear(in_features, out_features)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -61,7 +64,7 @@ MATMUL_PRECISION = ("highest", "high", "medium")  # torch.set_float32_matmul_pre
 POSITIONS = ("attention", "area", "none")  # PFAN-A, PFAN-P, SCAN
 
 
-def full(x):
+def full(x: Tensor) -> Tensor:
     """x in full precision: float32 where it is bfloat16, as it is where it is float32 or float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -205,7 +208,7 @@ class ContrastiveLoss(nn.Module):
         return (self.margin + wrong - batch.gather(right)[anchors]).clamp(min=0).sum()
 
 
-def pick_device(name="auto"):
+def pick_device(name: str = "auto") -> torch.device:
     """A torch.device: the one named, or for auto CUDA where there is one, the CPU otherwise."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -329,7 +332,7 @@ class SCAN:
         return loss.detach()
 
 
-def load_model(path, vocab_size=None, make_model=SCAN, **overrides):
+def load_model(path: str, vocab_size: int | None = None, make_model: Callable = SCAN, **overrides: Any) -> Any:
     """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 
     vocab_size: where given, must be the checkpoint's. make_model: the class of the model. overrides: options to set.

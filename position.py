@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import zipfile
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from files import open_npy, replace
 CHUNK = 256  # regions computed at once: 256 cells × 8 bytes × 256 = 0.5 MB a temporary, which stays in the cache
 
 
-def position_grid(boxes, image_size, split_size=16, top_n=15):
+def position_grid(boxes: Any, image_size: Any, split_size: int = 16, top_n: int = 15) -> np.ndarray:
     """Turn pixel boxes into position grids.
 
     boxes: (…, R, 4) as x1, y1, x2, y2 in pixels. image_size: (…, 2) as height, width in pixels.
@@ -122,7 +123,7 @@ BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
 SIZE_NAMES = ("image_sizes", "image_size", "sizes")
 
 
-def read_archive(path):
+def read_archive(path: str) -> tuple:
     """Boxes, and image sizes or None, of an .npz file."""
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -140,7 +141,7 @@ def read_archive(path):
     return boxes, sizes
 
 
-def read_arrays(path, sizes_path):
+def read_arrays(path: str, sizes_path: str) -> tuple:
     """Boxes (n, R, 4) and image sizes (n, 2) of an .npy or .npz file; the sizes may come from sizes_path."""
     boxes, sizes = read_archive(path) if path.endswith(".npz") else (open_npy(path), None)
     if sizes_path:
@@ -156,7 +157,7 @@ def read_arrays(path, sizes_path):
     return boxes, sizes
 
 
-def read_json(path, ids, n_regions):
+def read_json(path: str, ids: Any, n_regions: int) -> tuple:
     """Boxes (n, n_regions, 4), sizes (n, 2) and regions found (n,) of a COCO-style JSON file, read item by item.
 
     Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
@@ -196,7 +197,7 @@ def read_json(path, ids, n_regions):
     return boxes, sizes, found
 
 
-def main():
+def main() -> None:
     from tqdm import tqdm
 
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "scripts"))

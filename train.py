@@ -8,8 +8,10 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 # tensorboard_logger needs this before protobuf is first imported
 os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 EXPLODED = 1000  # a loss this many times the square of the batch has left what cosines can give far behind
 
 
-def get_parser():
+def get_parser() -> argparse.ArgumentParser:
     """SCAN's and PFAN's flags with their published defaults, then the new ones."""
     parser = argparse.ArgumentParser(
         description="Train a Position Focused Attention Network for image-text matching.",
@@ -81,7 +83,7 @@ def get_parser():
     return parser
 
 
-def check(opt):
+def check(opt: Any) -> None:
     """Raise InputError for flags that cannot be trained with."""
     for names, least, most in (
         ("batch_size", max(2, distributed.size()), 2**31),
@@ -148,7 +150,13 @@ class Stop:
             raise Stopped(self.asked or signal.SIGTERM)
 
 
-def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=None):
+def fit(
+    opt: Any,
+    make_model: Callable = SCAN,
+    make_loaders: Callable = get_loaders,
+    vocab: Any = None,
+    validate: Callable | None = None,
+) -> float:
     """Train as opt says; make_model, make_loaders and validate are what a variant replaces. Returns the best rsum."""
     distributed.start(opt.device)
     check(opt)
@@ -162,7 +170,7 @@ def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=Non
     train_loader, val_loader = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
     torch.manual_seed(opt.seed)
     model = make_model(opt)
-    progress = resume(model, checkpoint, opt, path) if checkpoint else Progress()
+    progress = resume(model, checkpoint, opt, str(path)) if checkpoint else Progress()
     if not distributed.same_everywhere(model.Eiters):
         raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
     first = distributed.rank() == 0  # the process that logs and saves
@@ -185,7 +193,16 @@ def fit(opt, make_model=SCAN, make_loaders=get_loaders, vocab=None, validate=Non
     return progress.best_rsum
 
 
-def train_epoch(opt, train_loader, model, progress, val_loader, tb, validate, stop):
+def train_epoch(
+    opt: Any,
+    train_loader: Any,
+    model: Any,
+    progress: Progress,
+    val_loader: Any,
+    tb: Any,
+    validate: Callable,
+    stop: Stop,
+) -> None:
     """What is left of an epoch, its validation, its checkpoint."""
     adjust_learning_rate(opt, model.optimizer, progress.epoch)
     train(opt, train_loader, model, progress, val_loader, tb, validate, stop)
@@ -198,7 +215,7 @@ def train_epoch(opt, train_loader, model, progress, val_loader, tb, validate, st
         remove_older(opt.model_name, opt.keep_last)
 
 
-def save(opt, model, progress, name, is_best=False):
+def save(opt: Any, model: Any, progress: Progress, name: str, is_best: bool = False) -> None:
     """The first process writes all that a run needs to go on, to opt.model_name/name; the others wait for it."""
     state = {
         "epoch": progress.epoch,
@@ -218,7 +235,7 @@ def save(opt, model, progress, name, is_best=False):
     progress.saved = os.path.join(opt.model_name, name)
 
 
-def resume(model, checkpoint, opt, path):
+def resume(model: Any, checkpoint: dict, opt: Any, path: str) -> Progress:
     """Put a checkpoint's parameters, optimizer, step count and random state into model. Returns its Progress."""
     words = len(checkpoint["model"][1]["embed.weight"])
     if words != opt.vocab_size:
@@ -241,13 +258,20 @@ def resume(model, checkpoint, opt, path):
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f"{path}: {error or type(error).__name__}") from None
     model.Eiters = checkpoint["Eiters"]
-    log.info(
-        "%s: %d epochs and %d steps done, best rsum %.1f", path, progress.epoch, progress.step, progress.best_rsum
-    )
+    log.info("%s: %d epochs and %d steps done, best rsum %.1f", path, progress.epoch, progress.step, progress.best_rsum)
     return progress
 
 
-def train(opt, train_loader, model, progress, val_loader, tb, validate, stop):
+def train(
+    opt: Any,
+    train_loader: Any,
+    model: Any,
+    progress: Progress,
+    val_loader: Any,
+    tb: Any,
+    validate: Callable,
+    stop: Stop,
+) -> None:
     """The steps that are left of an epoch."""
     batch_time, data_time = AverageMeter(), AverageMeter()
     model.logger = LogCollector()
@@ -284,7 +308,7 @@ def train(opt, train_loader, model, progress, val_loader, tb, validate, stop):
             end = time.time()
 
 
-def train_step(opt, model, batch, place, prefix, saved):
+def train_step(opt: Any, model: Any, batch: Sequence, place: str, prefix: str, saved: str) -> None:
     """One step on this process's share of a batch. Raises InputError that names place, pairs and the last good
     checkpoint where the loss or its gradient is no number, or the loss far beyond what scores between -1 and 1 give."""
     try:
@@ -297,13 +321,13 @@ def train_step(opt, model, batch, place, prefix, saved):
         raise InputError(f"{place}: {error}, training cannot go on; pairs {ids} of {prefix}; {last}") from None
 
 
-def validation(opt, val_loader, model, tb):
+def validation(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:
     """Rank the dev split both ways, log the recalls, return their sum."""
     images, words, lens = encode_data(model, val_loader, packed=True)
     return log_recalls(shard_xattn(images, words, lens, opt), model, tb)
 
 
-def log_recalls(sims, model, tb):
+def log_recalls(sims: Any, model: Any, tb: Any) -> float:
     """Log the recalls of dev similarities (n_images, n_captions) and return rsum."""
     r, ri = i2t(None, None, None, sims), t2i(None, None, None, sims)
     rsum = sum(r[:3]) + sum(ri[:3])
@@ -316,13 +340,13 @@ def log_recalls(sims, model, tb):
     return rsum
 
 
-def adjust_learning_rate(opt, optimizer, epoch):
+def adjust_learning_rate(opt: Any, optimizer: torch.optim.Optimizer, epoch: int) -> None:
     """opt.learning_rate, a tenth of it after every opt.lr_update epochs."""
     for group in optimizer.param_groups:
         group["lr"] = opt.learning_rate * 0.1 ** (epoch // opt.lr_update)
 
 
-def main():
+def main() -> None:
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     fit(get_parser().parse_args())
 

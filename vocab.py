@@ -8,6 +8,8 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
@@ -38,7 +40,7 @@ split_words = NLTKWordTokenizer().tokenize
 MAY_HOLD_TWO = re.compile(r"[.?!]\S*\s")  # Punkt only ever splits after one of these
 
 
-def tokenize(caption, lower=str.lower):
+def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]:
     """Split a caption (str) into a list of str, the tokens of nltk.word_tokenize(lower(caption))."""
     caption = lower(caption)
     if not MAY_HOLD_TWO.search(caption):
@@ -75,13 +77,13 @@ class Vocabulary:
         return [self(word) for word in ("<start>", *tokenize(caption), "<end>")]
 
 
-def serialize_vocab(vocab, dest):
+def serialize_vocab(vocab: Any, dest: str) -> None:
     """Write a Vocabulary as JSON to the file dest, whole or not at all."""
     stored = {"word2idx": vocab.word2idx, "idx2word": vocab.idx2word, "idx": vocab.idx}
     write_lines(dest, [json.dumps(stored)])
 
 
-def deserialize_vocab(src):
+def deserialize_vocab(src: str) -> Vocabulary:
     """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
     try:
         with open(src, encoding="utf-8") as file:
@@ -108,7 +110,7 @@ def deserialize_vocab(src):
     return vocab
 
 
-def read_captions(path, allow_empty=False):
+def read_captions(path: str, allow_empty: bool = False) -> list[str]:
     """Read a caption file: UTF-8, a caption a line, lines ending at \\n only. Returns a list of str.
 
     Raises InputError naming the line for an empty caption (unless allow_empty) or one that is not UTF-8.
@@ -121,7 +123,15 @@ def read_captions(path, allow_empty=False):
     return captions
 
 
-def build_vocab(data_path, data_name, caption_file=None, threshold=4, drop=(), tokenize=tokenize, allow_empty=False):
+def build_vocab(
+    data_path: str,
+    data_name: str,
+    caption_file: Sequence[str] | None = None,
+    threshold: int = 4,
+    drop: Iterable[str] = (),
+    tokenize: Callable = tokenize,
+    allow_empty: bool = False,
+) -> Vocabulary:
     """Count the words of a data set's captions and keep those that occur at least threshold times.
 
     caption_file: a list of names under data_path/data_name; None means train_caps.txt and dev_caps.txt.
@@ -140,7 +150,7 @@ def build_vocab(data_path, data_name, caption_file=None, threshold=4, drop=(), t
     return vocab
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description="Build the vocabulary of a data set from its train and dev captions.",
         epilog="example: python vocab.py --data_path ./data --data_name f30k_precomp",

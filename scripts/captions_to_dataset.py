@@ -69,7 +69,7 @@ def read_coco(paths):
             for image_id in sorted(coco.imgs):
                 annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
                 pictures.add(image_id, [annotation["caption"] for annotation in annotations])
-        except (ValueError, KeyError, TypeError, AssertionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             raise InputError(f"{path}: not an official captions file ({type(error).__name__}: {error})") from None
     return pictures
 

@@ -47,7 +47,7 @@ def json_items(path, name):
     with open(path, "rb") as file, tqdm.wrapattr(file, "read", total=os.path.getsize(path), **shown) as source:
         try:
             yield from ijson.items(source, name + ".item", use_float=True)
-        except ijson.JSONError as error:
+        except (ijson.JSONError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: truncated or not JSON ({str(error).strip().splitlines()[0]})") from None
 
 

@@ -1,9 +1,12 @@
 #!/bin/sh
-# Lint and all tests; further arguments go to pytest: sh scripts/test.sh tests/test_model.py -k t2i
+# Lint, types, all tests, coverage of the root modules; further arguments go to pytest, which then measures none:
+# sh scripts/test.sh tests/test_model.py -k t2i
 set -eu
 cd "$(dirname "$0")/.."
 install() { . scripts/venv.sh; }
 install requirements.txt requirements-dev.txt
+[ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 set -x
 ruff check .
+mypy
 pytest -q --durations=10 "$@"

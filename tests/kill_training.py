@@ -4,7 +4,7 @@ kill_training.py KILLS FOLDER FLAGS…      FLAGS are train.py's without the pla
 
 Each training is a fork of this process, which has imported everything, and gets SIGKILL after a random time. After
 each kill every checkpoint in the folder must load, and none that was there may have gone backwards. A training that
-gets to its end is compared with one that nobody disturbed. The last line is a summary as JSON.
+gets to its end is compared with one that nobody disturbed. A line of JSON after each training sums up.
 """
 
 import json
@@ -98,7 +98,7 @@ def main():
             shutil.rmtree(run)
             reached = (-1, 0)
             counts["finished runs"] += 1
-    print(json.dumps(counts))
+        print(json.dumps(counts), flush=True)
 
 
 if __name__ == "__main__":

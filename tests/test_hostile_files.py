@@ -355,3 +355,10 @@ def test_no_file_of_the_project_is_opened_in_a_way_that_could_run_it():
             assert "weights_only=True" in call, (path, call)
 
 
+@pytest.mark.parametrize("name", ["karpathy.json", "coco.json"])
+@pytest.mark.parametrize(
+    "data", [b'{"images": [\xed\xa0\x80', b'{"annotations": ' + b"[" * 5_000, b'{"images": ["\xff"]}']
+)
+def test_json_that_broke_its_reader_is_refused(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    assert survive(name, tmp_path)
