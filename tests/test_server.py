@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT
 from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, post, scorer_of, serve
 
+from Tencent_PFAN.scan_server_whole import get_parser
 from Tencent_PFAN.scoring import Scorer, caption
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -353,6 +354,11 @@ def test_an_api_key_is_asked_for_where_one_is_set(scorer):
         assert post(port, make_request(), {"X-API-Key": "geheim"})[0] == 200
         assert get(port, "/metrics")[0] == 401
         assert get(port, "/health")[0] == 200
+
+
+def test_the_key_of_the_environment_is_not_shown(monkeypatch):
+    monkeypatch.setenv("PFAN_API_KEY", "geheim")
+    assert "geheim" not in get_parser().format_help()
 
 
 # ---------------------------------------------------------------- what people look at
