@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from array_files import ArrayReader
-from dataset_files import SPLITS, Problems, SplitWriter, key
+from dataset_files import SPLITS, Problems, SplitWriter, digest, key
 
 from errors import InputError, run
 from files import read_lines, write_lines
@@ -207,8 +207,7 @@ def write(split, partners, opt):
         kept = {name: (r.shape[1:], r.dtype) for name, (r, _) in split.arrays.items() if name not in arrays}
     ids = [split.names[row] if split.names else f"{split.split} {row}" for row, _, _ in pairs]
     inputs = [other.arrays[name][0].path for other in sources for name in arrays]
-    settings = {"tool": "align", "partners": [f"{other.split} {at}" for _, other, at in pairs]}
-    settings["partners"] = hashlib.sha256("\n".join(settings["partners"]).encode()).hexdigest()
+    settings = {"tool": "align", "partners": digest(f"{other.split} {at}" for _, other, at in pairs)}
     out = SplitWriter(
         opt.out, split.split, ids, {**arrays, **kept}, settings, inputs, opt.overwrite, write_ids=bool(split.names)
     )

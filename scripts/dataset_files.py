@@ -138,7 +138,7 @@ class SplitWriter:
         self.made = {
             "settings": dict(settings),
             "arrays": {name: [list(shape), str(dtype)] for name, (shape, dtype) in self.arrays.items()},
-            "ids": _digest(self.ids),
+            "ids": digest(self.ids),
             "inputs": [[os.path.basename(path), os.path.getsize(path)] for path in inputs],
         }
         self.state_path = self.prefix + "_state.part"
@@ -228,7 +228,7 @@ class SplitWriter:
                 rename[file.path] = file.path + ".kept.part"
                 file.copy_rows(kept, rename[file.path])
         ids = [self.ids[i] for i in kept]
-        texts = {"ids.txt": ids, "made.json": [json.dumps({**self.made, "kept_ids": _digest(ids)}, indent=1)]}
+        texts = {"ids.txt": ids, "made.json": [json.dumps({**self.made, "kept_ids": digest(ids)}, indent=1)]}
         if captions := self._captions(kept):
             texts["caps.txt"] = captions
         if not self.write_ids:
@@ -272,8 +272,8 @@ class SplitWriter:
         os.remove(path)
 
 
-def _digest(ids):
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()
+def digest(lines):
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _continues(old, made):
