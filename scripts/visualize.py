@@ -269,7 +269,7 @@ def get_parser():
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
 
     def command(name, draw, text, models=True, many=False, split=True):
-        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub = commands.add_parser(name, help=text, description=(text[0].upper() + text[1:] + ".").replace("%%", "%"))
         sub.set_defaults(draw=draw)
         sub.add_argument("--out", required=True, metavar="FILE", help="the PNG to write")
         sub.add_argument("--dpi", type=int, default=110, help="pixels an inch (default: %(default)s)")
