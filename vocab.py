@@ -38,11 +38,15 @@ def _sentence_tokenizer():
 split_sentences = _sentence_tokenizer().tokenize
 split_words = NLTKWordTokenizer().tokenize
 MAY_HOLD_TWO = re.compile(r"[.?!]\S*\s")  # Punkt only ever splits after one of these
+# Letters and spaces with a full stop at most, and none of the words that NLTK cuts in two: most captions are so.
+PLAIN = re.compile(r"(?!.*\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b)[a-z ]*\.?")
 
 
 def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]:
     """Split a caption (str) into a list of str, the tokens of nltk.word_tokenize(lower(caption))."""
     caption = lower(caption)
+    if PLAIN.fullmatch(caption):
+        return caption.replace(".", " .").split()
     if not MAY_HOLD_TWO.search(caption):
         return split_words(caption)
     return [token for sentence in split_sentences(caption) for token in split_words(sentence)]

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import InputError
-from vocab import Vocabulary, build_vocab, deserialize_vocab, read_captions, serialize_vocab, tokenize
+from vocab import (
+    Vocabulary,
+    build_vocab,
+    deserialize_vocab,
+    read_captions,
+    serialize_vocab,
+    split_sentences,
+    split_words,
+    tokenize,
+)
 
 
 def write_captions(root, train, dev=("a",), name="mine"):
@@ -63,6 +72,16 @@ def test_any_text_has_tokens_without_spaces(caption):
     tokens = tokenize(caption)
     assert all(token and not any(c in " \t\n" for c in token) for token in tokens)
     assert bool(tokens) == bool(caption.strip())
+
+
+PIECES = ["a", "dog", "mr", "can", "not", "cannot", "gon", "na", "wanna", "gotta", "lemme", " ", "  ", "."]
+
+
+@settings(max_examples=300)
+@given(st.lists(st.sampled_from(PIECES)))
+def test_plain_captions_are_cut_as_nltk_cuts_them(pieces):
+    caption = "".join(pieces)
+    assert tokenize(caption) == [word for part in split_sentences(caption) for word in split_words(part)]
 
 
 def test_lower_casing_is_the_callers_choice():
