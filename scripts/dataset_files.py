@@ -46,9 +46,17 @@ def json_items(path, name):
     shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
     with open(path, "rb") as file, tqdm.wrapattr(file, "read", total=os.path.getsize(path), **shown) as source:
         try:
-            yield from ijson.items(source, name + ".item", use_float=True)
+            yield from ijson.items(shallow(ijson.parse(source, use_float=True, buf_size=8192)), name + ".item")
         except (ijson.JSONError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: truncated or not JSON ({str(error).strip().splitlines()[0]})") from None
+
+
+def shallow(events):
+    """ijson's events, up to where what they describe is nested too deeply to be real (and costs ijson minutes)."""
+    for event in events:
+        if len(event[0]) > 1000:
+            raise ValueError("nested too deeply")
+        yield event
 
 
 def read_ids(path, problems):
