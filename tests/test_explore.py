@@ -487,6 +487,7 @@ def test_unknown_words_are_marked_and_errors_are_sentences(person):
     person.run("location.hash = 'q=a+ring&open=99999'")
     person.until(lambda: "There is no picture 99999: expected 0 to 11." in person.text("#detail-status"))
     person.run("document.getElementById('detail').close()")
+    person.until(lambda: "open" not in person.run("return location.hash"))
     person.run("document.getElementById('sentence').value = ''")
     person.one("#form button").click()
     person.until(lambda: person.text("#status") == "Type a sentence first.")
