@@ -4,7 +4,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 install() { . scripts/venv.sh; }
-install requirements.txt requirements-dev.txt
+install requirements.txt requirements-dev.txt requirements-features.txt
 [ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 set -x
 ruff check .

