@@ -226,15 +226,14 @@ def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
     extract("--images", pictures, "--out", tmp_path / "o", "--regions", "windows", "--backbone", "efficientnet_lite0",
             "--image_size", 64, "--device", "cpu")  # fmt: skip
     images = np.load(tmp_path / "o/train_ims.npy")
-    assert images.shape == (12, 36, 1280) and np.isfinite(images).all() and (images.std((0, 1)) > 0).mean() > 0.9
+    assert images.shape == (12, 36, 1280) and np.isfinite(images).all()
+    assert len(np.unique(images[:, -1], axis=0)) == 12  # no two pictures are alike as a whole
 
 
 PEAK = """
-import resource, runpy, sys
-try:
-    runpy.run_path(sys.argv.pop(1), run_name="__main__")
-finally:
-    print("peak KB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+import runpy, sys
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+print(open("/proc/self/status").read())  # getrusage's peak would count the process that started this one
 """
 
 
@@ -244,10 +243,10 @@ def test_proposals_of_full_size_take_less_than_a_gigabyte(tmp_path, pictures):
     draw(pictures / "long.png", size=(1000, 600))
     args = (ROOT / "scripts/extract_features.py", "--images", pictures, "--out", tmp_path / "o", "--detector_weights",
             "random", "--device", "cpu")  # fmt: skip
-    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "scripts")}
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(re.search(r"peak KB (\d+)", done.stdout)[1]) < 2**20
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 2**20
 
 
 def test_feature_pyramid_is_torchvisions():
