@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from array_files import ArrayReader
-from dataset_files import SPLITS, Problems, SplitWriter, digest, key
+from dataset_files import SPLITS, Problems, SplitWriter, digest, key, make_folder
 
 from errors import InputError, run
 from files import read_lines, write_lines
@@ -40,7 +40,9 @@ class Split:
         self.folder, self.split, self.prefix = folder, split, os.path.join(folder, split)
         readers = {}
         for path in sorted(glob.glob(glob.escape(self.prefix) + "_*.npy")):
-            readers[path[len(self.prefix) + 1 : -len(".npy")]] = ArrayReader(path)
+            reader = readers[path[len(self.prefix) + 1 : -len(".npy")]] = ArrayReader(path)
+            if 0 in (reader.shape or (0,)):
+                raise InputError(f"{path}: found {reader.shape}, expected a row for each picture")
         captions, ids = self._lines("caps.txt"), self._lines("ids.txt")
         rows = min((len(reader) for reader in readers.values()), default=0)
         if readers and captions and rows == len(captions):  # every picture once per caption
@@ -192,16 +194,17 @@ def verify(split, partners, problems):
 def write(split, partners, opt):
     """Write the source's arrays for the paired pictures of a reference split, in its order."""
     pairs = [(row, *partner) for row, partner in enumerate(partners) if partner]
-    sources = {id(other): other for _, other, _ in pairs}.values()
+    sources = list({id(other): other for _, other, _ in pairs}.values())
     arrays = {}
     for name in opt.arrays:
-        shapes = {
-            (other.arrays[name][0].shape[1:], other.arrays[name][0].dtype) if name in other.arrays else None
-            for other in sources
-        }
-        if len(shapes) != 1 or None in shapes:
-            raise InputError(f"{opt.source}: {name}.npy is missing in a split, or of different shapes: {shapes}")
-        arrays[name] = shapes.pop()
+        for other in sources:
+            if name not in other.arrays:
+                raise InputError(f"{other.prefix}_{name}.npy: no such file, expected the array to put in order")
+        rows = [other.arrays[name][0] for other in sources]
+        arrays[name] = rows[0].shape[1:], rows[0].dtype
+        for row in rows:
+            if (row.shape[1:], row.dtype) != arrays[name]:
+                raise InputError(f"{row.path}: rows of {row.shape[1:]} {row.dtype}, unlike those of {rows[0].path}")
     kept = {}
     if len(pairs) < split.n:  # what stays of the reference goes along
         kept = {name: (r.shape[1:], r.dtype) for name, (r, _) in split.arrays.items() if name not in arrays}
@@ -246,7 +249,7 @@ def main():
     opt = parser.parse_args()
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
-    os.makedirs(opt.out, exist_ok=True)
+    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "align_problems.txt"))
     pairs = pair(reference, source, by, problems)
     for split in reference:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import SPLITS, Problems, json_items, key, split_ids
+from dataset_files import SPLITS, Problems, json_items, key, make_folder, naming, split_ids
 
 from errors import InputError, run
 from files import read_lines, write_lines
@@ -37,6 +37,8 @@ class Pictures:
         self.ids, self.texts, self.splits = {}, {}, {}
 
     def add(self, image_id, captions, split=None):
+        if not isinstance(image_id, (int, str)):
+            raise TypeError(f"{image_id} is no name")
         name = key(image_id)
         self.ids.setdefault(name, str(image_id))
         self.splits.setdefault(name, split)
@@ -45,16 +47,13 @@ class Pictures:
 
 def read_karpathy(path):
     pictures = Pictures()
-    for item in json_items(path, "images"):
+    for number, item in enumerate(json_items(path, "images"), 1):
         try:
             split = KARPATHY[item["split"]]
             image_id, captions = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
+            pictures.add(image_id, captions, "testall" if split == "test" and "cocoid" in item else split)
         except (KeyError, TypeError) as error:
-            raise InputError(
-                f"{path}: picture {len(pictures.ids) + 1} lacks filename, split or sentences ({error})"
-            ) from None
-        is_coco = "cocoid" in item
-        pictures.add(image_id, captions, "testall" if split == "test" and is_coco else split)
+            raise InputError(f"{path}: picture {number} lacks filename, split or sentences ({error})") from None
     return pictures
 
 
@@ -147,8 +146,9 @@ def write_split(folder, split, ids, captions, overwrite):
     if there and not overwrite and [key(i) for i in old or ()] != [key(i) for i in ids]:
         how = f"--ids {split}={ids_path} keeps their order" if old else "--overwrite writes them all the same"
         raise InputError(f"{there[0]}: there already, and not known to be in the order of these captions; {how}")
-    write_lines(prefix + "_caps.txt", captions)
-    write_lines(ids_path, ids)
+    for path, lines in ((prefix + "_caps.txt", captions), (ids_path, ids)):
+        with naming(path):
+            write_lines(path, lines)
     print(f"{split}: {len(ids)} pictures, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
 
 
@@ -175,7 +175,10 @@ def main():
     add("--skip_bad", action="store_true", help="leave out malformed lines and listed pictures without captions")
     add("--overwrite", action="store_true", help="also where features lie there in another order")
     opt = parser.parse_args()
-    os.makedirs(opt.out, exist_ok=True)
+    for name in ("captions_per_image", "test_images"):
+        if getattr(opt, name) < 1:
+            raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
+    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "caption_problems.txt"))
     if opt.karpathy:
         pictures = read_karpathy(opt.karpathy)
@@ -189,7 +192,8 @@ def main():
     if not good:
         usual = Counter(counts.values()).most_common(1)
         found = f"most have {usual[0][0]} (--captions_per_image)" if usual else "there are none at all"
-        raise InputError(f"no picture has {k} captions, {found}")
+        source = opt.karpathy or opt.tsv or ", ".join(opt.coco)
+        raise InputError(f"{source}: no picture has {k} captions, {found}")
     splits = deal(pictures, good, opt, problems)
     if problems.total and not opt.skip_bad:
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad goes on without them")

@@ -192,12 +192,22 @@ def check_split(prefix, opt, vocab, report):
         if n_captions:
             check_counts(prefix, len(images), repeats, n_captions, len(boxes) if boxes else None, report)
     if os.path.exists(prefix + "_ids.txt"):
-        ids = read_lines(prefix + "_ids.txt")
-        found["ids"] = set(map(key, ids))
-        report.row(os.path.basename(prefix) + "_ids.txt", (len(ids),), "", f"{len(found['ids'])} different")
-        if images and len(ids) not in (len(images), n_captions):
-            report.notes.append(f"{prefix}_ids.txt: {len(ids)} ids for {len(images)} images")
+        found["ids"] = check_ids(prefix + "_ids.txt", images, n_captions, report)
     return found
+
+
+def check_ids(path, images, n_captions, report):
+    """Count the ids; training reads none, so what is wrong with them is a note. Returns the set of their keys."""
+    try:
+        ids = read_lines(path)
+    except InputError as error:
+        report.notes.append(str(error))
+        return set()
+    different = set(map(key, ids))
+    report.row(os.path.basename(path), (len(ids),), "", f"{len(different)} different")
+    if images and len(ids) not in (len(images), n_captions):
+        report.notes.append(f"{path}: {len(ids)} ids for {len(images)} images")
+    return different
 
 
 def check_folder(folder, opt):

@@ -4,6 +4,7 @@ A file is written as NAME.part and gets its name when it is whole. Which rows a 
 lies beside it in SPLIT_state.part; how a finished split was made, in SPLIT_made.json.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -36,6 +37,23 @@ def key(image_id):
     name = PICTURE.sub("", str(image_id).strip())
     name = re.sub(r"^(.*/)?COCO_(train|val|test)\d{4}_(?=\d+$)", "", name)
     return (name.lstrip("0") or "0") if name.isdecimal() else name
+
+
+def make_folder(path):
+    """Make the folder path where there is none. Raises InputError where something else has that name."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: is no folder, expected one or a free name")
+    os.makedirs(path, exist_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path):
+    """What cannot be written inside is told with the path: an error of a full disk does not say of which file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def json_items(path, name):
@@ -138,7 +156,7 @@ class SplitWriter:
     """
 
     def __init__(self, folder, split, ids, arrays, settings, inputs=(), overwrite=False, write_ids=True):
-        os.makedirs(folder, exist_ok=True)
+        make_folder(folder)
         self.write_ids = write_ids
         self.prefix, self.ids, self.overwrite = os.path.join(folder, split), list(ids), overwrite
         self.done = np.zeros(len(self.ids), dtype=bool)
@@ -179,10 +197,11 @@ class SplitWriter:
             raise InputError(f"{self.state_path}: another run is writing this split") from None
         old, marks = self.state.readline(), self.state.read()
         resume = not self.overwrite and _continues(old, self.made) and len(marks) == len(self.ids)
-        self.files = {
-            name: ArrayFile(f"{self.prefix}_{name}.npy", len(self.ids), shape, dtype, resume)
-            for name, (shape, dtype) in self.arrays.items()
-        }
+        self.files = {}
+        for name, (shape, dtype) in self.arrays.items():
+            path = f"{self.prefix}_{name}.npy"
+            with naming(path):
+                self.files[name] = ArrayFile(path, len(self.ids), shape, dtype, resume)
         if resume and all(file.resumed for file in self.files.values()):
             self.done[:] = np.frombuffer(marks, dtype=np.uint8) == 1
         head = json.dumps(self.made).encode() + b"\n"
@@ -196,7 +215,8 @@ class SplitWriter:
     def write(self, row, **values):
         """Write one row of every array."""
         for name, value in values.items():
-            self.files[name].write(row, value)
+            with naming(self.files[name].part):
+                self.files[name].write(row, value)
         self.done[row] = True
         if time.monotonic() - self.synced > SYNC_SECONDS:
             self.sync()
@@ -204,11 +224,13 @@ class SplitWriter:
     def sync(self):
         """Bring the rows to disk, then mark them as written."""
         for file in self.files.values():
-            file.sync()
-        self.state.seek(self.marks_at)
-        self.state.write(self.done.tobytes())
-        self.state.flush()
-        os.fsync(self.state.fileno())
+            with naming(file.part):
+                file.sync()
+        with naming(self.state_path):
+            self.state.seek(self.marks_at)
+            self.state.write(self.done.tobytes())
+            self.state.flush()
+            os.fsync(self.state.fileno())
         self.synced = time.monotonic()
 
     def __enter__(self):
@@ -234,7 +256,8 @@ class SplitWriter:
             rename[file.path] = file.part
             if not all_kept:
                 rename[file.path] = file.path + ".kept.part"
-                file.copy_rows(kept, rename[file.path])
+                with naming(rename[file.path]):
+                    file.copy_rows(kept, rename[file.path])
         ids = [self.ids[i] for i in kept]
         texts = {"ids.txt": ids, "made.json": [json.dumps({**self.made, "kept_ids": digest(ids)}, indent=1)]}
         if captions := self._captions(kept):
@@ -243,7 +266,8 @@ class SplitWriter:
             del texts["ids.txt"]
         for name, lines in texts.items():
             rename[f"{self.prefix}_{name}"] = f"{self.prefix}_{name}.new.part"
-            write_lines(rename[f"{self.prefix}_{name}"], lines)
+            with naming(rename[f"{self.prefix}_{name}"]):
+                write_lines(rename[f"{self.prefix}_{name}"], lines)
         self.finished = True
         for file in self.files.values():
             file.file.close()

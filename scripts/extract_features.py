@@ -28,10 +28,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, split_ids
+from dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, make_folder, naming, split_ids
 from region_networks import BACKBONES, N_REGIONS, Detector, load_backbone, windows
 
 from errors import InputError, run
+from model import pick_device
 from position import position_grid
 
 STRIDE = 32  # pixels of the input per cell of every backbone's last map
@@ -188,11 +189,13 @@ def write_dataset(split, ids, paths, opt, networks, img_dim, problems):
 
 def write_tsv(path, ids, paths, opt, networks, problems):
     """Write opt.tsv: image_id image_w image_h num_boxes boxes features. A stopped run's whole lines are kept."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected one or a free name")
     if os.path.exists(path) and not opt.overwrite:
         print(f"{path}: there already")
         return
     part, done = path + ".part", set()
-    with open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
+    with naming(part), open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
         end = 0
         for line in file:
             if line.endswith(b"\n"):
@@ -265,7 +268,7 @@ def main():
     free_at_once()
     opt = get_parser().parse_args()
     opt.backbone = opt.backbone or ("detector" if opt.regions == "proposals" else "resnet50")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if opt.device == "auto" else opt.device)
+    device = pick_device(opt.device)
     opt.batch_size = (8 if device.type == "cuda" else 1) if opt.batch_size is None else opt.batch_size
     opt.image_size = opt.image_size or (600 if opt.regions == "proposals" else 448)
     if opt.regions == "windows" and opt.backbone == "detector":
@@ -274,7 +277,7 @@ def main():
         if getattr(opt, name) < least:
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
     found = find_pictures(opt.images)
-    os.makedirs(opt.out, exist_ok=True)
+    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "picture_problems.txt"))
     if opt.ids or any(name.endswith("_ids.txt") for name in os.listdir(opt.out)):
         splits = split_ids(opt.out, opt.ids, problems)

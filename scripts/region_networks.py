@@ -93,7 +93,8 @@ def _load(network, path, name):
         if missing or unexpected:
             raise ValueError(f"{(missing + unexpected)[0]} is {'missing' if missing else 'surplus'}")
     except Exception as error:  # pickle, zip and torch each have their own
-        raise InputError(f"{path}: not the weights of {name} ({str(error).splitlines()[0]})") from None
+        reason = str(error).partition("\n")[0].partition(". In PyTorch")[0] or type(error).__name__
+        raise InputError(f"{path}: not the weights of {name} ({reason})") from None
 
 
 class LiteMap(nn.Module):

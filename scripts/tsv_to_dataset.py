@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dataset_files import SPLITS, Problems, SplitWriter, key, split_ids
+from dataset_files import SPLITS, Problems, SplitWriter, key, make_folder, split_ids
 
 from errors import InputError, run
 from position import position_grid
@@ -52,8 +52,6 @@ def decode(values, fields, img_dim):
 
     Raises InputError saying what is malformed.
     """
-    if len(values) != len(fields):
-        raise InputError(f"{len(values)} fields, expected {len(fields)}")
     row = dict(zip(fields, values, strict=True))
     try:
         width, height, n = (int(row[name]) for name in ("image_w", "image_h", "num_boxes"))
@@ -110,6 +108,10 @@ def convert(tsv, writers, fields, opt, problems):
     seen, counts = {}, {"used": 0, "of other pictures": 0, "cut": 0, "padded": 0, "boxes without area": 0}
     for where, image_id, values in read_tsv(tsv, fields):
         name = key(image_id)
+        if len(values) != len(fields):  # of other pictures too: a file of other columns is none of this kind
+            problems.add("malformed", where, f"{len(values)} fields, expected {len(fields)}: {', '.join(fields)}")
+            seen.setdefault(name, where)
+            continue
         if not image_id:
             problems.add("malformed", where, "no image_id")
             continue
@@ -167,11 +169,18 @@ def main():
     add("--skip_bad", action="store_true", help="leave out what is missing or malformed; the first of doubles counts")
     add("--overwrite", action="store_true", help="start afresh and replace what is there")
     opt = parser.parse_args()
-    opt.n_regions = opt.n_regions or (100 if opt.regions == "all" else 36)
+    if opt.n_regions is None:
+        opt.n_regions = 100 if opt.regions == "all" else 36
+    for name in ("n_regions", "img_dim"):
+        if getattr(opt, name) < 1:
+            raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
     fields = opt.fields.split(",")
     if not set(FIELDS.split(",")) <= set(fields):
         raise InputError(f"--fields {opt.fields}: expected {FIELDS} among them")
-    os.makedirs(opt.out, exist_ok=True)
+    for path in opt.tsv:
+        if os.path.isfile(path) and not os.path.getsize(path):
+            raise InputError(f"{path}: empty, expected lines of {', '.join(fields)}, tab-separated")
+    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
     if opt.all:
         splits = {opt.all: list(dict.fromkeys(image_id for _, image_id, _ in read_tsv(opt.tsv, fields) if image_id))}

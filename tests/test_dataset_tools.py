@@ -40,9 +40,9 @@ def ok(name, *args):
     return done.stdout
 
 
-def fails(name, *args):
+def fails(name, *args, **more):
     """What a tool that stops with one line says."""
-    done = tool(name, *args)
+    done = tool(name, *args, **more)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]
 
@@ -460,6 +460,59 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
     assert "no picture has 5 captions" in fails(*args, "--split", "train")
 
 
+@pytest.mark.parametrize("item, found", [
+    ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
+    ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
+    ({"split": "train", "filename": "x"}, "'sentences'"),
+])  # fmt: skip
+def test_a_picture_of_another_form_is_named(tmp_path, item, found):
+    good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
+    (tmp_path / "k.json").write_text(json.dumps({"images": [good, item]}))
+    message = fails("captions_to_dataset", "--karpathy", tmp_path / "k.json", "--out", tmp_path / "o")
+    assert "k.json: picture 2" in message and found in message
+
+
+# ---------------------------------------------------------------- what does not fit
+
+
+def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "spaces.tsv").write_text("1 500 375 36 AAAA AAAA\n")
+    (tmp_path / "list.json").write_text("[]")
+    for name in ("reference", "source"):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / f"{name}/train_ids.txt", [1])
+    np.save(tmp_path / "source/train_boxes.npy", np.float32(1))
+    out, ids = ("--out", tmp_path / "o"), ("--ids", f"train={tmp_path}/train.txt")
+    folders = ("--reference", tmp_path / "reference", "--source", tmp_path / "source")
+    for args, said in (
+        (("tsv_to_dataset", tmp_path / "empty", *out, *ids), "empty: empty, expected lines of image_id"),
+        (("tsv_to_dataset", tmp_path / "spaces.tsv", *out, *ids), "1 malformed"),
+        (("tsv_to_dataset", tmp_path / "a.tsv", *out, *ids, "--n_regions", 0), "--n_regions 0: expected at least 1"),
+        (("tsv_to_dataset", tmp_path / "a.tsv", "--out", tmp_path / "empty", *ids), "empty: is no folder"),
+        (("captions_to_dataset", "--karpathy", tmp_path / "list.json", *out), "list.json: no picture has 5 captions"),
+        (("captions_to_dataset", "--tsv", tmp_path / "empty", *out), "empty: no picture has 5 captions"),
+        (("align", *folders, *out), "train_boxes.npy: found (), expected a row for each picture"),
+        (("align", *folders, *out, "--arrays", "ims"), "train_ims.npy: no such file"),
+    ):
+        if "ims" in args:
+            os.remove(tmp_path / "source/train_boxes.npy")
+        assert said in fails(*args), args
+    assert "1 fields, expected 6: image_id" in (tmp_path / "o/tsv_problems.txt").read_text()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, parts):
+    def full():  # no file may grow beyond it: the same OSError as on a full disk, but for its number
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path), preexec_fn=full)
+    assert f"{tmp_path}/out/train_ims.npy" in message
+    write_lines(tmp_path / "caps.tsv", [f"{i}.jpg\tcaption {i} {j}" for i in range(100) for j in range(5)])
+    args = ("--tsv", tmp_path / "caps.tsv", "--split", "train", "--out", tmp_path / "o")
+    assert f"{tmp_path}/o/train_caps.txt" in fails("captions_to_dataset", *args, preexec_fn=full)
+    assert not [path for folder in ("out", "o") for path in (tmp_path / folder).iterdir() if path.suffix != ".part"]
+
+
 # ---------------------------------------------------------------- check
 
 
@@ -512,6 +565,8 @@ def test_check_says_what_is_there(tmp_path):
     done = tool("check_data", folder, "--vocab_path", vocab_path)
     assert done.returncode == 1 and "dev_ims.npy: no such file" in done.stdout
     assert "no such folder" in fails("check_data", tmp_path / "nowhere")
+    (folder / "train_ids.txt").write_bytes(b"\xff\n")
+    assert "note: " + str(folder / "train_ids.txt, line 1: not UTF-8") in tool("check_data", folder).stdout
 
 
 @pytest.mark.parametrize("name", ["tsv_to_dataset", "align", "captions_to_dataset", "check_data", "position",

@@ -262,10 +262,15 @@ def test_feature_pyramid_is_torchvisions():
 
 
 def test_what_does_not_fit_is_one_line(tmp_path, pictures):
+    (tmp_path / "empty").touch()
     for args, said in (
         ((tmp_path / "no", tmp_path / "o"), "no such folder"),
         ((pictures, tmp_path / "o", "--backbone", "detector"), "--regions windows has no detector"),
         ((pictures, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
+        ((pictures, tmp_path / "o", "--weights", tmp_path / "empty"), r"empty: not the weights of resnet50 \(EOFError"),
+        ((pictures, tmp_path / "empty"), "empty: is no folder"),
+        ((pictures, tmp_path / "o", "--tsv", pictures), "pictures: is no file"),
+        ((pictures, tmp_path / "o", "--device", "nonsense"), "--device nonsense"),
         ((pictures, tmp_path / "o", "--batch_size", 0), "--batch_size 0"),
     ):
         with pytest.raises(InputError, match=said):
