@@ -15,6 +15,8 @@ from data import flag
 
 EPS = 1e-8
 BLOCK_WORDS = 512  # words of equally long captions that are scored at once
+LEAK = 0.1  # slope of the clipped norms below 0
+KERNEL_FROM = 2**20  # elements of S from which the compiled form is used: compiling it takes a second
 
 
 def l1norm(X: Tensor, dim: int, eps: float = EPS) -> Tensor:
@@ -35,7 +37,7 @@ def length(X: Tensor, dim: int, keepdim: bool = False) -> Tensor:
 
 
 def leaky(S: Tensor) -> Tensor:
-    return F.leaky_relu(S, 0.1)
+    return F.leaky_relu(S, LEAK)
 
 
 def largest(X: Tensor, dim: int) -> Tensor:
@@ -87,16 +89,35 @@ def attend(S: Tensor, gram: Tensor, query_norms: Tensor, opt: Any, attention_ter
     elements with each other. query_norms (K, M), or (N, K, M).
     Returns scores (N, M). With A = softmax over the context's elements of λ·normalised S, the attended context of
     a query element q is Σ A v, so their cosine is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
-    0.5 · agg(max over the context's elements of A).
+    0.5 · agg(max over the context's elements of A). S may be overwritten where no gradient needs it.
     """
-    attention = attention_of(S, opt)
-    squares = times((gram @ attention.flatten(2)).view_as(attention), attention).sum(1)
+    if has_kernel(S, opt):
+        import attention_kernel  # here, because numba takes half a second to import
+
+        slope = LEAK if opt.raw_feature_norm == "clipped_l2norm" else 1
+        squares, dots, strongest = attention_kernel.attend(S, gram, slope, opt.lambda_softmax, EPS)
+    else:
+        attention = attention_of(S, opt)
+        squares = times((gram @ attention.flatten(2)).view_as(attention), attention).sum(1)
+        strongest = largest(attention, 1) if attention_term else None
+        dots = times(attention, S).sum(1)
     norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros
-    strongest = largest(attention, 1) if attention_term else None
-    dots = times(attention, S).sum(1)
     aggregate = AGG_FUNC[opt.agg_func]
     scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), opt)
     return scores + 0.5 * aggregate(strongest, opt) if attention_term else scores
+
+
+def has_kernel(S: Tensor, opt: Any) -> bool:
+    """Whether attention_kernel does this: no gradient, float32 on the CPU, an L2 norm, and enough of it."""
+    return (
+        S.device.type == "cpu"
+        and S.dtype == torch.float32
+        and not S.requires_grad
+        and S.is_contiguous()
+        and S.numel() >= KERNEL_FROM
+        and opt.raw_feature_norm in ("l2norm", "clipped_l2norm")
+        and 0 <= opt.lambda_softmax <= 20
+    )
 
 
 def has_attention_term(opt: Any, t2i: bool) -> bool:
