@@ -46,7 +46,8 @@ def scales(similarities, slope, smooth, eps, scale):  # pragma: no cover
     for m in range(M):
         norm[m] = smooth / (math.sqrt(norm[m]) + eps)
     for k in range(1, K):
-        scale[k * M : (k + 1) * M] = norm
+        for m in range(M):
+            scale[k * M + m] = norm[m]
 
 
 @compiled
@@ -58,7 +59,7 @@ def exponentials(row, scale, slope, smooth, total, dots, strongest):  # pragma: 
         row[i] = e
         total[i] += e
         dots[i] += e * s
-        strongest[i] = max(strongest[i], e)
+        strongest[i] = e if e > strongest[i] else strongest[i]
 
 
 @compiled
@@ -80,22 +81,23 @@ def add_products(sum, a, b):  # pragma: no cover
 
 
 @compiled
-def add_squares(e, gram, squares):  # pragma: no cover
-    """squares (columns) += e gram eᵀ of each column of e (L, columns); gram (L, L) is symmetric: half of it is read."""
-    L, columns = e.shape
-    products = np.empty(columns, np.float32)
-    for row in range(L):
+def add_squares(e, start, stop, gram, squares):  # pragma: no cover
+    """squares (columns) += e gram eᵀ, columns start to stop of e (L, columns); half of the symmetric gram is read."""
+    # e[row][start:stop], not e[row, start:stop]: only of the first numba knows that it is contiguous, and vectorises
+    products = np.empty(stop - start, np.float32)
+    for row in range(len(e)):
         products[:] = 0
-        add_row(products, e[row], gram[row, row])
+        add_row(products, e[row][start:stop], gram[row, row])
         g = TWO * gram[row]
         other = row + 1
-        while other + 4 <= L:
-            a, b, c, d = e[other], e[other + 1], e[other + 2], e[other + 3]
+        while other + 4 <= len(e):
+            a, b = e[other][start:stop], e[other + 1][start:stop]
+            c, d = e[other + 2][start:stop], e[other + 3][start:stop]
             add_rows(products, a, b, c, d, g[other], g[other + 1], g[other + 2], g[other + 3])
             other += 4
-        for rest in range(other, L):
-            add_row(products, e[rest], g[rest])
-        add_products(squares, products, e[row])
+        for rest in range(other, len(e)):
+            add_row(products, e[rest][start:stop], g[rest])
+        add_products(squares[start:stop], products, e[row][start:stop])
 
 
 @compiled
@@ -109,7 +111,7 @@ def contexts(S, rows, gram, slope, smooth, eps, squares, dots, strongest):  # pr
             scales(S[n, row], slope, smooth, eps, scale)
             exponentials(rows[n, row], scale, slope, smooth, total, dots[n], strongest[n])
         for start in range(0, columns, TILE):
-            add_squares(rows[n, :, start : start + TILE], gram[n], squares[n, start : start + TILE])
+            add_squares(rows[n], start, min(start + TILE, columns), gram[n], squares[n])
         for i in range(columns):
             share = ONE / total[i]
             squares[n, i] *= share * share
