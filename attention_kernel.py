@@ -7,12 +7,15 @@ cache. For the L2 norms only: they bound the softmax's exponents, so that its ma
 import math
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+Float: TypeAlias = np.float32
+Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous
 TILE = 512  # columns whose 36 rows of attention are multiplied with the Gram matrix at once
 ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
 LOG2_E = np.float32(1.44269504)
@@ -23,7 +26,7 @@ compiled = njit(nogil=True, fastmath={"contract"})  # no flag that assumes there
 
 
 @njit(fastmath={"contract"}, inline="always")
-def exp(x):  # pragma: no cover
+def exp(x: Float) -> Float:  # pragma: no cover
     """e^x in float32 for -87 < x < 88, in operations that vectorise: 2ⁿ · e^r with |r| <= ln 2 / 2 by a polynomial."""
     n = np.floor(x * LOG2_E + HALF)
     r = x - n * LN_2_HIGH - n * LN_2_LOW
@@ -33,7 +36,7 @@ def exp(x):  # pragma: no cover
 
 
 @compiled
-def scales(similarities, slope, smooth, eps, scale):  # pragma: no cover
+def scales(similarities: Array, slope: Float, smooth: Float, eps: Float, scale: Array) -> None:  # pragma: no cover
     """scale (K·M) = λ / L2 norm over K of a context element's leaky similarities (K, M)."""
     K, M = similarities.shape
     norm = scale[:M]
@@ -51,7 +54,9 @@ def scales(similarities, slope, smooth, eps, scale):  # pragma: no cover
 
 
 @compiled
-def exponentials(row, scale, slope, smooth, total, dots, strongest):  # pragma: no cover
+def exponentials(  # pragma: no cover
+    row: Array, scale: Array, slope: Float, smooth: Float, total: Array, dots: Array, strongest: Array
+) -> None:
     """One context element's similarities become e^(λ·normalised - λ), and join its context's sums and maximum."""
     for i in range(len(row)):
         s = row[i]
@@ -63,32 +68,34 @@ def exponentials(row, scale, slope, smooth, total, dots, strongest):  # pragma: 
 
 
 @compiled
-def add_row(sum, a, g):  # pragma: no cover
+def add_row(sum: Array, a: Array, g: Float) -> None:  # pragma: no cover
     for i in range(len(sum)):
         sum[i] += g * a[i]
 
 
 @compiled
-def add_rows(sum, a, b, c, d, g, h, j, k):  # pragma: no cover
+def add_rows(  # pragma: no cover
+    sum: Array, a: Array, b: Array, c: Array, d: Array, g: Float, h: Float, j: Float, k: Float
+) -> None:
     for i in range(len(sum)):
         sum[i] += g * a[i] + h * b[i] + j * c[i] + k * d[i]
 
 
 @compiled
-def add_products(sum, a, b):  # pragma: no cover
+def add_products(sum: Array, a: Array, b: Array) -> None:  # pragma: no cover
     for i in range(len(sum)):
         sum[i] += a[i] * b[i]
 
 
 @compiled
-def add_squares(e, start, stop, gram, squares):  # pragma: no cover
+def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) -> None:  # pragma: no cover
     """squares (columns) += e gram eᵀ, columns start to stop of e (L, columns); half of the symmetric gram is read."""
     # e[row][start:stop], not e[row, start:stop]: only of the first numba knows that it is contiguous, and vectorises
     products = np.empty(stop - start, np.float32)
     for row in range(len(e)):
         products[:] = 0
+        g: Array = TWO * gram[row]
         add_row(products, e[row][start:stop], gram[row, row])
-        g = TWO * gram[row]
         other = row + 1
         while other + 4 <= len(e):
             a, b = e[other][start:stop], e[other + 1][start:stop]
@@ -101,7 +108,17 @@ def add_squares(e, start, stop, gram, squares):  # pragma: no cover
 
 
 @compiled
-def contexts(S, rows, gram, slope, smooth, eps, squares, dots, strongest):  # pragma: no cover
+def contexts(  # pragma: no cover
+    S: Array,
+    rows: Array,
+    gram: Array,
+    slope: Float,
+    smooth: Float,
+    eps: Float,
+    squares: Array,
+    dots: Array,
+    strongest: Array,
+) -> None:
     """attend's sums for S (N, L, K, M), of which rows (N, L, K·M) is a view."""
     N, L, columns = rows.shape
     scale, total = np.empty(columns, np.float32), np.empty(columns, np.float32)

@@ -20,6 +20,17 @@ import torch.distributed as dist
 from errors import InputError
 
 
+def pick_device(name: str = "auto") -> torch.device:
+    """A torch.device: the one named, or for auto CUDA where there is one, the CPU otherwise."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return torch.device(name)
+
+
 def start(device: str) -> None:
     """Join the other processes, where torchrun started several. All but the first are silent from then on.
 

@@ -20,7 +20,7 @@ from cross_attention import XATTN_SCORE
 from data import flag, get_test_loader, pad
 from errors import InputError, run
 from intervals import RECALL_AT, hits, print_summary
-from model import MATMUL_PRECISION, SCAN, load_model, pick_device
+from model import MATMUL_PRECISION, SCAN, load_model
 from vocab import deserialize_vocab
 
 
@@ -152,7 +152,7 @@ def shard_xattn(
     score = score or XATTN_SCORE[cross_attn]
     images, captions = (torch.as_tensor(x, dtype=torch.float32) for x in (images, captions))
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
-    device = pick_device(flag(opt, "device"))
+    device = distributed.pick_device(flag(opt, "device"))
     starts = (lens.cumsum(0) - lens).tolist()
     sims = np.zeros((len(images), len(lens)), dtype=np.float32)
     by_length = lens.argsort(stable=True)

@@ -208,17 +208,6 @@ class ContrastiveLoss(nn.Module):
         return (self.margin + wrong - batch.gather(right)[anchors]).clamp(min=0).sum()
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """A torch.device: the one named, or for auto CUDA where there is one, the CPU otherwise."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
-
-
 class SCAN:
     """Both encoders, the loss and the optimizer. opt: any object with the flags as attributes, and vocab_size."""
 
@@ -237,7 +226,7 @@ class SCAN:
                 raise InputError(f"--{name} {value}: expected one of {', '.join(table)}")
         self.opt = opt
         torch.set_float32_matmul_precision(flag(opt, "matmul_precision"))
-        self.device = pick_device(flag(opt, "device"))
+        self.device = distributed.pick_device(flag(opt, "device"))
         self.amp = flag(opt, "amp")
         self.img_enc = self.make_img_enc(opt).to(self.device)
         self.txt_enc = self.text_encoder(

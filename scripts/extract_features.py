@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, make_folder, naming, split_ids
 from region_networks import BACKBONES, N_REGIONS, Detector, load_backbone, windows
 
+from distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
 from errors import InputError, run
-from model import pick_device
 from position import position_grid
 
 STRIDE = 32  # pixels of the input per cell of every backbone's last map

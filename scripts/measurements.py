@@ -36,7 +36,7 @@ def prepare(s):
 
     import torch
 
-    from model import pick_device
+    from distributed import pick_device
 
     make_split(s, s.folder, "test", s.images)
     for n_images in s.train_images:
@@ -77,7 +77,7 @@ def products(s):
     """Seconds of the fastest float32 product regions × words of the test split, by route and size of a block."""
     import torch
 
-    from model import pick_device
+    from distributed import pick_device
 
     device = pick_device(s.device)
     torch.set_float32_matmul_precision("highest")
@@ -153,7 +153,7 @@ def score_published(s, cross_attn="t2i"):
 
     from cross_attention import XATTN_SCORE
     from data import pad
-    from model import pick_device
+    from distributed import pick_device
 
     torch.set_float32_matmul_precision("highest")
     opt, device = flags(s, cross_attn), pick_device(s.device)
