@@ -6,10 +6,11 @@ Sizes in the docstrings: n pictures of R regions, W words, D embed_size.
 import numpy as np
 import torch
 
-from cross_attention import XATTN_SCORE, pair_attention
+from cross_attention import KERNEL_FROM, XATTN_SCORE, pair_attention
 from evaluation import encode_data
 
-BLOCK = 512  # pictures that are scored at once
+BLOCK = 1024  # pictures that are scored at once, at most
+CAPTION_BLOCK = 4096  # captions that are scored at once
 
 
 class FirstStage:
@@ -74,11 +75,13 @@ class Collection:
         """Exact scores (n,) float32 numpy of a sentence's words (W, D) with all pictures, or (len(rows),) with some."""
         score, opt, n = XATTN_SCORE[self.model.opt.cross_attn], self.model.opt, len(self.images)
         rows = range(n) if rows is None else rows
+        # below the compiled attention's size: for a single sentence it is slower, and compiling it takes a second
+        step = max(1, min(BLOCK, (KERNEL_FROM - 1) // (self.images.shape[1] * len(words))))
         scores = np.empty(len(rows), dtype=np.float32)
-        for at in range(0, len(rows), BLOCK):
-            some = rows[at : at + BLOCK]
+        for at in range(0, len(rows), step):
+            some = rows[at : at + step]
             block = self.tensor(self.images[some.start : some.stop] if isinstance(some, range) else self.images[some])
-            scores[at : at + BLOCK] = score(block, words, [len(words)], opt)[:, 0].cpu()
+            scores[at : at + step] = score(block, words, [len(words)], opt)[:, 0].cpu()
         return scores
 
     @torch.no_grad()
@@ -87,13 +90,13 @@ class Collection:
         score, opt = XATTN_SCORE[self.model.opt.cross_attn], self.model.opt
         rows = np.arange(len(self.lens)) if rows is None else rows
         scores = np.empty(len(rows), dtype=np.float32)
-        for at in range(0, len(rows), 8 * BLOCK):
-            some = rows[at : at + 8 * BLOCK]
+        for at in range(0, len(rows), CAPTION_BLOCK):
+            some = rows[at : at + CAPTION_BLOCK]
             if some[-1] - some[0] == len(some) - 1:
                 words = self.words[self.starts[some[0]] : self.starts[some[-1] + 1]]
             else:
                 words = np.concatenate([self.words[self.starts[i] : self.starts[i + 1]] for i in some])
-            scores[at : at + 8 * BLOCK] = score(image[None], self.tensor(words), self.lens[some], opt)[0].cpu()
+            scores[at : at + CAPTION_BLOCK] = score(image[None], self.tensor(words), self.lens[some], opt)[0].cpu()
         return scores
 
     def search(self, sentence, k=10, candidates=1000):

@@ -1,13 +1,16 @@
 """How much of an exhaustive ranking the two-stage search finds, and how long a query takes, by size of the collection.
 
-python scripts/benchmark_search.py --model_path M --data_path D --split test --sizes 1000 10000 100000 200000
+python scripts/benchmark_search.py --model_path M --data_path D --split test --sizes 1000 10000 --out search.png
 
-Sizes above the split's are filled up with pictures mixed from it: each region is that of one of two random pictures.
-Writes a figure and the numbers behind it as JSON.
+A size is that many of the split's first pictures; --drawn FOLDER searches among pictures drawn as the demo's instead.
+Writes a figure and the numbers behind it as JSON. A JSON that is there is added to: recall does not mind what else
+the machine does and times do, so they can be measured one after the other with --parts.
 """
 
 import argparse
+import itertools
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -19,7 +22,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
-from build_index import ANCHORS, TABLE_BLOCK, directions, find_anchors, strongest
+import make_demo_data
+from build_index import TABLE_BLOCK, open_or_build, read_json
 
 from checkpoint import replace
 from errors import InputError, run
@@ -27,43 +31,71 @@ from evaluation import load_split
 from search import Collection, FirstStage
 
 TOP = 10
-ANCHOR_CAPTIONS = 20_000  # captions whose words the anchors are made from
-CANDIDATES = (50, 100, 200, 500, 1000, 2000, 4000)
+CANDIDATES = (50, 100, 200, 500, 1000, 2000, 4000, 10_000, 20_000, 50_000)
+TIMED_UP_TO = 4000  # candidates of which the time is measured, beside all
+KEY = ("cross_attn", "pictures", "stage", "candidates")
+DRAWN_SEED = 1  # the demo's own pictures are of seed 0
 
 
-def encode_images(model, dataset, n, batch=1024):
-    """Regions (n, R, D) float16 of the split's pictures, filled up with mixtures of them."""
-    real = min(n, dataset.n_images)
-    images = np.empty((n, dataset.images.shape[1], model.opt.embed_size), dtype=np.float16)
-    for at in tqdm(range(0, real, batch), desc="pictures", unit="batch", leave=False, disable=None):
-        stop = min(at + batch, real)
-        images[at:stop] = model.encode_images(*dataset.read_images(at, stop)).cpu().numpy()
-    rng = np.random.default_rng(0)
-    for at in range(real, n, batch):
-        size = min(batch, n - at)
-        first, second = rng.integers(0, real, (2, size))
-        own = rng.random((size, images.shape[1], 1)) < 0.5
-        images[at : at + size] = np.where(own, images[first], images[second])
-    return images
+def draw_pictures(folder, n):
+    """A split train of n pictures in folder, drawn as the demo's are, where it does not hold them yet."""
+    done = os.path.join(folder, "demo_precomp", "train_ids.txt")  # written last
+    if os.path.isfile(done):
+        return
+    options = make_demo_data.parse(["--data_path", folder, "--seed", str(DRAWN_SEED)])
+    options.train = n
+    with multiprocessing.Pool(options.workers) as pool:
+        make_demo_data.write_split(pool, options, "train")
 
 
-def encode_words(model, dataset, captions, batch=256):
-    """The words (W_i, D) of some captions, a list of tensors on the CPU."""
-    words = []
-    for at in range(0, len(captions), batch):
-        targets = [dataset.encode_caption(i) for i in captions[at : at + batch]]
-        lens = [len(target) for target in targets]
-        block = model.encode_captions(torch.nn.utils.rnn.pad_sequence(targets, batch_first=True), lens).cpu()
-        words += [row[:w] for row, w in zip(block, lens, strict=True)]
-    return words
+class MeanRegion:
+    """The plain first stage to compare with: a faiss index of the mean region of each picture, and the mean word."""
+
+    def __init__(self, images):
+        self.means = np.empty((len(images), images.shape[2]), dtype=np.float32)
+        for at in range(0, len(images), TABLE_BLOCK):
+            self.means[at : at + TABLE_BLOCK] = images[at : at + TABLE_BLOCK].astype(np.float32).mean(1)
+
+    def first(self, n):
+        index = faiss.IndexFlatIP(self.means.shape[1])
+        index.add(self.means[:n])
+        return lambda words, count: np.sort(index.search(words.mean(0, keepdim=True).numpy(), count)[1][0])
 
 
-def pooled(images):
-    """A faiss index of the mean region of each picture, the plain first stage to compare with."""
-    index = faiss.IndexFlatIP(images.shape[2])
-    for at in range(0, len(images), TABLE_BLOCK):
-        index.add(images[at : at + TABLE_BLOCK].astype(np.float32).mean(1))
-    return lambda words, count: np.sort(index.search(words.mean(0, keepdim=True).numpy(), count)[1][0])
+def part_of(collection, n, stage):
+    """The collection of the first n pictures, with another first stage."""
+    return Collection(collection.model, collection.vocab, collection.images[:n], [], [], stage)
+
+
+def measure_recall(collection, queries, stages, sizes):
+    """Rows {KEY…, "recall", "queries"}: the share of the exhaustive top 10 that is among a first stage's candidates.
+
+    What is among them is found, because they are ranked by the same exact scores.
+    """
+    words = [collection.embed(query) for query in queries]
+    exact = [collection.score_images(x) for x in tqdm(words, desc="exhaustive", leave=False, disable=None)]
+    for n in sizes:
+        best = [np.argsort(-scores[:n], kind="stable")[:TOP] for scores in exact]
+        for name, make in stages.items():
+            stage = make(n)
+            for count in (c for c in CANDIDATES if c < n):
+                found = [np.isin(top, stage(x, count)).mean() for x, top in zip(words, best, strict=True)]
+                yield {"pictures": n, "stage": name, "candidates": count, "recall": round(float(np.mean(found)), 4),
+                       "worst_recall": float(min(found)), "queries": len(found)}  # fmt: skip
+
+
+def measure_times(collection, queries, stages, sizes, exhaustive):
+    """Rows {KEY…, "median_ms", "p95_ms", "timed"} of whole queries: sentence in, ten pictures out."""
+    for n in sizes:
+        for name, make in {"exhaustive": lambda n: None, **stages}.items():
+            part, alone = part_of(collection, n, make(n)), name == "exhaustive"
+            for count in [n] if alone else [c for c in CANDIDATES if c < n and c <= TIMED_UP_TO]:
+                some = queries[:exhaustive] if alone else queries
+                part.search(queries[-1], TOP, count)  # what only a first query pays
+                times = [1000 * seconds(part.search, query, TOP, count) for query in some]
+                median, p95 = (round(float(np.percentile(times, share)), 1) for share in (50, 95))
+                yield {"pictures": n, "stage": name, "candidates": count, "median_ms": median, "p95_ms": p95,
+                       "timed": len(times)}  # fmt: skip
 
 
 def seconds(function, *args):
@@ -74,89 +106,95 @@ def seconds(function, *args):
 
 @torch.no_grad()
 def measure(opt):
-    """A list of rows {"pictures", "stage", "candidates", "recall", "median_ms"}; exhaustive has recall 1."""
+    """Rows of what opt.parts names, as measure_recall and measure_times give them, each with the model's cross_attn."""
+    if opt.drawn:
+        draw_pictures(opt.drawn, max(opt.sizes))
+        opt.data_path, opt.split = opt.drawn, "train"
     model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device="cpu")
-    dataset, largest = loader.dataset, max(opt.sizes)
-    captions = np.random.default_rng(1).permutation(len(dataset.captions)).tolist()
-    queries = encode_words(model, dataset, captions[: opt.queries])
-    anchor_words = torch.cat(encode_words(model, dataset, captions[opt.queries :][:ANCHOR_CAPTIONS])).numpy()
-    images = encode_images(model, dataset, largest)
-    index = find_anchors(anchor_words, opt.anchors)
-    anchors, table = directions(index), np.empty((index.ntotal, largest), dtype=np.float16)
-    for at in tqdm(range(0, largest, TABLE_BLOCK), desc="table", unit="batch", leave=False, disable=None):
-        regions = torch.from_numpy(images[at : at + TABLE_BLOCK].astype(np.float32))
-        table[:, at : at + TABLE_BLOCK] = strongest(regions, anchors).T
-    whole = Collection(model, dataset.vocab, images, anchor_words, [])
-    exact = [whole.score_images(words) for words in tqdm(queries, desc="exhaustive", leave=False, disable=None)]
+    dataset, sizes = loader.dataset, sorted(opt.sizes)
+    if sizes[-1] > dataset.n_images:
+        raise InputError(f"--sizes {sizes[-1]}: the split {opt.split} has {dataset.n_images} pictures; "
+                         "--drawn FOLDER draws as many as are wanted")  # fmt: skip
+    collection = open_or_build(opt.model_path, model, loader, opt.split, opt.collection, opt.anchors)
+    # captions of the smallest size's pictures, so that each has its own picture among the first n
+    known = sizes[0] * len(dataset.captions) // dataset.n_images
+    chosen = np.random.default_rng(1).permutation(known)[: opt.queries]
+    queries = [dataset.captions[i] for i in chosen]
+    table, means = collection.first_stage.table, MeanRegion(collection.images[: sizes[-1]])
+    stages = {"anchors": lambda n: FirstStage(collection.first_stage.anchors, table[:, :n]), "mean region": means.first}
     rows = []
-    for n in sorted(opt.sizes):
-        part = Collection(model, dataset.vocab, images[:n], anchor_words, [])
-        best = [set(np.argsort(-scores[:n], kind="stable")[:TOP].tolist()) for scores in exact]
-        times = [seconds(part.score_images, words) for words in queries[:5]]
-        rows.append({"pictures": n, "stage": "exhaustive", "candidates": n, "recall": 1.0, "median_ms": ms(times)})
-        stages = {"anchors": FirstStage(index, np.ascontiguousarray(table[:, :n])), "mean region": pooled(images[:n])}
-        for name, stage in stages.items():
-            for count in (c for c in CANDIDATES if c < n):
-                found, times = [], []
-                for words, right in zip(queries, best, strict=True):
-                    start = time.perf_counter()
-                    chosen = stage(words, count)
-                    again = part.score_images(words, chosen)
-                    top = chosen[np.argsort(-again, kind="stable")[:TOP]]
-                    times.append(time.perf_counter() - start)
-                    found.append(len(right & set(top.tolist())) / TOP)
-                rows.append({"pictures": n, "stage": name, "candidates": count,
-                             "recall": float(np.mean(found)), "median_ms": ms(times)})  # fmt: skip
-                print(rows[-1], flush=True)
-    return rows
+    if "recall" in opt.parts:
+        rows.append(measure_recall(collection, queries, stages, sizes))
+    if "times" in opt.parts:
+        for row in table:  # into the machine's memory, as after some queries; the regions are there for the means
+            row.view(np.int16).max()
+        rows.append(measure_times(collection, queries, stages, sizes, opt.exhaustive))
+    for row in itertools.chain(*rows):
+        yield {"cross_attn": model.opt.cross_attn, **row}
 
 
-def ms(times):
-    return round(1000 * float(np.median(times)), 1)
+def merge(rows, found):
+    """Rows with those found added, or their numbers where there is a row of the same key already."""
+    known = {tuple(row[name] for name in KEY): row for row in rows}
+    for row in found:
+        known.setdefault(tuple(row[name] for name in KEY), {}).update(row)
+    return [known[key] for key in sorted(known)]
 
 
 def draw(rows, path):
-    """Recall, and milliseconds of a query, against the candidates, a line for each size."""
+    """Recall, and milliseconds of a query, against the candidates: a line for each size, a row for each direction."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for i, n in enumerate(sorted({row["pictures"] for row in rows})):
-        for stage, style in (("anchors", "o-"), ("mean region", "x:")):
-            some = [row for row in rows if row["pictures"] == n and row["stage"] == stage]
-            counts, label = [row["candidates"] for row in some], f"{n:,} pictures, {stage}"
-            left.plot(counts, [100 * row["recall"] for row in some], style, color=f"C{i}", label=label)
-            if stage == "anchors":
-                right.plot(counts, [row["median_ms"] for row in some], style, color=f"C{i}", label=f"{n:,} pictures")
-        whole = next(row for row in rows if row["pictures"] == n and row["stage"] == "exhaustive")
-        right.axhline(whole["median_ms"], color=f"C{i}", ls="--", lw=0.8)
-    left.set(title=f"share of the exhaustive top {TOP} that is found, percent", ylim=(0, 102))
-    right.set(title="median milliseconds of a query (dashed: exhaustive)", yscale="log")
-    for axis in (left, right):
-        axis.set(xlabel="candidates that are scored exactly", xscale="log")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    with open(path + ".part", "wb") as file:
-        figure.savefig(file, format="png", dpi=110)
-    os.replace(path + ".part", path)
+    ways = sorted({row["cross_attn"] for row in rows}, reverse=True)
+    figure, axes = plt.subplots(len(ways), 2, figsize=(10, 3.9 * len(ways)), squeeze=False, layout="constrained")
+    for (left, right), way in zip(axes, ways, strict=True):
+        own = [row for row in rows if row["cross_attn"] == way]
+        for i, n in enumerate(sorted({row["pictures"] for row in own})):
+            for stage, style in (("anchors", "o-"), ("mean region", "x:")):
+                some = [row for row in own if (row["pictures"], row["stage"]) == (n, stage)]
+                for axis, name, scale in ((left, "recall", 100), (right, "median_ms", 1)):
+                    points = [(row["candidates"], scale * row[name]) for row in some if name in row]
+                    if points and (axis is left or stage == "anchors"):
+                        label = f"{n:,} pictures" + (f", {stage}" if axis is left else "")
+                        axis.plot(*zip(*points, strict=True), style, color=f"C{i}", ms=4, label=label)
+            for row in own:
+                if (row["pictures"], row["stage"]) == (n, "exhaustive"):
+                    right.plot(n, row["median_ms"], "*", color=f"C{i}", ms=9)
+        left.set(title=f"{way}: share of the exhaustive top {TOP} that is found, percent", ylim=(0, 102))
+        right.set(title=f"{way}: median milliseconds of a query (star: all pictures)", yscale="log")
+        for axis in (left, right):
+            axis.set(xlabel="pictures that are scored exactly", xscale="log")
+            axis.grid(alpha=0.3)
+            if axis.lines:
+                axis.legend(fontsize=7)
+
+    def save(file):
+        figure.savefig(file, format="png", dpi=100)
+
+    replace(path, save)
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
         description="Recall and time of the two-stage search against scoring every picture.",
         epilog="example: python scripts/benchmark_search.py --model_path runs/demo/attention_seed0/model_best.pth.tar "
-        "--data_path data --split test --sizes 1000 10000 --out search.png",
+        "--drawn data/large --sizes 1000 10000 --out search.png",
     )
     add = parser.add_argument
     add("--model_path", required=True, help="checkpoint")
     add("--data_path", help="folder of the data sets (default: the checkpoint's)")
     add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
     add("--split", default="test", help="dev, test, … (default: %(default)s)")
+    add("--drawn", metavar="DIR", help="among pictures drawn as the demo's, made in DIR where they are missing")
+    add("--collection", metavar="DIR", help="the collection's folder (default: beside the checkpoint)")
     add("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="pictures (default: %(default)s)")
-    add("--queries", type=int, default=24, help="captions that search (default: %(default)s)")
-    add("--anchors", type=int, default=ANCHORS, help="directions that stand for words (default: %(default)s)")
+    add("--queries", type=int, default=50, help="captions that search (default: %(default)s)")
+    add("--exhaustive", type=int, default=5, help="of these, how many time a full ranking (default: %(default)s)")
+    add("--anchors", type=int, help="directions that stand for words (default: what the collection has)")
+    add("--parts", nargs="+", choices=("recall", "times"), default=["recall", "times"], help="what is measured")
     add("--threads", type=int, default=os.cpu_count(), help="of the computations (default: %(default)s)")
     add("--out", default="search.png", help="the figure; the numbers go to the same name with .json")
     return parser
@@ -165,14 +203,18 @@ def get_parser():
 def main():
     parser = get_parser()
     opt = parser.parse_args()
-    if min(*opt.sizes, opt.queries, opt.anchors, opt.threads) < 1 or min(opt.sizes) < TOP:
-        parser.error(f"expected --sizes of {TOP} or more, and --queries, --anchors, --threads of 1 or more")
+    if min(*opt.sizes, opt.queries, opt.exhaustive, opt.anchors or 1, opt.threads) < 1 or min(opt.sizes) < TOP:
+        parser.error(f"expected --sizes of {TOP} or more; --queries, --exhaustive, --anchors, --threads of 1 or more")
     if not os.path.isdir(os.path.dirname(opt.out) or "."):
         raise InputError(f"{opt.out}: no such folder")
     torch.set_num_threads(opt.threads)
     faiss.omp_set_num_threads(opt.threads)
-    rows = measure(opt)
-    numbers = os.path.splitext(opt.out)[0] + ".json"
+    numbers, found = os.path.splitext(opt.out)[0] + ".json", []
+    rows = read_json(numbers) or []
+    for row in measure(opt):
+        found.append(row)
+        print(json.dumps(row), flush=True)
+    rows = merge(rows, found)
     replace(numbers, lambda file: file.write(json.dumps(rows, indent=1).encode()))
     draw(rows, opt.out)
     print(f"{opt.out}, {numbers}")

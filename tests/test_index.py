@@ -194,17 +194,77 @@ def test_damaged_files_are_an_error_that_names_them(toy, built, tmp_path):
         open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
 
 
-def test_the_commands_build_search_and_measure(toy, monkeypatch, capsys):
-    root, paths = toy
+def test_the_command_builds_and_searches(toy, monkeypatch, capsys):
+    _, paths = toy
     monkeypatch.setattr("sys.argv", ["build_index.py", "--model_path", paths["t2i"], "--query", "a red ball"])
     build_index.main()
     folder, printed = collection_folder(paths["t2i"], "toy_precomp", "test"), capsys.readouterr().out
     assert set(os.listdir(folder)) == FILES
     assert f"{folder}: {N} pictures, {2 * N} captions" in printed and printed.count("  picture ") == 10
-    flags = ["--sizes", "50", "80", "--queries", "2", "--anchors", "8", "--threads", "1"]
-    out = ["--out", str(root / "measured.png")]
-    monkeypatch.setattr("sys.argv", ["benchmark_search.py", "--model_path", paths["t2i"], *flags, *out])
+
+
+def measured(monkeypatch, path, out, *flags):
+    """The rows that benchmark_search.py leaves in out's JSON."""
+    command = ["benchmark_search.py", "--model_path", path, "--out", str(out), "--queries", "3", "--threads", "1"]
+    monkeypatch.setattr("sys.argv", [*command, *flags])
     benchmark_search.main()
-    rows = json.loads((root / "measured.json").read_text())
-    assert {row["pictures"] for row in rows} == {50, 80} and all(0 <= row["recall"] <= 1 for row in rows)
-    assert (root / "measured.png").read_bytes().startswith(b"\x89PNG")
+    return json.loads(out.with_suffix(".json").read_text())
+
+
+def test_the_benchmark_measures_recall_and_times_by_size_and_candidates(toy, built, monkeypatch):
+    root, paths = toy
+    out, where = root / "measured.png", ("--collection", built[2], "--sizes", "30", "55", "60")
+    rows = measured(monkeypatch, paths["t2i"], out, *where, "--parts", "recall")
+    assert [(row["pictures"], row["stage"], row["candidates"]) for row in rows] == [
+        (n, stage, 50) for n in (55, 60) for stage in ("anchors", "mean region")
+    ]
+    assert all(0.5 < row["recall"] <= 1 and row["queries"] == 3 for row in rows)  # 50 of 60 by chance: 0.83
+    both = measured(monkeypatch, paths["t2i"], out, *where, "--parts", "times", "--exhaustive", "2")
+    assert [row["recall"] for row in both if "recall" in row] == [row["recall"] for row in rows]
+    alone = [row for row in both if row["stage"] == "exhaustive"]
+    assert [(row["pictures"], row["candidates"], row["timed"]) for row in alone] == [
+        (30, 30, 2),
+        (55, 55, 2),
+        (60, 60, 2),
+    ]
+    assert all(0 < row["median_ms"] <= row["p95_ms"] for row in both)
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_says_what_is_found_of_the_exhaustive_top(toy, monkeypatch):
+    """A first stage that knows all answers but three has a recall of 70 %."""
+    model, loader = load(toy[1]["t2i"])
+    collection = Collection.encode(model, loader)
+    best = np.argsort(-collection.score_images(collection.embed(loader.dataset.captions[0])), kind="stable")
+
+    def knows(words, count):
+        return np.concatenate([best[:7], best[10 : count + 3]])
+
+    (row,) = benchmark_search.measure_recall(collection, loader.dataset.captions[:1], {"x": lambda n: knows}, [N])
+    assert row == {"pictures": N, "stage": "x", "candidates": 50, "recall": 0.7, "worst_recall": 0.7, "queries": 1}
+
+
+def test_the_benchmark_refuses_sizes_that_the_split_has_not(toy, built, monkeypatch):
+    with pytest.raises(InputError, match="--sizes 61: the split test has 60 pictures; --drawn"):
+        measured(monkeypatch, toy[1]["t2i"], toy[0] / "x.png", "--collection", built[2], "--sizes", "61")
+
+
+def test_pictures_are_drawn_once(tmp_path):
+    benchmark_search.draw_pictures(str(tmp_path), 7)
+    features = tmp_path / "demo_precomp" / "train_ims.npy"
+    assert np.load(features).shape == (7, 36, 128) and not (tmp_path / "demo_precomp" / "train_images").exists()
+    before = features.stat().st_mtime_ns
+    benchmark_search.draw_pictures(str(tmp_path), 7)
+    assert features.stat().st_mtime_ns == before
+
+
+def test_long_sentences_are_scored_without_the_compiled_attention(built, monkeypatch):
+    """Compiling takes a second, which would be a query's."""
+    model, loader, folder = built
+    collection = open_collection(folder, model, loader.dataset.vocab)
+    monkeypatch.setattr("cross_attention.KERNEL_FROM", 2000)
+    monkeypatch.setattr("search.KERNEL_FROM", 2000)
+    monkeypatch.setattr("attention_kernel.attend", lambda *args: pytest.fail("compiled"))
+    words = collection.embed("a red ball " * 10)
+    one_by_one = [collection.score_images(words, np.array([i]))[0] for i in range(N)]
+    assert collection.score_images(words) == pytest.approx(one_by_one, abs=1e-6)
