@@ -36,7 +36,7 @@ SIZES = {
 }  # fmt: skip
 QUICK = {
     "repeats": 2, "images": 200, "plain_images": 32, "plain_captions": 64, "batch_size": 32, "plain_batches": 2,
-    "plain_grids": 10, "all_grids": 5000, "growth": [100, 200, 400], "growth_pairs": 100_000, "batches": [16, 32, 64],
+    "plain_grids": 10, "all_grids": 5000, "growth": [100, 200, 300], "growth_pairs": 100_000, "batches": [8, 16, 32],
 }  # fmt: skip
 PRECISIONS = ("highest", "medium")
 
