@@ -14,32 +14,61 @@ CAPTION_BLOCK = 4096  # captions that are scored at once
 
 
 class FirstStage:
-    """Promising pictures for a sentence: each word stands for its nearest anchor, whose row of the table says how much
-    of it each picture has in one of its regions; the pictures with the largest sums win.
+    """The most promising pictures for a sentence, and captions for a picture.
 
-    anchors: a faiss index of K directions (K, D). table (K, n): the largest dot product of an anchor with a picture's
-    regions. A query reads W rows of it.
+    What attends (words in t2i, regions in i2t) stands for its nearest anchor. A pair is worth the mean over these of
+    how much of the anchor is in the best of what is attended to (regions in t2i, words in i2t).
+
+    anchors: a faiss index of K directions (K, D). nearest (ΣQ,): the anchors of all that attends in the collection,
+    starts (captions + 1,) in t2i, (pictures + 1,) in i2t: where each one's begin. table (K, n): the largest dot product
+    of an anchor with the regions of each of n pictures in t2i, the words of each of n captions in i2t.
     """
 
-    def __init__(self, anchors, table):
-        self.anchors, self.table = anchors, table
+    def __init__(self, t2i, anchors, nearest, starts, table):
+        self.t2i, self.anchors, self.nearest, self.starts, self.table = t2i, anchors, nearest, starts, table
 
-    def __call__(self, words, count):
-        """The rows of the best count pictures for words (W, D), in ascending order."""
-        _, nearest = self.anchors.search(words.cpu().numpy(), 1)
+    def images(self, words, count):
+        """The numbers of the best count pictures for words (W, D), in ascending order."""
+        return self.attended(words, count) if self.t2i else self.attending(words, count)
+
+    def captions(self, regions, count):
+        """The numbers of the best count captions for regions (R, D), in ascending order."""
+        return self.attending(regions, count) if self.t2i else self.attended(regions, count)
+
+    def attended(self, elements, count):
+        """Of what the table holds, the best for elements (E, D) that attend: E of its rows are read."""
+        _, nearest = self.anchors.search(elements.cpu().numpy(), 1)
         sums = np.zeros(self.table.shape[1], dtype=np.float32)
         for anchor in nearest[:, 0]:
             sums += self.table[anchor]
-        count = min(count, len(sums))
-        return np.sort(np.argpartition(-sums, count - 1)[:count])
+        return largest(sums, count)
+
+    def attending(self, elements, count):
+        """Of what attends, the best for elements (E, D) that are attended to."""
+        anchors = self.anchors.reconstruct_n(0, self.anchors.ntotal)
+        strengths = (anchors @ elements.cpu().numpy().T).max(1)
+        sums = np.add.reduceat(strengths[self.nearest], self.starts[:-1])
+        return largest(sums / np.diff(self.starts), count)
+
+
+def largest(values, count):
+    """The indices of the largest count values (n,), in ascending order."""
+    count = min(count, len(values))
+    return np.sort(np.argpartition(-values, count - 1)[:count])
+
+
+def best_of(scores, rows, k):
+    """Of scores (n,) of all rows, or of some, the best k: their numbers and scores, best first."""
+    best = np.argsort(-scores, kind="stable")[:k]
+    return best if rows is None else rows[best], scores[best]
 
 
 class Collection:
     """The embeddings that one model gives a split, and the search in them.
 
     model, vocab: what encodes sentences. images (n, R, D), words (ΣW_i, D), the captions' words one after the other,
-    lens (n_captions,): tensors or memory-mapped arrays, of any float type. first_stage(words (W, D), count) → the
-    rows of the most promising pictures, or None to score all.
+    lens (n_captions,): tensors or memory-mapped arrays, of any float type. first_stage: a FirstStage, or None to score
+    all.
     """
 
     def __init__(self, model, vocab, images, words, lens, first_stage=None):
@@ -105,10 +134,13 @@ class Collection:
         With a first stage, only that many candidates are scored exactly; without, all pictures.
         """
         words = self.embed(sentence)
-        rows = None if self.first_stage is None else self.first_stage(words, candidates)
-        scores = self.score_images(words, rows)
-        best = np.argsort(-scores, kind="stable")[:k]
-        return best if rows is None else rows[best], scores[best]
+        rows = None if self.first_stage is None else self.first_stage.images(words, candidates)
+        return best_of(self.score_images(words, rows), rows, k)
+
+    def search_captions(self, image, k=10, candidates=1000):
+        """The best k captions for a picture's regions (R, D), as search gives pictures for a sentence."""
+        rows = None if self.first_stage is None else self.first_stage.captions(image, candidates)
+        return best_of(self.score_captions(image, rows), rows, k)
 
     @torch.no_grad()
     def attention(self, image, words):

@@ -8,12 +8,14 @@ the machine does and times do, so they can be measured one after the other with 
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import multiprocessing
 import os
 import sys
 import time
+from collections.abc import Callable
 
 import faiss
 import numpy as np
@@ -28,6 +30,7 @@ from build_index import TABLE_BLOCK, open_or_build, read_json
 from checkpoint import replace
 from errors import InputError, run
 from evaluation import load_split
+from files import read_lines, write_lines
 from search import Collection, FirstStage
 
 TOP = 10
@@ -38,7 +41,7 @@ DRAWN_SEED = 1  # the demo's own pictures are of seed 0
 
 
 def draw_pictures(folder, n):
-    """A split train of n pictures in folder, drawn as the demo's are, where it does not hold them yet."""
+    """A split train of n pictures in folder, drawn as the demo's, with a caption each; where it is not there yet."""
     done = os.path.join(folder, "demo_precomp", "train_ids.txt")  # written last
     if os.path.isfile(done):
         return
@@ -46,6 +49,13 @@ def draw_pictures(folder, n):
     options.train = n
     with multiprocessing.Pool(options.workers) as pool:
         make_demo_data.write_split(pool, options, "train")
+    captions = os.path.join(folder, "demo_precomp", "train_caps.txt")
+    write_lines(captions, read_lines(captions)[:: make_demo_data.N_CAPTIONS])
+
+
+@dataclasses.dataclass
+class Stage:
+    images: Callable
 
 
 class MeanRegion:
@@ -59,7 +69,14 @@ class MeanRegion:
     def first(self, n):
         index = faiss.IndexFlatIP(self.means.shape[1])
         index.add(self.means[:n])
-        return lambda words, count: np.sort(index.search(words.mean(0, keepdim=True).numpy(), count)[1][0])
+        return Stage(lambda words, count: np.sort(index.search(words.mean(0, keepdim=True).numpy(), count)[1][0]))
+
+
+def first_pictures(stage, n):
+    """A FirstStage of the collection's first n pictures."""
+    if stage.t2i:
+        return FirstStage(True, stage.anchors, stage.nearest, stage.starts, stage.table[:, :n])
+    return FirstStage(False, stage.anchors, stage.nearest[: stage.starts[n]], stage.starts[: n + 1], stage.table)
 
 
 def part_of(collection, n, stage):
@@ -79,7 +96,7 @@ def measure_recall(collection, queries, stages, sizes):
         for name, make in stages.items():
             stage = make(n)
             for count in (c for c in CANDIDATES if c < n):
-                found = [np.isin(top, stage(x, count)).mean() for x, top in zip(words, best, strict=True)]
+                found = [np.isin(top, stage.images(x, count)).mean() for x, top in zip(words, best, strict=True)]
                 yield {"pictures": n, "stage": name, "candidates": count, "recall": round(float(np.mean(found)), 4),
                        "worst_recall": float(min(found)), "queries": len(found)}  # fmt: skip
 
@@ -120,13 +137,13 @@ def measure(opt):
     known = sizes[0] * len(dataset.captions) // dataset.n_images
     chosen = np.random.default_rng(1).permutation(known)[: opt.queries]
     queries = [dataset.captions[i] for i in chosen]
-    table, means = collection.first_stage.table, MeanRegion(collection.images[: sizes[-1]])
-    stages = {"anchors": lambda n: FirstStage(collection.first_stage.anchors, table[:, :n]), "mean region": means.first}
+    stage, means = collection.first_stage, MeanRegion(collection.images[: sizes[-1]])
+    stages = {"anchors": lambda n: first_pictures(stage, n), "mean region": means.first}
     rows = []
     if "recall" in opt.parts:
         rows.append(measure_recall(collection, queries, stages, sizes))
     if "times" in opt.parts:
-        for row in table:  # into the machine's memory, as after some queries; the regions are there for the means
+        for row in stage.table:  # into the machine's memory, as after some queries; the regions are there for the means
             row.view(np.int16).max()
         rows.append(measure_times(collection, queries, stages, sizes, opt.exhaustive))
     for row in itertools.chain(*rows):

@@ -4,8 +4,10 @@ python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.
 
 In the collection's folder (beside the checkpoint, unless --out says otherwise):
   images.npy (n, R, D) and words.npy (ΣW, D), float16, memory-mapped by the search; lens.npy (captions,)
-  anchors.faiss   a faiss index of K directions that stand for the captions' words (their k-means centres)
-  table.npy       (K, n) float16: how much of each anchor there is in each picture, max over its regions
+  anchors.faiss   a faiss index of K directions, k-means centres of what attends: words (t2i) or regions (i2t)
+  nearest.npy     uint16: the nearest anchor of each word of the captions (ΣW,), or region of the pictures (nR,)
+  table.npy       float16: how much of each anchor there is in each picture's regions at most (K, n), or in each
+                  caption's words (K, captions)
   collection.json what it was made from; written last
 A stopped run goes on where it was when the same command runs again.
 """
@@ -32,9 +34,11 @@ from evaluation import load_split
 from search import Collection, FirstStage
 
 ANCHORS = 4096
-WORDS_PER_ANCHOR = 64  # at most this many words of each anchor's share train it
+SAMPLE_PER_ANCHOR = 64  # words or regions that train an anchor, at most
 SYNC_EVERY = 16  # batches between two notes of how far a build is
-TABLE_BLOCK = 1024  # pictures of which the table is made at once
+TABLE_BLOCK = 1024  # pictures or captions of which the table is made at once
+NEAREST_BLOCK = 16384  # words or regions whose anchors are found at once
+MOST_ANCHORS = 1 << 16  # numbers of a uint16
 SAMPLE_SEED = 0
 
 
@@ -83,14 +87,14 @@ class Build:
     def path(self, name):
         return os.path.join(self.folder, name)
 
-    def fill(self, name, n, row_shape, blocks):
-        """Write name, float16 (n, *row_shape), from blocks(start): pairs of a first row and the rows from there on.
+    def fill(self, name, n, row_shape, blocks, dtype=np.float16):
+        """Write name, (n, *row_shape), from blocks(start): pairs of a first row and the rows from there on.
 
         start: how many steps of blocks an earlier run has done.
         """
         if self.done.get(name) == "all" and os.path.isfile(self.path(name)):
             return
-        file = ArrayFile(self.path(name), n, row_shape, np.float16, resume=name in self.done)
+        file = ArrayFile(self.path(name), n, row_shape, dtype, resume=name in self.done)
         start = self.done.get(name, 0) if file.resumed else 0
         for step, (row, rows) in enumerate(blocks(start), start + 1):
             file.write(row, rows)
@@ -133,44 +137,57 @@ def build(folder, made_from, model, loader, n_anchors):
 
     job.fill("images.npy", n, (dataset.images.shape[1], size), images)
     job.fill("words.npy", int(starts[-1]), (size,), words)
-    anchors = make_anchors(job, n_anchors)
-    encoded = open_npy(job.path("images.npy"))
+    words_of, regions_of = sides(*(open_npy(job.path(f"{name}.npy")) for name in ("images", "words")), lens)
+    attending, attended = (words_of, regions_of) if model.opt.cross_attn == "t2i" else (regions_of, words_of)
+    index = make_anchors(job, attending[0], n_anchors)
+    anchors, count = directions(index), len(attended[1]) - 1
+
+    def nearest(start):
+        for step in progress(-(-len(attending[0]) // NEAREST_BLOCK), start, "anchors"):
+            some = attending[0][step * NEAREST_BLOCK : (step + 1) * NEAREST_BLOCK].astype(np.float32)
+            yield step * NEAREST_BLOCK, index.search(some, 1)[1][:, 0]
 
     def table(start):
-        for step in progress(-(-n // TABLE_BLOCK), start, "table"):
-            regions = torch.from_numpy(encoded[step * TABLE_BLOCK : (step + 1) * TABLE_BLOCK].astype(np.float32))
-            yield step * TABLE_BLOCK, strongest(regions, anchors)
+        for step in progress(-(-count // TABLE_BLOCK), start, "table"):
+            yield step * TABLE_BLOCK, strongest(*attended, step * TABLE_BLOCK, TABLE_BLOCK, anchors)
 
-    # filled a picture a row, then turned: a sentence reads the few rows of its anchors only
-    job.fill("by_picture.npy", n, (len(anchors),), table)
-    turn(job, len(anchors), n)
+    job.fill("nearest.npy", len(attending[0]), (), nearest, np.uint16)
+    # filled a picture (caption) a row, then turned: a query reads the few rows of its anchors only
+    job.fill("by_item.npy", count, (len(anchors),), table)
+    turn(job, len(anchors), count)
     write_json(job.path("collection.json"), made_from)
-    for leftover in ("by_picture.npy", "progress.json"):
+    for leftover in ("by_item.npy", "progress.json"):
         if os.path.exists(job.path(leftover)):
             os.remove(job.path(leftover))
 
 
-def make_anchors(job, n_anchors):
-    """The collection's anchors (K, D), made of its captions' words where that has not been done."""
+def sides(images, words, lens):
+    """The captions' words (ΣW, D) and where each caption's begin, the pictures' regions (nR, D) and the same."""
+    regions = np.arange(0, images.shape[0] * images.shape[1] + 1, images.shape[1])
+    return (words, np.concatenate([[0], lens.cumsum(dtype=np.int64)])), (images.reshape(-1, images.shape[2]), regions)
+
+
+def make_anchors(job, elements, n_anchors):
+    """The collection's anchors, a faiss index made of what attends where that has not been done."""
     path = job.path("anchors.faiss")
     if job.done.get("anchors.faiss") != "all" or not os.path.isfile(path):
-        index = find_anchors(open_npy(job.path("words.npy")), n_anchors)
+        index = find_anchors(elements, n_anchors)
         replace(path, lambda file: file.write(faiss.serialize_index(index).tobytes()))
         job.keep("anchors.faiss", "all")
-    return directions(read_anchors(path))
+    return read_anchors(path)
 
 
-def find_anchors(words, n_anchors):
-    """A faiss index of the k-means centres of words (n, D), of unit length: n_anchors, fewer where words are few."""
-    k = max(1, min(n_anchors, len(words) // 4))
-    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(words))[: k * WORDS_PER_ANCHOR]
-    sample = np.asarray(words[np.sort(chosen)], dtype=np.float32)
+def find_anchors(elements, n_anchors):
+    """A faiss index of the k-means centres of elements (n, D), of unit length: n_anchors, fewer where they are few."""
+    k = max(1, min(n_anchors, len(elements) // 4))
+    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(elements))[: k * SAMPLE_PER_ANCHOR]
+    sample = np.asarray(elements[np.sort(chosen)], dtype=np.float32)
     kmeans = faiss.Kmeans(
-        words.shape[1], k, niter=10, seed=1, spherical=True,
-        min_points_per_centroid=1, max_points_per_centroid=WORDS_PER_ANCHOR,
+        elements.shape[1], k, niter=10, seed=1, spherical=True,
+        min_points_per_centroid=1, max_points_per_centroid=SAMPLE_PER_ANCHOR,
     )  # fmt: skip
     kmeans.train(sample)
-    index = faiss.IndexFlatIP(words.shape[1])
+    index = faiss.IndexFlatIP(elements.shape[1])
     index.add(kmeans.centroids)
     return index
 
@@ -179,17 +196,19 @@ def directions(index):
     return torch.from_numpy(index.reconstruct_n(0, index.ntotal))
 
 
-def strongest(regions, anchors):
-    """The largest dot product of each anchor (K, D) with a picture's regions: (n, R, D) → (n, K) float16 numpy."""
-    largest = np.empty((len(regions), len(anchors)), dtype=np.float16)
-    for at in range(0, len(regions), 32):
-        largest[at : at + 32] = (regions[at : at + 32] @ anchors.T).amax(1).numpy()
-    return largest
+def strongest(elements, starts, first, count, anchors):
+    """The largest dot product of each anchor (K, D) with the elements (…, D) of count items from first on, (…, K)."""
+    largest = []
+    for at in range(first, min(first + count, len(starts) - 1), 32):
+        own = starts[at : at + 33]
+        products = torch.from_numpy(elements[own[0] : own[-1]].astype(np.float32)) @ anchors.T
+        largest.append(np.maximum.reduceat(products.numpy(), own[:-1] - own[0], axis=0))
+    return np.concatenate(largest)
 
 
 def turn(job, k, n):
-    """table.npy (K, n) from by_picture.npy (n, K), a few anchors at a time."""
-    source = open_npy(job.path("by_picture.npy"))
+    """table.npy (K, n) from by_item.npy (n, K), a few anchors at a time."""
+    source = open_npy(job.path("by_item.npy"))
     file = ArrayFile(job.path("table.npy"), k, (n,), np.float16)
     some = max(1, (256 << 20) // (2 * n))
     for at in range(0, k, some):
@@ -208,13 +227,17 @@ def read_anchors(path):
 
 def open_collection(folder, model, vocab):
     """The Collection in folder, its arrays memory-mapped. Raises InputError where files are missing or do not fit."""
-    images, words, lens, table = (
-        open_npy(os.path.join(folder, f"{x}.npy")) for x in ("images", "words", "lens", "table")
+    images, words, lens, table, nearest = (
+        open_npy(os.path.join(folder, f"{x}.npy")) for x in ("images", "words", "lens", "table", "nearest")
     )
     anchors = read_anchors(os.path.join(folder, "anchors.faiss"))
-    if (table.shape, anchors.d, images.ndim) != ((anchors.ntotal, len(images)), model.opt.embed_size, 3):
+    if images.ndim != 3 or words.ndim != 2 or anchors.d != model.opt.embed_size or lens.sum() != len(words):
         raise InputError(f"{folder}: its files do not fit together, make it anew with --overwrite")
-    return Collection(model, vocab, images, words, lens, FirstStage(anchors, table))
+    t2i, both = model.opt.cross_attn == "t2i", sides(images, words, lens)
+    (attending, starts), (_, others) = both if t2i else both[::-1]
+    if table.shape != (anchors.ntotal, len(others) - 1) or nearest.shape != attending.shape[:1]:
+        raise InputError(f"{folder}: its files do not fit together, make it anew with --overwrite")
+    return Collection(model, vocab, images, words, lens, FirstStage(t2i, anchors, nearest, starts, table))
 
 
 def open_or_build(model_path, model, loader, split, folder=None, n_anchors=None, overwrite=False):
@@ -239,8 +262,8 @@ def open_or_build(model_path, model, loader, split, folder=None, n_anchors=None,
     return open_collection(folder, model, loader.dataset.vocab)
 
 
-OWN = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "by_picture.npy", "table.npy", "progress.json",
-       "collection.json"}  # fmt: skip
+OWN = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "nearest.npy", "by_item.npy", "table.npy",
+       "progress.json", "collection.json"}  # fmt: skip
 
 
 def get_parser():
@@ -266,8 +289,8 @@ def get_parser():
 def main():
     parser = get_parser()
     opt = parser.parse_args()
-    if min(opt.anchors or 1, opt.candidates) < 1 or opt.anchors == 0:
-        parser.error("expected --anchors and --candidates of 1 or more")
+    if opt.candidates < 1 or (opt.anchors is not None and not 1 <= opt.anchors <= MOST_ANCHORS):
+        parser.error(f"expected --candidates of 1 or more and --anchors of 1 to {MOST_ANCHORS}")
     model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
     collection = open_or_build(opt.model_path, model, loader, opt.split, opt.out, opt.anchors, opt.overwrite)
     folder = opt.out or collection_folder(opt.model_path, model.opt.data_name, opt.split)

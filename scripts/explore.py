@@ -134,9 +134,8 @@ class Explorer:
         # ranks are counted among what was scored exactly: all pictures, or the first stage's candidates
         wanted = self.dataset.n_images if collection.first_stage is None else self.opt.candidates
         images, scores = collection.search(sentence, wanted, self.opt.candidates)
-        ranks = np.flatnonzero(np.isin(images, list(right)))
         results = [self.card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
-        rank = int(ranks[0]) + 1 if len(ranks) else None
+        rank = first_rank(images, right)
         return {"tokens": self.tokens(collection, sentence), "results": results, "rank": rank, "scored": len(scores)}
 
     def card(self, number, score, right):
@@ -199,14 +198,13 @@ class Explorer:
         """Per model: the best k captions for a picture, its own ones marked."""
         own, answer = set(self.own_captions(number)), []
         for collection in self.models:
-            scores = collection.score_captions(collection.image(number))
-            order = np.argsort(-scores, kind="stable")
+            wanted = len(self.captions) if collection.first_stage is None else self.opt.candidates
+            order, scores = collection.search_captions(collection.image(number), wanted, self.opt.candidates)
             results = [
-                {"text": self.captions[i], "score": float(scores[i]), "right": int(i) in own}
-                for i in order[:k].tolist()
+                {"text": self.captions[i], "score": float(score), "right": i in own}
+                for i, score in zip(order[:k].tolist(), scores, strict=False)
             ]
-            rank = int(np.flatnonzero(np.isin(order, list(own)))[0]) + 1
-            answer.append({"results": results, "rank": rank, "scored": len(scores)})
+            answer.append({"results": results, "rank": first_rank(order, own), "scored": len(order)})
         return {"image": number, "models": answer}
 
     # ---- where the models differ
@@ -259,6 +257,12 @@ class Explorer:
         return {"sentence": text, "image": image, "ranks": ranks, "ratio": math.exp(spread), **self.look(image)}
 
 
+def first_rank(order, right):
+    """The rank, from 1, of the first number in order that is among right; None where none is."""
+    places = np.flatnonzero(np.isin(order, list(right)))
+    return int(places[0]) + 1 if len(places) else None
+
+
 def normal(sentence):
     """A sentence as it is compared with the captions: their tokens."""
     return " ".join(tokenize(sentence.strip()))
@@ -290,9 +294,10 @@ def make_app(explorer):
     a_count = Query(ge=1, le=MAX_RESULTS)
 
     def existing(number):
-        if not 0 <= number < explorer.dataset.n_images:
-            raise Refused(404, f"There is no picture {number}: expected 0 to {explorer.dataset.n_images - 1}.")
-        return number
+        """The number of a picture as an int, from the text in an address."""
+        if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < explorer.dataset.n_images):
+            raise Refused(404, f"There is no picture {number[:20]}: expected 0 to {explorer.dataset.n_images - 1}.")
+        return int(number)
 
     def locked(answer, *args):
         with explorer.lock:
@@ -311,19 +316,19 @@ def make_app(explorer):
         return Answer(explorer.hard_cases())
 
     @app.get("/api/pictures/{number}")
-    def picture(number: int):
+    def picture(number: str):
         return locked(explorer.picture, existing(number))
 
     @app.get("/api/pictures/{number}/captions")
-    def captions(number: int, k: int = a_count):
+    def captions(number: str, k: int = a_count):
         return locked(explorer.captions_for, existing(number), k)
 
     @app.get("/api/pictures/{number}/attention")
-    def attention(number: int, sentence: str = a_sentence):
+    def attention(number: str, sentence: str = a_sentence):
         return locked(explorer.attention, existing(number), sentence)
 
     @app.get("/images/{number}")
-    def image(number: int):
+    def image(number: str):
         path = explorer.pictures.files.get(explorer.pictures.ids[existing(number)])
         if path is None:
             raise Refused(404, f"Picture {number} has no file in {explorer.pictures.folder}.")
@@ -347,7 +352,7 @@ def get_parser():
     add("--images", metavar="DIR", help="picture files named by id (default: SPLIT_images beside the data, if there)")
     two_stages = "search splits of more pictures in two stages, with an index made once (default: %(default)s)"
     add("--index_above", type=int, default=5000, metavar="N", help=two_stages)
-    add("--candidates", type=int, default=1000, help="pictures that the second stage scores (default: %(default)s)")
+    add("--candidates", type=int, default=1000, help="results that the second stage scores (default: %(default)s)")
     add("--host", default="127.0.0.1", help="to listen on (default: %(default)s, this machine alone)")
     add("--port", type=int, default=8765, help="to listen on (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")

@@ -91,7 +91,7 @@ def address(explorer):
 
 def get(address, path, **parameters):
     """(status, object) of a GET under /api."""
-    url = f"{address}api/{path}?{urllib.parse.urlencode(parameters)}"
+    url = f"{address}api/{urllib.parse.quote(path)}?{urllib.parse.urlencode(parameters)}"
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return answer.status, json.load(answer)
@@ -205,7 +205,9 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, ad
         ("search", {"k": 5}, 400, "sentence"),
         ("pictures/12", {}, 404, "expected 0 to 11"),
         ("pictures/-1", {}, 404, "expected 0 to 11"),
-        ("pictures/x", {}, 400, "number"),
+        ("pictures/x", {}, 404, "There is no picture x: expected 0 to 11"),
+        ("pictures/²", {}, 404, "There is no picture ²"),
+        ("pictures/x/captions", {"k": 5}, 404, "There is no picture x"),
         ("nothing", {}, 404, "Not Found"),
     ],
 )
@@ -236,6 +238,10 @@ def test_more_pictures_than_index_above_are_searched_in_two_stages(made, explore
     answers = (known.search(sentence, 5)["models"] for known in (explorer, two_stages))
     for fine, coarse in zip(*answers, strict=True):
         assert [r["score"] for r in coarse["results"]] == pytest.approx([r["score"] for r in fine["results"]], abs=3e-3)
+    for fine, coarse in zip(*(known.captions_for(3, 2)["models"] for known in (explorer, two_stages)), strict=True):
+        assert (fine["scored"], coarse["scored"]) == (5 * N_PICTURES, N_PICTURES)  # of captions, that many candidates
+        assert coarse["results"][0]["score"] <= fine["results"][0]["score"] + 3e-3
+    assert explore.first_rank(np.array([4, 7, 2]), {2, 7}) == 2 and explore.first_rank(np.array([4]), {2}) is None
 
 
 def test_models_of_different_captions_are_refused(made, tmp_path):
@@ -486,6 +492,11 @@ def test_unknown_words_are_marked_and_errors_are_sentences(person):
     assert "(1 unknown to the model)" in person.text(".tokens")
     person.run("location.hash = 'q=a+ring&open=99999'")
     person.until(lambda: "There is no picture 99999: expected 0 to 11." in person.text("#detail-status"))
+    assert not person.run("return document.getElementById('region').checkVisibility()")  # nothing to point at
+    person.run("location.hash = 'q=a+ring&open=abc'")
+    person.until(lambda: "There is no picture abc: expected 0 to 11." in person.text("#detail-status"))
+    person.run("location.hash = 'q=a+ring&open=3'")
+    person.until(lambda: person.run("return document.getElementById('region').checkVisibility()"))
     person.run("document.getElementById('detail').close()")
     person.until(lambda: "open" not in person.run("return location.hash"))
     person.run("document.getElementById('sentence').value = ''")

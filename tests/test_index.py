@@ -21,7 +21,7 @@ import benchmark_search
 import build_index
 from build_index import build, collection_folder, fingerprint, open_collection, open_or_build
 
-FILES = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "table.npy", "collection.json"}
+FILES = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "nearest.npy", "table.npy", "collection.json"}
 N = 60
 
 
@@ -78,7 +78,7 @@ def test_a_search_scores_its_candidates_exactly(built):
     model, loader, folder = built
     collection = open_collection(folder, model, loader.dataset.vocab)
     words = collection.embed(loader.dataset.captions[0])
-    rows = collection.first_stage(words, 12)
+    rows = collection.first_stage.images(words, 12)
     images, scores = collection.search(loader.dataset.captions[0], 5, candidates=12)
     assert len(rows) == 12 and set(images) <= set(rows)
     assert scores == pytest.approx(np.sort(collection.score_images(words)[rows])[::-1][:5], abs=1e-6)
@@ -97,11 +97,18 @@ def test_the_first_stage_takes_each_words_nearest_anchor():
     anchors = faiss.IndexFlatIP(2)
     anchors.add(np.array([[1, 0], [0, 1], [-1, 0]], dtype=np.float32))
     table = np.array([[9, 0, 1, 1], [0, 9, 1, 5], [7, 7, 7, 0]], dtype=np.float16)
-    stage = FirstStage(anchors, table)
+    nearest, starts = np.array([0, 0, 1, 2, 1], dtype=np.uint16), np.array([0, 1, 4, 5])
+    stage = FirstStage(True, anchors, nearest, starts, table)
     words = torch.tensor([[0.9, 0.1], [0.2, 0.8]])  # the first two anchors: sums 9, 9, 2, 6
-    assert stage(words, 2).tolist() == [0, 1]
-    assert stage(words, 3).tolist() == [0, 1, 3]
-    assert stage(words, 99).tolist() == [0, 1, 2, 3]
+    assert stage.images(words, 2).tolist() == [0, 1]
+    assert stage.images(words, 3).tolist() == [0, 1, 3]
+    assert stage.images(words, 99).tolist() == [0, 1, 2, 3]
+    # strengths of the anchors .6, .8 and 0: captions of .6, (.6 + .8 + 0) / 3 and .8 a word
+    regions = torch.tensor([[0.6, 0.0], [0.0, 0.8]])
+    assert stage.captions(regions, 1).tolist() == [2]
+    assert stage.captions(regions, 2).tolist() == [0, 2]
+    swapped = FirstStage(False, anchors, nearest, starts, table)  # i2t: the same with the roles swapped
+    assert swapped.captions(words, 3).tolist() == [0, 1, 3] and swapped.images(regions, 2).tolist() == [0, 2]
 
 
 def test_the_table_is_the_largest_product_of_anchors_and_regions(built):
@@ -121,16 +128,51 @@ def test_a_promising_first_stage_finds_most_of_the_top(built):
     for sentence in loader.dataset.captions[:20]:
         words = collection.embed(sentence)
         best = np.argsort(-collection.score_images(words))[:5]
-        found.append(np.isin(best, collection.first_stage(words, 20)).mean())
+        found.append(np.isin(best, collection.first_stage.images(words, 20)).mean())
     assert np.mean(found) > 0.6
 
 
-@pytest.mark.parametrize("stop_at", ["images.npy", "words.npy", "by_picture.npy"])
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+def test_the_first_stage_is_the_mean_over_what_attends_of_the_best_that_is_attended_to(toy, built, way):
+    """Pictures for a sentence and captions for a picture, against plain forms; what attends stands for its anchor."""
+    root, paths = toy
+    model, loader = load(paths[way])
+    collection = open_or_build(paths[way], model, loader, "test", str(root / f"stage_{way}"), n_anchors=32)
+    anchors = collection.first_stage.anchors.reconstruct_n(0, 32)
+    images, words = (np.asarray(x, dtype=np.float32) for x in (collection.images, collection.words))
+    captions = [words[start:stop] for start, stop in zip(collection.starts[:-1], collection.starts[1:], strict=True)]
+
+    def worth(regions, sentence):
+        attending, attended = (sentence, regions) if way == "t2i" else (regions, sentence)
+        return (anchors[(attending @ anchors.T).argmax(1)] @ attended.T).max(1).mean()
+
+    for number in (0, 7, 31):
+        sentence, regions = collection.caption(number), collection.image(number)
+        for rows, values in (
+            (collection.first_stage.images(sentence, 20), [worth(image, sentence.numpy()) for image in images]),
+            (collection.first_stage.captions(regions, 20), [worth(regions.numpy(), caption) for caption in captions]),
+        ):
+            assert len(rows) == 20 and np.all(np.diff(rows) > 0)
+            assert np.array(values)[rows].min() >= np.sort(values)[-20] - 2e-3  # the table is of half precision
+
+
+def test_captions_are_searched_in_two_stages_too(built):
+    model, loader, folder = built
+    collection = open_collection(folder, model, loader.dataset.vocab)
+    image = collection.image(3)
+    exact, rows = collection.score_captions(image), collection.first_stage.captions(image, 40)
+    captions, scores = collection.search_captions(image, 5, candidates=40)
+    assert set(captions) <= set(rows) and scores == pytest.approx(np.sort(exact[rows])[::-1][:5], abs=1e-6)
+    assert scores == pytest.approx(exact[captions], abs=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", ["images.npy", "words.npy", "nearest.npy", "by_item.npy"])
 def test_a_stopped_build_goes_on_where_it_was(toy, built, tmp_path, monkeypatch, stop_at):
     model, loader, finished = built
     made_from, steps = fingerprint(toy[1]["t2i"], loader.dataset, 32), []
     monkeypatch.setattr(build_index, "SYNC_EVERY", 1)
     monkeypatch.setattr(build_index, "TABLE_BLOCK", 8)
+    monkeypatch.setattr(build_index, "NEAREST_BLOCK", 100)
     plain_write = build_index.ArrayFile.write
 
     def write(file, row, values):
@@ -237,9 +279,7 @@ def test_the_benchmark_says_what_is_found_of_the_exhaustive_top(toy, monkeypatch
     collection = Collection.encode(model, loader)
     best = np.argsort(-collection.score_images(collection.embed(loader.dataset.captions[0])), kind="stable")
 
-    def knows(words, count):
-        return np.concatenate([best[:7], best[10 : count + 3]])
-
+    knows = benchmark_search.Stage(lambda words, count: np.concatenate([best[:7], best[10 : count + 3]]))
     (row,) = benchmark_search.measure_recall(collection, loader.dataset.captions[:1], {"x": lambda n: knows}, [N])
     assert row == {"pictures": N, "stage": "x", "candidates": 50, "recall": 0.7, "worst_recall": 0.7, "queries": 1}
 
@@ -252,6 +292,8 @@ def test_the_benchmark_refuses_sizes_that_the_split_has_not(toy, built, monkeypa
 def test_pictures_are_drawn_once(tmp_path):
     benchmark_search.draw_pictures(str(tmp_path), 7)
     features = tmp_path / "demo_precomp" / "train_ims.npy"
+    captions = (tmp_path / "demo_precomp" / "train_caps.txt").read_text()
+    assert captions.count("\n") == 7 and len(set(captions.splitlines())) == 7
     assert np.load(features).shape == (7, 36, 128) and not (tmp_path / "demo_precomp" / "train_images").exists()
     before = features.stat().st_mtime_ns
     benchmark_search.draw_pictures(str(tmp_path), 7)

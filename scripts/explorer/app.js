@@ -15,7 +15,7 @@ const detail = new Detail({
 function state() {
   const hash = new URLSearchParams(location.hash.slice(1))
   const open = hash.get('open')
-  return {hard: hash.has('hard'), q: hash.get('q') ?? '', open: open === null ? null : Number(open)}
+  return {hard: hash.has('hard'), q: hash.get('q') ?? '', open: /^\d+$/.test(open ?? '') ? Number(open) : open}
 }
 
 // Change part of the address; typing replaces the entry in the history instead of adding one.

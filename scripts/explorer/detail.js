@@ -29,8 +29,8 @@ export class Detail {
     if (!$('detail').open) $('detail').showModal()
     say('detail-status', 'Loading …')
     try {
-      const [picture, captions] = await Promise.all([ask(`api/pictures/${image}`),
-        ask(`api/pictures/${image}/captions?k=${CAPTIONS}`)])
+      const path = `api/pictures/${encodeURIComponent(image)}`
+      const [picture, captions] = await Promise.all([ask(path), ask(`${path}/captions?k=${CAPTIONS}`)])
       if (this.image !== image) return
       Object.assign(this, {picture, captions})
       $('region').max = picture.boxes?.length ?? 0
@@ -39,7 +39,7 @@ export class Detail {
   }
 
   fail(error) {
-    for (const id of ['views', 'grids', 'captions']) $(id).replaceChildren()
+    $('detail').classList.add('failed')
     say('detail-status', error.message, true)
   }
 
@@ -49,6 +49,7 @@ export class Detail {
     const answer = await ask(`api/pictures/${image}/attention?sentence=${encodeURIComponent(sentence)}`)
     if (this.image !== image) return
     Object.assign(this, {sentence, answer})
+    $('detail').classList.remove('failed')
     $('detail-title').textContent = `${this.picture.id}: “${sentence}”`
     $('views').replaceChildren(...answer.models.map((model, i) => this.view(model, i)))
     $('captions').replaceChildren(...this.captions.models.map((model, i) => this.captionList(model, i)))
@@ -168,7 +169,8 @@ export class Detail {
   // ---- picture → captions
 
   captionList(model, i) {
-    const place = `its own caption first at rank ${number(model.rank)} of ${number(model.scored)}`
+    const place = model.rank ? `its own caption first at rank ${number(model.rank)} of ${number(model.scored)}`
+      : `its own captions are not among the ${number(model.scored)} that were scored`
     return h('section', {className: 'model'}, h('h3', {}, this.about.models[i].name), h('p', {className: 'note'}, place),
       h('ol', {}, ...model.results.map((result, rank) => {
         const button = h('button', {type: 'button', className: result.right ? 'right' : ''},
