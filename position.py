@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import sys
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -129,8 +128,14 @@ def read_archive(path: str) -> tuple:
         with np.load(path, allow_pickle=False) as archive:
             names = archive.files
             arrays = {name: archive[name] for name in (*BOX_NAMES, *SIZE_NAMES, "image_h", "image_w") if name in names}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: truncated or not an .npz file of numbers ({error})") from None
+    except OSError:  # says which file
+        raise
+    except Exception as error:  # NumPy, zip and zlib each have their own
+        reason = str(error).partition(". If you trust")[0]
+        raise InputError(f"{path}: truncated or not an .npz file of numbers ({reason})") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{path}: {name} are {array.dtype}, expected numbers")
     boxes, sizes = (
         next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES)
     )
@@ -145,7 +150,7 @@ def read_arrays(path: str, sizes_path: str) -> tuple:
     """Boxes (n, R, 4) and image sizes (n, 2) of an .npy or .npz file; the sizes may come from sizes_path."""
     boxes, sizes = read_archive(path) if path.endswith(".npz") else (open_npy(path), None)
     if sizes_path:
-        pair = re.fullmatch(r"([\d.]+)[x,]([\d.]+)", sizes_path)
+        pair = re.fullmatch(r"(\d+\.?\d*)[x,](\d+\.?\d*)", sizes_path)
         if pair:
             sizes = np.tile(np.array(pair.groups(), dtype=np.float64), (len(boxes), 1))
         else:
@@ -154,6 +159,8 @@ def read_arrays(path: str, sizes_path: str) -> tuple:
         raise InputError(f"{path}: no image sizes in it; --sizes gives them")
     if boxes.ndim != 3 or boxes.shape[2] != 4 or sizes.shape != (len(boxes), 2):
         raise InputError(f"{path}: boxes {boxes.shape} with image sizes {sizes.shape}: expected (n, R, 4) and (n, 2)")
+    if not boxes.size:
+        raise InputError(f"{path}: boxes {boxes.shape}: none, expected at least one")
     return boxes, sizes
 
 
@@ -188,7 +195,7 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
             x, y, width, height = annotation["bbox"]
             boxes[row, found[row]] = x, y, x + width, y + height
             found[row] += 1
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: not a COCO-style file of images and annotations ({error!r})") from None
@@ -219,11 +226,16 @@ def main() -> None:
     add("--n_regions", type=int, default=36, help="for JSON: regions an image, padded if fewer (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace a file that is there")
     opt = parser.parse_args()
-    if os.path.exists(opt.out) and not opt.overwrite:
+    of_json = opt.boxes.endswith(".json")
+    if opt.n_regions < 1:
+        raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
+    if opt.sizes if of_json else opt.ids:
+        raise InputError(f"{opt.boxes}: {'--sizes is for arrays' if of_json else '--ids is for JSON'}")
+    if os.path.isfile(opt.out) and not opt.overwrite:
         print(f"{opt.out}: there already (--overwrite makes it anew)")
         return
     os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)
-    if opt.boxes.endswith(".json"):
+    if of_json:
         problems = Problems(opt.out + ".problems.txt")
         ids = read_ids(opt.ids, problems) if opt.ids else None
         if problems.total:

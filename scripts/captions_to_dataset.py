@@ -10,12 +10,15 @@ A picture with more captions keeps its first ones, one with fewer is left out; b
 
 import argparse
 import contextlib
+import io
 import os
 import random
 import re
 import sys
 from collections import Counter
 from pathlib import Path
+
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -63,9 +66,9 @@ def read_coco(paths):
     pictures = Pictures()
     for path in paths:
         try:
-            with contextlib.redirect_stdout(sys.stderr):
+            with contextlib.redirect_stdout(io.StringIO()):  # it reports what it does
                 coco = COCO(path)
-            for image_id in sorted(coco.imgs):
+            for image_id in tqdm(sorted(coco.imgs), desc=os.path.basename(path), leave=False, disable=None):
                 annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
                 pictures.add(image_id, [annotation["caption"] for annotation in annotations])
         except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
@@ -75,7 +78,7 @@ def read_coco(paths):
 
 def read_tsv(path, problems):
     pictures = Pictures()
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(tqdm(read_lines(path), os.path.basename(path), leave=False, disable=None), 1):
         name, tab, caption = line.partition("\t")
         if tab and name.strip() and caption.strip():
             pictures.add(re.sub(r"#\d+$", "", name.strip()), [caption])
@@ -137,16 +140,21 @@ def deal(pictures, good, opt, problems):
     return {split: [pictures.ids[name] for name in names] for split, names in splits.items()}
 
 
-def write_split(folder, split, ids, captions, overwrite):
-    """Write SPLIT_ids.txt and SPLIT_caps.txt. Features that lie there in another order are an InputError."""
+def check_order(folder, split, ids):
+    """Raises InputError where features of the split lie there, in another order than ids."""
     prefix = os.path.join(folder, split)
     ids_path, features = prefix + "_ids.txt", [prefix + "_ims.npy", prefix + "_boxes.npy"]
     there = [path for path in features if os.path.exists(path)]
     old = read_lines(ids_path) if os.path.isfile(ids_path) else None
-    if there and not overwrite and [key(i) for i in old or ()] != [key(i) for i in ids]:
+    if there and [key(i) for i in old or ()] != [key(i) for i in ids]:
         how = f"--ids {split}={ids_path} keeps their order" if old else "--overwrite writes them all the same"
         raise InputError(f"{there[0]}: there already, and not known to be in the order of these captions; {how}")
-    for path, lines in ((prefix + "_caps.txt", captions), (ids_path, ids)):
+
+
+def write_split(folder, split, ids, captions):
+    """Write SPLIT_caps.txt and SPLIT_ids.txt."""
+    prefix = os.path.join(folder, split)
+    for path, lines in ((prefix + "_caps.txt", captions), (prefix + "_ids.txt", ids)):
         with naming(path):
             write_lines(path, lines)
     print(f"{split}: {len(ids)} pictures, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
@@ -205,11 +213,14 @@ def main():
             problems.add(f"with fewer than {k} captions", pictures.ids[name], f"{count}; left out")
     if problems.total:
         print(f"{problems} (listed in {problems.path})")
-    for split, ids in splits.items():
+    for split, ids in splits.items():  # all of them before the first is written
         if not ids:
             raise InputError(f"{split}: none of its pictures has {k} captions")
+        if not opt.overwrite:
+            check_order(opt.out, split, ids)
+    for split, ids in splits.items():
         captions = [text for image_id in ids for text in good[key(image_id)]]
-        write_split(opt.out, split, ids, captions, opt.overwrite)
+        write_split(opt.out, split, ids, captions)
 
 
 if __name__ == "__main__":

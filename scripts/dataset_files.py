@@ -66,7 +66,8 @@ def json_items(path, name):
         try:
             yield from ijson.items(shallow(ijson.parse(source, use_float=True, buf_size=8192)), name + ".item")
         except (ijson.JSONError, ValueError, RecursionError) as error:
-            raise InputError(f"{path}: truncated or not JSON ({str(error).strip().splitlines()[0]})") from None
+            said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
+            raise InputError(f"{path}: truncated or not JSON ({said.strip().splitlines()[0]})") from None
 
 
 def shallow(events):

@@ -10,15 +10,24 @@ import argparse
 import base64
 import contextlib
 import ctypes
+import hashlib
 import os
 import sys
+import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if __name__ == "__main__":
-    # torchvision would import the compiler of GPU kernels, which nothing here uses: 73 MB
+if __name__ == "__main__":  # memory that nothing here needs
+    # oneDNN keeps the code that it makes for 1,024 layers and shapes of picture: 100 MB after some hundred pictures
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    # torchvision would import PyTorch's compiler, to ask it one question, and the compiler of GPU kernels: 150 MB
     sys.modules["triton"] = None
+    compiler = types.SimpleNamespace(is_compile_supported=lambda device: False)
+    sys.modules["torch._dynamo"] = sys.modules["torch._dynamo.utils"] = compiler
+    import torchvision.ops  # noqa: F401
+
+    del sys.modules["torch._dynamo"], sys.modules["torch._dynamo.utils"]
 
 import numpy as np
 import torch
@@ -37,13 +46,15 @@ from position import position_grid
 
 STRIDE = 32  # pixels of the input per cell of every backbone's last map
 POOL = 7  # points a side at which a region is sampled
+SETTINGS = ("regions", "backbone", "weights", "detector", "detector_weights", "image_size", "seed")  # decide the values
 MOST_PIXELS = 10**8  # a larger picture than this is not read, unless its format can be read in small
 
 
 def find_pictures(folder):
-    """{key: path below folder} of the picture files, in the order of their names; doubled keys get a list."""
+    """{key: paths below folder (a list)} of the picture files, in the order of their names."""
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder")
+        found = "is no folder" if os.path.exists(folder) else "no such folder"
+        raise InputError(f"{folder}: {found}, expected one of pictures")
     found = {}
     for root, folders, files in os.walk(folder):
         folders.sort()
@@ -168,8 +179,7 @@ def write_dataset(split, ids, paths, opt, networks, img_dim, problems):
     arrays = {"ims": ((N_REGIONS, img_dim), number), "boxes": ((N_REGIONS, 31), np.float32)}
     if opt.whole:
         arrays["who_ims"] = ((img_dim,), number)
-    names = ("regions", "backbone", "weights", "detector", "detector_weights", "image_size", "seed")
-    settings = {"tool": "extract_features", **{name: getattr(opt, name) for name in names}}
+    settings = {"tool": "extract_features", **{name: getattr(opt, name) for name in SETTINGS}}
     with SplitWriter(opt.out, split, ids, arrays, settings, overwrite=opt.overwrite) as out:
         if out.finished:
             print(f"{split}: there already")
@@ -188,13 +198,17 @@ def write_dataset(split, ids, paths, opt, networks, img_dim, problems):
 
 
 def write_tsv(path, ids, paths, opt, networks, problems):
-    """Write opt.tsv: image_id image_w image_h num_boxes boxes features. A stopped run's whole lines are kept."""
+    """Write opt.tsv: image_id image_w image_h num_boxes boxes features.
+
+    The whole lines of a stopped run with the same settings are kept.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
     if os.path.exists(path) and not opt.overwrite:
         print(f"{path}: there already")
         return
-    part, done = path + ".part", set()
+    settings = hashlib.sha256(repr([getattr(opt, name) for name in SETTINGS]).encode()).hexdigest()
+    part, done = f"{path}.{settings[:8]}.part", set()
     with naming(part), open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
         end = 0
         for line in file:
@@ -209,6 +223,8 @@ def write_tsv(path, ids, paths, opt, networks, problems):
             file.write("\t".join(map(str, (ids[row], width, height, N_REGIONS, *data))).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
+        if not file.tell():
+            raise InputError(f"{path}: none of the {len(ids)} pictures could be used")
     os.replace(part, path)
     print(f"{path}: {len(done) + len(items)} pictures asked for, {problems.counts['unreadable']} of them unreadable")
 
@@ -270,12 +286,14 @@ def main():
     opt.backbone = opt.backbone or ("detector" if opt.regions == "proposals" else "resnet50")
     device = pick_device(opt.device)
     opt.batch_size = (8 if device.type == "cuda" else 1) if opt.batch_size is None else opt.batch_size
-    opt.image_size = opt.image_size or (600 if opt.regions == "proposals" else 448)
+    opt.image_size = (600 if opt.regions == "proposals" else 448) if opt.image_size is None else opt.image_size
     if opt.regions == "windows" and opt.backbone == "detector":
         raise InputError("--regions windows has no detector: expected --backbone " + " | ".join(BACKBONES))
     for name, least in (("image_size", STRIDE), ("batch_size", 1), ("workers", 1)):
         if getattr(opt, name) < least:
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
+    if not 0 <= opt.seed < 2**63:
+        raise InputError(f"--seed {opt.seed}: expected 0 to 2^63 - 1")
     found = find_pictures(opt.images)
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "picture_problems.txt"))

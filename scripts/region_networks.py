@@ -1,6 +1,9 @@
 """The networks of extract_features.py: backbones, a detector that gives boxes, and windows that need none."""
 
 import os
+import pickle
+import re
+import warnings
 
 import numpy as np
 import torch
@@ -84,16 +87,26 @@ def _torchvision(build, weights, published):
 
 
 def _load(network, path, name):
+    """Give network the weights of a file, in which nothing is ever executed."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file, expected the weights of {name}, or download, or random")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused anyway
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"a {type(state).__name__}, expected a dict of tensors")
         missing, unexpected = network.load_state_dict(state.get("model", state), strict=False)
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # frozen norms lack it
         if missing or unexpected:
             raise ValueError(f"{(missing + unexpected)[0]} is {'missing' if missing else 'surplus'}")
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"refused, it names {found[1]}" if found else "not a file of weights"
+        raise InputError(f"{path}: not the weights of {name} ({reason})") from None
     except Exception as error:  # pickle, zip and torch each have their own
-        reason = str(error).partition("\n")[0].partition(". In PyTorch")[0] or type(error).__name__
+        lines = str(error).splitlines()  # load_state_dict's first line says nothing
+        reason = lines[lines[0].startswith("Error(s)") and len(lines) > 1].strip()[:200] if lines else "nothing in it"
         raise InputError(f"{path}: not the weights of {name} ({reason})") from None
 
 

@@ -132,7 +132,7 @@ def convert(tsv, writers, fields, opt, problems):
             with np.errstate(over="raise"):
                 features = features.astype(np.float16 if opt.float16 else np.float32)
             grid = position_grid(boxes, size)
-        except (InputError, FloatingPointError) as error:
+        except (InputError, ArithmeticError) as error:  # float16 too small for a feature, float for a width
             problems.add("malformed", where, f"id {image_id}: {str(error).removeprefix('picture 0, ')}")
             continue
         counts["used"] += 1
@@ -184,6 +184,8 @@ def main():
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
     if opt.all:
         splits = {opt.all: list(dict.fromkeys(image_id for _, image_id, _ in read_tsv(opt.tsv, fields) if image_id))}
+        if not splits[opt.all]:
+            raise InputError(f"{opt.tsv[0]}: no pictures, expected lines of {', '.join(fields)}, tab-separated")
     else:
         splits = split_ids(opt.out, opt.ids, problems)
     arrays = {

@@ -316,6 +316,40 @@ def test_a_bad_box_is_named_and_nothing_written(tmp_path):
     assert "--sizes" in fails("position", tmp_path / "b.npy", "--out", tmp_path / "o.npy")
 
 
+def test_boxes_of_another_kind_are_named_and_no_file_is_left(tmp_path):
+    boxes, sizes = np.zeros((2, 3, 4), np.float32), np.ones((2, 2))
+    np.save(tmp_path / "b.npy", boxes)
+    (tmp_path / "array.npz").write_bytes((tmp_path / "b.npy").read_bytes())
+    np.savez(tmp_path / "words.npz", boxes=np.full((2, 3, 4), "a"), image_sizes=sizes)
+    np.savez(tmp_path / "none.npz", boxes=boxes[:0], image_sizes=sizes[:0])
+    np.savez(tmp_path / "good.npz", boxes=boxes, image_sizes=sizes)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-40])
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-10])
+    (tmp_path / "ids.txt").write_text("1\n")
+    boxes_of_1 = '"annotations": [{"image_id": 1, "bbox": [0, 0, 1, 1]}]'
+    picture = '{"images": [{"id": 1, "height": %s, "width": 5}], ' + boxes_of_1 + "}"
+    (tmp_path / "good.json").write_text(picture % 5)
+    (tmp_path / "huge.json").write_text(picture % ("9" * 400))
+    (tmp_path / "folder").mkdir()
+    before = sorted(os.listdir(tmp_path))
+    for name, more, said in (
+        ("array.npz", (), "not an .npz file"),
+        ("cut.npz", (), "truncated or not an .npz file"),
+        ("cut.npy", ("--sizes", "5x5"), "truncated or not an .npy array"),
+        ("words.npz", (), "boxes are <U1, expected numbers"),
+        ("none.npz", (), "boxes (0, 3, 4): none"),
+        ("b.npy", ("--sizes", "1.2.3x4"), "1.2.3x4: no such file"),
+        ("b.npy", ("--sizes", "0x4"), "expected positive numbers"),
+        ("good.npz", ("--ids", tmp_path / "ids.txt"), "--ids is for JSON"),
+        ("good.json", ("--sizes", "5x5"), "--sizes is for arrays"),
+        ("good.json", ("--n_regions", 0), "--n_regions 0: expected at least 1"),
+        ("huge.json", (), "huge.json: "),
+        ("good.npz", ("--out", tmp_path / "folder"), "folder: is no file"),
+    ):
+        assert said in fails("position", tmp_path / name, "--out", tmp_path / "o.npy", *more), name
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     images = [{"id": i, "file_name": f"{i}.jpg", "height": 100, "width": 200} for i in (5, 6, 7)]
     annotations = [{"image_id": i, "bbox": [i, 2 * j, 50, 40]} for j in range(3) for i in (7, 5, 6)]
@@ -456,6 +490,10 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
         np.save(tmp_path / f"o/{split}_ims.npy", np.zeros((len(ids), R, D), np.float32))
     ok(*args, "--sizes", "dev=1", "test=2", "--seed", 1)
     assert "not known to be in the order" in fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2)
+    np.save(tmp_path / "o/test_ims.npy", np.zeros((2, R, D), np.float32))
+    os.remove(tmp_path / "o/train_ims.npy")
+    fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2)  # train alone would fit; no split is written
+    assert (tmp_path / "o/train_ids.txt").read_text().split() == splits["train"]
     write_lines(tmp_path / "caps.tsv", ["no tab here"])
     assert "no picture has 5 captions" in fails(*args, "--split", "train")
 
@@ -479,6 +517,8 @@ def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
     (tmp_path / "empty").write_text("")
     (tmp_path / "spaces.tsv").write_text("1 500 375 36 AAAA AAAA\n")
     (tmp_path / "list.json").write_text("[]")
+    write_lines(tmp_path / "head.tsv", ["image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures"])
+    write_lines(tmp_path / "wide.tsv", [tsv_line(10, *parts[10], width=10**400)])
     for name in ("reference", "source"):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / f"{name}/train_ids.txt", [1])
@@ -487,6 +527,8 @@ def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
     folders = ("--reference", tmp_path / "reference", "--source", tmp_path / "source")
     for args, said in (
         (("tsv_to_dataset", tmp_path / "empty", *out, *ids), "empty: empty, expected lines of image_id"),
+        (("tsv_to_dataset", tmp_path / "head.tsv", *out, "--all", "train"), "head.tsv: no pictures"),
+        (("tsv_to_dataset", tmp_path / "wide.tsv", "--out", tmp_path / "w", *ids, "--img_dim", D), "1 malformed"),
         (("tsv_to_dataset", tmp_path / "spaces.tsv", *out, *ids), "1 malformed"),
         (("tsv_to_dataset", tmp_path / "a.tsv", *out, *ids, "--n_regions", 0), "--n_regions 0: expected at least 1"),
         (("tsv_to_dataset", tmp_path / "a.tsv", "--out", tmp_path / "empty", *ids), "empty: is no folder"),

@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -246,7 +247,33 @@ def test_proposals_of_full_size_take_less_than_a_gigabyte(tmp_path, pictures):
     env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "scripts")}
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) < 2**20
+    assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024 < 10**9
+
+
+def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, pictures):
+    args = windows_args(pictures, tmp_path / "o", "--tsv", tmp_path / "t.tsv")
+    real = extract_features.extract
+    calls = []
+
+    def dies(*args):
+        calls.append(args)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with patch.object(extract_features, "extract", dies), pytest.raises(KeyboardInterrupt):
+        extract(*args)
+    assert not (tmp_path / "t.tsv").exists()
+    extract(*args, "--seed", 1)
+    with patch.object(extract_features, "extract", dies):
+        extract(*args, "--seed", 1)  # there already
+        assert len(calls) == 5
+        (tmp_path / "t.tsv").rename(tmp_path / "seed1.tsv")
+        extract(*args)
+    assert len(calls) == 5 + 8  # 4 of the 12 pictures lay in the stopped run's file
+    one, other = ((tmp_path / f"{name}.tsv").read_text().splitlines() for name in ("t", "seed1"))
+    assert {line.split("\t")[0] for line in one} == {line.split("\t")[0] for line in other} and len(one) == 12
+    assert not set(one) & set(other)
 
 
 def test_feature_pyramid_is_torchvisions():
@@ -261,13 +288,51 @@ def test_feature_pyramid_is_torchvisions():
         assert torch.equal(found[name], level)
 
 
+class RunsCode:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, pictures):
+    torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran"), protocol=4))
+    for name, says in (("zip.pth", "refused, it names io.open"), ("plain.pth", "refused|not a file of weights")):
+        for more in (("--weights", tmp_path / name), ("--regions", "proposals", "--detector_weights", tmp_path / name)):
+            with pytest.raises(InputError, match=f"{name}: not the weights of .*({says})"):
+                extract(*windows_args(pictures, tmp_path / "o", *more))
+    done = tool("extract_features", *windows_args(pictures, tmp_path / "o", "--weights", tmp_path / "plain.pth"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "ran").exists() and not list((tmp_path / "o").iterdir())
+
+
+def test_pictures_none_of_which_can_be_read_leave_no_file(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    for more in ((), ("--tsv", tmp_path / "t.tsv")):
+        with pytest.raises(InputError, match="none of the 1 pictures could be used"):
+            extract(*windows_args(tmp_path / "broken", tmp_path / "o", *more))
+    assert not (tmp_path / "t.tsv").exists() and not list((tmp_path / "o").glob("*.npy"))
+
+
 def test_what_does_not_fit_is_one_line(tmp_path, pictures):
     (tmp_path / "empty").touch()
+    (tmp_path / "text.txt").write_text("no picture, no weights\n")
+    torch.save([1], tmp_path / "list.pth")
+    torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "shape.pth")
     for args, said in (
         ((tmp_path / "no", tmp_path / "o"), "no such folder"),
         ((pictures, tmp_path / "o", "--backbone", "detector"), "--regions windows has no detector"),
         ((pictures, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
-        ((pictures, tmp_path / "o", "--weights", tmp_path / "empty"), r"empty: not the weights of resnet50 \(EOFError"),
+        ((tmp_path / "text.txt", tmp_path / "o"), "text.txt: is no folder"),
+        ((pictures, tmp_path / "o", "--weights", tmp_path / "empty"), "empty: not the weights of resnet50"),
+        ((pictures, tmp_path / "o", "--weights", tmp_path / "text.txt"), "text.txt: not the weights of resnet50"),
+        ((pictures, tmp_path / "o", "--weights", tmp_path / "list.pth"), "list.pth: .*a list, expected a dict"),
+        ((pictures, tmp_path / "o", "--weights", tmp_path / "shape.pth"), "shape.pth: not .*size mismatch for conv1"),
+        ((pictures, tmp_path / "o", "--image_size", 0), "--image_size 0: expected at least 32"),
+        ((pictures, tmp_path / "o", "--seed", 2**64), "--seed 18446744073709551616: expected"),
         ((pictures, tmp_path / "empty"), "empty: is no folder"),
         ((pictures, tmp_path / "o", "--tsv", pictures), "pictures: is no file"),
         ((pictures, tmp_path / "o", "--device", "nonsense"), "--device nonsense"),
@@ -276,7 +341,8 @@ def test_what_does_not_fit_is_one_line(tmp_path, pictures):
         with pytest.raises(InputError, match=said):
             extract(*windows_args(*args))
     done = tool("extract_features", *windows_args(tmp_path / "no", tmp_path / "o"))
-    assert done.returncode == 2 and done.stderr.strip() == f"error: {tmp_path}/no: no such folder"
+    assert done.returncode == 2
+    assert done.stderr.strip() == f"error: {tmp_path}/no: no such folder, expected one of pictures"
 
 
 def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures):
