@@ -51,13 +51,13 @@ class FirstStage:
         return largest(sums / np.diff(self.starts), count)
 
 
-def largest(values, count):
+def largest(values: np.ndarray, count: int) -> np.ndarray:
     """The indices of the largest count values (n,), in ascending order."""
     count = min(count, len(values))
     return np.sort(np.argpartition(-values, count - 1)[:count])
 
 
-def best_of(scores, rows, k):
+def best_of(scores: np.ndarray, rows: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Of scores (n,) of all rows, or of some, the best k: their numbers and scores, best first."""
     best = np.argsort(-scores, kind="stable")[:k]
     return best if rows is None else rows[best], scores[best]

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 import region_networks
 import torch
+import torchvision
 from folders import write_lines
 from PIL import Image, ImageDraw
 from torchvision.models import detection
+from torchvision.ops import FrozenBatchNorm2d
 
 from errors import InputError
 from position import position_grid
@@ -141,8 +143,8 @@ def test_weights_may_come_from_a_file_as_published_ones_are_stored(tmp_path):
     network = detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "detector.pth")
-    loaded = region_networks.Detector("fasterrcnn_resnet50_fpn", str(tmp_path / "detector.pth"))
-    for name, value in loaded.network.state_dict().items():
+    loaded = region_networks._torchvision(detection.fasterrcnn_resnet50_fpn, str(tmp_path / "detector.pth"), "COCO_V1")
+    for name, value in loaded.state_dict().items():
         if "num_batches" not in name:
             assert torch.equal(value, state[name])
     with pytest.raises(InputError, match="not the weights of resnet50"):
@@ -274,6 +276,24 @@ def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, pictures):
     one, other = ((tmp_path / f"{name}.tsv").read_text().splitlines() for name in ("t", "seed1"))
     assert {line.split("\t")[0] for line in one} == {line.split("\t")[0] for line in other} and len(one) == 12
     assert not set(one) & set(other)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.BatchNorm2d, FrozenBatchNorm2d])
+def test_folded_norms_give_the_same_maps(norm):
+    torch.manual_seed(0)
+    network = torchvision.models.resnet50(weights=None, norm_layer=norm).eval()
+    for module in network.modules():
+        if isinstance(module, norm):
+            for name, value in module.state_dict().items():
+                if value.is_floating_point():
+                    value.copy_(torch.rand(value.shape) + (0.5 if name in ("weight", "running_var") else -0.5))
+    images = torch.rand(2, 3, 64, 96)
+    body = torch.nn.Sequential(*list(network.children())[:-2])
+    with torch.no_grad():
+        expected = body(images)
+        found = region_networks.fold_norms(body)(images)
+    assert not [module for module in body.modules() if isinstance(module, norm)]
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
 def test_feature_pyramid_is_torchvisions():

@@ -67,7 +67,8 @@ async function search(sentence) {
     shown = await ask(`api/search?k=${K}&sentence=${encodeURIComponent(sentence)}`, mine.signal)
     $('results').replaceChildren(...shown.models.map(column))
     const seconds = (performance.now() - started) / 1000
-    say('status', `${number(about.pictures)} pictures ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
+    const best = about.models.some(model => model.indexed) ? `The best ${number(about.candidates)} of ` : ''
+    say('status', `${best}${number(about.pictures)} pictures ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
     shown = null

@@ -39,7 +39,9 @@ export class Detail {
   }
 
   fail(error) {
+    this.answer = null
     $('detail').classList.add('failed')
+    $('detail-title').textContent = 'Picture'
     say('detail-status', error.message, true)
   }
 
@@ -91,6 +93,7 @@ export class Detail {
   }
 
   light(what) {
+    if (!this.answer) return  // what hid with a failure has lost the pointer or the focus
     const {word, region} = what ?? {}
     const views = [...document.querySelectorAll('#views > .view')]
     views.forEach((view, i) => {
