@@ -26,6 +26,9 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+if not __package__:  # run as a file: else this folder comes first, and with it another vocab.py
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 from errors import run
 from Tencent_PFAN.demo_page import add_demo
 from Tencent_PFAN.scoring import BadRequest, Scorer

@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import time
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from statistics import median
 
 import numpy as np
@@ -322,5 +322,7 @@ def run_measurement(name, sizes, arguments):
 
 
 if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
+    parser = ArgumentParser(description="One measurement of scripts/benchmark.py, which starts this.")
+    parser.add_argument("job", type=json.loads, help='JSON: {"name": …, "sizes": {…}, "arguments": {…}}')
+    job = parser.parse_args().job
     print(json.dumps(run_measurement(job["name"], job["sizes"], job["arguments"])))

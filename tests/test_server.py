@@ -409,8 +409,9 @@ def answers(port):
 
 def test_sigterm_lets_what_has_begun_finish(tmp_path):
     model, port = make_model(str(tmp_path)), free_port()
-    command = [sys.executable, "-m", "Tencent_PFAN.scan_server_whole", model, str(port), "--threads", "1"]
-    process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    script = str(ROOT / "Tencent_PFAN/scan_server_whole.py")
+    command = [sys.executable, script, model, str(port), "--threads", "1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     try:
         assert "http://127.0.0.1:" in process.stdout.readline()
         wait_for(lambda: answers(port))
