@@ -17,7 +17,9 @@ import numpy as np
 from errors import InputError, run
 from files import open_npy, replace
 
-CHUNK = 256  # regions computed at once: 256 cells × 8 bytes × 256 = 0.5 MB a temporary, which stays in the cache
+CELLS_AT_ONCE = 1 << 16  # × 8 bytes = 0.5 MB a temporary, which stays in the cache
+WINDOWS = 4, 6, 8, 12  # columns or rows that most boxes fit into, so that the other cells need not be looked at
+FEW = 500  # regions up to which one window, the whole image, is faster
 
 
 def position_grid(boxes: Any, image_size: Any, split_size: int = 16, top_n: int = 15) -> np.ndarray:
@@ -43,11 +45,7 @@ def position_grid(boxes: Any, image_size: Any, split_size: int = 16, top_n: int 
     flat = boxes.reshape(-1, 4)
     sizes = image_size.reshape(-1, 2)
     _check(flat, sizes, n_regions)
-    sizes = np.repeat(sizes, n_regions, axis=0)
-    grid = np.empty((len(flat), 2 * top_n + 1), dtype=np.float32)
-    for start in range(0, len(flat), CHUNK):
-        part = slice(start, start + CHUNK)
-        grid[part] = _grid(flat[part], sizes[part], split_size, top_n)
+    grid = _grid(flat, np.repeat(sizes, n_regions, axis=0), split_size, top_n)
     return grid.reshape(boxes.shape[:-1] + (2 * top_n + 1,))
 
 
@@ -70,49 +68,72 @@ def _check(boxes, sizes, n_regions):
 
 
 def _grid(boxes, sizes, n, top_n):
-    """Grids (N, 2·top_n + 1) in float64 of N clean boxes (N, 4), each with its image's (height, width)."""
-    height, width = sizes.T
-    x1, x2 = np.clip(boxes[:, 0], 0, width), np.clip(boxes[:, 2], 0, width)
-    y1, y2 = np.clip(boxes[:, 1], 0, height), np.clip(boxes[:, 3], 0, height)
+    """Grids (N, 2·top_n + 1) in float32 of N clean boxes (N, 4), each with its image's (height, width)."""
+    lengths = sizes[:, ::-1]  # of x and y
+    low, high = np.clip(boxes[:, :2], 0, lengths), np.clip(boxes[:, 2:], 0, lengths)
+    grid = np.empty((len(boxes), 2 * top_n + 1), dtype=np.float32)
+    grid[:, -1] = (high - low).prod(1) / lengths.prod(1)
     # In cell units a cell is 1×1, so areas become shares of a cell; the ratio of areas is the same.
-    covered_x, middle_x = _cover(x1, x2, width, n)
-    covered_y, middle_y = _cover(y1, y2, height, n)
-    area = (covered_x[:, :, None] * covered_y[:, None, :]).reshape(-1, n * n)  # index = column·n + row
+    low, high = low * n / lengths, high * n / lengths
+    windows = [w for w in WINDOWS if w < n and w * w >= top_n] if len(boxes) > FEW else []
+    windows = np.array([*windows, n])
+    first = np.minimum(np.floor(low), n - 1).astype(int)
+    kind = np.searchsorted(windows, np.minimum(np.ceil(high), n) - first) @ (len(windows), 1)
+    stretch = lengths / lengths.max(1, keepdims=True)
+    for each in np.unique(kind):
+        window, members = windows[[*divmod(each, len(windows))]], np.flatnonzero(kind == each)
+        step = CELLS_AT_ONCE // window.prod()
+        for at in range(0, len(members), step):
+            some = members[at : at + step]
+            start = np.minimum(first[some], n - window)
+            grid[some, :-1] = _best_cells(low[some], high[some], stretch[some], start, window, n, top_n)
+    return grid
+
+
+def _best_cells(low, high, stretch, start, window, n, top_n):
+    """The cells and weights (N, 2·top_n) of N boxes that lie in windows of (columns, rows) beginning at start (N, 2).
+
+    low, high (N, 2): the corners x, y in cells. stretch (N, 2): the image's width and height, the longer one being 1.
+    """
+    (covered_x, order_x), (covered_y, order_y) = (
+        _cover(low[:, axis], high[:, axis], stretch[:, axis], start[:, axis], window[axis], n) for axis in (0, 1)
+    )
+    area = (covered_x[:, None] * covered_y).reshape(-1, len(low))
     # One integer a cell orders it by area, then nearness, then index: 26 + 28 + 9 bits. Areas are taken relative to
     # the region's largest, rounded to 2⁻²⁵ (float32's precision), so that rounding errors do not decide between equals;
-    # nearness and index are sums of a column's and a row's part.
-    largest = area.max(1, keepdims=True)
-    order = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1)))
+    # nearness and index (column·n + row) are sums of a column's and a row's part.
+    largest = area.max(0)
+    order = area * (2.0**25 / np.where(largest > 0, largest, 1))
+    np.rint(order, out=order)
     order += area > 0  # any area comes before none
-    key = order.astype(np.int64) << 37
-    side = np.maximum(width, height)
-    far_x, far_y = (
-        np.rint((middle * (length / side)[:, None]) ** 2 * (2**26 / n**2)).astype(np.int64) << 9
-        for middle, length in ((middle_x, width), (middle_y, height))
-    )  # each below 2³⁵
-    edge = np.arange(n)
-    columns, rows = (1 << 36) + n * n - 1 - n * edge - far_x, -edge - far_y
-    key += (columns[:, :, None] + rows[:, None, :]).reshape(-1, n * n)
-    key = np.partition(key, -top_n, axis=1)[:, -top_n:]
-    key.sort(axis=1)
+    key = order.astype(np.int64)
+    key <<= 37
+    order_x += (1 << 36) + n * n - 1 - (n - 1) * (start[:, 0] + np.arange(window[0])[:, None])
+    key += (order_x[:, None] + order_y).reshape(key.shape)
+    key = np.ascontiguousarray(key.T)
+    key.partition(-top_n, axis=1)
+    key = np.sort(key[:, -top_n:], axis=1)
     best = n * n - 1 - (key[:, ::-1] & 511)
-    weights = np.take_along_axis(area, best, 1)
+    column = best // n
+    row = best - column * n
+    place = (column - start[:, :1]) * window[1] + row - start[:, 1:]
+    weights = area[place, np.arange(len(low))[:, None]]
     total = weights.sum(1, keepdims=True)
     cells = np.where(weights > 0, best, n * n)
-    weights = weights / np.where(total > 0, total, 1)
-    share = (x2 - x1) * (y2 - y1) / (width * height)
-    return np.concatenate([cells, weights, share[:, None]], axis=1)
+    return np.concatenate([cells, weights / np.where(total > 0, total, 1)], axis=1)
 
 
-def _cover(low, high, length, n):
-    """How much of each of n equal parts of [0, length] the span [low, high] covers, and how far its middle is.
+def _cover(low, high, stretch, start, count, n):
+    """Of count columns (or rows) from start on: how much the span [low, high] covers of each, and their order.
 
-    low, high, length: (N,). Returns two arrays (N, n), both in units of a part.
+    Returns covered (count, N) in columns, and (count, N) int64 that is the larger the nearer a column is to the span's
+    middle, by index among equals; its lowest 9 bits are for the index.
     """
-    low, high = low * n / length, high * n / length
-    edge = np.arange(n)
-    covered = np.minimum(high[:, None], edge + 1) - np.maximum(low[:, None], edge)
-    return np.maximum(covered, 0), edge + 0.5 - (low + high)[:, None] / 2
+    edge = start + np.arange(count)[:, None]
+    covered = np.minimum(high, edge + 1) - np.maximum(low, edge)
+    middle = edge + 0.5 - (low + high) / 2
+    far = np.rint((middle * stretch) ** 2 * (2**26 / n**2)).astype(np.int64)  # at most 2²⁶
+    return np.maximum(covered, 0), -(far << 9) - edge
 
 
 # ---------------------------------------------------------------- command line

@@ -162,14 +162,29 @@ def test_any_leading_dimensions_give_the_same_grids():
     assert position_grid(np.zeros((0, 36, 4)), np.ones((0, 2))).shape == (0, 36, 31)
 
 
-def test_many_boxes_are_cut_into_chunks_that_leave_no_trace(monkeypatch):
+def test_windows_and_blocks_leave_no_trace(monkeypatch):
     rng = np.random.default_rng(1)
-    boxes = np.sort(rng.uniform(0, 200, (9, 5, 2, 2)), axis=-2).reshape(9, 5, 4)
+    boxes = np.sort(rng.uniform(-20, 220, (9, 5, 2, 2)) ** [[[1, 2]]] / [1, 200], axis=-2).reshape(9, 5, 4)
     sizes = rng.integers(50, 300, (9, 2))
-    whole = position_grid(boxes, sizes)
-    for chunk in (1, 7, 44, 45):  # 45 boxes: borders inside a picture, one left over, none left over
-        monkeypatch.setattr(position, "CHUNK", chunk)
-        np.testing.assert_array_equal(position_grid(boxes, sizes), whole)
+    whole = position_grid(boxes, sizes)  # so few that each is looked for in the whole image
+    monkeypatch.setattr(position, "FEW", 0)
+    for windows in ((), (4,), (5, 13), (4, 6, 8, 12)):
+        monkeypatch.setattr(position, "WINDOWS", windows)
+        for cells in (256, 1 << 10, 1 << 16):
+            monkeypatch.setattr(position, "CELLS_AT_ONCE", cells)
+            np.testing.assert_array_equal(position_grid(boxes, sizes), whole)
+    monkeypatch.setattr(position, "WINDOWS", (1, 2, 4))
+    for n, top_n in ((2, 4), (5, 1), (5, 7), (22, 15)):  # windows of fewer cells than are listed are not used
+        monkeypatch.setattr(position, "FEW", 0)
+        found = position_grid(boxes, sizes, n, top_n)
+        monkeypatch.setattr(position, "FEW", 45)
+        np.testing.assert_array_equal(position_grid(boxes, sizes, n, top_n), found)
+
+
+def test_a_corner_that_rounding_puts_outside_the_last_cell():
+    width = next(w for w in np.random.default_rng(0).uniform(1, 1000, 10_000) if w * 5 / w > 5)
+    grid = position_grid([[0, 0, width, width]], (width, width), 5, 25)
+    np.testing.assert_allclose(grid[0, 25:], [1 / 25] * 25 + [1], atol=1e-7)
 
 
 def test_another_grid_of_cells():
