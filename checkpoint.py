@@ -21,12 +21,15 @@ log = logging.getLogger(__name__)
 LAST, BEST = "checkpoint_last.pth.tar", "model_best.pth.tar"  # saved within an epoch; of the best score
 EPOCH = re.compile(r"checkpoint_(\d+)\.pth\.tar")  # saved after an epoch
 
-# What every checkpoint of SCAN and PFAN says of its model and data.
-OPTIONS = (
-    "data_path data_name vocab_path batch_size word_dim embed_size num_layers img_dim no_imgnorm no_txtnorm bi_gru "
-    "raw_feature_norm agg_func cross_attn precomp_enc_type lambda_lse lambda_softmax margin max_violation "
-    "learning_rate grad_clip"
-).split()
+# What every checkpoint of SCAN and PFAN says of its model and data, by kind; and what newer ones say as well.
+TEXTS = "data_path data_name vocab_path raw_feature_norm agg_func cross_attn precomp_enc_type".split()
+COUNTS = "batch_size word_dim embed_size num_layers img_dim".split()
+NUMBERS = "lambda_lse lambda_softmax margin learning_rate grad_clip".split()
+SWITCHES = "no_imgnorm no_txtnorm bi_gru max_violation".split()
+OPTIONS = (*TEXTS, *COUNTS, *NUMBERS, *SWITCHES)
+NEWER = {"position": TEXTS, "matmul_precision": TEXTS, "lambda_whole": NUMBERS, "seed": NUMBERS,
+         "allow_empty_captions": SWITCHES, "amp": SWITCHES, "need_box_whole": SWITCHES}  # fmt: skip
+LARGEST = 2**32  # of any number
 
 
 def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.tar", prefix: str = "") -> None:
@@ -105,13 +108,19 @@ def load_checkpoint(path: str) -> dict:
     lacking = [name for name in OPTIONS if not hasattr(opt, name)]
     if lacking:
         raise InputError(f"{path}: its options lack {lacking[0]}")
-    for key, kinds in (("epoch", int), ("best_rsum", (int, float)), ("Eiters", int), ("step", int)):
-        if not isinstance(checkpoint.get(key, 0), kinds):
-            raise InputError(f"{path}: {key} is {checkpoint[key]!r:.40}, expected a number")
+    check_options(path, opt)
+    for key, kinds, least in (("epoch", int, 0), ("best_rsum", (int, float), -1), ("Eiters", int, 0), ("step", int, 0)):
+        value = checkpoint.get(key, 0)
+        if not isinstance(value, kinds) or not least <= value <= LARGEST:
+            raise InputError(f"{path}: {key} is {brief(value)}, expected a number of at least {least}")
     if not isinstance(states, (list, tuple)) or [isinstance(state, dict) for state in states] != [True, True]:
         raise InputError(f"{path}: model is no list of two encoders' states")
-    if not isinstance(states[1].get("embed.weight"), torch.Tensor):
-        raise InputError(f"{path}: text encoder: no embed.weight in the checkpoint")
+    words = states[1].get("embed.weight")
+    if not isinstance(words, torch.Tensor) or words.dim() != 2:
+        raise InputError(f"{path}: text encoder: no embed.weight in the checkpoint, (words, word_dim)")
+    least = len(words) * opt.word_dim + opt.embed_size * (opt.img_dim + 3 * opt.num_layers * opt.embed_size)
+    if least > os.path.getsize(path):  # a model that large could not come from here, and need not be made to find out
+        raise InputError(f"{path}: {os.path.getsize(path)} bytes, too few for the sizes in its options")
     image_state = states[0]
     if not hasattr(opt, "position"):
         opt.position = (
@@ -120,6 +129,30 @@ def load_checkpoint(path: str) -> dict:
             else "none"
         )  # fmt: skip
     return checkpoint
+
+
+def check_options(path: str, opt: argparse.Namespace) -> None:
+    """Raise InputError naming path and the option of a checkpoint's opt that is of another kind than train.py's."""
+    kinds = (
+        (TEXTS, "one line of text", lambda x: isinstance(x, str) and len(x) < 4096 and x.splitlines() in ([x], [])
+         and "\0" not in x),
+        (COUNTS, f"a whole number from 1 to {LARGEST}", lambda x: type(x) is int and 1 <= x <= LARGEST),
+        (NUMBERS, f"a number from 0 to {LARGEST}", lambda x: type(x) in (int, float) and 0 <= x <= LARGEST),
+        (SWITCHES, "True or False", lambda x: isinstance(x, bool)),
+    )  # fmt: skip
+    for names, expected, fits in kinds:
+        newer = [name for name, like in NEWER.items() if like is names and hasattr(opt, name)]
+        for name in (*names, *newer):
+            if not fits(value := getattr(opt, name)):
+                raise InputError(f"{path}: its option {name} is {brief(value)}, expected {expected}")
+
+
+def brief(value: Any) -> str:
+    """What a file holds, in a few characters of one line."""
+    try:
+        return " ".join(ascii(value)[:40].split())
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
+        return f"a large {type(value).__name__}"
 
 
 def load_plain(path: str) -> Any:

@@ -248,18 +248,35 @@ def resume(model: Any, checkpoint: dict, opt: Any, path: str) -> Progress:
     try:
         model.load_state_dict(checkpoint["model"])
         if "optimizer" in checkpoint:
-            model.optimizer.load_state_dict(checkpoint["optimizer"])
+            load_moments(model, checkpoint["optimizer"])
         else:
             log.warning("%s holds no optimizer state: Adam starts afresh", path)
         if "random" in checkpoint:
             torch.set_rng_state(checkpoint["random"])
         if "random_cuda" in checkpoint and model.device.type == "cuda":
             torch.cuda.set_rng_state(checkpoint["random_cuda"], model.device)
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: {error or type(error).__name__}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
     model.Eiters = checkpoint["Eiters"]
     log.info("%s: %d epochs and %d steps done, best rsum %.1f", path, progress.epoch, progress.step, progress.best_rsum)
     return progress
+
+
+def load_moments(model: Any, state: dict) -> None:
+    """Put Adam's moments of each parameter from an optimizer's state_dict into model's; the settings stay this run's.
+
+    Raises ValueError where they do not fit the parameters, and whatever a state of another form leads to.
+    """
+    groups = model.optimizer.state_dict()["param_groups"]
+    if len(state["param_groups"][0]["params"]) != len(model.params):
+        raise ValueError(f"optimizer: not of {len(model.params)} parameters")
+    for number, moments in state["state"].items():
+        if number not in range(len(model.params)):
+            raise ValueError(f"optimizer: moments of a parameter {number!r:.20}, there are {len(model.params)}")
+        shape = model.params[number].shape
+        if {name: x.shape for name, x in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
+            raise ValueError(f"optimizer: moments of parameter {number} do not fit its shape {tuple(shape)}")
+    model.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def train(

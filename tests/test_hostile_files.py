@@ -4,6 +4,7 @@ Never a traceback, never a hang, and nothing in a file is ever run. HOSTILE_FILE
 hundred.
 """
 
+import argparse
 import base64
 import json
 import os
@@ -23,11 +24,12 @@ from folders import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import evaluation
 import train
-from checkpoint import load_checkpoint
+from checkpoint import NEWER, OPTIONS, load_checkpoint
 from data import get_precomp_dataset
 from errors import InputError
-from model import SCAN, load_model
+from model import SCAN
 from vocab import build_vocab, deserialize_vocab, read_captions
 
 sys.path += [str(ROOT / "scripts"), str(ROOT / "test_server")]  # whose files are started by their paths
@@ -65,10 +67,12 @@ def run_script(script, *args):
 
 
 def read_checkpoint(path):
-    load_checkpoint(str(path))
-    model = load_model(str(path), device="cpu")
-    opt = make_opt(resume=str(path), vocab_size=model.opt.vocab_size, batch_size=4, seed=0, device="cpu", **SIZES)
-    train.resume(SCAN(opt), load_checkpoint(str(path)), opt, str(path))
+    evaluation.evalrank(str(path), str(path.parent.parent), "train", vocab_path=str(path.parent))
+    words = len(load_checkpoint(str(path))["model"][1]["embed.weight"])
+    opt = make_opt(resume=str(path), vocab_size=words, batch_size=4, seed=0, device="cpu", **SIZES)
+    model = SCAN(opt)
+    train.resume(model, load_checkpoint(str(path)), opt, str(path))
+    model.step(torch.rand(2, 3, 8), torch.zeros(2, 3, 31), torch.tensor([[1, 4, 2]] * 2), [3, 3])
 
 
 def read_split(path):
@@ -149,6 +153,9 @@ def valid(tmp_path_factory):
     words = len(deserialize_vocab(str(folder / f"{NAME}_vocab.json")))
     opt = make_opt(data_path="data", data_name=NAME, vocab_path="vocab", batch_size=4, vocab_size=words, **SIZES)
     model = SCAN(opt)
+    for parameter in model.params:
+        parameter.grad = torch.ones_like(parameter)
+    model.optimizer.step()
     state = {"epoch": 1, "step": 0, "model": model.state_dict(), "best_rsum": 3.5, "opt": opt, "Eiters": 4,
              "optimizer": model.optimizer.state_dict(), "random": torch.get_rng_state()}  # fmt: skip
     torch.save(state, folder / "model.pth.tar")
@@ -316,6 +323,42 @@ def test_a_checkpoint_with_other_contents_ends_in_success_or_one_line(valid, tmp
     state = torch.load(valid / "model.pth.tar", weights_only=False)  # noqa: S614 (written above)
     torch.save({**state, key: value}, tmp_path / "model.pth.tar")
     survive("model.pth.tar", tmp_path)
+
+
+OTHERS = (None, -1, 0, 2**70, 10**9, 10**5000, float("nan"), float("inf"), -1.5, True, "x", "a\nb", "\0", [], {},
+          (1, 2), torch.zeros(0), torch.zeros(3, 3), torch.tensor(1.0), torch.zeros(3, dtype=torch.int64))  # fmt: skip
+
+
+def change(state, place, value):
+    """A copy of a checkpoint that holds value at place, a list of keys."""
+    if not place:
+        return value
+    key, *rest = place
+    if isinstance(state, argparse.Namespace):
+        return argparse.Namespace(**change(vars(state), place, value))
+    if isinstance(state, dict):
+        return {**state, key: change(state[key], rest, value)}
+    return [change(x, rest, value) if i == key else x for i, x in enumerate(state)]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [["opt", name] for name in (*OPTIONS, *NEWER, "device")]
+    + [["optimizer", "param_groups", 0, name] for name in ("params", "lr", "betas", "eps", "amsgrad", "fused")]
+    + [["optimizer", "state", 0], ["optimizer", "state", 0, "step"], ["optimizer", "state", 0, "exp_avg"]]
+    + [["model", 0, "fc.weight"], ["model", 1, "embed.weight"], ["model", 1, "rnn.weight_hh_l0"], ["random"]],
+    ids=lambda place: ".".join(map(str, place)),
+)
+def test_a_checkpoint_with_another_value_anywhere_ends_in_success_or_one_line(valid, tmp_path, place):
+    """Read to evaluate, to resume and to train."""
+    folder = tmp_path / NAME
+    shutil.copytree(valid, folder)
+    state = torch.load(valid / "model.pth.tar", weights_only=False)  # noqa: S614 (written above)
+    vars(state["opt"]).update(position="attention", matmul_precision="highest", lambda_whole=1.0, seed=0, amp=False,
+                              allow_empty_captions=False, need_box_whole=False, device="cpu")  # fmt: skip
+    for value in OTHERS:
+        torch.save(change(state, place, value), folder / "model.pth.tar")
+        survive("model.pth.tar", folder)
 
 
 @pytest.mark.parametrize("name", ["model.pth.tar", "train_ims.npy", "train_boxes.npy"])
