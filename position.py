@@ -186,7 +186,7 @@ def read_arrays(path: str, sizes_path: str) -> tuple:
 
 
 def read_json(path: str, ids: Any, n_regions: int) -> tuple:
-    """Boxes (n, n_regions, 4), sizes (n, 2) and regions found (n,) of a COCO-style JSON file, read item by item.
+    """Boxes (n, n_regions, 4), sizes (n, 2), regions found (n,) and ids (n) of a COCO-style JSON file, read by item.
 
     Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
     regions keep their order in the file. ids: list of ids or file names, None for the images' order.
@@ -213,8 +213,12 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
                 raise InputError(
                     f"{path}: image {annotation['image_id']} has more than {n_regions} boxes (--n_regions)"
                 )
-            x, y, width, height = annotation["bbox"]
-            boxes[row, found[row]] = x, y, x + width, y + height
+            try:
+                x, y, width, height = annotation["bbox"]
+                boxes[row, found[row]] = x, y, x + width, y + height
+            except (KeyError, TypeError, ValueError):
+                what = f"bbox {annotation.get('bbox')}, expected x, y, width, height"
+                raise InputError(f"{path}: image {annotation['image_id']}, box {found[row]}: {what}") from None
             found[row] += 1
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
@@ -222,7 +226,14 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
         raise InputError(f"{path}: not a COCO-style file of images and annotations ({error!r})") from None
     if not found.any():
         raise InputError(f"{path}: no boxes for any of {len(rows)} images")
-    return boxes, sizes, found
+    return boxes, sizes, found, list(images)
+
+
+def rows(array: np.ndarray, start: int, n: int) -> np.ndarray:
+    """Rows start … start+n-1 (n, …) of an array. A file is mapped anew each time: a map keeps its pages in memory."""
+    if isinstance(array, np.memmap) and array.filename:
+        array = open_npy(array.filename)
+    return array[start : start + n]
 
 
 def main() -> None:
@@ -261,13 +272,10 @@ def main() -> None:
         ids = read_ids(opt.ids, problems) if opt.ids else None
         if problems.total:
             raise InputError(f"{opt.ids}: {problems} (listed in {problems.path})")
-        boxes, sizes, found = read_json(opt.boxes, ids, opt.n_regions)
+        boxes, sizes, found, names = read_json(opt.boxes, ids, opt.n_regions)
     else:
         boxes, sizes = read_arrays(opt.boxes, opt.sizes)
-        if opt.xywh:
-            boxes = np.array(boxes, dtype=np.float64)
-            boxes[..., 2:] += boxes[..., :2]
-        found = np.full(len(boxes), boxes.shape[1])
+        found, names = np.full(len(boxes), boxes.shape[1]), None
     no_area = 0
 
     def write(file):
@@ -275,11 +283,16 @@ def main() -> None:
         shape = (*boxes.shape[:2], 31)
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         for start in tqdm(range(0, len(boxes), PICTURES_AT_ONCE), unit=f"{PICTURES_AT_ONCE} pictures", disable=None):
+            some = np.array(rows(boxes, start, PICTURES_AT_ONCE), dtype=np.float64)
+            if opt.xywh and not of_json:
+                some[..., 2:] += some[..., :2]
             try:
-                grid = position_grid(*(x[start : start + PICTURES_AT_ONCE] for x in (boxes, sizes)))
+                grid = position_grid(some, rows(sizes, start, PICTURES_AT_ONCE))
             except InputError as error:
-                picture, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
-                raise InputError(f"{opt.boxes}: picture {start + int(picture)}{rest}") from None
+                number, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
+                picture = start + int(number)
+                name = f" (image {names[picture]})" if names else ""
+                raise InputError(f"{opt.boxes}: picture {picture}{name}{rest}") from None
             no_area += int((grid[..., -1] == 0).sum())
             file.write(grid.astype("<f4", copy=False).tobytes())
 

@@ -178,7 +178,6 @@ def verify(split, partners, problems):
         agree += shared > 0
         if not shared:
             problems.add("in disagreement", split.name(row), f"no caption in common with {other.name(at)}")
-    print(f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {agree} of {len(with_texts)}", end="")
     both = [pair for pair in pairs if "ims" in split.arrays and "ims" in pair[1].arrays]
     some = both[:: max(1, len(both) // SAMPLE)]
     same = 0
@@ -187,12 +186,16 @@ def verify(split, partners, problems):
         if a.shape == b.shape and np.abs(a - b).max() <= CLOSE * max(np.abs(a).max(), 1):
             same += 1
         else:
-            problems.add("in disagreement", split.name(row), f"other features than {other.name(at)}")
-    print(f", features in {same} of {len(some)} compared" if some else "")
+            problems.add("of other features", split.name(row), f"they are not those of {other.name(at)}")
+    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {agree} of {len(with_texts)}"
+    print(said + (f", features in {same} of {len(some)} compared" if some else ""))
 
 
-def write(split, partners, opt):
-    """Write the source's arrays for the paired pictures of a reference split, in its order."""
+def write(split, partners, opt, copy):
+    """Write the source's arrays for the paired pictures of a reference split, in its order.
+
+    copy: what else the reference has goes along, so that the folder is whole without it.
+    """
     pairs = [(row, *partner) for row, partner in enumerate(partners) if partner]
     sources = list({id(other): other for _, other, _ in pairs}.values())
     arrays = {}
@@ -206,7 +209,7 @@ def write(split, partners, opt):
             if (row.shape[1:], row.dtype) != arrays[name]:
                 raise InputError(f"{row.path}: rows of {row.shape[1:]} {row.dtype}, unlike those of {rows[0].path}")
     kept = {}
-    if len(pairs) < split.n:  # what stays of the reference goes along
+    if copy:
         kept = {name: (r.shape[1:], r.dtype) for name, (r, _) in split.arrays.items() if name not in arrays}
     ids = [split.names[row] if split.names else f"{split.split} {row}" for row, _, _ in pairs]
     inputs = [other.arrays[name][0].path for other in sources for name in arrays]
@@ -222,7 +225,7 @@ def write(split, partners, opt):
             own, other, at = pairs[row]
             values = {name: other.read(name, at) for name in arrays}
             out.write(row, **values, **{name: split.read(name, own) for name in kept})
-        if kept and split.captions:
+        if copy and split.captions:
             k = len(split.captions) // split.n
             lines = [line for row, _, _ in pairs for line in split.captions[row * k : (row + 1) * k]]
             write_lines(os.path.join(opt.out, split.split + "_caps.txt"), lines)
@@ -254,8 +257,8 @@ def main():
     pairs = pair(reference, source, by, problems)
     for split in reference:
         verify(split, pairs[split.split], problems)
-    if problems.counts["in disagreement"]:
-        hint = "; --by captions pairs by these" if by == "ids" else ""
+    if problems.counts["in disagreement"] or problems.counts["of other features"]:
+        hint = "; --by captions pairs by these" if by == "ids" and problems.counts["in disagreement"] else ""
         raise InputError(f"{problems} (listed in {problems.path}){hint}")
     if problems.total and not opt.skip_bad:
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad leaves them out")
@@ -265,7 +268,7 @@ def main():
         if not any(pairs[split.split]):
             print(f"{split.split}: nothing to write")
             continue
-        write(split, pairs[split.split], opt)
+        write(split, pairs[split.split], opt, copy=problems.total > 0)
 
 
 if __name__ == "__main__":

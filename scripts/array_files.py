@@ -59,17 +59,19 @@ class ArrayReader:
 
     def __init__(self, path):
         array = open_npy(path)
-        if not isinstance(array, np.memmap) or not array.flags.c_contiguous:
-            raise InputError(f"{path}: expected an array in C order")
+        if not isinstance(array, np.memmap):
+            raise InputError(f"{path}: found {array.shape}, expected rows")
         self.path, self.shape, self.dtype, self.start = path, array.shape, array.dtype, array.offset
         self.row_bytes = array.dtype.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-        self.file = open(path, "rb", buffering=0)
+        self.file = open(path, "rb", buffering=0) if array.flags.c_contiguous else None
 
     def __len__(self):
         return self.shape[0]
 
     def read(self, row, n=1):
         """The rows row … row+n-1 (n or as many as there are, *shape[1:])."""
+        if self.file is None:  # Fortran order: a row lies all over the file
+            return np.ascontiguousarray(open_npy(self.path)[row : row + n])
         self.file.seek(self.start + row * self.row_bytes)
         n = max(0, min(n, len(self) - row))
         data = self.file.read(n * self.row_bytes)

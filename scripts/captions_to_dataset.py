@@ -52,7 +52,9 @@ def read_karpathy(path):
     pictures = Pictures()
     for number, item in enumerate(json_items(path, "images"), 1):
         try:
-            split = KARPATHY[item["split"]]
+            split = KARPATHY.get(item["split"])
+            if split is None:
+                raise InputError(f"{path}: picture {number}: split {item['split']}, expected {', '.join(KARPATHY)}")
             image_id, captions = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
             pictures.add(image_id, captions, "testall" if split == "test" and "cocoid" in item else split)
         except (KeyError, TypeError) as error:

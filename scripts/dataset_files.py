@@ -67,7 +67,9 @@ def json_items(path, name):
             yield from ijson.items(shallow(ijson.parse(source, use_float=True, buf_size=8192)), name + ".item")
         except (ijson.JSONError, ValueError, RecursionError) as error:
             said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-            raise InputError(f"{path}: truncated or not JSON ({said.strip().splitlines()[0]})") from None
+            what, place, *_ = (*said.strip().splitlines(), "", "")  # the second line shows the text around it
+            place = f" near {place.strip()}" if place.strip() else ""
+            raise InputError(f"{path}: truncated or not JSON ({what.strip(' .')}{place})") from None
 
 
 def shallow(events):

@@ -51,7 +51,11 @@ PARTS = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python scripts/download_data.py table f30k scan",
+    )
     parser.add_argument("command", choices=["has", "unpack", "table"])
     parser.add_argument("part", nargs="*")
     parser.add_argument("--data_path", type=Path, default=Path("data"))

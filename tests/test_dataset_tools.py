@@ -15,7 +15,7 @@ from folders import make_folder, write_lines
 
 from data import PrecompDataset
 from errors import InputError
-from position import position_grid
+from position import position_grid, rows
 from vocab import deserialize_vocab
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
@@ -365,6 +365,33 @@ def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     assert "JSON" in fails("position", path, "--out", tmp_path / "o3.npy")
 
 
+@pytest.mark.parametrize("bbox, said", [
+    ([1, 2, -3, 4], "picture 1 (image 6), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
+    ([1, float("nan"), 3, 4], 'near'),
+    ([1, 2], "image 6, box 2: bbox [1, 2], expected x, y, width, height"),
+    ([1, 2, 3, None], "image 6, box 2: bbox [1, 2, 3, None]"),
+    (None, "image 6, box 2: bbox None"),
+])  # fmt: skip
+def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):
+    images = [{"id": i, "height": 100, "width": 200} for i in (5, 6)]
+    annotations = [{"image_id": i, "bbox": [0, 0, 5, 5]} for i in (5, 6) for _ in range(2)]
+    value = {"images": images, "annotations": [*annotations, {"image_id": 6, "bbox": bbox}]}
+    (tmp_path / "i.json").write_text(json.dumps(value))
+    message = fails("position", tmp_path / "i.json", "--out", tmp_path / "o.npy")
+    assert "i.json: " in message and said in message and ("NaN, 3, 4]" in message or said != "near")
+    assert os.listdir(tmp_path) == ["i.json"]
+
+
+def test_the_pages_of_a_file_of_boxes_are_given_back(tmp_path):
+    """Half a gigabyte read in blocks, of a sparse file: what is resident grows by a few MB, not by all of it."""
+    boxes = np.lib.format.open_memmap(tmp_path / "b.npy", "w+", np.float32, (1 << 20, R // 3, 4 * 3))
+    resident = Path("/proc/self/statm").read_text().split()[1]
+    for start in range(0, len(boxes), 1024):
+        assert not rows(boxes, start, 1024).any()
+    grown = int(Path("/proc/self/statm").read_text().split()[1]) - int(resident)
+    assert grown * resource.getpagesize() < 50e6
+
+
 # ---------------------------------------------------------------- align
 
 
@@ -429,6 +456,18 @@ def test_what_has_no_partner_is_named_and_can_be_left_out(tmp_path):
     np.testing.assert_array_equal(np.load(data / "out/train_boxes.npy"), grids["train"][kept])
     np.testing.assert_array_equal(np.load(data / "out/train_ims.npy"), np.load(data / "scan/train_ims.npy")[kept])
     assert (data / "out/train_caps.txt").read_text().splitlines() == [lines[5 * i + j] for i in kept for j in range(5)]
+    for name in ("ims.npy", "caps.txt", "ids.txt"):  # dev is complete, and goes along too: the folder stands alone
+        assert (data / f"out/dev_{name}").read_bytes() == (data / f"scan/dev_{name}").read_bytes(), name
+
+
+def test_features_that_differ_are_named_apart_from_captions(tmp_path):
+    data, _ = folders_to_align(tmp_path, 1)
+    for split, n in (("train", 9), ("dev", 4)):
+        np.save(data / f"pfan/{split}_ims.npy", np.ones((n, R, D), np.float32))
+    done = tool(*align(data, "--out", data / "out"))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: 13 of other features")
+    assert "--by captions" not in done.stderr  # which would find the same pairs
+    assert "train: 9 of 9 paired; captions agree in 9 of 9, features in 0 of 9 compared\n" in done.stdout
 
 
 # ---------------------------------------------------------------- captions
@@ -502,6 +541,7 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
     ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
     ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
     ({"split": "train", "filename": "x"}, "'sentences'"),
+    ({"split": "odd", "filename": "x", "sentences": []}, "split odd, expected train, restval, val, test"),
 ])  # fmt: skip
 def test_a_picture_of_another_form_is_named(tmp_path, item, found):
     good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
@@ -599,6 +639,17 @@ def test_check_finds_what_training_would_stumble_over(tmp_path, what):
         PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
 
 
+def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
+    data_path, vocab_path = make_folder(tmp_path)
+    folder = Path(data_path) / "toy_precomp"
+    for name in ("ims", "boxes"):
+        np.save(folder / f"train_{name}.npy", np.asfortranarray(np.load(folder / f"train_{name}.npy")))
+    assert "ready to train" in ok("check_data", folder, "--vocab_path", vocab_path)
+    vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
+    images, _ = PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
+    np.testing.assert_array_equal(ArrayReader(str(folder / "train_ims.npy")).read(3, 99), images[3:].numpy())
+
+
 def test_check_says_what_is_there(tmp_path):
     data_path, vocab_path = make_folder(tmp_path)
     folder = Path(data_path) / "toy_precomp"
@@ -615,6 +666,6 @@ def test_check_says_what_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tsv_to_dataset", "align", "captions_to_dataset", "check_data", "position",
-                                  "extract_features", "vocab"])  # fmt: skip
+                                  "extract_features", "vocab", "download_data"])  # fmt: skip
 def test_every_tool_shows_an_example(name):
     assert "example: python " in ok(name, "--help")
