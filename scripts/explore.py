@@ -7,6 +7,7 @@ import argparse
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 
@@ -51,6 +52,7 @@ class Explorer:
                 raise InputError(f"{path}: its {opt.split} split is not that of {opt.model_path[0]}")
             if not self.models:
                 self.dataset, self.name = loader.dataset, model.opt.data_name
+                self.pictures = Pictures(self.dataset, opt.images)
             if loader.dataset.n_images > opt.index_above:
                 collection = open_or_build(path, model, loader, opt.split)
             else:
@@ -58,7 +60,6 @@ class Explorer:
             self.models.append(collection)
             print(f"{path}: {self.dataset.n_images} pictures, {len(self.dataset.captions)} captions", flush=True)
         self.names = name_models(opt.model_path, [collection.model.opt for collection in self.models])
-        self.pictures = Pictures(self.dataset, opt.images)
         self.captions = self.dataset.captions
         self.groups = min(self.dataset.n_images, len(self.captions))
         self.by_text = {}
@@ -118,6 +119,8 @@ class Explorer:
     def checked(self, sentence):
         if not sentence.strip():
             raise Refused(400, "Type a sentence first.")
+        if len(sentence) > MAX_CHARACTERS:
+            raise Refused(400, f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
         if len(tokenize(sentence)) > MAX_WORDS:
             raise Refused(400, f"The sentence has over {MAX_WORDS} words: shorten it.")
         return sentence
@@ -289,8 +292,7 @@ def make_app(explorer):
     app.add_exception_handler(RequestValidationError, refuse_parameters)
     app.add_exception_handler(Exception, refuse_unexpected)
     if explorer.opt.host in LOCAL:  # a page elsewhere cannot reach this one under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOCAL))
-    a_sentence = Query(max_length=MAX_CHARACTERS)
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
     a_count = Query(ge=1, le=MAX_RESULTS)
 
     def existing(number):
@@ -308,7 +310,7 @@ def make_app(explorer):
         return Answer(explorer.about())
 
     @app.get("/api/search")
-    def search(sentence: str = a_sentence, k: int = a_count):
+    def search(sentence: str, k: int = a_count):
         return locked(explorer.search, sentence, k)
 
     @app.get("/api/hard")
@@ -324,7 +326,7 @@ def make_app(explorer):
         return locked(explorer.captions_for, existing(number), k)
 
     @app.get("/api/pictures/{number}/attention")
-    def attention(number: str, sentence: str = a_sentence):
+    def attention(number: str, sentence: str):
         return locked(explorer.attention, existing(number), sentence)
 
     @app.get("/images/{number}")
@@ -359,6 +361,15 @@ def get_parser():
     return parser
 
 
+def listen(host, port):
+    """A socket that listens on a host (str) and port. Raises InputError where that cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        why = error.strerror.split(" (")[0].lower()  # create_server appends the address
+        raise InputError(f"--host {host} --port {port}: {why}, expected this machine's and a free one") from None
+
+
 def main():
     parser = get_parser()
     opt = parser.parse_args()
@@ -366,15 +377,15 @@ def main():
         parser.error(f"--model_path: {len(opt.model_path)} checkpoints, expected at most {MAX_MODELS}")
     if opt.candidates < 1 or not 0 < opt.port < 65536:
         parser.error("expected --candidates of 1 or more and --port 1 to 65535")
-    app = make_app(Explorer(opt))
-    config = uvicorn.Config(app, opt.host, opt.port, http=Protocol, log_level="warning", timeout_graceful_shutdown=2)
-    print(f"open http://{opt.host}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end
-    server = uvicorn.Server(config)
-    server.run()
-    if not server.started:
-        sys.exit(1)  # it has said why
+    with listen(opt.host, opt.port) as listening:  # before the models are read, which takes a while
+        config = uvicorn.Config(
+            make_app(Explorer(opt)), http=Protocol, log_level="warning", timeout_graceful_shutdown=2
+        )
+        host = f"[{opt.host}]" if ":" in opt.host else opt.host
+        print(f"open http://{host}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -117,20 +117,20 @@ def grid_of_axes(rows, columns):
 
 
 def draw_captions(opt):
-    """A picture, the best captions for it, and the words of the first: how much its regions attend to each."""
+    """A picture and the best captions for it, with their scores and its own ones marked."""
     collection, dataset, pictures = open_split(opt)
     if not 0 <= opt.picture < dataset.n_images:
         raise InputError(f"--picture {opt.picture}: expected 0 to {dataset.n_images - 1}")
     scores = collection.score_captions(collection.image(opt.picture))
     groups = min(dataset.n_images, len(scores))
     own = opt.picture * groups // dataset.n_images
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.4), width_ratios=(1, 2.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.4), width_ratios=(1, 2.7), layout="constrained")
     draw_picture(left, pictures, opt.picture)
     left.set_title(f"Picture {pictures.ids[opt.picture]}")
     right.axis("off")
     for row, caption in enumerate(np.argsort(-scores, kind="stable")[: opt.top]):
         is_own = caption * groups // len(scores) == own
-        text = textwrap.shorten(dataset.captions[caption], 110, placeholder=" …")
+        text = textwrap.shorten(dataset.captions[caption], 130, placeholder=" …")
         line = f"{row + 1:2}.  {scores[caption]:.3f}  {text}{'  ✓' if is_own else ''}"
         right.text(0, 1 - (row + 0.5) / opt.top, line, color=RIGHT if is_own else "black", va="center", fontsize=8.5)
     right.set_title("captions by score; its own ones in green, with ✓", fontsize=9, loc="left")

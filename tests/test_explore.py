@@ -200,7 +200,7 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, ad
     [
         ("search", {"sentence": " ", "k": 5}, 400, "Type a sentence"),
         ("search", {"sentence": "a " * 240, "k": 5}, 400, "over 100 words"),
-        ("search", {"sentence": "a" * 501, "k": 5}, 400, "500"),
+        ("search", {"sentence": "a" * 501, "k": 5}, 400, "The sentence has 501 characters: shorten it to 500."),
         ("search", {"sentence": "a", "k": 101}, 400, "100"),
         ("search", {"k": 5}, 400, "sentence"),
         ("pictures/12", {}, 404, "expected 0 to 11"),
@@ -221,6 +221,9 @@ def test_only_the_pages_own_names_reach_it(address):
     with pytest.raises(urllib.error.HTTPError) as refused:
         urllib.request.urlopen(request, timeout=10)
     assert refused.value.code == 400
+    for name in ("localhost", "127.0.0.1:8765", "[::1]:8765"):
+        request = urllib.request.Request(address + "api/about", headers={"Host": name})
+        assert urllib.request.urlopen(request, timeout=10).status == 200
 
 
 def test_files_outside_the_page_are_not_served(address):
@@ -257,13 +260,27 @@ def test_models_of_different_captions_are_refused(made, tmp_path):
         (["--split", "nosuch"], "nosuch_caps.txt: no such file"),
         (["--images", "nowhere"], "nowhere: no such folder of pictures"),
         (["--port", "0"], "--port 1 to 65535"),
+        (["--host", "192.0.2.1"], "cannot assign requested address, expected this machine's and a free one"),
     ],
 )
 def test_the_command_says_what_is_wrong_in_one_line(made, monkeypatch, capsys, flags, said):
-    monkeypatch.setattr("sys.argv", ["explore.py", "--model_path", str(made[1][0]), *flags])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    monkeypatch.setattr("sys.argv", ["explore.py", "--model_path", str(made[1][0]), "--port", port, *flags])
     with pytest.raises(SystemExit) as left:
         run(explore.main)
     assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_port_in_use_is_said_before_anything_is_read(monkeypatch, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        monkeypatch.setattr("sys.argv", ["explore.py", "--model_path", "nosuch.pth.tar", "--port", port])
+        with pytest.raises(SystemExit) as left:
+            run(explore.main)
+    printed = capsys.readouterr()
+    assert left.value.code == 2 and not printed.out
+    assert printed.err.startswith(f"error: --host 127.0.0.1 --port {port}: address already in use, expected")
 
 
 # ---------------------------------------------------------------- picture files and boxes
@@ -316,7 +333,7 @@ def browser():
 
     settings = webdriver.ChromeOptions()
     settings.binary_location = shutil.which("chromium")
-    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
         settings.add_argument(flag)
     settings.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=settings, service=Service(shutil.which("chromedriver")))
@@ -516,6 +533,37 @@ def test_hard_cases_lead_to_the_query(person):
     assert person.run("return document.getElementById('sentence').value") == sentence
 
 
+def test_a_cleared_field_clears_the_reason_of_a_refusal(person):
+    from selenium.webdriver import Keys
+
+    person.one("#sentence").send_keys("red " * 120)
+    person.until(lambda: person.text("#status") == "The sentence has over 100 words: shorten it.")
+    person.one("#sentence").send_keys(Keys.CONTROL + "a", Keys.BACKSPACE)
+    person.until(lambda: person.text("#status") == "")
+
+
+def test_nothing_moves_when_results_arrive(person, explorer):
+    where = ("return [...document.querySelectorAll('#about, nav a, #form > *, #status, #results')]"
+             ".map(e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width] })")  # fmt: skip
+    empty = person.run(where)
+    person.search(explorer.captions[2])  # taller than the window: a scroll bar comes
+    assert person.run(where) == empty
+
+
+def test_three_models_fit_a_narrow_screen(browser, made):
+    first, second = made[1]
+    with serve(explore.Explorer(options(first, second, first))) as address:
+        person = Person(browser, address, (360, 740))
+        person.search("a red ring at the top")
+        assert person.run("return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth") == 0
+        cards = [card.rect for card in person.all(".model li:first-child .card")]
+        assert len(cards) == 3 and min(card["width"] for card in cards) > 120
+        assert all(one["x"] + one["width"] <= other["x"] for one, other in zip(cards, cards[1:], strict=False))
+        person.open_first()
+        grids = [grid.rect for grid in person.all(".grid")]
+        assert grids[0]["y"] == grids[1]["y"] and grids[0]["x"] + grids[0]["width"] <= grids[1]["x"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_narrow_screens_and_both_schemes_show_all_and_nothing_jumps(browser, address, explorer, scheme):
     person = Person(browser, address, (360, 740), scheme)
@@ -583,6 +631,7 @@ def test_screenshots_for_the_documentation(browser):
         sentence = "A large red ring is to the left of a small blue star."
 
         def shoot(person, name):
+            browser.execute_cdp_cmd("Emulation.setScrollbarsHidden", {"hidden": True})
             time.sleep(0.5)  # the colours' transition
             path = os.path.join(out, f"explorer_{name}.png")
             person.driver.save_screenshot(path)

@@ -45,7 +45,7 @@ async function show() {
   if (hard) showHard()
   else {
     if ($('sentence').value.trim() !== q) $('sentence').value = q
-    if (q !== (shown?.sentence ?? '')) await search(q)
+    if (!q || q !== shown?.sentence) await search(q)
   }
   if (open === null) detail.close()
   else detail.open(about, open, q)
