@@ -73,8 +73,11 @@ def check_features(reader, report):
     report.row(os.path.basename(reader.path), reader.shape, reader.dtype, f"{low:.4g} to {high:.4g}")
     if bad:
         report.faults.append(f"{reader.path}: NaN or infinite features in {len(bad)} images, the first is {bad[0]}")
-    if zero:
-        report.notes.append(f"{reader.path}: {zero} of {np.prod(reader.shape[:-1])} rows are all zero (padding)")
+    rows = int(np.prod(reader.shape[:-1]))
+    if zero == rows:
+        report.faults.append(f"{reader.path}: all of the {rows} rows are zero, expected features")
+    elif zero:
+        report.notes.append(f"{reader.path}: {zero} of {rows} rows are all zero (padding)")
     return int(np.gcd.reduce(np.diff([*starts, len(reader)])))
 
 

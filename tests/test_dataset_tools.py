@@ -639,6 +639,18 @@ def test_check_finds_what_training_would_stumble_over(tmp_path, what):
         PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
 
 
+def test_check_finds_features_that_were_never_filled(tmp_path):
+    data_path, vocab_path = make_folder(tmp_path)
+    folder = Path(data_path) / "toy_precomp"
+    images = np.load(folder / "train_ims.npy")
+    images[:, 1:] = 0
+    np.save(folder / "train_ims.npy", images)
+    assert "rows are all zero (padding)" in ok("check_data", folder, "--vocab_path", vocab_path)
+    np.save(folder / "train_ims.npy", images * 0)
+    done = tool("check_data", folder, "--vocab_path", vocab_path)
+    assert done.returncode == 1 and "train_ims.npy: all of the 432 rows are zero" in done.stdout, done.stdout
+
+
 def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
     data_path, vocab_path = make_folder(tmp_path)
     folder = Path(data_path) / "toy_precomp"
