@@ -101,7 +101,8 @@ class PrecompDataset(Dataset):
         for start in range(0, len(self.boxes), 1024):
             block = np.asarray(self.boxes[start : start + 1024, :, : 2 * N_SLOTS])
             cells, weights = np.split(block, 2, axis=2)
-            bad_cells = ~((cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells)))
+            with np.errstate(invalid="ignore"):  # NaN, which the comparison finds
+                bad_cells = ~((cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells)))
             if bad_cells.any():
                 image, region, slot = np.argwhere(bad_cells)[0]
                 raise InputError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import InputError
+from errors import InputError, of_loading
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -76,6 +76,8 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if of_loading(error):
+            raise
         where = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{where}: another process has ended, so this one ends as well ({reason})") from None

@@ -11,6 +11,11 @@ class InputError(ValueError):
     """A file, flag or array that does not fit. The message is one line: what was found, where, what was expected."""
 
 
+def of_loading(error: RuntimeError) -> bool:
+    """Whether a loading process has died: PyTorch raises that in the process that trains, wherever it is just then."""
+    return str(error).startswith("DataLoader worker")
+
+
 def report(message: str) -> None:
     """Print `error: message` on stderr and leave with status 2."""
     print("error: " + message, file=sys.stderr)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from errors import InputError
+from errors import InputError, of_loading
 
 
 def replace(path: str | os.PathLike, write: Callable) -> None:
@@ -19,7 +19,13 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        if error.errno and not error.filename:  # a full disk does not say of which file
+            error.filename = os.fspath(path)
+        raise
     except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
+        if of_loading(error):
+            raise
         raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         if os.path.exists(part):

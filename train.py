@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,25 @@ def check(opt: Any) -> None:
         raise InputError(f"--learning_rate {opt.learning_rate}: expected a positive number")
 
 
+class Events(tensorboard_logger.Logger):
+    """TensorBoard's events in a folder; with is_dummy nowhere. An error in writing them names the folder."""
+
+    def log_value(self, *args, **more):
+        if not self.is_dummy:  # which would keep them in memory
+            super().log_value(*args, **more)
+
+    def _write_event(self, event):
+        try:
+            super()._write_event(event)
+        except OSError as error:
+            error.filename = self.logdir
+            raise
+
+    def __del__(self):
+        with suppress(OSError):  # of the same full disk
+            super().__del__()
+
+
 @dataclass
 class Progress:
     """How far training is: epochs done, steps done of the epoch after them, the best rsum, the last good checkpoint."""
@@ -176,7 +195,7 @@ def fit(
     first = distributed.rank() == 0  # the process that logs and saves
     if first:
         os.makedirs(opt.model_name, exist_ok=True)
-    tb = tensorboard_logger.Logger(opt.logger_name, flush_secs=5, is_dummy=not first)
+    tb = Events(opt.logger_name, is_dummy=not first)
     log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
     with Stop() as stop, watched_workers(train_loader.dataset):
         try:
@@ -206,8 +225,7 @@ def train_epoch(
     """What is left of an epoch, its validation, its checkpoint."""
     adjust_learning_rate(opt, model.optimizer, progress.epoch)
     train(opt, train_loader, model, progress, val_loader, tb, validate, stop)
-    with stop.rest():
-        rsum = validate(opt, val_loader, model, tb)
+    rsum = rank_dev(opt, val_loader, model, progress, tb, validate, stop)
     name, is_best = f"checkpoint_{progress.epoch}.pth.tar", rsum > progress.best_rsum
     progress.epoch, progress.step, progress.best_rsum = progress.epoch + 1, 0, max(rsum, progress.best_rsum)
     save(opt, model, progress, name, is_best)
@@ -317,8 +335,7 @@ def train(
                 tb.log_value(name, value, step=model.Eiters)
             model.logger.tb_log(tb, step=model.Eiters)
             if model.Eiters % opt.val_step == 0:
-                with stop.rest():
-                    validate(opt, val_loader, model, tb)
+                rank_dev(opt, val_loader, model, progress, tb, validate, stop)
             if opt.save_step and model.Eiters % opt.save_step == 0:
                 save(opt, model, progress, LAST)
             stop.check()
@@ -336,6 +353,16 @@ def train_step(opt: Any, model: Any, batch: Sequence, place: str, prefix: str, s
         ids = distributed.gather_ints(batch[-1] if batch else ())
         last = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
         raise InputError(f"{place}: {error}, training cannot go on; pairs {ids} of {prefix}; {last}") from None
+
+
+def rank_dev(
+    opt: Any, val_loader: Any, model: Any, progress: Progress, tb: Any, validate: Callable, stop: Stop
+) -> float:
+    """What validate returns. Several processes save first: they end after it, and torchrun may not wait so long."""
+    if distributed.size() > 1:
+        save(opt, model, progress, LAST)
+    with stop.rest():
+        return validate(opt, val_loader, model, tb)
 
 
 def validation(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import distributed  # noqa: E402
 import evaluation  # noqa: E402
 import train  # noqa: E402
+from checkpoint import last_checkpoint  # noqa: E402
 from Tencent_PFAN import evaluation_whole, train_whole  # noqa: E402
 
 
@@ -48,21 +49,29 @@ def recording(make_model, dtype, stop_at, steps):
 
 
 def train_job(flags, variant="root", dtype="float64", stop_at=None):
-    """Train in float64 or float32: shares, losses, the first step's gradient, the last weights, and how it ended."""
+    """Train in float64 or float32: shares, losses, the first step's gradient, the last weights, how it ended, and how
+    far the last checkpoint was at each validation."""
     trainer, more = (train, {}) if variant == "root" else (train_whole, {"make_loaders": train_whole.get_loaders})
     opt = trainer.get_parser().parse_args(flags.split())
     if variant != "root":
         more |= {"vocab": train_whole.read_vocab(opt), "validate": train_whole.validation}
     steps, models = [], []
     make_model = recording(trainer.SCAN, getattr(torch, dtype), stop_at, steps)
-    stopped = False
+    stopped, saved, validate = False, [], more.pop("validate", train.validation)
+
+    def validation(*args):
+        checkpoint = last_checkpoint(opt.model_name)[1]
+        saved.append((checkpoint["epoch"], checkpoint["step"]) if checkpoint else None)
+        return validate(*args)
+
     try:
-        train.fit(opt, lambda opt: models.append(make_model(opt)) or models[0], **more)
+        train.fit(opt, lambda opt: models.append(make_model(opt)) or models[0], validate=validation, **more)
     except train.Stopped:
         stopped = True
     shares, losses, gradients = zip(*steps, strict=True)
     weights = torch.cat([p.detach().flatten() for p in models[0].params])
-    return {"shares": shares, "losses": losses, "gradient": gradients[0], "weights": weights, "stopped": stopped}
+    return {"shares": shares, "losses": losses, "gradient": gradients[0], "weights": weights, "stopped": stopped,
+            "saved": saved}  # fmt: skip
 
 
 def evaluate_job(model, variant="root", shard_size=128, batch_size=128, threads=1):

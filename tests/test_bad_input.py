@@ -1,5 +1,7 @@
 """What a user can do wrong: one clear line on stderr, exit status 2, and nothing half-written."""
 
+import errno
+import os
 import pickle
 import re
 import shutil
@@ -16,6 +18,7 @@ import errors
 import evaluation
 import train
 from checkpoint import load_checkpoint
+from files import replace
 
 NAME = "toy_precomp"
 SMALL = "--img_dim 16 --embed_size 16 --word_dim 8 --batch_size 16 --num_epochs 1 --max_violation --agg_func Mean"
@@ -124,15 +127,25 @@ def test_an_error_in_a_worker_process_is_the_same_one_line(place):
     assert message == f"{place.path('train_ims.npy')}, image 7: NaN or infinite features, expected numbers"
 
 
-def test_a_disk_that_fills_up_is_one_line_and_leaves_no_broken_checkpoint(place):
-    """A limit on file sizes stands in for the disk: the checkpoint takes more than 100 kB."""
+@pytest.mark.parametrize(("size", "file"), [(100_000, "runs/checkpoint_0.pth.tar"), (20, "runs/log")])
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_broken_checkpoint(place, size, file):
+    """A limit on file sizes stands in for the disk: the checkpoint takes more than 100 kB, TensorBoard's first event
+    more than 20 bytes."""
     resource = pytest.importorskip("resource", reason="limits on file sizes need a Unix")
 
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    message = place.command("train.py", *flags_of(place.root), preexec_fn=limit)
-    assert str(place.root / "runs" / "checkpoint_0.pth.tar") in message
+    assert str(place.root / file) in place.command("train.py", *flags_of(place.root), preexec_fn=limit)
+
+
+def test_a_file_that_cannot_be_written_for_want_of_space_is_named(tmp_path):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left on device.*a_file"):
+        replace(tmp_path / "a_file", full)
+    assert not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------- features and boxes

@@ -15,9 +15,12 @@ from conftest import ROOT
 from folders import make_folder
 from test_train import assert_same, load
 
+import distributed
 import train
 from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from data import watched_workers
 from errors import InputError
+from files import replace
 from model import SCAN
 
 SMALL = "--img_dim 16 --embed_size 24 --word_dim 8 --batch_size 16 --max_violation --agg_func Mean --bi_gru"
@@ -248,6 +251,25 @@ def test_the_death_of_a_loading_process_names_the_sample(toy, tmp_path):
     assert found, done.stderr
     assert int(found[1]) == next(pair for pair in order if pair // 5 > 0) and int(found[2]) == int(found[1]) // 5
     assert np.load(tmp_path / "data" / "toy_precomp" / "dev_ims.npy").shape == (4, 36, 512)
+
+
+def test_the_sample_is_named_wherever_the_death_is_noticed(toy, tmp_path):
+    """PyTorch raises it from a signal handler: also where a file is written, or other processes are waited for."""
+    opt = train.get_parser().parse_args(toy.split())
+    loader, _ = train.get_loaders(opt.data_name, train.read_vocab(opt), 16, 1, opt)
+    loader.dataset.reading[0] = torch.tensor([4321, 17])
+
+    def die(*_):
+        raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")
+
+    def wait():
+        with distributed.peers():
+            die()
+
+    for place in (die, wait, lambda: replace(tmp_path / "file", die)):
+        with pytest.raises(InputError, match="died when it read pair 17, which is image 3 and caption line 18"):
+            with watched_workers(loader.dataset):
+                place()
 
 
 def test_a_full_disk_is_one_line_and_the_older_checkpoints_stay(fit, tmp_path, monkeypatch):
