@@ -24,6 +24,7 @@ sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 from compute_map import read_lines
 
 import errors
+from files import write_lines
 
 PATH = "/scan_sentence_image_score"
 BUSY = (408, 429, 500, 502, 503, 504)  # worth another attempt
@@ -182,7 +183,7 @@ def index_regions(path, wanted):
             skipped += 1
             continue
         fields = line.count(b"\t") + 1
-        if fields != 6 or not line.isascii() or not all(n.isdigit() for n in numbers):
+        if fields != 6 or not line.isascii() or not all(n.isdigit() and len(n) < 10 for n in numbers):
             raise errors.InputError(
                 f"{path}:{number}: expected image_id, image_w, image_h, num_boxes (integers), boxes, features (base64) "
                 f"with tabs between, found {fields} fields, {line[:60]!r}"
@@ -298,8 +299,10 @@ def read_part(path, marks):
                 break
             try:
                 done.append(json.loads(line))
-                fits = done[-1]["item"] == marks[number - 1]
-            except (IndexError, KeyError, TypeError, ValueError):
+                lists = [done[-1][key] for key in ("urls", "dist_t2i", "dist_i2t", "skipped")]
+                fits = done[-1]["item"] == marks[number - 1] and all(isinstance(x, list) for x in lists)
+                fits = fits and all(isinstance(reason, str) for reason in lists[-1])
+            except (IndexError, KeyError, TypeError, ValueError, RecursionError):
                 fits = False
             if not fits:
                 raise errors.InputError(
@@ -311,10 +314,9 @@ def read_part(path, marks):
 
 
 def write_out(path, lines):
-    """The finished file, whole or not at all."""
-    with open(path + ".new", "w", encoding="utf-8") as file:
-        for line in lines:
-            file.write(json.dumps({key: line[key] for key in ("urls", "dist_t2i", "dist_i2t")}) + "\n")
+    """The finished file, whole or not at all; what write_lines writes to first must not be OUT.part."""
+    keys = "urls", "dist_t2i", "dist_i2t"
+    write_lines(path + ".new", (json.dumps({key: line[key] for key in keys}) for line in lines))
     os.replace(path + ".new", path)
 
 

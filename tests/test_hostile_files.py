@@ -30,6 +30,7 @@ from checkpoint import NEWER, OPTIONS, load_checkpoint
 from data import get_precomp_dataset
 from errors import InputError
 from model import SCAN
+from Tencent_PFAN.demo_page import client
 from vocab import build_vocab, deserialize_vocab, read_captions
 
 sys.path += [str(ROOT / "scripts"), str(ROOT / "test_server")]  # whose files are started by their paths
@@ -123,6 +124,20 @@ def read_test_list(path):
     compute_map.read_test_list(str(path))
 
 
+def read_pictures(path):
+    client.read_test_list(str(path.parent / "test_list.json"), "sentence")
+    pictures = client.Pictures(str(path.parent), set(URLS))
+    for url in URLS:
+        if not pictures.missing(url):
+            pictures.read(url)
+
+
+def read_part(path):
+    lines = client.read_part(str(path), ["0123", "4567"])
+    client.write_out(str(path.parent / "out.json"), lines)
+
+
+URLS = ["http://a/1.jpg", "http://a/2.jpg"]
 SIZES = {"embed_size": 6, "word_dim": 4, "img_dim": 8}
 READERS = {
     "model.pth.tar": read_checkpoint,
@@ -138,6 +153,10 @@ READERS = {
     "coco.json": read_coco,
     "dist_t2i.json": read_scores,
     "test_list.json": read_test_list,
+    "test_own.tsv.0": read_pictures,
+    "test_features.json": read_pictures,
+    "img_id.txt": read_pictures,
+    "out.json.part": read_part,
 }
 
 
@@ -176,7 +195,13 @@ def valid(tmp_path_factory):
     (folder / "coco.json").write_text(json.dumps({"images": [{"id": 0}, {"id": 1}], "annotations": notes}))
     scores = {"urls": ["a", "b"], "dist_t2i": [0.5, 0.25], "dist_i2t": [1, 2]}
     (folder / "dist_t2i.json").write_text(json.dumps(scores) + "\n" + json.dumps(scores) + "\n")
-    (folder / "test_list.json").write_text(json.dumps({"Img_urls": ["a", "b"], "Img_flags": [0, 1]}) + "\n")
+    item = {"Content": ["a"], "Img_urls": URLS, "Img_flags": [0, 1]}
+    (folder / "test_list.json").write_text(json.dumps(item) + "\n")
+    (folder / "test_own.tsv.0").write_text("1\t20\t10\t36\tAAAA\tAAAA\n2\t20\t10\t36\tAAAA\tAAAA\n")
+    (folder / "test_features.json").write_text("".join(json.dumps([url, [0.5, 1]]) + "\n" for url in URLS))
+    (folder / "img_id.txt").write_text(f"{URLS[0]}\t1\n{URLS[1]}\t2\n")
+    lines = [{**scores, "skipped": ["a reason"], "item": mark} for mark in ("0123", "4567")]
+    (folder / "out.json.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
