@@ -4,7 +4,7 @@ Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, E
 PFAN's. Sizes in the docstrings: I images of R regions, C captions of W words, D embed_size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -81,43 +81,54 @@ def pair_attention(image: Tensor, words: Tensor, opt: Any, t2i: bool) -> Tensor:
     return attention_of((context @ query.mT)[None, ..., None], opt)[0, ..., 0].mT
 
 
-def attend(S: Tensor, gram: Tensor, query_norms: Tensor, opt: Any, attention_term: bool) -> Tensor:
-    """Stacked cross attention from raw similarities, without ever building an attended context.
+def attention_sums(S: Tensor, gram: Tensor, opt: Any, attention_term: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What stacked cross attention needs of raw similarities, without ever building an attended context.
 
     S (N, L, K, M): dot products of the L elements of each of N contexts with the K elements of each of M queries; M
     stands last because reductions are fastest over axes that are not. gram (N, L, L): dot products of a context's
-    elements with each other. query_norms (K, M), or (N, K, M).
-    Returns scores (N, M). With A = softmax over the context's elements of λ·normalised S, the attended context of
-    a query element q is Σ A v, so their cosine is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
-    0.5 · agg(max over the context's elements of A). S may be overwritten where no gradient needs it.
+    elements with each other. With A = softmax over the context's elements of λ·normalised S, the attended context of a
+    query element is c = Σ A v. Returns ‖c‖² = A gram Aᵀ, its dot product with the query element Σ A S, and the largest
+    A (possibly None without attention_term), (N, K, M) each. S may be overwritten where no gradient needs it.
     """
-    if has_kernel(S, opt):
+    if has_kernel(S, opt) and S.is_contiguous() and S.numel() >= KERNEL_FROM:
         import attention_kernel  # here, because numba takes half a second to import
 
-        slope = LEAK if opt.raw_feature_norm == "clipped_l2norm" else 1
-        squares, dots, strongest = attention_kernel.attend(S, gram, slope, opt.lambda_softmax, EPS)
+        squares, dots, strongest = attention_kernel.attend(S, gram, *kernel_options(opt))
     else:
         attention = attention_of(S, opt)
         squares = times((gram @ attention.flatten(2)).view_as(attention), attention).sum(1)
         strongest = largest(attention, 1) if attention_term else None
         dots = times(attention, S).sum(1)
+    return squares, dots, strongest
+
+
+def aggregate(sums: Any, query_norms: Tensor, opt: Any, attention_term: bool) -> Tensor:
+    """Scores (N, M) from what attention_sums returns and ‖query elements‖, (K, M) or (N, K, M).
+
+    The cosine of a query element q and its context is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
+    0.5 · agg(max over the context's elements of A).
+    """
+    squares, dots, strongest = sums
     norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros
-    aggregate = AGG_FUNC[opt.agg_func]
-    scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), opt)
-    return scores + 0.5 * aggregate(strongest, opt) if attention_term else scores
+    agg_func = AGG_FUNC[opt.agg_func]
+    scores = agg_func(dots / (query_norms * norms).clamp(min=EPS), opt)
+    return scores + 0.5 * agg_func(strongest, opt) if attention_term else scores
 
 
-def has_kernel(S: Tensor, opt: Any) -> bool:
-    """Whether attention_kernel does this: no gradient, float32 on the CPU, an L2 norm, and enough of it."""
+def has_kernel(X: Tensor, opt: Any) -> bool:
+    """Whether attention_kernel can do this: no gradient, float32 on the CPU, an L2 norm."""
     return (
-        S.device.type == "cpu"
-        and S.dtype == torch.float32
-        and not S.requires_grad
-        and S.is_contiguous()
-        and S.numel() >= KERNEL_FROM
+        X.device.type == "cpu"
+        and X.dtype == torch.float32
+        and not X.requires_grad
         and opt.raw_feature_norm in ("l2norm", "clipped_l2norm")
         and 0 <= opt.lambda_softmax <= 20
     )
+
+
+def kernel_options(opt: Any) -> tuple[float, float, float]:
+    """Slope below 0, λ and the number that is added to norms."""
+    return LEAK if opt.raw_feature_norm == "clipped_l2norm" else 1, opt.lambda_softmax, EPS
 
 
 def has_attention_term(opt: Any, t2i: bool) -> bool:
@@ -148,6 +159,7 @@ def equal_length_blocks(
     shapes = []
     for length, count in zip(*(x.tolist() for x in lens.unique_consecutive(return_counts=True)), strict=True):
         most = max(1, BLOCK_WORDS // length)
+        most = most // 16 * 16 or most  # what vectorises well
         shapes += [(min(most, count - done), length) for done in range(0, count, most)]
     blocks = words.split([count * length for count, length in shapes])
     return order, [block.view(*shape, -1) for block, shape in zip(blocks, shapes, strict=True)]
@@ -166,20 +178,46 @@ def xattn_score(
     attention_term: has_attention_term(opt, t2i) where None.
     """
     attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term
-    if t2i:
-        image_gram = images @ images.mT
-    else:
-        regions = images.transpose(0, 1).contiguous()
-        region_norms = length(regions, 2)
     order, blocks = equal_length_blocks(captions, cap_lens)
+    sums = tile_sums(images, blocks, opt, t2i) or matrix_sums(images, opt, t2i, attention_term)
+    region_norms = None if t2i else length(images, 2).T
     scores = []
     for words in blocks:
-        if t2i:
-            query = words.transpose(0, 1).contiguous()
-            scores.append(attend(dot_products(images, query), image_gram, length(query, 2), opt, attention_term))
-        else:
-            scores.append(attend(dot_products(words, regions), words @ words.mT, region_norms, opt, attention_term).T)
+        norms = length(words, 2).T if region_norms is None else region_norms
+        block = aggregate(sums(words), norms, opt, attention_term)
+        scores.append(block if t2i else block.T)
     return torch.cat(scores, 1)[:, order.argsort().to(images.device)]
+
+
+def matrix_sums(images: Tensor, opt: Any, t2i: bool, attention_term: bool) -> Callable:
+    """A function of words (C, W, D) that gives their attention_sums with images (I, R, D), by one matrix product."""
+    options = opt, attention_term
+    if t2i:
+        gram = images @ images.mT
+        return lambda words: attention_sums(dot_products(images, words.transpose(0, 1)), gram, *options)
+    regions = images.transpose(0, 1).contiguous()
+    return lambda words: attention_sums(dot_products(words, regions), words @ words.mT, *options)
+
+
+def tile_sums(images: Tensor, blocks: list[Tensor], opt: Any, t2i: bool) -> Callable | None:
+    """matrix_sums where the processor has something faster and there is enough to do, else None."""
+    n_regions, n_words = (sum(X.shape[0] * X.shape[1] for X in side) for side in ([images], blocks))
+    if not has_kernel(images, opt) or blocks[0].requires_grad or n_regions * n_words < KERNEL_FROM:
+        return None
+    import attention_kernel  # here, because numba takes half a second to import
+
+    if not attention_kernel.has_tiles(n_regions, n_words, images.shape[2]):
+        return None
+    kernel, options, (n_images, R, _) = attention_kernel, kernel_options(opt), images.shape
+    if t2i:
+        left, gram = kernel.left_side(images), kernel.doubled(images @ images.mT)
+        return lambda words: kernel.attend_products(
+            left, kernel.right_side(words), (n_images, R, words.shape[1], len(words)), gram, *options
+        )
+    right = kernel.right_side(images)
+    return lambda words: kernel.attend_products(
+        kernel.left_side(words), right, (*words.shape[:2], R, n_images), kernel.doubled(words @ words.mT), *options
+    )
 
 
 def dot_products(contexts: Tensor, queries: Tensor) -> Tensor:
@@ -219,5 +257,6 @@ def xattn_pairs(
         context, query = (own, words) if t2i else (words, own)
         S = (context @ query.mT)[..., None]
         norms = length(query, 2)[..., None]
-        scores.append(attend(S, context @ context.mT, norms, opt, attention_term)[:, 0])
+        sums = attention_sums(S, context @ context.mT, opt, attention_term)
+        scores.append(aggregate(sums, norms, opt, attention_term)[:, 0])
     return torch.cat(scores)[order.argsort().to(images.device)]

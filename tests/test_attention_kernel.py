@@ -1,4 +1,4 @@
-"""The compiled attention against the plain torch form of the same function, in float64."""
+"""The compiled attention, with and without the product in tiles, against the plain torch form in float64."""
 
 from argparse import Namespace
 
@@ -6,8 +6,15 @@ import numpy as np
 import pytest
 import torch
 
+import amx
+import attention_kernel
 import cross_attention
-from cross_attention import attend, xattn_score
+from cross_attention import aggregate, attention_sums, xattn_score
+
+
+def attend(S, gram, norms, opt):
+    """Scores (N, M) with the attention term."""
+    return aggregate(attention_sums(S, gram, opt, True), norms, opt, True)
 
 
 def options(norm="clipped_l2norm", **kwargs):
@@ -21,8 +28,6 @@ def always(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    import attention_kernel
-
     seen, kernel = [], attention_kernel.attend
     monkeypatch.setattr(attention_kernel, "attend", lambda *args: seen.append(1) or kernel(*args))
     return seen
@@ -42,12 +47,12 @@ def test_agrees_with_the_torch_form(norm, smooth, shape, threads, calls):
     opt = options(norm)
     opt.lambda_softmax = smooth
     S, gram, norms = parts(np.random.default_rng(0), *shape)
-    plain = attend(S.clone(), gram, norms, opt, True)
+    plain = attend(S.clone(), gram, norms, opt)
     assert not calls  # float64 has no compiled form
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scores = attend(S.float(), gram.float(), norms.float(), opt, True)
+        scores = attend(S.float(), gram.float(), norms.float(), opt)
     finally:
         torch.set_num_threads(before)
     assert calls
@@ -58,7 +63,7 @@ def test_zeros_and_nan_go_through(calls):
     S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 3, 6, 4, 20))
     S[0], gram[0] = 0, 0
     S[2, 3, 1, 5] = float("nan")
-    scores = attend(S, gram, norms, options(), True)
+    scores = attend(S, gram, norms, options())
     assert torch.isfinite(scores[:2]).all()
     assert scores[2].isnan().nonzero().flatten().tolist() == [5]
     assert calls
@@ -77,7 +82,107 @@ def test_scores_of_both_ways(t2i, calls):
 
 def test_training_and_other_norms_take_the_torch_form(calls):
     S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 2, 3, 4, 5))
-    attend(S.clone().requires_grad_(), gram, norms, options(), True).sum().backward()
+    attend(S.clone().requires_grad_(), gram, norms, options()).sum().backward()
     for norm in ("softmax", "l1norm", "clipped_l1norm", "clipped", "no_norm"):
-        attend(S.clone(), gram, norms, options(norm), True)
+        attend(S.clone(), gram, norms, options(norm))
     assert not calls
+
+
+# ---------------------------------------------------------------- with the product in tiles
+
+needs_amx = pytest.mark.skipif(not amx.available(), reason="this processor has no AMX tiles")
+ACCURACY = {"highest": 2e-6, "high": 2e-5, "medium": 2e-2}
+
+
+@pytest.fixture
+def precision():
+    """torch.set_float32_matmul_precision for one test."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def unit(rng, *shape):
+    return torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal(shape)), dim=-1)
+
+
+def embeddings(rng, images=40, captions=150, D=64, longest=20):
+    """images (I, 36, D), packed words (ΣW_i, D) and caption lengths, in float64."""
+    lens = rng.integers(3, longest, captions).tolist()  # with one or two words bfloat16 turns whole attentions over
+    return unit(rng, images, 36, D), unit(rng, sum(lens), D), lens
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Counts the calls of the form that multiplies in tiles."""
+    seen, kernel = [], attention_kernel.attend_products
+    monkeypatch.setattr(attention_kernel, "attend_products", lambda *args: seen.append(1) or kernel(*args))
+    return seen
+
+
+@needs_amx
+@pytest.mark.parametrize("t2i", [True, False])
+@pytest.mark.parametrize("name", ACCURACY)
+@pytest.mark.parametrize("images, D", [(40, 64), (17, 1024), (9, 160)])
+def test_tiles_agree_with_the_torch_form(t2i, name, images, D, tiles, precision):
+    regions, words, lens = embeddings(np.random.default_rng(2), images, D=D)
+    opt = options(position="attention", cross_attn="")
+    plain = xattn_score(regions, words, lens, opt, t2i)
+    assert not tiles
+    precision(name)
+    scores = xattn_score(regions.float(), words.float(), lens, opt, t2i)
+    assert tiles
+    np.testing.assert_allclose(scores, plain, rtol=0, atol=ACCURACY[name])
+
+
+@needs_amx
+@pytest.mark.parametrize("t2i", [True, False])
+def test_tiles_give_a_pair_the_same_score_in_any_company_and_thread_count(t2i, tiles):
+    regions, words, lens = embeddings(np.random.default_rng(3))
+    regions, words, opt = regions.float(), words.float(), options(position="none", cross_attn="")
+    scores = xattn_score(regions, words, lens, opt, t2i)
+    first = xattn_score(regions[:11], words[: sum(lens[:70])], lens[:70], opt, t2i)
+    np.testing.assert_allclose(first, scores[:11, :70], rtol=0, atol=3e-7)  # the products are the same bits
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert torch.equal(xattn_score(regions, words, lens, opt, t2i), scores)
+    finally:
+        torch.set_num_threads(before)
+    assert len(tiles) > 2
+
+
+@needs_amx
+def test_nan_and_zeros_go_through_the_tiles(tiles):
+    regions, words, lens = embeddings(np.random.default_rng(4))
+    regions, words = regions.float(), words.float()
+    regions[3], words[0] = 0, 0
+    regions[5, 7, 9] = float("nan")
+    scores = xattn_score(regions, words, lens, options(position="attention", cross_attn=""), t2i=True)
+    assert scores[5].isnan().all() and torch.isfinite(scores[torch.arange(40) != 5]).all()
+    assert tiles
+
+
+def test_without_tiles_or_for_other_sizes_the_product_is_a_matrix(tiles, monkeypatch):
+    regions, words, lens = embeddings(np.random.default_rng(5), D=40)  # no multiple of 32
+    opt = options(position="attention", cross_attn="")
+    xattn_score(regions.float(), words.float(), lens, opt, t2i=True)
+    monkeypatch.setattr(amx, "available", lambda: False)
+    regions, words, lens = embeddings(np.random.default_rng(5))
+    xattn_score(regions.float(), words.float(), lens, opt, t2i=True)
+    assert not tiles
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("name, error", [("highest", 2**-23), ("high", 2**-16), ("medium", 2**-8)])
+def test_the_parts_of_a_number_add_up_to_it(right, name, error, precision):
+    precision(name)
+    X = torch.from_numpy(np.random.default_rng(6).standard_normal((50, 96), dtype=np.float32))
+    index = np.concatenate([np.arange(50)[::-1], np.full(14, -1)])
+    blocks = amx.side(X, index, right)
+    assert blocks.data_ptr() % 64 == 0
+    pairs = blocks.mT if right else blocks  # parts, blocks, steps, halves, lines, pairs
+    pairs = pairs.permute(0, 1, 3, 4, 2, 5).contiguous().view(torch.bfloat16)
+    rows = pairs.double().sum(0).reshape(64, 96)
+    assert (rows[50:] == 0).all()
+    np.testing.assert_allclose(rows[:50], X.double().flip(0), rtol=error)
