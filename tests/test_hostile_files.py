@@ -345,7 +345,7 @@ def test_arrays_of_any_shape_and_kind_end_in_success_or_one_line(valid, tmp_path
 @pytest.mark.parametrize("key", ["epoch", "step", "best_rsum", "Eiters", "model", "optimizer", "random", "opt"])
 @pytest.mark.parametrize("value", [None, -1, 2**70, float("nan"), "x", [], {}, torch.zeros(0), {"state": {}}])
 def test_a_checkpoint_with_other_contents_ends_in_success_or_one_line(valid, tmp_path, key, value):
-    state = torch.load(valid / "model.pth.tar", weights_only=False)  # noqa: S614 (written above)
+    state = torch.load(valid / "model.pth.tar", weights_only=False)  # written above
     torch.save({**state, key: value}, tmp_path / "model.pth.tar")
     survive("model.pth.tar", tmp_path)
 
@@ -378,7 +378,7 @@ def test_a_checkpoint_with_another_value_anywhere_ends_in_success_or_one_line(va
     """Read to evaluate, to resume and to train."""
     folder = tmp_path / NAME
     shutil.copytree(valid, folder)
-    state = torch.load(valid / "model.pth.tar", weights_only=False)  # noqa: S614 (written above)
+    state = torch.load(valid / "model.pth.tar", weights_only=False)  # written above
     vars(state["opt"]).update(position="attention", matmul_precision="highest", lambda_whole=1.0, seed=0, amp=False,
                               allow_empty_captions=False, need_box_whole=False, device="cpu")  # fmt: skip
     for value in OTHERS:
