@@ -24,6 +24,8 @@ run the same command again. Files that are already in place are neither fetched 
 Set PFAN_DRIVE_URL to fetch from a mirror: a file is asked for as $PFAN_DRIVE_URL?id=…&export=download&confirm=t
 (the default is https://drive.usercontent.google.com/download).
 Exit status: 0 if everything asked for is there, else 2 with one line on stderr for each part that is not.
+
+example: sh scripts/download_data.sh f30k scan
 HELP
 }
 

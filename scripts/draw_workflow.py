@@ -217,7 +217,9 @@ def heading(axis, x, y, number, text):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="example: python scripts/draw_workflow.py --out docs"
+    )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the two PNG files")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)

@@ -73,6 +73,32 @@ def timed(s, work, warm_up=None):
     return seconds, result
 
 
+def tile_product():
+    """A function of float32 matrices that multiplies them as amx.py does, or None where it cannot."""
+    import torch
+
+    import amx
+
+    if not amx.available():
+        return None
+
+    @amx.compiled
+    def multiply_rows(first, last, left, right, configuration, product):
+        amx.configure(configuration.ctypes.data)
+        sides = left[0, first].ctypes.data, left[0].nbytes, right.ctypes.data, right[0].nbytes
+        at, stride = product[first * amx.BLOCK].ctypes.data, product.strides[0]
+        amx.multiply(*sides, left.shape[2], len(left), at, last - first, right.shape[1], stride)
+
+    def multiply(a, b):
+        left, right = (amx.side(x, np.arange(len(x)), side).numpy() for x, side in ((a, False), (b, True)))
+        product = torch.empty(len(a), len(b))
+        work = left, right, amx.CONFIGURATION, product.numpy()
+        amx.in_threads(lambda first, last: multiply_rows(first, last, *work), len(a) // amx.BLOCK)
+        return product
+
+    return multiply
+
+
 def products(s):
     """Seconds of the fastest float32 product regions × words of the test split, by route and size of a block."""
     import torch
@@ -83,7 +109,7 @@ def products(s):
     torch.set_float32_matmul_precision("highest")
     n_words = sum(caption_lengths(np.random.default_rng(0), s.images * s.per_image))
     flops = 2 * s.images * REGIONS * n_words * s.embed_size
-    rates = {}
+    rates, in_tiles = {}, tile_product() if device.type == "cpu" else None
     for rows, columns in ((128 * REGIONS, 512), (128 * REGIONS, 2048), (32 * REGIONS, 512), (1024, 1024)):
         a, b = (torch.randn(n, s.embed_size, device=device) for n in (rows, columns))
         routes = {"mm": lambda a=a, b=b: a @ b.T}
@@ -91,6 +117,8 @@ def products(s):
             x, y, image, kernel = a.numpy(), b.numpy().T, a.T[None].contiguous(), b[:, :, None]
             routes["numpy"] = lambda x=x, y=y: x @ y
             routes["oneDNN"] = lambda image=image, kernel=kernel: torch.conv1d(image, kernel)
+        if in_tiles:
+            routes["tiles"] = lambda a=a, b=b: in_tiles(a, b)
         for name, product in routes.items():
             n = 128 * REGIONS * 2048 // (rows * columns)
             seconds, _ = timed(s, lambda n=n, product=product: [product() for _ in range(n)][-1])
@@ -322,7 +350,10 @@ def run_measurement(name, sizes, arguments):
 
 
 if __name__ == "__main__":
-    parser = ArgumentParser(description="One measurement of scripts/benchmark.py, which starts this.")
+    parser = ArgumentParser(
+        description="One measurement of scripts/benchmark.py, which starts this.",
+        epilog="example: python scripts/benchmark.py --quick",
+    )
     parser.add_argument("job", type=json.loads, help='JSON: {"name": …, "sizes": {…}, "arguments": {…}}')
     job = parser.parse_args().job
     print(json.dumps(run_measurement(job["name"], job["sizes"], job["arguments"])))
