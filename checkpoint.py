@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from errors import InputError
+from errors import InputError, brief
 from files import replace
 
 log = logging.getLogger(__name__)
@@ -145,14 +145,6 @@ def check_options(path: str, opt: argparse.Namespace) -> None:
         for name in (*names, *newer):
             if not fits(value := getattr(opt, name)):
                 raise InputError(f"{path}: its option {name} is {brief(value)}, expected {expected}")
-
-
-def brief(value: Any) -> str:
-    """What a file holds, in a few characters of one line."""
-    try:
-        return " ".join(ascii(value)[:40].split())
-    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
-        return f"a large {type(value).__name__}"
 
 
 def load_plain(path: str) -> Any:

@@ -11,6 +11,14 @@ class InputError(ValueError):
     """A file, flag or array that does not fit. The message is one line: what was found, where, what was expected."""
 
 
+def brief(value: Any) -> str:
+    """What a file holds, in a few characters of one line."""
+    try:
+        return " ".join(ascii(value)[:40].split())
+    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
+        return f"a large {type(value).__name__}"
+
+
 def of_loading(error: RuntimeError) -> bool:
     """Whether a loading process has died: PyTorch raises that in the process that trains, wherever it is just then."""
     return str(error).startswith("DataLoader worker")

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from array_files import ArrayFile
 
-from errors import InputError
+from errors import InputError, brief
 from files import read_lines, write_lines
 
 SPLITS = ("train", "dev", "test", "testall")
@@ -179,11 +179,9 @@ class SplitWriter:
     def _is_finished(self):
         paths = [f"{self.prefix}_{name}.npy" for name in self.arrays]
         there = [path for path in paths if os.path.exists(path)]
-        try:
-            with open(self.prefix + "_made.json", encoding="utf-8") as file:
-                made = json.load(file)
-        except (OSError, ValueError):
-            made = {}
+        made, path = {}, self.prefix + "_made.json"
+        if os.path.isfile(path):
+            made = read_note(path, lambda made: isinstance(made, dict), "an object; --overwrite makes the split anew")
         same = all(made.get(name) == self.made[name] for name in ("settings", "arrays"))
         asked = made.get("ids") == self.made["ids"] and made.get("inputs") == self.made["inputs"]
         if len(there) == len(paths) and same and (asked or made.get("kept_ids") == self.made["ids"]):
@@ -199,7 +197,7 @@ class SplitWriter:
         except BlockingIOError:
             raise InputError(f"{self.state_path}: another run is writing this split") from None
         old, marks = self.state.readline(), self.state.read()
-        resume = not self.overwrite and _continues(old, self.made) and len(marks) == len(self.ids)
+        resume = not self.overwrite and _continues(self.state_path, old, self.made) and len(marks) == len(self.ids)
         self.files = {}
         for name, (shape, dtype) in self.arrays.items():
             path = f"{self.prefix}_{name}.npy"
@@ -297,8 +295,12 @@ class SplitWriter:
         path = self.prefix + "_commit"
         if not os.path.isfile(path):
             return
-        folder = os.path.dirname(path)
-        for name, part in json.loads(read_lines(path)[0]):
+        folder, split = os.path.split(self.prefix)
+
+        def fits(pairs):
+            return isinstance(pairs, list) and all(_is_rename(pair, split) for pair in pairs)
+
+        for name, part in read_note(path, fits, f"pairs of {split}_NAME and its .part to rename; delete it to go on"):
             if os.path.exists(os.path.join(folder, part)):
                 os.replace(os.path.join(folder, part), os.path.join(folder, name))
         for part in [self.state_path, *(f"{self.prefix}_{name}.npy.part" for name in self.arrays)]:
@@ -311,11 +313,37 @@ def digest(lines):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _continues(old, made):
-    """Whether the rows of a stopped run (its state's first line) are those of this one. More inputs are welcome."""
+def _is_rename(pair, split):
+    """Whether pair is a file's name and that of its part, of this split and in its folder: nothing else is renamed."""
+    match pair:
+        case [str(name), str(part)]:
+            own = name.startswith(split + "_") and "/" not in name
+            return own and part in [name + end for end in (".part", ".kept.part", ".new.part")]
+    return False
+
+
+def read_note(path, fits, expected, text=None):
+    """The JSON in the file path (or in text, bytes of it). Raises InputError where it is none that fits, a function."""
+    if text is None:
+        with open(path, "rb") as file:
+            text = file.read()
     try:
-        old = json.loads(old)
-        inputs = old.pop("inputs")
-    except (ValueError, KeyError):
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: not JSON ({brief(text)}), expected {expected}") from None
+    if not fits(value):
+        raise InputError(f"{path}: found {brief(value)}, expected {expected}")
+    return value
+
+
+def _continues(path, line, made):
+    """Whether the rows of a stopped run (line, its state's first) are those of this one. More inputs are welcome."""
+    if not line.endswith(b"\n"):  # none, or stopped while it wrote that
         return False
+
+    def fits(old):
+        return isinstance(old, dict) and set(old) <= set(made) and isinstance(old.get("inputs"), list)
+
+    old = read_note(path, fits, f"an object of {', '.join(made)}; --overwrite begins anew", line)
+    inputs = old.pop("inputs")
     return all(entry in made["inputs"] for entry in inputs) and all(old[name] == made[name] for name in old)

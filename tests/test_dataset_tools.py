@@ -247,6 +247,78 @@ def test_a_run_stopped_while_it_renamed_is_completed(tmp_path, monkeypatch):
     assert no_leftovers(tmp_path)
 
 
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize("name, text, said", [
+    ("train_made.json", "[]", "found [], expected an object; --overwrite"),
+    ("train_made.json", "null", "found None, expected an object"),
+    ("train_made.json", "{", "not JSON (b'{'), expected an object"),
+    ("train_made.json", DEEP, "not JSON (b'[[["),
+    ("train_made.json", '{"a": ' + "9" * 5000 + "}", "not JSON"),
+    ("train_state.part", "[]\n", "found [], expected an object of settings, arrays, ids, inputs; --overwrite"),
+    ("train_state.part", "{}\n", "found {}, expected an object of settings"),
+    ("train_state.part", '{"inputs": 3}\n', "found {'inputs': 3}, expected an object of settings"),
+    ("train_state.part", '{"inputs": [], "other": 1}\n', "expected an object of settings"),
+    ("train_state.part", "\udcff\n", "not JSON (b'\\xff\\n'), expected an object of settings"),
+    ("train_state.part", DEEP + "\n", "not JSON (b'[[["),
+    ("train_commit", "", "not JSON (b''), expected pairs of train_NAME and its .part to rename; delete it"),
+    ("train_commit", "{}", "found {}, expected pairs"),
+    ("train_commit", DEEP, "not JSON (b'[[["),
+    ("train_commit", '["ab"]', "found ['ab'], expected pairs"),
+    ("train_commit", "[[1, 2]]", "found [[1, 2]], expected pairs"),
+    ("train_commit", '[["train_ims.npy"]]', "expected pairs"),
+])  # fmt: skip
+def test_notes_of_another_form_are_one_line_that_names_them(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text, errors="surrogateescape")
+    with pytest.raises(InputError) as caught:
+        SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, {})
+    assert str(caught.value).startswith(f"{tmp_path / name}: ") and said in str(caught.value)
+    assert len(str(caught.value)) < len(str(tmp_path)) + 200 and "\n" not in str(caught.value)
+
+
+def test_a_command_ends_with_that_line_and_status_2(tmp_path, parts):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/train_commit").write_text(DEEP)
+    assert f"error: {tmp_path / 'out/train_commit'}: not JSON" in fails("tsv_to_dataset", *tsv_args(tmp_path))
+
+
+def test_overwrite_goes_past_notes_of_another_form(tmp_path):
+    (tmp_path / "train_made.json").write_text(DEEP)
+    (tmp_path / "train_state.part").write_text("[]\n")
+    with SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, {}, overwrite=True) as writer:
+        assert not writer.finished and not writer.done.any()
+
+
+def test_a_state_that_a_stopped_run_had_only_begun_is_begun_anew(tmp_path):
+    (tmp_path / "train_state.part").write_text('{"settings": {"to')
+    with SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, {}) as writer:
+        assert not writer.done.any()
+
+
+@pytest.mark.parametrize("name, part", [
+    ("../theirs", "train_ims.npy.part"),
+    ("{}/theirs", "train_ims.npy.part"),
+    ("train_ims.npy", "../theirs"),
+    ("train_ims.npy", "{}/theirs"),
+    ("train_/../../theirs", "train_/../../theirs.part"),
+    ("dev_ims.npy", "dev_ims.npy.part"),
+    ("train_ims.npy", "dev_ims.npy.part"),
+])  # fmt: skip
+def test_a_commit_renames_nothing_but_its_splits_own_parts(tmp_path, name, part):
+    folder = tmp_path / "out"
+    (folder / "train_").mkdir(parents=True)
+    for path in (tmp_path / "theirs", tmp_path / "theirs.part", folder / "train_ims.npy.part",
+                 folder / "dev_ims.npy.part"):  # fmt: skip
+        path.write_text("untouched")
+    before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
+    (folder / "train_commit").write_text(json.dumps([[name.format(tmp_path), part.format(tmp_path)]]))
+    with pytest.raises(InputError, match="train_commit: found .*, expected pairs of train_NAME and its .part"):
+        SplitWriter(folder, "train", ["a"], {"ims": ((2,), np.float32)}, {})
+    (folder / "train_commit").unlink()
+    assert {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")} == before
+
+
 def test_two_runs_do_not_write_one_split_at_once(tmp_path):
     arrays = {"ims": ((2,), np.float32)}
     with SplitWriter(tmp_path, "train", ["a"], arrays, {}), pytest.raises(InputError, match="another run"):
