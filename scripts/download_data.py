@@ -6,6 +6,7 @@ python scripts/download_data.py table [PART …]       what is there, what is mi
 """
 
 import argparse
+import errno
 import lzma
 import shutil
 import sys
@@ -17,9 +18,11 @@ from pathlib import Path, PurePosixPath
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from errors import InputError, run
+from errors import InputError, brief, run
 
-UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError)
+# what damaged archives make tarfile, zipfile and the decompressors raise, beside an OSError of no number
+UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError,
+              OverflowError, MemoryError)  # fmt: skip
 SPLITS = {
     "f30k_precomp": ("train", "dev", "test"),
     "coco_precomp": ("train", "dev", "test", "testall"),
@@ -109,8 +112,14 @@ def unpack(archive, folder):
             if start[:2] == b"PK":
                 raise zipfile.BadZipFile("the end of a zip archive is missing")
             raise InputError(f"{archive}: neither a zip nor a tar archive (it begins with {start}); unpack it by hand")
-    except UNREADABLE as error:
-        raise InputError(f"{archive}: cannot be unpacked ({error}); delete it and run this again") from error
+    except InputError:
+        raise
+    except (*UNREADABLE, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, errno.ENAMETOOLONG):
+            error.filename = error.filename or str(archive)  # a full disk does not say of which file
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error)[:200].split()) or type(error).__name__
+        raise InputError(f"{archive}: cannot be unpacked ({reason}); delete it and run this again") from error
 
 
 def extract(archive, folder, members, open_member):
@@ -118,7 +127,7 @@ def extract(archive, folder, members, open_member):
     for name, is_file, member in members:
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or is_file is None:
-            raise InputError(f"{archive}: refused: its member {name!r} is a link or would land outside {folder}")
+            raise InputError(f"{archive}: refused: its member {brief(name)} is a link or would land outside {folder}")
         if not is_file:
             continue
         target = folder / path
