@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from errors import InputError, run
+from errors import InputError, brief, run
 from files import open_npy, replace
 
 CELLS_AT_ONCE = 1 << 16  # × 8 bytes = 0.5 MB a temporary, which stays in the cache
@@ -161,7 +161,7 @@ def read_archive(path: str) -> tuple:
         next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES)
     )
     if boxes is None:
-        raise InputError(f"{path}: holds {', '.join(names)}; expected {' or '.join(BOX_NAMES)}")
+        raise InputError(f"{path}: holds {', '.join(names)[:200]}; expected {' or '.join(BOX_NAMES)}")
     if sizes is None and {"image_h", "image_w"} <= set(arrays):
         sizes = np.stack([arrays["image_h"], arrays["image_w"]], axis=-1)
     return boxes, sizes
@@ -199,7 +199,7 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
             named = {key(name): id for id, image in images.items() for name in (image.get("file_name", id), id)}
             lost = [name for name in ids if key(name) not in named]
             if lost:
-                raise InputError(f"{path}: no image {lost[0]} ({len(lost)} of {len(ids)} ids are missing)")
+                raise InputError(f"{path}: no image {brief(lost[0])} ({len(lost)} of {len(ids)} ids are missing)")
             images = {named[key(name)]: images[named[key(name)]] for name in ids}
         rows = {id: row for row, id in enumerate(images)}
         sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.float64)
@@ -210,20 +210,19 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
             if row is None:
                 continue
             if found[row] == n_regions:
-                raise InputError(
-                    f"{path}: image {annotation['image_id']} has more than {n_regions} boxes (--n_regions)"
-                )
+                image = brief(annotation["image_id"])
+                raise InputError(f"{path}: image {image} has more than {n_regions} boxes (--n_regions)")
             try:
                 x, y, width, height = annotation["bbox"]
                 boxes[row, found[row]] = x, y, x + width, y + height
             except (KeyError, TypeError, ValueError):
-                what = f"bbox {annotation.get('bbox')}, expected x, y, width, height"
-                raise InputError(f"{path}: image {annotation['image_id']}, box {found[row]}: {what}") from None
+                what = f"bbox {brief(annotation.get('bbox'))}, expected x, y, width, height"
+                raise InputError(f"{path}: image {brief(annotation['image_id'])}, box {found[row]}: {what}") from None
             found[row] += 1
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path}: not a COCO-style file of images and annotations ({error!r})") from None
+        raise InputError(f"{path}: not a COCO-style file of images and annotations ({repr(error)[:200]})") from None
     if not found.any():
         raise InputError(f"{path}: no boxes for any of {len(rows)} images")
     return boxes, sizes, found, list(images)
@@ -291,7 +290,7 @@ def main() -> None:
             except InputError as error:
                 number, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
                 picture = start + int(number)
-                name = f" (image {names[picture]})" if names else ""
+                name = f" (image {brief(names[picture])})" if names else ""
                 raise InputError(f"{opt.boxes}: picture {picture}{name}{rest}") from None
             no_area += int((grid[..., -1] == 0).sum())
             file.write(grid.astype("<f4", copy=False).tobytes())
