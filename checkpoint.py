@@ -152,11 +152,11 @@ def load_plain(path: str) -> Any:
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
         except pickle.UnpicklingError as error:
             if "Unsupported operand 84" not in str(error):  # 84 is T, the opcode of Python 2 for a long string
                 raise
-            return torch.load(python3_strings(path), map_location="cpu", weights_only=True)
+            return torch.load(python3_strings(path), map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def python3_strings(path: str) -> io.BytesIO:

@@ -59,7 +59,7 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # noqa: TID251
     except Exception as error:  # a broken header makes NumPy raise SyntaxError, tokenize's errors and more
         reason = str(error).partition("\n")[0].partition(". If you trust")[0][:200]
         raise InputError(f"{path}: truncated or not an .npy array of numbers ({reason})") from None

@@ -146,7 +146,7 @@ SIZE_NAMES = ("image_sizes", "image_size", "sizes")
 def read_archive(path: str) -> tuple:
     """Boxes, and image sizes or None, of an .npz file."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:  # noqa: TID251
             names = archive.files
             arrays = {name: archive[name] for name in (*BOX_NAMES, *SIZE_NAMES, "image_h", "image_w") if name in names}
     except OSError:  # says which file

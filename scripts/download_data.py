@@ -213,7 +213,7 @@ def describe_array(path, shapes, size):
 
     expected = " or ".join(str(("n", *shape)).replace("'", "") for shape in shapes)
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # noqa: TID251
     except (ValueError, EOFError) as error:
         problem = " ".join(str(error).split())
         raise InputError(f"{path}: no complete .npy file ({size:,} bytes; {problem}), expected {expected}") from None

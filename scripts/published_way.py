@@ -155,7 +155,10 @@ class Pairs(torch.utils.data.Dataset):
 
     def __init__(self, prefix, vocab, n_pairs):
         self.vocab, self.n_pairs = vocab, n_pairs
-        self.images, self.boxes = (np.load(f"{prefix}_{name}.npy") for name in ("ims", "boxes"))
+        self.images, self.boxes = (
+            np.load(f"{prefix}_{name}.npy", allow_pickle=False)  # noqa: TID251
+            for name in ("ims", "boxes")
+        )
         with open(f"{prefix}_caps.txt", encoding="utf-8") as file:
             self.captions = [line.strip() for line in file]
         self.im_div = len(self.captions) // len(self.images)

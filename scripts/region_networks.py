@@ -95,7 +95,7 @@ def _load(network, path, name):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused anyway
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
         if not isinstance(state, dict):
             raise ValueError(f"a {type(state).__name__}, expected a dict of tensors")
         missing, unexpected = network.load_state_dict(state.get("model", state), strict=False)

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -411,7 +412,7 @@ def test_awkward_captions_are_read_or_refused_by_line(tmp_path, awkward):
 
 
 def test_no_file_of_the_project_is_opened_in_a_way_that_could_run_it():
-    """Beside the lint rules S301, S307 and S102: every read of an array or a checkpoint says that it is a safe one."""
+    """Beside the lint rules of ruff.toml: every read of an array or a checkpoint says that it is a safe one."""
     unsafe = re.compile(r"allow_pickle=(?!False)|weights_only=(?!True)|\bpickle\.loads?\b|\bUnpickler\(")
     for path in ROOT.rglob("*.py"):
         parts = path.relative_to(ROOT).parts
@@ -421,6 +422,24 @@ def test_no_file_of_the_project_is_opened_in_a_way_that_could_run_it():
         assert not unsafe.search(text), (path, unsafe.search(text))
         for call in re.findall(r"\btorch\.load\(((?:[^()]|\([^()]*\))*)\)", text):
             assert "weights_only=True" in call, (path, call)
+
+
+@pytest.mark.parametrize(("rule", "code"), [
+    ("TID251", "import numpy as np\n\nnp.load('a.npy', allow_pickle=True)\n"),
+    ("TID251", "import numpy\n\nread = numpy.load\n"),
+    ("TID251", "import torch\n\ntorch.load('a.pth.tar', weights_only=False)\n"),
+    ("TID251", "from torch import load\n\nload('a.pth.tar')\n"),
+    ("S301", "import pickle\n\npickle.loads(b'')\n"),
+    ("S302", "import marshal\n\nmarshal.loads(b'')\n"),
+    ("S307", "eval('1')\n"),
+    ("S102", "exec('1')\n"),
+])  # fmt: skip
+def test_lint_bans_what_could_run_a_file(rule, code):
+    pytest.importorskip("ruff", reason="lint needs what requirements-dev.txt lists")
+    for place, found in (("scripts/new.py", True), ("tests/test_new.py", rule != "TID251")):
+        line = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "--stdin-filename"]
+        done = subprocess.run([*line, place, "-"], input=code, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        assert (f" {rule} " in done.stdout) == found and done.returncode == found, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["karpathy.json", "coco.json"])
