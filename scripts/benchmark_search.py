@@ -150,6 +150,10 @@ def measure(opt):
         yield {"cross_attn": model.opt.cross_attn, **row}
 
 
+def is_measured(rows):
+    return isinstance(rows, list) and all(isinstance(row, dict) and {*KEY} <= {*row} for row in rows)
+
+
 def merge(rows, found):
     """Rows with those found added, or their numbers where there is a row of the same key already."""
     known = {tuple(row[name] for name in KEY): row for row in rows}
@@ -227,7 +231,7 @@ def main():
     torch.set_num_threads(opt.threads)
     faiss.omp_set_num_threads(opt.threads)
     numbers, found = os.path.splitext(opt.out)[0] + ".json", []
-    rows = read_json(numbers) or []
+    rows = read_json(numbers, is_measured, "the rows of an earlier run; delete it to begin anew") or []
     for row in measure(opt):
         found.append(row)
         print(json.dumps(row), flush=True)

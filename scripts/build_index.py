@@ -26,6 +26,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
 
 from array_files import ArrayFile
+from dataset_files import read_note
 
 from checkpoint import replace
 from data import open_npy, pad
@@ -60,14 +61,17 @@ def fingerprint(model_path, dataset, n_anchors):
     }
 
 
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise InputError(f"{path}: not JSON, expected the notes of a collection; --overwrite makes it anew") from None
+def is_note(note):
+    """Whether note is of the form of a collection's collection.json or progress.json."""
+    if not isinstance(note, dict) or not isinstance(note.get("done", {}), dict):
+        return False
+    steps = [step for step in note.get("done", {}).values() if step != "all"]
+    return all(type(n) is int and n >= 1 for n in (*steps, note.get("anchors", ANCHORS)))
+
+
+def read_json(path, fits=is_note, expected="the notes of a collection; --overwrite makes it anew"):
+    """The JSON in a file, None where there is none. Raises InputError where it is not what fits."""
+    return read_note(path, fits, expected) if os.path.isfile(path) else None
 
 
 def write_json(path, value):
@@ -81,7 +85,7 @@ class Build:
         os.makedirs(folder, exist_ok=True)
         self.folder, self.made_from = folder, made_from
         self.note = os.path.join(folder, "progress.json")
-        before = read_json(self.note) or {}
+        before = read_json(self.note, expected="how far a stopped run was; delete it to begin anew") or {}
         self.done = before.get("done", {}) if before.get("made_from") == made_from else {}
 
     def path(self, name):
@@ -231,7 +235,9 @@ def open_collection(folder, model, vocab):
         open_npy(os.path.join(folder, f"{x}.npy")) for x in ("images", "words", "lens", "table", "nearest")
     )
     anchors = read_anchors(os.path.join(folder, "anchors.faiss"))
-    if images.ndim != 3 or words.ndim != 2 or anchors.d != model.opt.embed_size or lens.sum() != len(words):
+    fit = (images.ndim, words.ndim, lens.ndim) == (3, 2, 1) and {lens.dtype.kind, nearest.dtype.kind} <= {*"iu"}
+    fit = fit and images.size and lens.size and lens.min() > 0 and lens.sum() == len(words)
+    if not fit or {images.shape[2], words.shape[1], anchors.d} != {model.opt.embed_size}:
         raise InputError(f"{folder}: its files do not fit together, make it anew with --overwrite")
     t2i, both = model.opt.cross_attn == "t2i", sides(images, words, lens)
     (attending, starts), (_, others) = both if t2i else both[::-1]
@@ -246,11 +252,16 @@ def open_or_build(model_path, model, loader, split, folder=None, n_anchors=None,
     n_anchors: what it must have been made with; where None, anything, or ANCHORS if it is made now.
     """
     folder = folder or collection_folder(model_path, model.opt.data_name, split)
-    before = read_json(os.path.join(folder, "collection.json"))
+    try:
+        before = read_json(os.path.join(folder, "collection.json"))
+    except InputError:
+        if not overwrite:
+            raise
+        before = {}
     n_anchors = n_anchors or (before or {}).get("anchors", ANCHORS)
     made_from = fingerprint(model_path, loader.dataset, n_anchors)
     if before is not None and not overwrite and before != made_from:
-        found = next(name for name in made_from if before.get(name) != made_from[name])
+        found = next((name for name in made_from if before.get(name) != made_from[name]), "things")
         raise InputError(f"{folder}: made from other {found}, --overwrite of build_index.py makes it anew")
     if before is None or overwrite:
         if os.path.isdir(folder) and not {*os.listdir(folder)} <= OWN | {name + ".part" for name in OWN}:

@@ -225,15 +225,59 @@ def test_damaged_files_are_an_error_that_names_them(toy, built, tmp_path):
         ("anchors.faiss", b"nothing", "not a faiss index"),
         ("table.npy", b"\x93NUMPY", "truncated or not an .npy"),
         ("collection.json", b"{", "not JSON"),
+        ("collection.json", b"[" * 100_000, "not JSON"),
+        ("collection.json", b"\xff", "not JSON"),
+        ("collection.json", b"[1]", r"found \[1\], expected the notes of a collection; --overwrite"),
+        ("collection.json", b'{"anchors": "x"}', "found {'anchors': 'x'}, expected the notes"),
     ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(contents)
         with pytest.raises(InputError, match=f"{name}: {said}"):
             open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
         (tmp_path / name).write_bytes(before)
-    np.save(tmp_path / "table.npy", np.zeros((3, 3), dtype=np.float16))
-    with pytest.raises(InputError, match="do not fit together"):
+    arrays = {name: np.load(tmp_path / f"{name}.npy") for name in ("images", "words", "lens", "nearest", "table")}
+    n, regions, size = arrays["images"].shape
+    for name, array in (
+        ("table", np.zeros((3, 3), dtype=np.float16)),
+        *(("images", np.zeros(shape, dtype=np.float16)) for shape in ((n, 0, size), (n, regions, 0), (0, 0, 0), (n,))),
+        ("images", arrays["images"][..., 1:]),
+        ("words", arrays["words"][:, 1:]),
+        ("lens", arrays["lens"].astype(float)),
+        ("lens", arrays["lens"][None]),
+        ("lens", arrays["lens"][:0]),
+        ("nearest", arrays["nearest"].astype(float)),
+    ):
+        np.save(tmp_path / f"{name}.npy", array)
+        with pytest.raises(InputError, match="do not fit together"):
+            open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
+        np.save(tmp_path / f"{name}.npy", arrays[name])
+
+
+def test_a_note_of_other_things_is_refused_and_overwrite_goes_past_it(toy, built, tmp_path):
+    model, loader, folder = built
+    note = tmp_path / "collection.json"
+    kept = json.loads(open(os.path.join(folder, "collection.json")).read())
+    note.write_text(json.dumps({**kept, "more": 1}))
+    with pytest.raises(InputError, match="made from other things, --overwrite"):
         open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
+    note.write_text("[" * 100_000)
+    open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path), n_anchors=32, overwrite=True)
+    assert json.loads(note.read_text()) == kept
+
+
+@pytest.mark.parametrize("note", ["[1]", "[" * 100_000, '{"done": 3}', '{"done": {"images.npy": "x"}}'])
+def test_progress_of_another_form_is_named(toy, built, tmp_path, note):
+    model, loader, _ = built
+    (tmp_path / "progress.json").write_text(note)
+    with pytest.raises(InputError, match="progress.json: .*, expected how far a stopped run was; delete it"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
+
+
+@pytest.mark.parametrize("rows", ["{}", "[1]", '[{"pictures": 3}]', "[" * 100_000])
+def test_the_benchmark_refuses_rows_of_another_form_before_it_measures(toy, tmp_path, monkeypatch, rows):
+    (tmp_path / "x.json").write_text(rows)
+    with pytest.raises(InputError, match="x.json: .*, expected the rows of an earlier run; delete it"):
+        measured(monkeypatch, toy[1]["t2i"], tmp_path / "x.png")
 
 
 def test_the_command_builds_and_searches(toy, monkeypatch, capsys):
