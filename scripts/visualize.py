@@ -59,6 +59,14 @@ def open_split(opt):
     return Collection.encode(model, loader), loader.dataset, Pictures(loader.dataset, opt.images)
 
 
+def numbers(values, opt, dataset, picture):
+    """values, what the model makes of a picture. Raises InputError where these are NaN or infinite."""
+    if not np.isfinite(values).all():
+        what = f"picture {picture} of {dataset.prefix}_ims.npy gives NaN or infinite numbers"
+        raise InputError(f"{opt.model_path}: {what}, expected smaller features or weights")
+    return values
+
+
 def draw_picture(axis, pictures, number, weights=None):
     """A picture (a blank frame where it has no file) with its regions, lit by weights (R,) where given."""
     width, height = pictures.size(number)
@@ -99,7 +107,7 @@ def draw_search(opt):
     for row, (image, score) in enumerate(zip(images, scores, strict=True)):
         draw_picture(axes[row, 0], pictures, image)
         axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{pictures.ids[image]}")
-        t2i, _ = collection.attention(collection.image(image), words)
+        t2i = numbers(collection.attention(collection.image(image), words)[0], opt, dataset, image)
         for axis, word in zip(axes[row, 1:], columns, strict=True):
             draw_picture(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
     for axis, word in zip(axes[0, 1:], columns, strict=True):
@@ -121,7 +129,7 @@ def draw_captions(opt):
     collection, dataset, pictures = open_split(opt)
     if not 0 <= opt.picture < dataset.n_images:
         raise InputError(f"--picture {opt.picture}: expected 0 to {dataset.n_images - 1}")
-    scores = collection.score_captions(collection.image(opt.picture))
+    scores = numbers(collection.score_captions(collection.image(opt.picture)), opt, dataset, opt.picture)
     groups = min(dataset.n_images, len(scores))
     own = opt.picture * groups // dataset.n_images
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.4), width_ratios=(1, 2.7), layout="constrained")

@@ -129,6 +129,22 @@ def test_what_cannot_be_drawn_is_said_in_one_line(toy, tmp_path, monkeypatch, ca
     assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1] and not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("flags", [("search", "--sentence", "a red ball"), ("captions", "--picture", "3")])
+def test_features_that_give_nan_are_one_line(tmp_path, monkeypatch, capsys, flags):
+    where = make_folder(tmp_path, splits={"dev": 6, "test": 8}, n_regions=4)
+    save_model(tmp_path / "model.pth.tar", *where)
+    features = tmp_path / "data" / "toy_precomp" / "test_ims.npy"
+    np.save(features, np.full_like(np.load(features), 3e38))  # float32's largest: sums of it are infinite
+    out = tmp_path / "x.png"
+    line = ["visualize.py", *flags, "--model_path", str(tmp_path / "model.pth.tar"), "--out", str(out)]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(SystemExit) as left:
+        run(visualize.main)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert left.value.code == 2 and not out.exists()
+    assert last.startswith(f"error: {tmp_path / 'model.pth.tar'}: picture ") and f"of {features} gives NaN" in last
+
+
 def test_a_file_that_is_no_tensorboard_file_is_an_error(tmp_path):
     (tmp_path / "events.out.tfevents.1").write_bytes(b"\xff" * 100)
     with pytest.raises(InputError, match="not a TensorBoard file"):
