@@ -6,7 +6,7 @@ float32. Parts p and q of the two sides (0 the largest) contribute some 2^-8(p+q
 p + q < n are multiplied. attention_kernel.py multiplies so, a piece at a time that stays in the cache.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ BLOCK = 32  # rows and columns of sums at a time: four tiles of 16 × 16; their 
 STEP = 32  # elements of a dot product that an instruction takes: a row of bfloat16 numbers
 DEPTH = 4  # steps before the next block's turn, so that a block's share of both sides stays in the nearest cache
 WIDTH = 128  # elements of 16 rows that are brought into tiles at a time, in the nearest cache too
+PACKED = 16  # blocks of rows that a thread brings into tiles at a time
 PAIR = 2048  # bytes of the two tiles of one side that are multiplied with two of the other
 
 # What the tile registers hold: palette 1; from byte 16 on a row's bytes, from byte 48 on the rows, of eight tiles.
@@ -136,7 +137,7 @@ def pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def in_threads(work: Callable[[int, int], None], count: int) -> None:
+def in_threads(work: Callable[[int, int], Any], count: int) -> None:
     """work(first, last) for equal shares of count things, one for each of torch.get_num_threads() threads."""
     cuts = np.linspace(0, count, min(count, torch.get_num_threads()) + 1).astype(int).tolist()
     if len(cuts) == 2:
@@ -209,15 +210,20 @@ def multiply(  # pragma: no cover
                 store_sums(at, stride)
 
 
-def side(X: torch.Tensor, index: Array, right: bool) -> torch.Tensor:
-    """What multiply takes for one side: rows index (n,) of X (rows, D), float32 on the CPU, zeros for -1.
+def sides(wanted: Sequence[tuple[torch.Tensor, Array]], right: bool) -> list[torch.Tensor]:
+    """What multiply takes for one side of several products.
 
-    n and D must be multiples of 32. The number of parts follows torch.get_float32_matmul_precision(). Returns
+    wanted: X (rows, D), float32 on the CPU, and index (n,): the rows of X that it shall hold, -1 for zeros; n and D
+    must be multiples of 32. The number of parts follows torch.get_float32_matmul_precision(). Returns for each
     (parts, n/32, D/32, 2, 16, 16) int32, in torch's memory because that begins at a multiple of 64 bytes: from other
     places tiles load half as fast.
     """
-    parts = PARTS[torch.get_float32_matmul_precision()]
-    blocks = torch.empty((parts, len(index) // BLOCK, X.shape[1] // STEP, 2, 16, 16), dtype=torch.int32)
-    rows, numbers = X.detach().contiguous().numpy(), blocks.numpy().view(np.uint32)
-    in_threads(lambda first, last: pack(rows, index, right, numbers, first, last), blocks.shape[1])
-    return blocks
+    parts, results, jobs = PARTS[torch.get_float32_matmul_precision()], [], []
+    for X, index in wanted:
+        blocks = len(index) // BLOCK
+        results.append(torch.empty((parts, blocks, X.shape[1] // STEP, 2, 16, 16), dtype=torch.int32))
+        rows, numbers = X.detach().contiguous().numpy(), results[-1].numpy().view(np.uint32)
+        for first in range(0, blocks, PACKED):
+            jobs.append((rows, index, right, numbers, first, min(first + PACKED, blocks)))
+    in_threads(lambda first, last: [pack(*job) for job in jobs[first:last]], len(jobs))
+    return results

@@ -5,7 +5,8 @@ cache. For the L2 norms only: they bound the softmax's exponents, so that its ma
 """
 
 import math
-from typing import TypeAlias
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -16,14 +17,17 @@ import amx
 
 Float: TypeAlias = np.float32
 Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous
-ROWS, COLUMNS = 288, 576  # of S that are multiplied and attended to while they are in a core's cache
+ROWS, COLUMNS = 288, 1024  # of S that are multiplied and attended to while they are in a core's cache
 TILE = 512  # columns whose 36 rows of attention are multiplied with the Gram matrix at once
-ONE, TWO, HALF = np.float32(1), np.float32(2), np.float32(0.5)
+LOG_SUM_EXP, MEAN, MAX, SUM = range(4)
+HOW = {"LogSumExp": LOG_SUM_EXP, "Mean": MEAN, "Max": MAX, "Sum": SUM}
+ONE, HALF = np.float32(1), np.float32(0.5)
 LOG2_E = np.float32(1.44269504)
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # ln 2 in two parts, the first exact
 EXP = tuple(np.float32(c) for c in (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
 
-compiled = njit(nogil=True, fastmath={"contract"})  # no flag that assumes there is no NaN: it must reach the scores
+# fastmath: no flag that assumes there is no NaN, because it must reach the scores
+compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
 
 
 @njit(fastmath={"contract"}, inline="always")
@@ -120,34 +124,73 @@ def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) ->
 
 
 @compiled
+def aggregate(rows: Array, how: int, smooth: Float, scores: Array, factor: Float) -> None:  # pragma: no cover
+    """scores (M) += factor · one of AGG_FUNC, with λ_lse smooth, over the first axis of rows (K, M)."""
+    K, M = rows.shape
+    sum, most = np.zeros(M, np.float32), np.full(M, -np.inf, np.float32)
+    for k in range(K):
+        row = rows[k]
+        if how == LOG_SUM_EXP:
+            for m in range(M):
+                sum[m] += exp(smooth * row[m])
+        else:
+            for m in range(M):
+                sum[m] += row[m]
+                most[m] = row[m] if row[m] > most[m] else most[m]
+    for m in range(M):
+        x = sum[m]
+        if how == LOG_SUM_EXP:
+            x = math.log(x) / smooth
+        elif how == MEAN:
+            x /= K
+        elif how == MAX and x == x:  # NaN in any row is in the sum, and stays
+            x = most[m]
+        scores[m] += factor * x
+
+
+@compiled
 def contexts(  # pragma: no cover
     rows: Array,
-    K: int,
-    M: int,
     gram: Array,
+    norms: Array,
     slope: Float,
     smooth: Float,
     eps: Float,
-    squares: Array,
-    dots: Array,
-    strongest: Array,
+    how: int,
+    lse: Float,
+    term: Float,
+    scores: Array,
+    first_row: int,
+    first_column: int,
 ) -> None:
-    """attend's sums (N, K·M) of S: its rows (N, L, K·M or more, the rest not looked at), gram as doubled makes it."""
-    N, L, columns = len(rows), rows.shape[1], K * M
-    scale, total = np.empty(columns, np.float32), np.empty(columns, np.float32)
+    """attend's scores of some contexts and queries, from first_row and first_column on.
+
+    rows (N, L, K·M or more, the rest not looked at): of S; gram as doubled makes it; norms (K, M).
+    """
+    N, L = rows.shape[:2]
+    K, M = norms.shape
+    columns, lengths = K * M, norms.reshape(K * M)
+    scale, total, dots = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
+    strongest, squares, own = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(M, np.float32)
     for n in range(N):
-        total[:], dots[n], strongest[n], squares[n] = 0, 0, 0, 0
+        total[:], dots[:], strongest[:], squares[:], own[:] = 0, 0, 0, 0, 0
         for row in range(L):
             S = rows[n, row][:columns]
             scales(S.reshape(K, M), slope, smooth, eps, scale)
-            exponentials(S, scale, slope, smooth, total, dots[n], strongest[n])
+            exponentials(S, scale, slope, smooth, total, dots, strongest)
         for start in range(0, columns, TILE):
-            add_squares(rows[n], start, min(start + TILE, columns), gram[n], squares[n])
+            add_squares(rows[n], start, min(start + TILE, columns), gram[n], squares)
         for i in range(columns):
             share = ONE / total[i]
-            squares[n, i] *= share * share
-            dots[n, i] *= share
-            strongest[n, i] *= share
+            square = squares[i] * share * share
+            both = lengths[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
+            dots[i] *= share / (eps if both < eps else both)
+            strongest[i] *= share
+        aggregate(dots.reshape(K, M), how, lse, own, ONE)
+        if term:
+            aggregate(strongest.reshape(K, M), how, lse, own, term)
+        for m in range(M):
+            scores[first_row + n, first_column + m] = own[m]
 
 
 @compiled
@@ -161,18 +204,21 @@ def products_and_contexts(  # pragma: no cover
     configuration: Array,
     S: Array,
     gram: Array,
+    norms: Array,
     slope: Float,
     smooth: Float,
     eps: Float,
-    results: Array,
+    how: int,
+    lse: Float,
+    term: Float,
+    scores: Array,
 ) -> None:
-    """results (3, N, K, M) of parts first to last of S, each of group contexts and piece queries.
+    """attend's scores (N, M) of parts first to last, each of group contexts and piece queries.
 
-    left, right: contexts and queries as left_side and right_side make them. S: memory for such a part.
+    left, right: contexts and queries as left_sides and right_sides make them. S: memory for such a part.
     """
-    N, K, M = results.shape[1:]
-    L, pieces, rows, columns = gram.shape[1], -(-M // piece), len(S) // amx.BLOCK, S.shape[1] // amx.BLOCK
-    sums = np.empty((3, group, K * piece), np.float32)
+    N, L, M = len(gram), gram.shape[1], norms.shape[1]
+    pieces, rows, columns = -(-M // piece), len(S) // amx.BLOCK, S.shape[1] // amx.BLOCK
     amx.configure(configuration.ctypes.data)
     for part in range(first, last):
         n, m = part // pieces * group, part % pieces * piece
@@ -188,13 +234,10 @@ def products_and_contexts(  # pragma: no cover
             columns,
             S.strides[0],
         )
-        count, width = min(group, N - n), min(piece, M - m)
+        count = min(group, N - n)
         own = S[: count * L].reshape(count, L, S.shape[1])
-        contexts(own, K, width, gram[n : n + count], slope, smooth, eps, sums[0], sums[1], sums[2])
-        for what in range(3):
-            for i in range(count):
-                for k in range(K):
-                    results[what, n + i, k, m : m + width] = sums[what, i, k * width : (k + 1) * width]
+        own_norms = norms[:, m : m + piece].copy()
+        contexts(own, gram[n : n + count], own_norms, slope, smooth, eps, how, lse, term, scores, n, m)
 
 
 def doubled(gram: Tensor) -> Tensor:
@@ -202,22 +245,28 @@ def doubled(gram: Tensor) -> Tensor:
     return gram.triu() + gram.triu(1)
 
 
-def attend(S: Tensor, gram: Tensor, slope: float, smooth: float, eps: float) -> Tensor:
-    """With A = softmax over L of λ·S's leaky values over their L2 norm along K: A gram Aᵀ, Σ A S, max A: (3, N, K, M).
+def numbers(options: Any) -> tuple:
+    """attend's options as the compiled functions take them."""
+    slope, smooth, eps, agg_func, lse, term = options
+    return *(np.float32(x) for x in (slope, smooth, eps)), HOW[agg_func], np.float32(lse), np.float32(term)
 
-    S (N, L, K, M), contiguous, overwritten; gram (N, L, L); both float32 on the CPU. slope: of the leaky values below
-    0; smooth: λ, 0 to 20 (e^-4λ is still a float32). Contexts are divided among torch.get_num_threads() threads.
+
+def attend(S: Tensor, gram: Tensor, norms: Tensor, *options: Any) -> Tensor:
+    """cross_attention.attend: scores (N, M) of S (N, L, K, M), gram (N, L, L) and query norms (K, M).
+
+    All float32 on the CPU; S is contiguous, and overwritten. options: slope of leaky values below 0; λ, 0 to 20 (e^-4λ
+    is still a float32); what is added to norms; AGG_FUNC's name; λ_lse, to 80; what the largest attention counts.
+    Contexts are divided among torch.get_num_threads() threads.
     """
     N, L, K, M = S.shape
-    rows, matrices = S.view(N, L, K * M).numpy(), doubled(gram).numpy()
-    results = np.empty((3, N, K * M), np.float32)
-    numbers = np.float32(slope), np.float32(smooth), np.float32(eps)
+    rows, matrices, lengths = S.view(N, L, K * M).numpy(), doubled(gram).numpy(), norms.contiguous().numpy()
+    scores = np.empty((N, M), np.float32)
 
     def part(first, last):
-        contexts(rows[first:last], K, M, matrices[first:last], *numbers, *results[:, first:last])
+        contexts(rows[first:last], matrices[first:last], lengths, *numbers(options), scores, first, 0)
 
     amx.in_threads(part, N)
-    return torch.from_numpy(results).view(3, N, K, M)
+    return torch.from_numpy(scores)
 
 
 # ---------------------------------------------------------------- with the product
@@ -239,43 +288,47 @@ def whole_blocks(n: int) -> int:
     return -(-n // amx.BLOCK) * amx.BLOCK
 
 
-def left_side(contexts: Tensor) -> Tensor:
-    """Contexts (N, L, D) as attend_products takes them: in groups, each filled up to whole blocks of rows."""
-    N, L, _ = contexts.shape
-    group = group_size(N, L, ROWS)
-    index = np.full((-(-N // group), whole_blocks(group * L)), -1)
-    own = np.arange(len(index) * group * L).reshape(len(index), -1)
-    index[:, : group * L] = np.where(own < N * L, own, -1)
-    return amx.side(contexts.flatten(0, 1), index.ravel(), right=False)
+def left_sides(contexts: Sequence[Tensor]) -> list[Tensor]:
+    """Several contexts (N, L, D) as attend_products takes them: in groups, each filled up to whole blocks of rows."""
+    wanted = []
+    for own in contexts:
+        N, L, _ = own.shape
+        group = group_size(N, L, ROWS)
+        index = np.full((-(-N // group), whole_blocks(group * L)), -1)
+        rows = np.arange(len(index) * group * L).reshape(len(index), -1)
+        index[:, : group * L] = np.where(rows < N * L, rows, -1)
+        wanted.append((own.flatten(0, 1), index.ravel()))
+    return amx.sides(wanted, right=False)
 
 
-def right_side(queries: Tensor) -> Tensor:
-    """Queries (M, K, D) as attend_products takes them: in groups, each with its first elements first, then the rest."""
-    M, K, _ = queries.shape
-    piece = group_size(M, K, COLUMNS)
-    index = np.full((-(-M // piece), whole_blocks(K * piece)), -1)
-    for row, first in zip(index, range(0, M, piece), strict=True):
-        own = np.arange(first, min(first + piece, M)) * K + np.arange(K)[:, None]
-        row[: own.size] = own.ravel()
-    return amx.side(queries.flatten(0, 1), index.ravel(), right=True)
+def right_sides(queries: Sequence[Tensor]) -> list[Tensor]:
+    """Several queries (M, K, D) as attend_products takes them: in groups, each with the first elements of all first."""
+    wanted = []
+    for own in queries:
+        M, K, _ = own.shape
+        piece = group_size(M, K, COLUMNS)
+        index = np.full((-(-M // piece), whole_blocks(K * piece)), -1)
+        for row, first in zip(index, range(0, M, piece), strict=True):
+            rows = np.arange(first, min(first + piece, M)) * K + np.arange(K)[:, None]
+            row[: rows.size] = rows.ravel()
+        wanted.append((own.flatten(0, 1), index.ravel()))
+    return amx.sides(wanted, right=True)
 
 
-def attend_products(
-    left: Tensor, right: Tensor, shape: tuple, gram: Tensor, slope: float, smooth: float, eps: float
-) -> Tensor:
-    """attend's sums (3, N, K, M) for contexts left and queries right; gram is doubled(the contexts' own).
+def attend_products(left: Tensor, right: Tensor, gram: Tensor, norms: Tensor, *options: Any) -> Tensor:
+    """attend's scores (N, M) of contexts left and queries right, S never being whole.
 
-    shape: of S (N, L, K, M), which never is whole.
+    gram: doubled(the contexts' own); norms (K, M); options: attend's.
     """
-    N, L, K, M = shape
+    (N, L, _), (K, M) = gram.shape, norms.shape
     group, piece = group_size(N, L, ROWS), group_size(M, K, COLUMNS)
-    sides, matrices = (left.numpy(), right.numpy()), gram.numpy()
-    results = np.empty((3, N, K, M), np.float32)
-    numbers = np.float32(slope), np.float32(smooth), np.float32(eps)
+    sides, matrices, lengths = (left.numpy(), right.numpy()), gram.numpy(), norms.contiguous().numpy()
+    scores = np.empty((N, M), np.float32)
 
     def part(first, last):
         S = torch.empty(whole_blocks(group * L), whole_blocks(K * piece) + 16).numpy()
-        products_and_contexts(first, last, *sides, group, piece, amx.CONFIGURATION, S, matrices, *numbers, results)
+        work = *sides, group, piece, amx.CONFIGURATION, S, matrices, lengths
+        products_and_contexts(first, last, *work, *numbers(options), scores)
 
     amx.in_threads(part, -(-N // group) * -(-M // piece))
-    return torch.from_numpy(results)
+    return torch.from_numpy(scores)

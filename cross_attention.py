@@ -4,7 +4,8 @@ Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, E
 PFAN's. Sizes in the docstrings: I images of R regions, C captions of W words, D embed_size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from data import flag
 
 EPS = 1e-8
-BLOCK_WORDS = 512  # words of equally long captions that are scored at once
+BLOCK_WORDS = 512  # words of equally long captions that are scored at once, and in tiles:
+TILE_WORDS = 1024
+BLOCK_ELEMENTS = 128 * 36 * BLOCK_WORDS  # of S at once; beyond 32 MB temporaries are fresh memory each time
 LEAK = 0.1  # slope of the clipped norms below 0
 KERNEL_FROM = 2**20  # elements of S from which the compiled form is used: compiling it takes a second
 
@@ -81,54 +84,47 @@ def pair_attention(image: Tensor, words: Tensor, opt: Any, t2i: bool) -> Tensor:
     return attention_of((context @ query.mT)[None, ..., None], opt)[0, ..., 0].mT
 
 
-def attention_sums(S: Tensor, gram: Tensor, opt: Any, attention_term: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What stacked cross attention needs of raw similarities, without ever building an attended context.
+def attend(S: Tensor, gram: Tensor, query_norms: Tensor, opt: Any, attention_term: bool) -> Tensor:
+    """Stacked cross attention from raw similarities, without ever building an attended context.
 
     S (N, L, K, M): dot products of the L elements of each of N contexts with the K elements of each of M queries; M
     stands last because reductions are fastest over axes that are not. gram (N, L, L): dot products of a context's
-    elements with each other. With A = softmax over the context's elements of λ·normalised S, the attended context of a
-    query element is c = Σ A v. Returns ‖c‖² = A gram Aᵀ, its dot product with the query element Σ A S, and the largest
-    A (possibly None without attention_term), (N, K, M) each. S may be overwritten where no gradient needs it.
+    elements with each other. query_norms (K, M), or (N, K, M).
+    Returns scores (N, M). With A = softmax over the context's elements of λ·normalised S, the attended context of
+    a query element q is Σ A v, so their cosine is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
+    0.5 · agg(max over the context's elements of A). S may be overwritten where no gradient needs it.
     """
-    if has_kernel(S, opt) and S.is_contiguous() and S.numel() >= KERNEL_FROM:
+    if has_kernel(S, opt) and S.numel() >= KERNEL_FROM and S.is_contiguous() and query_norms.dim() == 2:
         import attention_kernel  # here, because numba takes half a second to import
 
-        squares, dots, strongest = attention_kernel.attend(S, gram, *kernel_options(opt))
-    else:
-        attention = attention_of(S, opt)
-        squares = times((gram @ attention.flatten(2)).view_as(attention), attention).sum(1)
-        strongest = largest(attention, 1) if attention_term else None
-        dots = times(attention, S).sum(1)
-    return squares, dots, strongest
-
-
-def aggregate(sums: Any, query_norms: Tensor, opt: Any, attention_term: bool) -> Tensor:
-    """Scores (N, M) from what attention_sums returns and ‖query elements‖, (K, M) or (N, K, M).
-
-    The cosine of a query element q and its context is Σ A S / (‖q‖ √(A gram Aᵀ)). attention_term adds PFAN's
-    0.5 · agg(max over the context's elements of A).
-    """
-    squares, dots, strongest = sums
+        return attention_kernel.attend(S, gram, query_norms, *kernel_options(opt, attention_term))
+    attention = attention_of(S, opt)
+    squares = times((gram @ attention.flatten(2)).view_as(attention), attention).sum(1)
+    strongest = largest(attention, 1) if attention_term else None
+    dots = times(attention, S).sum(1)
     norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros
-    agg_func = AGG_FUNC[opt.agg_func]
-    scores = agg_func(dots / (query_norms * norms).clamp(min=EPS), opt)
-    return scores + 0.5 * agg_func(strongest, opt) if attention_term else scores
+    aggregate = AGG_FUNC[opt.agg_func]
+    scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), opt)
+    return scores + 0.5 * aggregate(strongest, opt) if attention_term else scores
 
 
 def has_kernel(X: Tensor, opt: Any) -> bool:
-    """Whether attention_kernel can do this: no gradient, float32 on the CPU, an L2 norm."""
+    """Whether attention_kernel can do this: no gradient, float32 on the CPU, an L2 norm, exponents in range."""
     return (
         X.device.type == "cpu"
         and X.dtype == torch.float32
         and not X.requires_grad
         and opt.raw_feature_norm in ("l2norm", "clipped_l2norm")
         and 0 <= opt.lambda_softmax <= 20
+        and (opt.agg_func != "LogSumExp" or 0 < opt.lambda_lse <= 80)
     )
 
 
-def kernel_options(opt: Any) -> tuple[float, float, float]:
-    """Slope below 0, λ and the number that is added to norms."""
-    return LEAK if opt.raw_feature_norm == "clipped_l2norm" else 1, opt.lambda_softmax, EPS
+def kernel_options(opt: Any, attention_term: bool) -> tuple:
+    """attention_kernel.attend's options."""
+    slope = LEAK if opt.raw_feature_norm == "clipped_l2norm" else 1
+    lse = opt.lambda_lse if opt.agg_func == "LogSumExp" else 0
+    return slope, opt.lambda_softmax, EPS, opt.agg_func, lse, 0.5 * attention_term
 
 
 def has_attention_term(opt: Any, t2i: bool) -> bool:
@@ -137,13 +133,14 @@ def has_attention_term(opt: Any, t2i: bool) -> bool:
 
 
 def equal_length_blocks(
-    captions: Tensor, cap_lens: Sequence[int] | Tensor, chosen: Tensor | None = None
+    captions: Tensor, cap_lens: Sequence[int] | Tensor, chosen: Tensor | None = None, block_words: int = BLOCK_WORDS
 ) -> tuple[Tensor, list[Tensor]]:
     """Sort captions by length and cut them into blocks of equally long ones, so that no block holds padding.
 
     captions: (C, W, D) padded, or packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints.
-    chosen: (P,) indices of captions, repeats allowed; all C where None. Returns order (P,), the positions in chosen
-    that the blocks' captions came from, and the blocks, a list of (captions, words, D) tensors.
+    chosen: (P,) indices of captions, repeats allowed; all C where None. block_words: a block's, at most. Returns
+    order (P,), the positions in chosen that the blocks' captions came from, and the blocks, a list of
+    (captions, words, D) tensors.
     """
     lens = torch.as_tensor(cap_lens).cpu()
     starts = torch.arange(len(lens)) * captions.shape[1] if captions.dim() == 3 else lens.cumsum(0) - lens
@@ -158,7 +155,7 @@ def equal_length_blocks(
         words = words.index_select(0, rows.to(words.device))
     shapes = []
     for length, count in zip(*(x.tolist() for x in lens.unique_consecutive(return_counts=True)), strict=True):
-        most = max(1, BLOCK_WORDS // length)
+        most = max(1, block_words // length)
         most = most // 16 * 16 or most  # what vectorises well
         shapes += [(min(most, count - done), length) for done in range(0, count, most)]
     blocks = words.split([count * length for count, length in shapes])
@@ -177,47 +174,51 @@ def xattn_score(
 
     attention_term: has_attention_term(opt, t2i) where None.
     """
-    attention_term = has_attention_term(opt, t2i) if attention_term is None else attention_term
-    order, blocks = equal_length_blocks(captions, cap_lens)
-    sums = tile_sums(images, blocks, opt, t2i) or matrix_sums(images, opt, t2i, attention_term)
-    region_norms = None if t2i else length(images, 2).T
-    scores = []
-    for words in blocks:
-        norms = length(words, 2).T if region_norms is None else region_norms
-        block = aggregate(sums(words), norms, opt, attention_term)
-        scores.append(block if t2i else block.T)
-    return torch.cat(scores, 1)[:, order.argsort().to(images.device)]
+    options = opt, has_attention_term(opt, t2i) if attention_term is None else attention_term
+    n_words = int(sum(cap_lens))
+    tiles = has_tiles(images, captions, n_words, opt)
+    most = max(1, BLOCK_ELEMENTS // (images.shape[1] * min(n_words, BLOCK_WORDS)))
+    if not tiles and len(images) > most:
+        return torch.cat([xattn_score(part, captions, cap_lens, opt, t2i, options[1]) for part in images.split(most)])
+    order, blocks = equal_length_blocks(captions, cap_lens, block_words=TILE_WORDS if tiles else BLOCK_WORDS)
+    scores = (tile_scores if tiles else matrix_scores)(images, blocks, t2i, *options)
+    return torch.cat([block if t2i else block.T for block in scores], 1)[:, order.argsort().to(images.device)]
 
 
-def matrix_sums(images: Tensor, opt: Any, t2i: bool, attention_term: bool) -> Callable:
-    """A function of words (C, W, D) that gives their attention_sums with images (I, R, D), by one matrix product."""
-    options = opt, attention_term
+def matrix_scores(images: Tensor, blocks: list[Tensor], t2i: bool, opt: Any, attention_term: bool) -> Iterator:
+    """Scores of images (I, R, D) with each block of words (C, W, D), by one matrix product each."""
     if t2i:
         gram = images @ images.mT
-        return lambda words: attention_sums(dot_products(images, words.transpose(0, 1)), gram, *options)
-    regions = images.transpose(0, 1).contiguous()
-    return lambda words: attention_sums(dot_products(words, regions), words @ words.mT, *options)
+        for words in blocks:
+            query = words.transpose(0, 1).contiguous()
+            yield attend(dot_products(images, query), gram, length(query, 2), opt, attention_term)
+    else:
+        regions = images.transpose(0, 1).contiguous()
+        norms = length(regions, 2)
+        for words in blocks:
+            yield attend(dot_products(words, regions), words @ words.mT, norms, opt, attention_term)
 
 
-def tile_sums(images: Tensor, blocks: list[Tensor], opt: Any, t2i: bool) -> Callable | None:
-    """matrix_sums where the processor has something faster and there is enough to do, else None."""
-    n_regions, n_words = (sum(X.shape[0] * X.shape[1] for X in side) for side in ([images], blocks))
-    if not has_kernel(images, opt) or blocks[0].requires_grad or n_regions * n_words < KERNEL_FROM:
-        return None
+def has_tiles(images: Tensor, captions: Tensor, n_words: int, opt: Any) -> bool:
+    """Whether tile_scores can do this, and pays: the processor has the tiles, and there is enough to do."""
+    n_regions = images.shape[0] * images.shape[1]
+    if not has_kernel(images, opt) or captions.requires_grad or n_regions * n_words < KERNEL_FROM:
+        return False
     import attention_kernel  # here, because numba takes half a second to import
 
-    if not attention_kernel.has_tiles(n_regions, n_words, images.shape[2]):
-        return None
-    kernel, options, (n_images, R, _) = attention_kernel, kernel_options(opt), images.shape
-    if t2i:
-        left, gram = kernel.left_side(images), kernel.doubled(images @ images.mT)
-        return lambda words: kernel.attend_products(
-            left, kernel.right_side(words), (n_images, R, words.shape[1], len(words)), gram, *options
-        )
-    right = kernel.right_side(images)
-    return lambda words: kernel.attend_products(
-        kernel.left_side(words), right, (*words.shape[:2], R, n_images), kernel.doubled(words @ words.mT), *options
-    )
+    return attention_kernel.has_tiles(n_regions, n_words, images.shape[2])
+
+
+def tile_scores(images: Tensor, blocks: list[Tensor], t2i: bool, opt: Any, attention_term: bool) -> Iterator:
+    """matrix_scores by attention_kernel.attend_products."""
+    import attention_kernel as kernel
+
+    contexts, queries = ([images], blocks) if t2i else (blocks, [images])
+    lefts = zip(kernel.left_sides(contexts), (kernel.doubled(X @ X.mT) for X in contexts), strict=True)
+    rights = zip(kernel.right_sides(queries), (length(X, 2).T for X in queries), strict=True)
+    options = kernel_options(opt, attention_term)
+    for (left, gram), (right, norms) in product(lefts, rights):  # one side has one element: the blocks in order
+        yield kernel.attend_products(left, right, gram, norms, *options)
 
 
 def dot_products(contexts: Tensor, queries: Tensor) -> Tensor:
@@ -257,6 +258,5 @@ def xattn_pairs(
         context, query = (own, words) if t2i else (words, own)
         S = (context @ query.mT)[..., None]
         norms = length(query, 2)[..., None]
-        sums = attention_sums(S, context @ context.mT, opt, attention_term)
-        scores.append(aggregate(sums, norms, opt, attention_term)[:, 0])
+        scores.append(attend(S, context @ context.mT, norms, opt, attention_term)[:, 0])
     return torch.cat(scores)[order.argsort().to(images.device)]

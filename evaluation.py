@@ -144,7 +144,8 @@ def shard_xattn(
     """Scores (n_images, n_captions) float32 numpy, a shard of images × a shard of captions at a time.
 
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
-    tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: images in a shard.
+    tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: a shard is four times as
+    many images × eight times as many captions, because both sides' share of the work is done once a shard.
     score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None. Several processes take
     turns with the shards, and all get all scores.
     """
@@ -166,10 +167,11 @@ def shard_xattn(
             else:
                 words = [captions[i, : lens[i]] for i in index.tolist()]
             words = torch.cat(words).to(device)
-            shards = range(0, len(images), shard_size)
+            shards = range(0, len(images), 4 * shard_size)
             for at in (shards[turn] for turn in distributed.turns(len(shards), number * len(shards))):
-                block = score(images[at : at + shard_size].to(device), words, lens[index], opt)
-                sims[at : at + shard_size, index.numpy()] = block.cpu().numpy()
+                part = slice(at, at + 4 * shard_size)
+                block = score(images[part].to(device), words, lens[index], opt)
+                sims[part, index.numpy()] = block.cpu().numpy()
                 bar.update(block.numel() * distributed.size())
     distributed.add_up(torch.from_numpy(sims))
     return sims

@@ -90,7 +90,7 @@ def tile_product():
         amx.multiply(*sides, left.shape[2], len(left), at, last - first, right.shape[1], stride)
 
     def multiply(a, b):
-        left, right = (amx.side(x, np.arange(len(x)), side).numpy() for x, side in ((a, False), (b, True)))
+        left, right = (amx.sides([(x, np.arange(len(x)))], right)[0].numpy() for x, right in ((a, False), (b, True)))
         product = torch.empty(len(a), len(b))
         work = left, right, amx.CONFIGURATION, product.numpy()
         amx.in_threads(lambda first, last: multiply_rows(first, last, *work), len(a) // amx.BLOCK)
@@ -169,7 +169,7 @@ def score(s, cross_attn="t2i", n_images=None, precision="highest", every=1):
         return recalls
 
     few = lens[:1024]  # enough for whole blocks
-    shard_xattn(images[:128], words[: sum(few)], few, opt)
+    shard_xattn(images[:512], words[: sum(few)], few, opt)
     _, recalls = timed(s, work, warm_up=lambda: None)
     return {"seconds": scaled, "recalls": [*recalls[0], *recalls[1]], "pairs": len(images) * len(lens), "every": every}
 
@@ -183,12 +183,15 @@ def score_published(s, cross_attn="t2i"):
     from data import pad
     from distributed import pick_device
 
-    torch.set_float32_matmul_precision("highest")
     opt, device = flags(s, cross_attn), pick_device(s.device)
     images, words, lens = embeddings(s, s.images)
     lens = lens[: s.plain_captions]
     images, captions = images[: s.plain_images].clone(), pad(words[: sum(lens)].split(lens))
-    ours = XATTN_SCORE[cross_attn](images.to(device), captions.to(device), lens, opt).cpu().numpy()
+    ours = {}
+    for precision in s.precisions:
+        torch.set_float32_matmul_precision(precision)
+        ours[precision] = XATTN_SCORE[cross_attn](images.to(device), captions.to(device), lens, opt).cpu().numpy()
+    torch.set_float32_matmul_precision("highest")
     del words
     part = images.double().numpy(), captions.double().numpy()
     scoring, sims = timed(
@@ -200,8 +203,8 @@ def score_published(s, cross_attn="t2i"):
     ranking, _ = timed(s, lambda: published_way.ranks(all_sims, s.per_image))
     scale = all_sims.size / sims.size
     seconds = [scale * part + rank for part, rank in zip(scoring, ranking, strict=True)]
-    difference = float(abs(sims - ours).max())
-    return {"seconds": seconds, "part": f"{sims.shape[0]} × {sims.shape[1]}", "difference": difference}
+    differences = {precision: float(abs(sims - scores).max()) for precision, scores in ours.items()}
+    return {"seconds": seconds, "part": f"{sims.shape[0]} × {sims.shape[1]}", "differences": differences}
 
 
 def train(s, cross_attn="t2i", batch=None, amp=False):

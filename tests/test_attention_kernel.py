@@ -9,12 +9,7 @@ import torch
 import amx
 import attention_kernel
 import cross_attention
-from cross_attention import aggregate, attention_sums, xattn_score
-
-
-def attend(S, gram, norms, opt):
-    """Scores (N, M) with the attention term."""
-    return aggregate(attention_sums(S, gram, opt, True), norms, opt, True)
+from cross_attention import attend, xattn_score
 
 
 def options(norm="clipped_l2norm", **kwargs):
@@ -47,23 +42,38 @@ def test_agrees_with_the_torch_form(norm, smooth, shape, threads, calls):
     opt = options(norm)
     opt.lambda_softmax = smooth
     S, gram, norms = parts(np.random.default_rng(0), *shape)
-    plain = attend(S.clone(), gram, norms, opt)
+    plain = attend(S.clone(), gram, norms, opt, True)
     assert not calls  # float64 has no compiled form
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scores = attend(S.float(), gram.float(), norms.float(), opt)
+        scores = attend(S.float(), gram.float(), norms.float(), opt, True)
     finally:
         torch.set_num_threads(before)
     assert calls
     np.testing.assert_allclose(scores, plain, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("agg_func", ["LogSumExp", "Mean", "Max", "Sum"])
+@pytest.mark.parametrize("attention_term", [True, False])
+def test_every_agg_func(agg_func, attention_term, calls):
+    opt = options()
+    opt.agg_func = agg_func
+    S, gram, norms = parts(np.random.default_rng(7), 4, 5, 6, 33)
+    plain = attend(S.clone(), gram, norms, opt, attention_term)
+    scores = attend(S.float(), gram.float(), norms.float(), opt, attention_term)
+    np.testing.assert_allclose(scores, plain, rtol=0, atol=4e-6)
+    assert calls
+    S[1, 2, 3, 4] = float("nan")
+    scores = attend(S.float(), gram.float(), norms.float(), opt, attention_term)
+    assert scores.isnan().nonzero().tolist() == [[1, 4]]
+
+
 def test_zeros_and_nan_go_through(calls):
     S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 3, 6, 4, 20))
     S[0], gram[0] = 0, 0
     S[2, 3, 1, 5] = float("nan")
-    scores = attend(S, gram, norms, options())
+    scores = attend(S, gram, norms, options(), True)
     assert torch.isfinite(scores[:2]).all()
     assert scores[2].isnan().nonzero().flatten().tolist() == [5]
     assert calls
@@ -82,9 +92,9 @@ def test_scores_of_both_ways(t2i, calls):
 
 def test_training_and_other_norms_take_the_torch_form(calls):
     S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 2, 3, 4, 5))
-    attend(S.clone().requires_grad_(), gram, norms, options()).sum().backward()
+    attend(S.clone().requires_grad_(), gram, norms, options(), True).sum().backward()
     for norm in ("softmax", "l1norm", "clipped_l1norm", "clipped", "no_norm"):
-        attend(S.clone(), gram, norms, options(norm))
+        attend(S.clone(), gram, norms, options(norm), True)
     assert not calls
 
 
@@ -179,7 +189,7 @@ def test_the_parts_of_a_number_add_up_to_it(right, name, error, precision):
     precision(name)
     X = torch.from_numpy(np.random.default_rng(6).standard_normal((50, 96), dtype=np.float32))
     index = np.concatenate([np.arange(50)[::-1], np.full(14, -1)])
-    blocks = amx.side(X, index, right)
+    (blocks,) = amx.sides([(X, index)], right)
     assert blocks.data_ptr() % 64 == 0
     pairs = blocks.mT if right else blocks  # parts, blocks, steps, halves, lines, pairs
     pairs = pairs.permute(0, 1, 3, 4, 2, 5).contiguous().view(torch.bfloat16)

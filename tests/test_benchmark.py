@@ -113,6 +113,7 @@ def test_a_tiny_run_prints_the_table_and_writes_results_and_plot(tmp_path, monke
         assert name == "machine" or min(result["seconds"]) > 0
         assert result["peak_gb"] > 0
         assert result.get("difference", 0) < 1e-5
+        assert result.get("differences", {"highest": 0})["highest"] < 1e-5
     assert results["machine"]["cores"] and results["growth t2i 24"]["pairs"] == 24 * 120
     printed = capsys.readouterr().out
     for line in (
