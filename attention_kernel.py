@@ -41,21 +41,40 @@ def exp(x: Float) -> Float:  # pragma: no cover
 
 
 @compiled
-def scales(similarities: Array, slope: Float, smooth: Float, eps: Float, scale: Array) -> None:  # pragma: no cover
-    """scale (K·M) = λ / L2 norm over K of a context element's leaky similarities (K, M)."""
-    K, M = similarities.shape
-    norm = scale[:M]
-    norm[:] = 0
-    for k in range(K):
-        for m in range(M):
-            s = similarities[k, m]
-            s = s if s > 0 else s * slope
-            norm[m] += s * s
+def fold(values: Array, K: int, M: int, most: bool) -> None:  # pragma: no cover
+    """values[:M] = the sum, or the largest, over the first axis of values (K·M), which are lost.
+
+    The lower half takes in the upper one until one row is left: loops that are long, and so vectorise, for any M.
+    """
+    while K > 1:
+        half = (K + 1) // 2
+        rest = values[half * M : K * M]
+        if most:  # NaN included
+            for i in range(len(rest)):
+                values[i] = rest[i] if values[i] < rest[i] or rest[i] != rest[i] else values[i]
+        else:
+            for i in range(len(rest)):
+                values[i] += rest[i]
+        K = half
+
+
+@compiled
+def scales(  # pragma: no cover
+    S: Array, K: int, M: int, slope: Float, smooth: Float, eps: Float, scale: Array
+) -> None:
+    """scale (K·M) = λ / L2 norm over K of a context element's leaky similarities S (K·M)."""
+    for i in range(K * M):
+        s = S[i] if S[i] > 0 else S[i] * slope
+        scale[i] = s * s
+    fold(scale, K, M, False)
     for m in range(M):
-        norm[m] = smooth / (math.sqrt(norm[m]) + eps)
-    for k in range(1, K):
-        for m in range(M):
-            scale[k * M + m] = norm[m]
+        scale[m] = smooth / (math.sqrt(scale[m]) + eps)
+    done = M
+    while done < K * M:
+        copy = scale[done : min(2 * done, K * M)]
+        for i in range(len(copy)):
+            copy[i] = scale[i]
+        done *= 2
 
 
 @compiled
@@ -124,27 +143,20 @@ def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) ->
 
 
 @compiled
-def aggregate(rows: Array, how: int, smooth: Float, scores: Array, factor: Float) -> None:  # pragma: no cover
-    """scores (M) += factor · one of AGG_FUNC, with λ_lse smooth, over the first axis of rows (K, M)."""
-    K, M = rows.shape
-    sum, most = np.zeros(M, np.float32), np.full(M, -np.inf, np.float32)
-    for k in range(K):
-        row = rows[k]
-        if how == LOG_SUM_EXP:
-            for m in range(M):
-                sum[m] += exp(smooth * row[m])
-        else:
-            for m in range(M):
-                sum[m] += row[m]
-                most[m] = row[m] if row[m] > most[m] else most[m]
+def aggregate(  # pragma: no cover
+    values: Array, K: int, M: int, how: int, smooth: Float, factor: Float, scores: Array
+) -> None:
+    """scores (M) += factor · AGG_FUNC how, with λ_lse smooth, over the first axis of values (K·M), which are lost."""
+    if how == LOG_SUM_EXP:
+        for i in range(K * M):
+            values[i] = exp(smooth * values[i])
+    fold(values, K, M, how == MAX)
     for m in range(M):
-        x = sum[m]
+        x: Any = values[m]
         if how == LOG_SUM_EXP:
             x = math.log(x) / smooth
         elif how == MEAN:
             x /= K
-        elif how == MAX and x == x:  # NaN in any row is in the sum, and stays
-            x = most[m]
         scores[m] += factor * x
 
 
@@ -176,7 +188,7 @@ def contexts(  # pragma: no cover
         total[:], dots[:], strongest[:], squares[:], own[:] = 0, 0, 0, 0, 0
         for row in range(L):
             S = rows[n, row][:columns]
-            scales(S.reshape(K, M), slope, smooth, eps, scale)
+            scales(S, K, M, slope, smooth, eps, scale)
             exponentials(S, scale, slope, smooth, total, dots, strongest)
         for start in range(0, columns, TILE):
             add_squares(rows[n], start, min(start + TILE, columns), gram[n], squares)
@@ -186,9 +198,9 @@ def contexts(  # pragma: no cover
             both = lengths[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
             dots[i] *= share / (eps if both < eps else both)
             strongest[i] *= share
-        aggregate(dots.reshape(K, M), how, lse, own, ONE)
+        aggregate(dots, K, M, how, lse, ONE, own)
         if term:
-            aggregate(strongest.reshape(K, M), how, lse, own, term)
+            aggregate(strongest, K, M, how, lse, term, own)
         for m in range(M):
             scores[first_row + n, first_column + m] = own[m]
 
@@ -279,8 +291,8 @@ def has_tiles(contexts: int, queries: int, D: int) -> bool:
 
 def group_size(count: int, length: int, room: int) -> int:
     """How many of count things of this length go together, for about so much room; 16 at a time vectorise well."""
-    size = max(1, min(count, room // length))
-    return size // 16 * 16 or size
+    size = max(1, room // length)
+    return count if count <= size else size // 16 * 16 or size
 
 
 def whole_blocks(n: int) -> int:

@@ -145,7 +145,7 @@ def shard_xattn(
 
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
     tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: a shard is four times as
-    many images × eight times as many captions, because both sides' share of the work is done once a shard.
+    many images × four times as many captions, because what only one side needs is done once a shard.
     score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None. Several processes take
     turns with the shards, and all get all scores.
     """
@@ -161,7 +161,7 @@ def shard_xattn(
         total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False,
         disable=distributed.rank() > 0 or None,
     ) as bar:  # fmt: skip
-        for number, index in enumerate(by_length.split(8 * shard_size)):
+        for number, index in enumerate(by_length.split(4 * shard_size)):
             if captions.dim() == 2:
                 words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
             else:

@@ -111,7 +111,8 @@ def main():
     print(f"\nresults  {path}\nmodels   {', '.join(models.values())}")
     print(f"pictures {os.path.join(opt.data_path, NAME, 'test_images')}")
     words = ("--model_path", *models.values(), "--data_path", opt.data_path, "--vocab_path", opt.vocab_path)
-    print(f"\nlook at what they find: python scripts/explore.py {shlex.join(words)}")
+    python = sys.executable.removeprefix(os.getcwd() + os.sep)  # .venv/bin/python, after demo.sh
+    print(f"\nlook at what they find: {python} scripts/explore.py {shlex.join(words)}")
 
 
 if __name__ == "__main__":
