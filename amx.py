@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import config, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -38,6 +38,8 @@ compiled = njit(nogil=True, fastmath={"contract"})
 def available() -> bool:
     """Whether this processor has the instructions, the compiler knows it, and the system lets this process use them."""
     features = binding.get_host_cpu_features()
+    if config.DISABLE_JIT or config.CPU_NAME or config.CPU_FEATURES:  # compiled for another processor, or not at all
+        return False
     return bool(features.get("amx-tile") and features.get("amx-bf16") and torch.cpu._init_amx())
 
 
@@ -106,6 +108,17 @@ def load_pair(builder: Any, first: int, address: Any) -> None:
 
 
 @intrinsic
+def release(typing: Any) -> Any:
+    """After the last of these: a thread without tiles is cheaper to switch."""
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        emit(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), code
+
+
+@intrinsic
 def load_left(typing: Any, address: Any) -> Any:
     """Two tiles of the left side."""
 
@@ -137,13 +150,14 @@ def pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def in_threads(work: Callable[[int, int], Any], count: int) -> None:
-    """work(first, last) for equal shares of count things, one for each of torch.get_num_threads() threads."""
-    cuts = np.linspace(0, count, min(count, torch.get_num_threads()) + 1).astype(int).tolist()
-    if len(cuts) == 2:
-        work(*cuts)
+def in_threads(work: Callable[[int, int], Any], count: int, shares: int = 1) -> None:
+    """work(first, last) for all of count things, in shares for each of torch.get_num_threads() threads."""
+    threads = torch.get_num_threads()
+    cuts = np.linspace(0, count, min(count, threads * shares) + 1).astype(int).tolist()
+    if threads == 1 or count == 1:
+        work(0, count)
     else:
-        list(pool(len(cuts) - 1).map(work, cuts[:-1], cuts[1:]))
+        list(pool(threads).map(work, cuts[:-1], cuts[1:]))
 
 
 @compiled
@@ -210,20 +224,21 @@ def multiply(  # pragma: no cover
                 store_sums(at, stride)
 
 
-def sides(wanted: Sequence[tuple[torch.Tensor, Array]], right: bool) -> list[torch.Tensor]:
-    """What multiply takes for one side of several products.
+def side(wanted: Sequence[tuple[torch.Tensor, Array]], parts: int, right: bool) -> torch.Tensor:
+    """One side of products as multiply takes it.
 
     wanted: X (rows, D), float32 on the CPU, and index (n,): the rows of X that it shall hold, -1 for zeros; n and D
-    must be multiples of 32. The number of parts follows torch.get_float32_matmul_precision(). Returns for each
-    (parts, n/32, D/32, 2, 16, 16) int32, in torch's memory because that begins at a multiple of 64 bytes: from other
+    must be multiples of 32. Several follow one another. parts: of each number, one of PARTS. Returns
+    (parts, Σn/32, D/32, 2, 16, 16) int32, in torch's memory because that begins at a multiple of 64 bytes: from other
     places tiles load half as fast.
     """
-    parts, results, jobs = PARTS[torch.get_float32_matmul_precision()], [], []
-    for X, index in wanted:
-        blocks = len(index) // BLOCK
-        results.append(torch.empty((parts, blocks, X.shape[1] // STEP, 2, 16, 16), dtype=torch.int32))
-        rows, numbers = X.detach().contiguous().numpy(), results[-1].numpy().view(np.uint32)
-        for first in range(0, blocks, PACKED):
-            jobs.append((rows, index, right, numbers, first, min(first + PACKED, blocks)))
+    D = wanted[0][0].shape[1]
+    ends = np.cumsum([len(index) // BLOCK for _, index in wanted]).tolist()
+    blocks = torch.empty((parts, ends[-1], D // STEP, 2, 16, 16), dtype=torch.int32)
+    numbers, jobs = blocks.numpy().view(np.uint32), []
+    for (X, index), end in zip(wanted, ends, strict=True):
+        rows, own = X.detach().contiguous().numpy(), numbers[:, end - len(index) // BLOCK : end]
+        for first in range(0, own.shape[1], PACKED):
+            jobs.append((rows, index, right, own, first, min(first + PACKED, own.shape[1])))
     in_threads(lambda first, last: [pack(*job) for job in jobs[first:last]], len(jobs))
-    return results
+    return blocks

@@ -21,7 +21,7 @@ ROWS, COLUMNS = 288, 1024  # of S that are multiplied and attended to while they
 TILE = 512  # columns whose 36 rows of attention are multiplied with the Gram matrix at once
 LOG_SUM_EXP, MEAN, MAX, SUM = range(4)
 HOW = {"LogSumExp": LOG_SUM_EXP, "Mean": MEAN, "Max": MAX, "Sum": SUM}
-ONE, HALF = np.float32(1), np.float32(0.5)
+ONE, HALF, LIMIT = np.float32(1), np.float32(0.5), np.float32(85)  # the last: of exponents
 LOG2_E = np.float32(1.44269504)
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # ln 2 in two parts, the first exact
 EXP = tuple(np.float32(c) for c in (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
@@ -148,16 +148,17 @@ def aggregate(  # pragma: no cover
 ) -> None:
     """scores (M) += factor · AGG_FUNC how, with λ_lse smooth, over the first axis of values (K·M), which are lost."""
     if how == LOG_SUM_EXP:
-        for i in range(K * M):
-            values[i] = exp(smooth * values[i])
+        for i in range(K * M):  # within ±λ_lse, but that the cosine of a context that cancels may be anything
+            x = smooth * values[i]
+            values[i] = exp(LIMIT if x > LIMIT else -LIMIT if x < -LIMIT else x)
     fold(values, K, M, how == MAX)
     for m in range(M):
-        x: Any = values[m]
+        score: Any = values[m]
         if how == LOG_SUM_EXP:
-            x = math.log(x) / smooth
+            score = math.log(score) / smooth
         elif how == MEAN:
-            x /= K
-        scores[m] += factor * x
+            score /= K
+        scores[m] += factor * score
 
 
 @compiled
@@ -165,6 +166,7 @@ def contexts(  # pragma: no cover
     rows: Array,
     gram: Array,
     norms: Array,
+    M: int,
     slope: Float,
     smooth: Float,
     eps: Float,
@@ -175,13 +177,12 @@ def contexts(  # pragma: no cover
     first_row: int,
     first_column: int,
 ) -> None:
-    """attend's scores of some contexts and queries, from first_row and first_column on.
+    """attend's scores of some contexts and M queries, from first_row and first_column on.
 
-    rows (N, L, K·M or more, the rest not looked at): of S; gram as doubled makes it; norms (K, M).
+    rows (N, L, K·M or more, the rest not looked at): of S; gram as doubled makes it; norms (K·M).
     """
-    N, L = rows.shape[:2]
-    K, M = norms.shape
-    columns, lengths = K * M, norms.reshape(K * M)
+    N, L, columns = len(rows), rows.shape[1], len(norms)
+    K = columns // M
     scale, total, dots = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
     strongest, squares, own = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(M, np.float32)
     for n in range(N):
@@ -195,7 +196,7 @@ def contexts(  # pragma: no cover
         for i in range(columns):
             share = ONE / total[i]
             square = squares[i] * share * share
-            both = lengths[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
+            both = norms[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
             dots[i] *= share / (eps if both < eps else both)
             strongest[i] *= share
         aggregate(dots, K, M, how, lse, ONE, own)
@@ -210,13 +211,13 @@ def products_and_contexts(  # pragma: no cover
     first: int,
     last: int,
     left: Array,
+    groups: Array,
+    gram: Array,
     right: Array,
-    group: int,
-    piece: int,
+    pieces: Array,
+    norms: Array,
     configuration: Array,
     S: Array,
-    gram: Array,
-    norms: Array,
     slope: Float,
     smooth: Float,
     eps: Float,
@@ -225,31 +226,32 @@ def products_and_contexts(  # pragma: no cover
     term: Float,
     scores: Array,
 ) -> None:
-    """attend's scores (N, M) of parts first to last, each of group contexts and piece queries.
+    """attend's scores for groups × pieces, number first to last: all pieces of a group while it is in the cache.
 
-    left, right: contexts and queries as left_sides and right_sides make them. S: memory for such a part.
+    The six arrays as left_side and right_side make them. S: memory for a group and a piece.
     """
-    N, L, M = len(gram), gram.shape[1], norms.shape[1]
-    pieces, rows, columns = -(-M // piece), len(S) // amx.BLOCK, S.shape[1] // amx.BLOCK
+    stride = S.shape[1]
     amx.configure(configuration.ctypes.data)
-    for part in range(first, last):
-        n, m = part // pieces * group, part % pieces * piece
+    for number in range(first, last):
+        row_block, rows, N, L, context, at = groups[number // len(pieces)]
+        column_block, columns, M, query, start = pieces[number % len(pieces)]
         amx.multiply(
-            left[0, n // group * rows].ctypes.data,
+            left[0, row_block].ctypes.data,
             left[0].nbytes,
-            right[0, m // piece * columns].ctypes.data,
+            right[0, column_block].ctypes.data,
             right[0].nbytes,
             left.shape[2],
             len(left),
             S.ctypes.data,
-            rows,
-            columns,
+            -(-rows // amx.BLOCK),
+            -(-columns // amx.BLOCK),
             S.strides[0],
         )
-        count = min(group, N - n)
-        own = S[: count * L].reshape(count, L, S.shape[1])
-        own_norms = norms[:, m : m + piece].copy()
-        contexts(own, gram[n : n + count], own_norms, slope, smooth, eps, how, lse, term, scores, n, m)
+        own = S.reshape(S.size)[: rows * stride].reshape(N, L, stride)
+        own_gram = gram[at : at + N * L * L].reshape(N, L, L)
+        own_norms = norms[start : start + columns]
+        contexts(own, own_gram, own_norms, M, slope, smooth, eps, how, lse, term, scores, context, query)
+    amx.release()
 
 
 def doubled(gram: Tensor) -> Tensor:
@@ -271,11 +273,11 @@ def attend(S: Tensor, gram: Tensor, norms: Tensor, *options: Any) -> Tensor:
     Contexts are divided among torch.get_num_threads() threads.
     """
     N, L, K, M = S.shape
-    rows, matrices, lengths = S.view(N, L, K * M).numpy(), doubled(gram).numpy(), norms.contiguous().numpy()
+    rows, matrices, lengths = S.view(N, L, K * M).numpy(), doubled(gram).numpy(), norms.flatten().numpy()
     scores = np.empty((N, M), np.float32)
 
     def part(first, last):
-        contexts(rows[first:last], matrices[first:last], lengths, *numbers(options), scores, first, 0)
+        contexts(rows[first:last], matrices[first:last], lengths, M, *numbers(options), scores, first, 0)
 
     amx.in_threads(part, N)
     return torch.from_numpy(scores)
@@ -295,52 +297,70 @@ def group_size(count: int, length: int, room: int) -> int:
     return count if count <= size else size // 16 * 16 or size
 
 
-def whole_blocks(n: int) -> int:
-    """n rounded up to a multiple of amx.BLOCK."""
-    return -(-n // amx.BLOCK) * amx.BLOCK
+def left_side(contexts: Sequence[Tensor], parts: int) -> tuple[Tensor, Array, Array]:
+    """Contexts (N, L, D), several of them, in groups of some ROWS rows.
 
-
-def left_sides(contexts: Sequence[Tensor]) -> list[Tensor]:
-    """Several contexts (N, L, D) as attend_products takes them: in groups, each filled up to whole blocks of rows."""
-    wanted = []
+    Returns what amx.side makes of them; groups (n, 6): first block in it, rows, N, L, first context, first value of
+    gram; and gram: doubled of the contexts', one after the other.
+    """
+    wanted, groups = [], []
+    block = context = at = 0
     for own in contexts:
         N, L, _ = own.shape
-        group = group_size(N, L, ROWS)
-        index = np.full((-(-N // group), whole_blocks(group * L)), -1)
-        rows = np.arange(len(index) * group * L).reshape(len(index), -1)
-        index[:, : group * L] = np.where(rows < N * L, rows, -1)
-        wanted.append((own.flatten(0, 1), index.ravel()))
-    return amx.sides(wanted, right=False)
+        size, index = group_size(N, L, ROWS), []
+        for first in range(0, N, size):
+            count = min(size, N - first)
+            groups.append((block, count * L, count, L, context + first, at + first * L * L))
+            index.append(whole_blocks(np.arange(first * L, (first + count) * L)))
+            block += len(index[-1]) // amx.BLOCK
+        wanted.append((own.flatten(0, 1), np.concatenate(index)))
+        context, at = context + N, at + N * L * L
+    gram = torch.cat([doubled(own @ own.mT).flatten() for own in contexts])
+    return amx.side(wanted, parts, right=False), np.array(groups), gram.numpy()
 
 
-def right_sides(queries: Sequence[Tensor]) -> list[Tensor]:
-    """Several queries (M, K, D) as attend_products takes them: in groups, each with the first elements of all first."""
-    wanted = []
-    for own in queries:
-        M, K, _ = own.shape
-        piece = group_size(M, K, COLUMNS)
-        index = np.full((-(-M // piece), whole_blocks(K * piece)), -1)
-        for row, first in zip(index, range(0, M, piece), strict=True):
-            rows = np.arange(first, min(first + piece, M)) * K + np.arange(K)[:, None]
-            row[: rows.size] = rows.ravel()
-        wanted.append((own.flatten(0, 1), index.ravel()))
-    return amx.sides(wanted, right=True)
+def right_side(queries: Sequence[Tensor], norms: Sequence[Tensor], parts: int) -> tuple[Tensor, Array, Array]:
+    """Queries (M, K, D), several of them, with the norms (M, K) of their elements, in pieces of some COLUMNS columns.
 
-
-def attend_products(left: Tensor, right: Tensor, gram: Tensor, norms: Tensor, *options: Any) -> Tensor:
-    """attend's scores (N, M) of contexts left and queries right, S never being whole.
-
-    gram: doubled(the contexts' own); norms (K, M); options: attend's.
+    Returns what amx.side makes of them, the M first elements of a piece first; pieces (n, 5): first block in it,
+    columns, M, first query, first norm; and the norms in the order of the columns.
     """
-    (N, L, _), (K, M) = gram.shape, norms.shape
-    group, piece = group_size(N, L, ROWS), group_size(M, K, COLUMNS)
-    sides, matrices, lengths = (left.numpy(), right.numpy()), gram.numpy(), norms.contiguous().numpy()
-    scores = np.empty((N, M), np.float32)
+    wanted, pieces, lengths = [], [], []
+    block = query = start = 0
+    for own, own_norms in zip(queries, norms, strict=True):
+        M, K, _ = own.shape
+        size, index = group_size(M, K, COLUMNS), []
+        for first in range(0, M, size):
+            count = min(size, M - first)
+            columns = (np.arange(first, first + count) * K + np.arange(K)[:, None]).ravel()
+            pieces.append((block, len(columns), count, query + first, start))
+            index.append(whole_blocks(columns))
+            lengths.append(own_norms.flatten().numpy()[columns])
+            block, start = block + len(index[-1]) // amx.BLOCK, start + len(columns)
+        wanted.append((own.flatten(0, 1), np.concatenate(index)))
+        query += M
+    return amx.side(wanted, parts, right=True), np.array(pieces), np.concatenate(lengths)
+
+
+def whole_blocks(index: Array) -> Array:
+    """index, filled up with -1 to whole blocks."""
+    return np.pad(index, (0, -len(index) % amx.BLOCK), constant_values=-1)
+
+
+def attend_products(contexts: Sequence[Tensor], queries: Sequence[Tensor], norms: Sequence[Tensor], *options: Any):
+    """attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each, S never being whole.
+
+    norms: of the queries' elements, (M, K) each; options: attend's.
+    """
+    parts = amx.PARTS[torch.get_float32_matmul_precision()]
+    (left, groups, gram), (right, pieces, lengths) = left_side(contexts, parts), right_side(queries, norms, parts)
+    scores = np.empty((sum(len(own) for own in contexts), sum(len(own) for own in queries)), np.float32)
+    sides = left.numpy(), groups, gram, right.numpy(), pieces, lengths, amx.CONFIGURATION
+    most = [int(-(-table[:, 1].max() // amx.BLOCK)) * amx.BLOCK for table in (groups, pieces)]
 
     def part(first, last):
-        S = torch.empty(whole_blocks(group * L), whole_blocks(K * piece) + 16).numpy()
-        work = *sides, group, piece, amx.CONFIGURATION, S, matrices, lengths
-        products_and_contexts(first, last, *work, *numbers(options), scores)
+        S = torch.empty(most[0], most[1] + 16).numpy()  # rows of 2ⁿ bytes would compete for places in the cache
+        products_and_contexts(first, last, *sides, S, *numbers(options), scores)
 
-    amx.in_threads(part, -(-N // group) * -(-M // piece))
+    amx.in_threads(part, len(groups) * len(pieces), shares=8)
     return torch.from_numpy(scores)

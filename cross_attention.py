@@ -5,7 +5,6 @@ PFAN's. Sizes in the docstrings: I images of R regions, C captions of W words, D
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import product
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from data import flag
 EPS = 1e-8
 BLOCK_WORDS = 512  # words of equally long captions that are scored at once, and in tiles:
 TILE_WORDS = 1024
-BLOCK_ELEMENTS = 128 * 36 * BLOCK_WORDS  # of S at once; beyond 32 MB temporaries are fresh memory each time
+BLOCK_ELEMENTS = 128 * 36 * BLOCK_WORDS  # of S at once on CPUs, where larger temporaries are fresh memory each time
 LEAK = 0.1  # slope of the clipped norms below 0
 KERNEL_FROM = 2**20  # elements of S from which the compiled form is used: compiling it takes a second
+TILES_FROM = 2**25  # elements of S from which its products are compiled as well: that takes seconds
 
 
 def l1norm(X: Tensor, dim: int, eps: float = EPS) -> Tensor:
@@ -175,14 +175,22 @@ def xattn_score(
     attention_term: has_attention_term(opt, t2i) where None.
     """
     options = opt, has_attention_term(opt, t2i) if attention_term is None else attention_term
-    n_words = int(sum(cap_lens))
+    n_words = int(torch.as_tensor(cap_lens).sum())
     tiles = has_tiles(images, captions, n_words, opt)
     most = max(1, BLOCK_ELEMENTS // (images.shape[1] * min(n_words, BLOCK_WORDS)))
-    if not tiles and len(images) > most:
+    if not tiles and len(images) > most and images.device.type == "cpu" and not torch.is_grad_enabled():
         return torch.cat([xattn_score(part, captions, cap_lens, opt, t2i, options[1]) for part in images.split(most)])
     order, blocks = equal_length_blocks(captions, cap_lens, block_words=TILE_WORDS if tiles else BLOCK_WORDS)
-    scores = (tile_scores if tiles else matrix_scores)(images, blocks, t2i, *options)
-    return torch.cat([block if t2i else block.T for block in scores], 1)[:, order.argsort().to(images.device)]
+    if tiles:
+        import attention_kernel
+
+        sides = ([images], blocks) if t2i else (blocks, [images])
+        norms = [length(query, 2) for query in sides[1]]
+        scores = attention_kernel.attend_products(*sides, norms, *kernel_options(*options))
+        scores = scores if t2i else scores.T
+    else:
+        scores = torch.cat([x if t2i else x.T for x in matrix_scores(images, blocks, t2i, *options)], 1)
+    return scores[:, order.argsort().to(images.device)]
 
 
 def matrix_scores(images: Tensor, blocks: list[Tensor], t2i: bool, opt: Any, attention_term: bool) -> Iterator:
@@ -200,25 +208,13 @@ def matrix_scores(images: Tensor, blocks: list[Tensor], t2i: bool, opt: Any, att
 
 
 def has_tiles(images: Tensor, captions: Tensor, n_words: int, opt: Any) -> bool:
-    """Whether tile_scores can do this, and pays: the processor has the tiles, and there is enough to do."""
+    """Whether attention_kernel.attend_products can do this, and pays: the processor has tiles, and there is enough."""
     n_regions = images.shape[0] * images.shape[1]
-    if not has_kernel(images, opt) or captions.requires_grad or n_regions * n_words < KERNEL_FROM:
+    if n_regions * n_words < TILES_FROM or not (has_kernel(images, opt) and has_kernel(captions, opt)):
         return False
     import attention_kernel  # here, because numba takes half a second to import
 
-    return attention_kernel.has_tiles(n_regions, n_words, images.shape[2])
-
-
-def tile_scores(images: Tensor, blocks: list[Tensor], t2i: bool, opt: Any, attention_term: bool) -> Iterator:
-    """matrix_scores by attention_kernel.attend_products."""
-    import attention_kernel as kernel
-
-    contexts, queries = ([images], blocks) if t2i else (blocks, [images])
-    lefts = zip(kernel.left_sides(contexts), (kernel.doubled(X @ X.mT) for X in contexts), strict=True)
-    rights = zip(kernel.right_sides(queries), (length(X, 2).T for X in queries), strict=True)
-    options = kernel_options(opt, attention_term)
-    for (left, gram), (right, norms) in product(lefts, rights):  # one side has one element: the blocks in order
-        yield kernel.attend_products(left, right, gram, norms, *options)
+    return captions.shape[-1] == images.shape[2] and attention_kernel.has_tiles(n_regions, n_words, images.shape[2])
 
 
 def dot_products(contexts: Tensor, queries: Tensor) -> Tensor:

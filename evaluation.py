@@ -155,21 +155,21 @@ def shard_xattn(
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
     device = distributed.pick_device(flag(opt, "device"))
     starts = (lens.cumsum(0) - lens).tolist()
-    sims = np.zeros((len(images), len(lens)), dtype=np.float32)
+    sims, size = np.zeros((len(images), len(lens)), dtype=np.float32), 4 * shard_size
     by_length = lens.argsort(stable=True)
     with tqdm(
         total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False,
         disable=distributed.rank() > 0 or None,
     ) as bar:  # fmt: skip
-        for number, index in enumerate(by_length.split(4 * shard_size)):
+        for number, index in enumerate(by_length.split(size)):
             if captions.dim() == 2:
                 words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
             else:
                 words = [captions[i, : lens[i]] for i in index.tolist()]
             words = torch.cat(words).to(device)
-            shards = range(0, len(images), 4 * shard_size)
+            shards = range(0, len(images), size)
             for at in (shards[turn] for turn in distributed.turns(len(shards), number * len(shards))):
-                part = slice(at, at + 4 * shard_size)
+                part = slice(at, at + size)
                 block = score(images[part].to(device), words, lens[index], opt)
                 sims[part, index.numpy()] = block.cpu().numpy()
                 bar.update(block.numel() * distributed.size())

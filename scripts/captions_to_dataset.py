@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset_files import SPLITS, Problems, json_items, key, make_folder, naming, split_ids
 
-from errors import InputError, run
+from errors import InputError, brief, run
 from files import read_lines, write_lines
 
 KARPATHY = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
@@ -54,7 +54,8 @@ def read_karpathy(path):
         try:
             split = KARPATHY.get(item["split"])
             if split is None:
-                raise InputError(f"{path}: picture {number}: split {item['split']}, expected {', '.join(KARPATHY)}")
+                expected = ", ".join(KARPATHY)
+                raise InputError(f"{path}: picture {number}: split {brief(item['split'])}, expected {expected}")
             image_id, captions = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
             pictures.add(image_id, captions, "testall" if split == "test" and "cocoid" in item else split)
         except (KeyError, TypeError) as error:

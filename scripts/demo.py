@@ -112,7 +112,7 @@ def main():
     print(f"pictures {os.path.join(opt.data_path, NAME, 'test_images')}")
     words = ("--model_path", *models.values(), "--data_path", opt.data_path, "--vocab_path", opt.vocab_path)
     python = sys.executable.removeprefix(os.getcwd() + os.sep)  # .venv/bin/python, after demo.sh
-    print(f"\nlook at what they find: {python} scripts/explore.py {shlex.join(words)}")
+    print(f"\nlook at what they find: {shlex.join([python, 'scripts/explore.py', *words])}")
 
 
 if __name__ == "__main__":

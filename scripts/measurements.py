@@ -90,7 +90,8 @@ def tile_product():
         amx.multiply(*sides, left.shape[2], len(left), at, last - first, right.shape[1], stride)
 
     def multiply(a, b):
-        left, right = (amx.sides([(x, np.arange(len(x)))], right)[0].numpy() for x, right in ((a, False), (b, True)))
+        left = amx.side([(a, np.arange(len(a)))], amx.PARTS["highest"], right=False).numpy()
+        right = amx.side([(b, np.arange(len(b)))], amx.PARTS["highest"], right=True).numpy()
         product = torch.empty(len(a), len(b))
         work = left, right, amx.CONFIGURATION, product.numpy()
         amx.in_threads(lambda first, last: multiply_rows(first, last, *work), len(a) // amx.BLOCK)
