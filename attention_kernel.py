@@ -208,8 +208,7 @@ def contexts(  # pragma: no cover
 
 @compiled
 def products_and_contexts(  # pragma: no cover
-    first: int,
-    last: int,
+    jobs: Array,
     left: Array,
     groups: Array,
     gram: Array,
@@ -226,15 +225,15 @@ def products_and_contexts(  # pragma: no cover
     term: Float,
     scores: Array,
 ) -> None:
-    """attend's scores for groups × pieces, number first to last: all pieces of a group while it is in the cache.
+    """attend's scores for jobs (n, 2), each a group's number and a piece's.
 
-    The six arrays as left_side and right_side make them. S: memory for a group and a piece.
+    The next six arrays are as left_side and right_side make them. S: memory for a group and a piece.
     """
     stride = S.shape[1]
     amx.configure(configuration.ctypes.data)
-    for number in range(first, last):
-        row_block, rows, N, L, context, at = groups[number // len(pieces)]
-        column_block, columns, M, query, start = pieces[number % len(pieces)]
+    for job in range(len(jobs)):
+        row_block, rows, N, L, context, at = groups[jobs[job, 0]]
+        column_block, columns, M, query, start = pieces[jobs[job, 1]]
         amx.multiply(
             left[0, row_block].ctypes.data,
             left[0].nbytes,
@@ -347,6 +346,14 @@ def whole_blocks(index: Array) -> Array:
     return np.pad(index, (0, -len(index) % amx.BLOCK), constant_values=-1)
 
 
+def in_order(n_groups: int, pieces: Array) -> Array:
+    """The jobs of products_and_contexts: some COLUMNS columns of pieces, which stay near, for one group at a time."""
+    runs = np.cumsum(pieces[:, 1]) // COLUMNS
+    groups = np.arange(n_groups)
+    own = [np.flatnonzero(runs == run) for run in np.unique(runs)]
+    return np.concatenate([np.stack([groups.repeat(len(run)), np.tile(run, n_groups)], 1) for run in own])
+
+
 def attend_products(contexts: Sequence[Tensor], queries: Sequence[Tensor], norms: Sequence[Tensor], *options: Any):
     """attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each, S never being whole.
 
@@ -356,11 +363,12 @@ def attend_products(contexts: Sequence[Tensor], queries: Sequence[Tensor], norms
     (left, groups, gram), (right, pieces, lengths) = left_side(contexts, parts), right_side(queries, norms, parts)
     scores = np.empty((sum(len(own) for own in contexts), sum(len(own) for own in queries)), np.float32)
     sides = left.numpy(), groups, gram, right.numpy(), pieces, lengths, amx.CONFIGURATION
+    jobs = in_order(len(groups), pieces)
     most = [int(-(-table[:, 1].max() // amx.BLOCK)) * amx.BLOCK for table in (groups, pieces)]
 
     def part(first, last):
         S = torch.empty(most[0], most[1] + 16).numpy()  # rows of 2ⁿ bytes would compete for places in the cache
-        products_and_contexts(first, last, *sides, S, *numbers(options), scores)
+        products_and_contexts(jobs[first:last], *sides, S, *numbers(options), scores)
 
-    amx.in_threads(part, len(groups) * len(pieces), shares=8)
+    amx.in_threads(part, len(jobs), shares=8)
     return torch.from_numpy(scores)

@@ -180,10 +180,12 @@ def score_published(s, cross_attn="t2i"):
     import published_way
     import torch
 
+    import cross_attention
     from cross_attention import XATTN_SCORE
     from data import pad
     from distributed import pick_device
 
+    cross_attention.TILES_FROM = 0  # the part is scored as the whole is
     opt, device = flags(s, cross_attn), pick_device(s.device)
     images, words, lens = embeddings(s, s.images)
     lens = lens[: s.plain_captions]
