@@ -177,7 +177,7 @@ def xattn_score(
     options = opt, has_attention_term(opt, t2i) if attention_term is None else attention_term
     n_words = int(torch.as_tensor(cap_lens).sum())
     tiles = has_tiles(images, captions, n_words, opt)
-    most = max(1, BLOCK_ELEMENTS // (images.shape[1] * min(n_words, BLOCK_WORDS)))
+    most = BLOCK_ELEMENTS // max(1, images.shape[1] * min(n_words, BLOCK_WORDS)) or 1  # images
     if not tiles and len(images) > most and images.device.type == "cpu" and not torch.is_grad_enabled():
         return torch.cat([xattn_score(part, captions, cap_lens, opt, t2i, options[1]) for part in images.split(most)])
     order, blocks = equal_length_blocks(captions, cap_lens, block_words=TILE_WORDS if tiles else BLOCK_WORDS)

@@ -636,7 +636,7 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
     ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
     ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
     ({"split": "train", "filename": "x"}, "'sentences'"),
-    ({"split": "odd", "filename": "x", "sentences": []}, "split odd, expected train, restval, val, test"),
+    ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
 ])  # fmt: skip
 def test_a_picture_of_another_form_is_named(tmp_path, item, found):
     good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
