@@ -354,7 +354,9 @@ def in_order(n_groups: int, pieces: Array) -> Array:
     return np.concatenate([np.stack([groups.repeat(len(run)), np.tile(run, n_groups)], 1) for run in own])
 
 
-def attend_products(contexts: Sequence[Tensor], queries: Sequence[Tensor], norms: Sequence[Tensor], *options: Any):
+def attend_products(
+    contexts: Sequence[Tensor], queries: Sequence[Tensor], norms: Sequence[Tensor], *options: Any
+) -> Tensor:
     """attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each, S never being whole.
 
     norms: of the queries' elements, (M, K) each; options: attend's.

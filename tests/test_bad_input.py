@@ -136,7 +136,9 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_no_broken_checkpoint(place,
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
-    assert str(place.root / file) in place.command("train.py", *flags_of(place.root), preexec_fn=limit)
+    # coverage would want to write its own files there
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
+    assert str(place.root / file) in place.command("train.py", *flags_of(place.root), preexec_fn=limit, env=env)
 
 
 def test_a_file_that_cannot_be_written_for_want_of_space_is_named(tmp_path):
