@@ -1,7 +1,7 @@
 """Measure this code against the published way of computing, and against the machine's own limit.
 
 python scripts/benchmark.py            the whole table on this machine, and docs/growth.png
-python scripts/benchmark.py --quick    the same at smaller sizes, two minutes
+python scripts/benchmark.py --quick    the same at smaller sizes, three minutes
 
 Each measurement is a process of its own (scripts/measurements.py), so that its peak memory is its own; its seconds are
 the median of several runs after a warm-up. The published way is scripts/published_way.py. The results are written as
@@ -219,7 +219,7 @@ def get_parser():
         epilog="example: python scripts/benchmark.py --quick",
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="smaller sizes: two minutes")
+    add("--quick", action="store_true", help="smaller sizes: three minutes")
     add("--device", default="auto", help="cpu, cuda, cuda:1 (default: CUDA if there, else the CPU)")
     add("--out", default="runs/benchmark.json", help="results (default: %(default)s)")
     add("--plot", default="docs/growth.png", help="growth plots; '' draws none (default: %(default)s)")
