@@ -31,7 +31,8 @@ PAIR = 2048  # bytes of the two tiles of one side that are multiplied with two o
 # What the tile registers hold: palette 1; from byte 16 on a row's bytes, from byte 48 on the rows, of eight tiles.
 CONFIGURATION = np.frombuffer(bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16] * 8, *[0] * 8]), np.uint8)
 
-compiled = njit(nogil=True, fastmath={"contract"})
+# fastmath: no flag that assumes there is no NaN, because it must reach the scores
+compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
 
 
 @cache
@@ -100,13 +101,6 @@ def configure(typing: Any, address: Any) -> Any:
     return types.void(types.int64), code
 
 
-def load_pair(builder: Any, first: int, address: Any) -> None:
-    """Tiles first and first + 1 from an address and the 1,024 bytes after it."""
-    for half in range(2):
-        at = builder.add(address, address.type(half * PAIR // 2))
-        emit(builder, "tileloadd64", first + half, at=at, stride=address.type(64))
-
-
 @intrinsic
 def release(typing: Any) -> Any:
     """After the last of these: a thread without tiles is cheaper to switch."""
@@ -116,6 +110,13 @@ def release(typing: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(), code
+
+
+def load_pair(builder: Any, first: int, address: Any) -> None:
+    """Tiles first and first + 1 from an address and the 1,024 bytes after it."""
+    for half in range(2):
+        at = builder.add(address, address.type(half * PAIR // 2))
+        emit(builder, "tileloadd64", first + half, at=at, stride=address.type(64))
 
 
 @intrinsic

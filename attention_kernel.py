@@ -14,6 +14,7 @@ from numba import njit
 from torch import Tensor
 
 import amx
+from amx import compiled
 
 Float: TypeAlias = np.float32
 Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous
@@ -25,9 +26,6 @@ ONE, HALF, LIMIT = np.float32(1), np.float32(0.5), np.float32(85)  # the last: o
 LOG2_E = np.float32(1.44269504)
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # ln 2 in two parts, the first exact
 EXP = tuple(np.float32(c) for c in (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
-
-# fastmath: no flag that assumes there is no NaN, because it must reach the scores
-compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
 
 
 @njit(fastmath={"contract"}, inline="always")
@@ -167,20 +165,16 @@ def contexts(  # pragma: no cover
     gram: Array,
     norms: Array,
     M: int,
-    slope: Float,
-    smooth: Float,
-    eps: Float,
-    how: int,
-    lse: Float,
-    term: Float,
+    options: tuple,
     scores: Array,
     first_row: int,
     first_column: int,
 ) -> None:
     """attend's scores of some contexts and M queries, from first_row and first_column on.
 
-    rows (N, L, K·M or more, the rest not looked at): of S; gram as doubled makes it; norms (K·M).
+    rows (N, L, K·M or more, the rest not looked at): of S; gram as doubled makes it; norms (K·M); options: numbers'.
     """
+    slope, smooth, eps, how, lse, term = options
     N, L, columns = len(rows), rows.shape[1], len(norms)
     K = columns // M
     scale, total, dots = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
@@ -217,17 +211,12 @@ def products_and_contexts(  # pragma: no cover
     norms: Array,
     configuration: Array,
     S: Array,
-    slope: Float,
-    smooth: Float,
-    eps: Float,
-    how: int,
-    lse: Float,
-    term: Float,
+    options: tuple,
     scores: Array,
 ) -> None:
     """attend's scores for jobs (n, 2), each a group's number and a piece's.
 
-    The next six arrays are as left_side and right_side make them. S: memory for a group and a piece.
+    The next six arrays are as left_side and right_side make them. S: memory for a group and a piece. options: numbers'.
     """
     stride = S.shape[1]
     amx.configure(configuration.ctypes.data)
@@ -249,7 +238,7 @@ def products_and_contexts(  # pragma: no cover
         own = S.reshape(S.size)[: rows * stride].reshape(N, L, stride)
         own_gram = gram[at : at + N * L * L].reshape(N, L, L)
         own_norms = norms[start : start + columns]
-        contexts(own, own_gram, own_norms, M, slope, smooth, eps, how, lse, term, scores, context, query)
+        contexts(own, own_gram, own_norms, M, options, scores, context, query)
     amx.release()
 
 
@@ -276,7 +265,7 @@ def attend(S: Tensor, gram: Tensor, norms: Tensor, *options: Any) -> Tensor:
     scores = np.empty((N, M), np.float32)
 
     def part(first, last):
-        contexts(rows[first:last], matrices[first:last], lengths, M, *numbers(options), scores, first, 0)
+        contexts(rows[first:last], matrices[first:last], lengths, M, numbers(options), scores, first, 0)
 
     amx.in_threads(part, N)
     return torch.from_numpy(scores)
@@ -370,7 +359,7 @@ def attend_products(
 
     def part(first, last):
         S = torch.empty(most[0], most[1] + 16).numpy()  # rows of 2ⁿ bytes would compete for places in the cache
-        products_and_contexts(jobs[first:last], *sides, S, *numbers(options), scores)
+        products_and_contexts(jobs[first:last], *sides, S, numbers(options), scores)
 
     amx.in_threads(part, len(jobs), shares=8)
     return torch.from_numpy(scores)
