@@ -12,30 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-import distributed
-from errors import InputError
-from files import open_npy
+from lib import distributed
+from lib.constants import N_CELLS, N_SLOTS
+from lib.errors import InputError
+from lib.files import open_npy
+from lib.options import option
 from vocab import read_captions
-
-N_CELLS = 256  # cell indices 0…255 of the 16×16 grid, and 256 for "no cell"
-N_SLOTS = 15  # cells that a region keeps
-
-# Flags that SCAN's and PFAN's published options lack, with what they mean where they are missing.
-NEW_FLAGS = {
-    "position": "attention",
-    "allow_empty_captions": False,
-    "amp": False,
-    "matmul_precision": "highest",
-    "device": "auto",
-    "seed": 0,
-    "need_box_whole": False,  # this and the next: the whole-image variant's
-    "lambda_whole": 1.0,
-}
-
-
-def flag(opt: Any, name: str) -> Any:
-    """The value of a newer flag, or its default where opt (any object) lacks it."""
-    return getattr(opt, name, NEW_FLAGS[name]) if name in NEW_FLAGS else getattr(opt, name)
 
 
 class PrecompDataset(Dataset):
@@ -203,7 +185,7 @@ class EpochBatches(Sampler):
         order = torch.randperm(self.n, generator=generator).tolist()
         for at in range(self.first * self.batch_size, self.n, self.batch_size):
             batch = order[at : at + self.batch_size]
-            yield batch[distributed.share(len(batch))]
+            yield batch[distributed.local_slice(len(batch))]
 
     def __len__(self):
         return -(-self.n // self.batch_size)
@@ -216,8 +198,8 @@ def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any) -
         data_split,
         vocab,
         img_dim=opt.img_dim,
-        need_boxes=flag(opt, "position") != "none",
-        allow_empty_captions=flag(opt, "allow_empty_captions"),
+        need_boxes=option(opt, "position") != "none",
+        allow_empty_captions=option(opt, "allow_empty_captions"),
     )
 
 
@@ -280,7 +262,7 @@ def get_loaders(
     """Loaders of the train split (shuffled) and the whole dev split (in order)."""
     train, dev = (make_dataset(data_name, split, vocab, opt) for split in ("train", "dev"))
     return (
-        get_precomp_loader(train, batch_size, workers, shuffle_seed=flag(opt, "seed")),
+        get_precomp_loader(train, batch_size, workers, shuffle_seed=option(opt, "seed")),
         get_precomp_loader(dev, batch_size, workers),
     )
 

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import distributed
-from checkpoint import load_checkpoint, replace
-from cross_attention import XATTN_SCORE
-from data import flag, get_test_loader, pad
-from errors import InputError, run
-from intervals import RECALL_AT, hits, print_summary
+from data import get_test_loader, pad
+from lib import distributed
+from lib.checkpoint import load_checkpoint
+from lib.cross_attention import XATTN_SCORE
+from lib.errors import InputError, run
+from lib.files import replace
+from lib.intervals import RECALL_AT, hits, print_summary
+from lib.options import option
 from model import MATMUL_PRECISION, SCAN, load_model
 from vocab import deserialize_vocab
 
@@ -104,7 +106,7 @@ def embed_captions(model: Any, data_loader: Any) -> tuple:
             words[starts[i] : starts[i + 1]] = embedding[: cap_lens[i]]
         for kept, x in zip(more, rows, strict=True):
             kept[index] = x.to(kept)
-    return distributed.add_up(words), cap_lens, *map(distributed.add_up, more)
+    return distributed.all_reduce_sum(words), cap_lens, *map(distributed.all_reduce_sum, more)
 
 
 def embed_images(model: Any, data_loader: Any) -> list[Tensor]:
@@ -117,13 +119,13 @@ def embed_images(model: Any, data_loader: Any) -> list[Tensor]:
             embeddings = [torch.zeros(dataset.n_images, *x.shape[1:]) for x in blocks]
         for kept, x in zip(embeddings, blocks, strict=True) if own else ():
             kept[at : at + batch] = x.cpu()
-    return [distributed.add_up(kept) for kept in embeddings]
+    return [distributed.all_reduce_sum(kept) for kept in embeddings]
 
 
 def own_turns(batches: Sequence, desc: str) -> Iterable:
     """(True, batch) for every batch that is this process's, with a progress bar. Where there are none, (False, the
     first batch), to learn the embeddings' shapes from."""
-    own = [(True, batches[turn]) for turn in distributed.turns(len(batches))] or [(False, batches[0])]
+    own = [(True, batches[turn]) for turn in distributed.my_indices(len(batches))] or [(False, batches[0])]
     return tqdm(own, desc=desc, unit="batch", leave=False, disable=distributed.rank() > 0 or None)
 
 
@@ -153,14 +155,18 @@ def shard_xattn(
     score = score or XATTN_SCORE[cross_attn]
     images, captions = (torch.as_tensor(x, dtype=torch.float32) for x in (images, captions))
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
-    device = distributed.pick_device(flag(opt, "device"))
+    device = distributed.pick_device(option(opt, "device"))
     starts = (lens.cumsum(0) - lens).tolist()
     sims, size = np.zeros((len(images), len(lens)), dtype=np.float32), 4 * shard_size
     by_length = lens.argsort(stable=True)
     with tqdm(
-        total=sims.size, desc=f"scores {cross_attn}", unit="pair", unit_scale=True, leave=False,
+        total=sims.size,
+        desc=f"scores {cross_attn}",
+        unit="pair",
+        unit_scale=True,
+        leave=False,
         disable=distributed.rank() > 0 or None,
-    ) as bar:  # fmt: skip
+    ) as bar:
         for number, index in enumerate(by_length.split(size)):
             if captions.dim() == 2:
                 words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
@@ -168,12 +174,12 @@ def shard_xattn(
                 words = [captions[i, : lens[i]] for i in index.tolist()]
             words = torch.cat(words).to(device)
             shards = range(0, len(images), size)
-            for at in (shards[turn] for turn in distributed.turns(len(shards), number * len(shards))):
+            for at in (shards[turn] for turn in distributed.my_indices(len(shards), number * len(shards))):
                 part = slice(at, at + size)
                 block = score(images[part].to(device), words, lens[index], opt)
                 sims[part, index.numpy()] = block.cpu().numpy()
-                bar.update(block.numel() * distributed.size())
-    distributed.add_up(torch.from_numpy(sims))
+                bar.update(block.numel() * distributed.world_size())
+    distributed.all_reduce_sum(torch.from_numpy(sims))
     return sims
 
 
@@ -259,9 +265,15 @@ def read_vocab(opt: Any) -> Any:
 
 
 def load_split(
-    model_path: Any, data_path: str | None, vocab_path: str | None, split: str, make_model: Callable = SCAN,
-    read_vocab: Callable = read_vocab, get_test_loader: Callable = get_test_loader, **overrides: Any,
-) -> tuple:  # fmt: skip
+    model_path: Any,
+    data_path: str | None,
+    vocab_path: str | None,
+    split: str,
+    make_model: Callable = SCAN,
+    read_vocab: Callable = read_vocab,
+    get_test_loader: Callable = get_test_loader,
+    **overrides: Any,
+) -> tuple:
     """A checkpoint's model and a loader of the split; make_model and the two after it are what a variant replaces."""
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
@@ -314,10 +326,17 @@ def mean_sims(paths: Any, *args: Any, score_split: Callable = score_split, **ove
 
 
 def evalrank(
-    model_path: Any, data_path: str | None = None, split: str = "dev", fold5: bool = False,
-    vocab_path: str | None = None, save_ranks: str | None = None, score_split: Callable = score_split,
-    intervals: bool = False, versus: Any = None, **overrides: Any,
-) -> dict:  # fmt: skip
+    model_path: Any,
+    data_path: str | None = None,
+    split: str = "dev",
+    fold5: bool = False,
+    vocab_path: str | None = None,
+    save_ranks: str | None = None,
+    score_split: Callable = score_split,
+    intervals: bool = False,
+    versus: Any = None,
+    **overrides: Any,
+) -> dict:
     """Rank a split both ways and print SCAN's lines.
 
     model_path: a checkpoint, or a list of them whose mean similarities are ranked. data_path, vocab_path: instead of

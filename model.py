@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-import distributed
-from checkpoint import load_checkpoint
-from cross_attention import (  # noqa: F401 (l1norm and the two scores have their place here in SCAN)
+from lib import distributed
+from lib.checkpoint import load_checkpoint
+from lib.constants import N_CELLS, N_SLOTS
+from lib.cross_attention import (  # noqa: F401 (l1norm and the two scores have their place here in SCAN)
     AGG_FUNC,
     RAW_FEATURE_NORM,
     XATTN_SCORE,
@@ -25,9 +26,9 @@ from cross_attention import (  # noqa: F401 (l1norm and the two scores have thei
     xattn_score_i2t,
     xattn_score_t2i,
 )
-from data import N_CELLS, N_SLOTS, NEW_FLAGS, flag
-from errors import InputError
-from gru import packed_gru
+from lib.errors import InputError
+from lib.kernels.gru import packed_gru
+from lib.options import NEW_OPTIONS, option
 
 POSITION_DIM = 200  # size of a cell's embedding
 
@@ -176,7 +177,9 @@ class ContrastiveLoss(nn.Module):
         batch = distributed.Batch(len(embeddings[0]))
         images, captions = embeddings[: self.image_parts], embeddings[self.image_parts :]
         embeddings = (*images, *batch.gather_captions(*captions))
-        return distributed.total((self.hardest_negatives if self.max_violation else self.negatives)(batch, embeddings))
+        return distributed.sum_over_processes(
+            (self.hardest_negatives if self.max_violation else self.negatives)(batch, embeddings)
+        )
 
     def negatives(self, batch, embeddings):
         scores = self.score(*embeddings)  # (n, B): this process's images, all captions; their own begin at batch.first
@@ -221,13 +224,13 @@ class SCAN:
             ("agg_func", AGG_FUNC),
             ("matmul_precision", MATMUL_PRECISION),
         ):
-            value = flag(opt, name)
+            value = option(opt, name)
             if value not in table:
                 raise InputError(f"--{name} {value}: expected one of {', '.join(table)}")
         self.opt = opt
-        torch.set_float32_matmul_precision(flag(opt, "matmul_precision"))
-        self.device = distributed.pick_device(flag(opt, "device"))
-        self.amp = flag(opt, "amp")
+        torch.set_float32_matmul_precision(option(opt, "matmul_precision"))
+        self.device = distributed.pick_device(option(opt, "device"))
+        self.amp = option(opt, "amp")
         self.img_enc = self.make_img_enc(opt).to(self.device)
         self.txt_enc = self.text_encoder(
             opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
@@ -240,7 +243,7 @@ class SCAN:
         self.logger = None  # a LogCollector while training
 
     def make_img_enc(self, opt):
-        return EncoderImage(opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, flag(opt, "position"))
+        return EncoderImage(opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, option(opt, "position"))
 
     def state_dict(self):
         return [self.img_enc.state_dict(), self.txt_enc.state_dict()]
@@ -310,8 +313,8 @@ class SCAN:
             loss.backward()
         else:
             distributed.Batch(0)
-            loss = distributed.total(self.params[0].new_zeros(()))
-        distributed.add_up_gradients(self.params)
+            loss = distributed.sum_over_processes(self.params[0].new_zeros(()))
+        distributed.all_reduce_gradients(self.params)
         norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or torch.inf)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()}")
@@ -329,7 +332,7 @@ def load_model(path: str, vocab_size: int | None = None, make_model: Callable = 
     """
     checkpoint = load_checkpoint(path)
     opt = checkpoint["opt"]
-    vars(opt).update({"device": NEW_FLAGS["device"], **overrides})  # not the device it was trained on
+    vars(opt).update({"device": NEW_OPTIONS["device"], **overrides})  # not the device it was trained on
     opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])
     if vocab_size not in (None, opt.vocab_size):
         raise InputError(f"{path}: made with a vocabulary of {opt.vocab_size} words, found one of {vocab_size}")

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from errors import InputError, brief, run
-from files import open_npy, replace
+from lib.errors import InputError, brief, run
+from lib.files import open_npy, replace
 
 CELLS_AT_ONCE = 1 << 16  # × 8 bytes = 0.5 MB a temporary, which stays in the cache
 WINDOWS = 4, 6, 8, 12  # columns or rows that most boxes fit into, so that the other cells need not be looked at
@@ -157,9 +157,7 @@ def read_archive(path: str) -> tuple:
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise InputError(f"{path}: {name} are {array.dtype}, expected numbers")
-    boxes, sizes = (
-        next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES)
-    )
+    boxes, sizes = (next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES))
     if boxes is None:
         raise InputError(f"{path}: holds {', '.join(names)[:200]}; expected {' or '.join(BOX_NAMES)}")
     if sizes is None and {"image_h", "image_w"} <= set(arrays):
@@ -191,7 +189,7 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
     Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
     regions keep their order in the file. ids: list of ids or file names, None for the images' order.
     """
-    from dataset_files import json_items, key
+    from lib.datasets.dataset_files import json_items, key
 
     try:
         images = {image["id"]: image for image in json_items(path, "images")}
@@ -239,7 +237,7 @@ def main() -> None:
     from tqdm import tqdm
 
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "scripts"))
-    from dataset_files import Problems, read_ids
+    from lib.datasets.dataset_files import Problems, read_ids
 
     parser = argparse.ArgumentParser(
         description="Position grids (SPLIT_boxes.npy) for boxes in pixels, in the order of the features they are of.",

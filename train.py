@@ -21,12 +21,13 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import distributed
-from checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
-from cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
-from data import NEW_FLAGS, flag, get_loaders, watched_workers
-from errors import InputError, run
+from data import get_loaders, watched_workers
 from evaluation import AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
+from lib import distributed
+from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
+from lib.cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
+from lib.errors import InputError, run
+from lib.options import NEW_OPTIONS, option
 from model import LINEAR, MATMUL_PRECISION, POSITIONS, SCAN
 
 log = logging.getLogger(__name__)
@@ -74,19 +75,19 @@ def get_parser() -> argparse.ArgumentParser:
     add("--bi_gru", action="store_true", help="bidirectional GRU")
     add("--lambda_lse", default=6.0, type=float, help="temperature of LogSumExp")
     add("--lambda_softmax", default=9.0, type=float, help="temperature of the attention")
-    add("--position", default=NEW_FLAGS["position"], help=" | ".join(POSITIONS) + ": PFAN-A, PFAN-P, plain SCAN")
-    add("--seed", default=NEW_FLAGS["seed"], type=int, help="of start values and data order")
+    add("--position", default=NEW_OPTIONS["position"], help=" | ".join(POSITIONS) + ": PFAN-A, PFAN-P, plain SCAN")
+    add("--seed", default=NEW_OPTIONS["seed"], type=int, help="of start values and data order")
     add("--allow_empty_captions", action="store_true", help="take an empty caption line as <start> <end>")
-    add("--device", default=NEW_FLAGS["device"], help="cpu, cuda, cuda:1, mps; auto: CUDA if there, else the CPU")
+    add("--device", default=NEW_OPTIONS["device"], help="cpu, cuda, cuda:1, mps; auto: CUDA if there, else the CPU")
     add("--amp", action="store_true", help="mixed precision: encoders in bfloat16")
-    add("--matmul_precision", default=NEW_FLAGS["matmul_precision"], help=" | ".join(MATMUL_PRECISION))
+    add("--matmul_precision", default=NEW_OPTIONS["matmul_precision"], help=" | ".join(MATMUL_PRECISION))
     return parser
 
 
 def check(opt: Any) -> None:
     """Raise InputError for flags that cannot be trained with."""
     for names, least, most in (
-        ("batch_size", max(2, distributed.size()), 2**31),
+        ("batch_size", max(2, distributed.world_size()), 2**31),
         ("num_epochs log_step val_step lr_update num_layers embed_size word_dim img_dim", 1, 2**31),
         ("workers grad_clip margin lambda_lse lambda_softmax save_step keep_last", 0, 2**31),
         ("seed", 0, 2**32 - 1),
@@ -151,7 +152,7 @@ class Stop:
 
     def ask(self, number, frame):
         again, self.asked = self.asked, number
-        if distributed.size() == 1 and (self.resting or again):
+        if distributed.world_size() == 1 and (self.resting or again):
             raise (Stopped if self.resting else KeyboardInterrupt)(number)
 
     @contextmanager
@@ -165,7 +166,7 @@ class Stop:
 
     def check(self):
         """Raise Stopped in all processes where an end was asked for in one of them."""
-        if distributed.anywhere(self.asked):
+        if distributed.any_process(self.asked):
             raise Stopped(self.asked or signal.SIGTERM)
 
 
@@ -190,7 +191,7 @@ def fit(
     torch.manual_seed(opt.seed)
     model = make_model(opt)
     progress = resume(model, checkpoint, opt, str(path)) if checkpoint else Progress()
-    if not distributed.same_everywhere(model.Eiters):
+    if not distributed.same_in_all_processes(model.Eiters):
         raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
     first = distributed.rank() == 0  # the process that logs and saves
     if first:
@@ -249,7 +250,7 @@ def save(opt: Any, model: Any, progress: Progress, name: str, is_best: bool = Fa
         state["random_cuda"] = torch.cuda.get_rng_state(model.device)
     if distributed.rank() == 0:
         save_checkpoint(state, is_best, name, prefix=opt.model_name)
-    distributed.wait()
+    distributed.barrier()
     progress.saved = os.path.join(opt.model_name, name)
 
 
@@ -260,7 +261,7 @@ def resume(model: Any, checkpoint: dict, opt: Any, path: str) -> Progress:
         raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {opt.vocab_size}")
     progress = Progress(checkpoint["epoch"], checkpoint.get("step", 0), float(checkpoint["best_rsum"]), path)
     for name in ("batch_size", "seed") if progress.step else ():
-        found, then = getattr(opt, name), flag(checkpoint["opt"], name)
+        found, then = getattr(opt, name), option(checkpoint["opt"], name)
         if found != then:
             raise InputError(f"{path}: saved within an epoch with --{name} {then}, found --{name} {found}")
     try:
@@ -313,9 +314,14 @@ def train(
     epoch, order = progress.epoch, train_loader.batch_sampler
     order.epoch, order.first = epoch, progress.step
     bar = tqdm(
-        train_loader, f"epoch {epoch}", len(train_loader), initial=progress.step,
-        unit="step", leave=False, disable=distributed.rank() > 0 or None,
-    )  # fmt: skip
+        train_loader,
+        f"epoch {epoch}",
+        len(train_loader),
+        initial=progress.step,
+        unit="step",
+        leave=False,
+        disable=distributed.rank() > 0 or None,
+    )
     end = time.time()
     with logging_redirect_tqdm():
         for i, batch in enumerate(bar, progress.step):
@@ -327,11 +333,19 @@ def train(
             if model.Eiters % opt.log_step == 0:
                 log.info(
                     "Epoch: [%d][%d/%d]\t%s\tTime %s\tData %s",
-                    epoch, i, len(train_loader), model.logger, batch_time, data_time,
-                )  # fmt: skip
+                    epoch,
+                    i,
+                    len(train_loader),
+                    model.logger,
+                    batch_time,
+                    data_time,
+                )
             for name, value in (
-                ("epoch", epoch), ("step", i), ("batch_time", batch_time.val), ("data_time", data_time.val),
-            ):  # fmt: skip
+                ("epoch", epoch),
+                ("step", i),
+                ("batch_time", batch_time.val),
+                ("data_time", data_time.val),
+            ):
                 tb.log_value(name, value, step=model.Eiters)
             model.logger.tb_log(tb, step=model.Eiters)
             if model.Eiters % opt.val_step == 0:
@@ -359,7 +373,7 @@ def rank_dev(
     opt: Any, val_loader: Any, model: Any, progress: Progress, tb: Any, validate: Callable, stop: Stop
 ) -> float:
     """What validate returns. Several processes save first: they end after it, and torchrun may not wait so long."""
-    if distributed.size() > 1:
+    if distributed.world_size() > 1:
         save(opt, model, progress, LAST)
     with stop.rest():
         return validate(opt, val_loader, model, tb)

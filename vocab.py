@@ -15,8 +15,8 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 from tqdm import tqdm
 
-from errors import InputError, run
-from files import read_lines, write_lines
+from lib.errors import InputError, run
+from lib.files import read_lines, write_lines
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0…3
 SPLITS = ("train", "dev")  # what a vocabulary is built from

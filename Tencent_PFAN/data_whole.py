@@ -3,8 +3,9 @@
 import os
 
 import data
-from data import flag, open_npy
-from errors import InputError
+from lib.errors import InputError
+from lib.files import open_npy
+from lib.options import option
 from Tencent_PFAN.vocab import Vocabulary, caption_file
 
 collate_fn = data.collate_fn  # → images, whole_images, boxes, targets, lengths, ids
@@ -64,8 +65,8 @@ def get_precomp_dataset(data_name, data_split, vocab, opt):
         data_split,
         vocab,
         img_dim=opt.img_dim,
-        need_box_whole=flag(opt, "need_box_whole"),
-        allow_empty_captions=flag(opt, "allow_empty_captions"),
+        need_box_whole=option(opt, "need_box_whole"),
+        allow_empty_captions=option(opt, "allow_empty_captions"),
     )
 
 

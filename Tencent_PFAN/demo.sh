@@ -1,6 +1,6 @@
 #!/bin/sh
 # The whole Tencent-News flow on drawn pictures: data, training, servers, client, MAP@1-3 and A@1-3 beside chance.
-#   sh Tencent_PFAN/demo.sh [further flags of scripts/make_tencent_demo.py]
+#   sh Tencent_PFAN/demo.sh [further flags of scripts/demo/make_tencent_demo.py]
 # In the environment: OUT, the folder for all of it; TRAIN_FLAGS, further flags of train_whole.py; SENTENCE_PORT and
 # TAG_PORT, the servers' ports.
 set -eu
@@ -12,7 +12,7 @@ export SENTENCE_PORT="${SENTENCE_PORT:-5091}" TAG_PORT="${TAG_PORT:-5092}"
 started=$(date +%s)
 show() { echo "+ $*" && "$@"; }
 
-show python scripts/make_tencent_demo.py --out "$out" "$@"
+show python scripts/demo/make_tencent_demo.py --out "$out" "$@"
 # small batches: among more pictures, the hardest negatives alone teach a new model nothing for many epochs
 for kind in sentence tag; do
     case $kind in sentence) name=tencent_data ;; tag) name=tencent_data_tag ;; esac
@@ -55,7 +55,7 @@ python compute_map.py "$out/dist_tag_t2i.json" "$out/dist_sentence_t2i.json" "$o
     --test_list "$meta/test_list.json" >"$out/mixed.txt"
 cd ..
 stop
-python scripts/make_tencent_demo.py --out "$out" --beside_chance \
+python scripts/demo/make_tencent_demo.py --out "$out" --beside_chance \
     "$out/sentence.txt" "$out/tag.txt" "$out/tag_new.txt" "$out/mixed.txt"
 echo "took $(($(date +%s) - started)) seconds; to look at the items in a browser, on http://127.0.0.1:$SENTENCE_PORT :"
 echo "  sh Tencent_PFAN/run_server.sh $out/sentence/model_best.pth.tar $out/tag/model_best.pth.tar --demo_path $meta"

@@ -1,26 +1,12 @@
 """What the page at / asks for: the items of a tencent_data_meta folder, with their pictures, as requests to send."""
 
-import importlib.util
 import os
-import sys
 
 from fastapi.responses import FileResponse
 
 from Tencent_PFAN.web import Answer, Refused
-
-
-def load_client():
-    """test_server/test.py as a module: it is a script, whose folder and whose name others have too."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "test_server")
-    sys.path.append(folder)  # where it finds compute_map
-    spec = importlib.util.spec_from_file_location("scoring_client", os.path.join(folder, "test.py"))
-    client = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(client)
-    return client
-
-
-client = load_client()
-import compute_map  # noqa: E402
+from test_server import compute_map
+from test_server import test as client
 
 
 class Items:

@@ -3,19 +3,16 @@
 python Tencent_PFAN/evaluation_whole.py --model_path runs/tencent_data/t2i/model_best.pth.tar [MORE …] --split test
 """
 
-import os
-import sys
-
-if not __package__:  # run as a file: else this folder comes first, and with it another vocab.py
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:
+    import _root  # noqa: F401
 
 import numpy as np
 import torch
 
 import evaluation as root
 from data import pad
-from errors import InputError, run
 from evaluation import AverageMeter, LogCollector, cut_folds, embed_captions, embed_images  # noqa: F401 (SCAN's names)
+from lib.errors import InputError, run
 from Tencent_PFAN.data_whole import get_test_loader
 from Tencent_PFAN.model_whole import SCAN, region_score, whole_score
 from Tencent_PFAN.vocab import read_vocab
@@ -36,9 +33,7 @@ def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
 
 
 @torch.no_grad()
-def shard_xattn(
-    images, whole_images, captions, caplens, final_captions, opt, shard_size=128, cross_attn=None
-):  # fmt: skip
+def shard_xattn(images, whole_images, captions, caplens, final_captions, opt, shard_size=128, cross_attn=None):
     """Scores (n_images, n_captions) float32 numpy, a shard at a time.
 
     images (n_images, R, D), whole_images (n_images, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed,

@@ -9,9 +9,9 @@ import torch
 from torch.nn.utils.rnn import pad_packed_sequence
 
 import model
-from cross_attention import EPS, l1norm, l2norm, xattn_pairs, xattn_score  # noqa: F401 (SCAN's names)
-from data import flag
-from errors import InputError
+from lib.cross_attention import EPS, l1norm, l2norm, xattn_pairs, xattn_score  # noqa: F401 (SCAN's names)
+from lib.errors import InputError
+from lib.options import option
 from model import LINEAR, full
 
 
@@ -64,7 +64,7 @@ def cosine(x, y, pairs=None):
 
 def split_box_whole(images, opt, t2i):
     """Regions that take part in attention, and the whole image's (I, D) that does not: need_box_whole's, in t2i."""
-    return (images[:, :-1], images[:, -1]) if t2i and flag(opt, "need_box_whole") else (images, None)
+    return (images[:, :-1], images[:, -1]) if t2i and option(opt, "need_box_whole") else (images, None)
 
 
 def region_score(images, captions, cap_lens, opt, t2i, pairs=None):
@@ -77,7 +77,7 @@ def region_score(images, captions, cap_lens, opt, t2i, pairs=None):
 
 def whole_score(images, whole_images, final_captions, opt, t2i, pairs=None):
     """λ_whole · cos(whole image, sentence), in t2i with need_box_whole also 0.5 · cos(last region, sentence)."""
-    scores = flag(opt, "lambda_whole") * cosine(whole_images, final_captions, pairs)
+    scores = option(opt, "lambda_whole") * cosine(whole_images, final_captions, pairs)
     _, box_whole = split_box_whole(images, opt, t2i)
     return scores if box_whole is None else scores + 0.5 * cosine(box_whole, final_captions, pairs)
 
@@ -125,7 +125,7 @@ class SCAN(model.SCAN):
         if getattr(opt, "position", "area") != "area":
             raise InputError(f"--position {opt.position}: expected area, the whole-image model's only one")
         return EncoderImage(
-            opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, flag(opt, "need_box_whole")
+            opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, option(opt, "need_box_whole")
         )
 
     def encode_images(self, images, whole_images, boxes):

@@ -26,10 +26,10 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-if not __package__:  # run as a file: else this folder comes first, and with it another vocab.py
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:
+    import _root  # noqa: F401
 
-from errors import run
+from lib.errors import run
 from Tencent_PFAN.demo_page import add_demo
 from Tencent_PFAN.scoring import BadRequest, Scorer
 from Tencent_PFAN.web import (
@@ -67,10 +67,14 @@ class Service:
             "pfan_latency_seconds", "From a request's headers to its answer", registry=registry
         )
         self.batch_requests, self.batch_pictures = (
-            prometheus.Histogram(f"pfan_batch_{what}", f"{what.capitalize()} scored as one batch", registry=registry,
-                                 buckets=[2**i for i in range(11)])
+            prometheus.Histogram(
+                f"pfan_batch_{what}",
+                f"{what.capitalize()} scored as one batch",
+                registry=registry,
+                buckets=[2**i for i in range(11)],
+            )
             for what in ("requests", "pictures")
-        )  # fmt: skip
+        )
         self.pictures = prometheus.Counter("pfan_pictures", "Pictures, by where from", ["source"], registry=registry)
         prometheus.Gauge("pfan_waiting", "Requests not answered yet", registry=registry).set_function(
             lambda: self.waiting
@@ -84,7 +88,7 @@ class Service:
         self.check_size(announced)
         if self.waiting >= self.opt.queue or (
             self.waiting and self.waiting_bytes + announced > self.opt.queue_mb << 20
-        ):  # fmt: skip
+        ):
             raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
         self.waiting += 1
         admitted = [announced]  # bytes that this request is counted with

@@ -19,11 +19,11 @@ import pybase64
 import torch
 
 from data import pad
+from lib.constants import N_REGIONS
 from position import position_grid
 from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
 from Tencent_PFAN.vocab import SUFFIX, deserialize_vocab
 
-N_REGIONS = 36
 LARGEST = 1e9  # of a feature's values, so that no product of float32 overflows
 MAX_CHARACTERS, MAX_WORDS, MAX_SENTENCES = 20_000, 1_000, 100  # of a request: text costs more than its bytes show
 BLOCK_PICTURES = 128  # pictures that are encoded, or scored with one request's sentences, at once
@@ -211,9 +211,11 @@ class Scorer:
             raise BadRequest("boxes: no pictures")
         if len(body.whole_items) != len(body.boxes):
             raise BadRequest(f"whole_items: {len(body.whole_items)}, but {len(body.boxes)} boxes")
-        named = [(body.sentence, "sentence")] if single else [
-            (sentence, f"sentences[{i}]") for i, sentence in enumerate(body.sentences)
-        ]  # fmt: skip
+        named = (
+            [(body.sentence, "sentence")]
+            if single
+            else [(sentence, f"sentences[{i}]") for i, sentence in enumerate(body.sentences)]
+        )
         captions = [self.word_ids(*sentence) for sentence in named]
         return Job(captions, single, *self.read_pictures(body))
 

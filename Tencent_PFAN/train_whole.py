@@ -4,15 +4,13 @@ python Tencent_PFAN/train_whole.py --data_path ./data --data_name tencent_data -
 """
 
 import logging
-import os
-import sys
 
-if not __package__:  # run as a file: else this folder comes first, and with it another vocab.py
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:
+    import _root  # noqa: F401
 
 import train as root
-from data import NEW_FLAGS
-from errors import run
+from lib.errors import run
+from lib.options import NEW_OPTIONS
 from Tencent_PFAN.data_whole import get_loaders
 from Tencent_PFAN.evaluation_whole import encode_data, shard_xattn
 from Tencent_PFAN.model_whole import SCAN
@@ -29,7 +27,7 @@ def get_parser():
     )
     add = parser.add_argument
     add("--need_box_whole", action="store_true", help="the last region of _ims.npy is the whole image")
-    add("--lambda_whole", default=NEW_FLAGS["lambda_whole"], type=float, help="weight of the whole-image cosine")
+    add("--lambda_whole", default=NEW_OPTIONS["lambda_whole"], type=float, help="weight of the whole-image cosine")
     add("--embed_path", default="./vocab/embedding.npy", help="accepted and unused, as in the published code")
     parser.set_defaults(embed_size=512, position="area")
     return parser

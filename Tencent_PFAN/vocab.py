@@ -6,13 +6,12 @@ python Tencent_PFAN/vocab.py --data_path ./data --data_name tencent_data   write
 import argparse
 import os
 import string
-import sys
 
-if not __package__:  # run as a file: else this folder comes first, and with it this vocab.py instead of the one above
-    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+if not __package__:
+    import _root  # noqa: F401
 
 import vocab as root
-from errors import InputError, run
+from lib.errors import InputError, run
 
 LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 SUFFIX = "_sent_vocab.json"

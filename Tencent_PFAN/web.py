@@ -9,7 +9,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from Tencent_PFAN.scoring import N_REGIONS
+from lib.constants import N_REGIONS
 
 PATH = "/scan_sentence_image_score"
 LINGER_SECONDS, LINGER_BYTES = 2, 64 << 20  # how long a refused request is still read, so that its client hears why
@@ -48,13 +48,19 @@ def json_of(schema):
     return {"content": {"application/json": {"schema": schema}}}
 
 
-_scores = {"anyOf": [{"type": "array", "items": {"type": "number"}},
-                     {"type": "array", "items": {"type": "array", "items": {"type": "number"}}}]}  # fmt: skip
-SCORES = json_of({
-    "type": "object",
-    "properties": {"sim_t2i": _scores, "sim_i2t": _scores},
-    "required": ["sim_t2i", "sim_i2t"],
-})  # fmt: skip
+_scores = {
+    "anyOf": [
+        {"type": "array", "items": {"type": "number"}},
+        {"type": "array", "items": {"type": "array", "items": {"type": "number"}}},
+    ]
+}
+SCORES = json_of(
+    {
+        "type": "object",
+        "properties": {"sim_t2i": _scores, "sim_i2t": _scores},
+        "required": ["sim_t2i", "sim_i2t"],
+    }
+)
 ERROR = json_of({"type": "object", "properties": {"error": {"type": "string"}}, "required": ["error"]})
 REASONS = {
     400: "cannot be scored; the reason names the field and the index",

@@ -10,20 +10,18 @@ import glob
 import hashlib
 import os
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from array_files import ArrayReader
-from dataset_files import SPLITS, Problems, SplitWriter, digest, key, make_folder
-
-from errors import InputError, run
-from files import read_lines, write_lines
+from lib.datasets.array_files import ArrayReader
+from lib.datasets.dataset_files import SPLITS, Problems, SplitWriter, digest, key, make_folder
+from lib.errors import InputError, run
+from lib.files import read_lines, write_lines
 
 WORD = re.compile(r"\w+")
 SAMPLE = 100  # pictures whose features are compared

@@ -3,9 +3,9 @@
 python scripts/benchmark.py            the whole table on this machine, and docs/growth.png
 python scripts/benchmark.py --quick    the same at smaller sizes, three minutes
 
-Each measurement is a process of its own (scripts/measurements.py), so that its peak memory is its own; its seconds are
-the median of several runs after a warm-up. The published way is scripts/published_way.py. The results are written as
-JSON after each measurement. docs/benchmark.md says what the columns mean.
+Each measurement is a process of its own (scripts/bench/measurements.py), so that its peak memory is its own; its
+seconds are the median of several runs after a warm-up. The published way is scripts/bench/published_way.py. The
+results are written as JSON after each measurement. docs/benchmark.md says what the columns mean.
 """
 
 import argparse
@@ -17,34 +17,53 @@ import tempfile
 import time
 from statistics import median
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+if not __package__:
+    import _root  # noqa: F401
 
-from errors import run  # noqa: E402
+from lib.errors import run
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 SIZES = {
     "repeats": 3,
-    "embed_size": 1024, "img_dim": 2048, "word_dim": 300, "vocab_size": 8500,
-    "images": 1000, "per_image": 5,  # a test split of 1,000 × 5,000
+    "embed_size": 1024,
+    "img_dim": 2048,
+    "word_dim": 300,
+    "vocab_size": 8500,
+    "images": 1000,
+    "per_image": 5,  # a test split of 1,000 × 5,000
     "signal": 0.1,  # how much of a region is in a word
-    "plain_images": 128, "plain_captions": 256,  # the part of it that the published way scores
-    "batch_size": 128, "plain_batches": 3,  # and the part that it encodes
-    "plain_grids": 50, "all_grids": 123287,  # images of MS-COCO
-    "growth": [250, 500, 1000, 2500, 5000], "growth_pairs": 2_500_000,  # of more pairs than that a sample is scored
+    "plain_images": 128,
+    "plain_captions": 256,  # the part of it that the published way scores
+    "batch_size": 128,
+    "plain_batches": 3,  # and the part that it encodes
+    "plain_grids": 50,
+    "all_grids": 123287,  # images of MS-COCO
+    "growth": [250, 500, 1000, 2500, 5000],
+    "growth_pairs": 2_500_000,  # of more pairs than that a sample is scored
     "batches": [16, 32, 64, 128, 256],
     "train_images": [2900, 29000],  # 0.86 and 8.6 GB of features
-}  # fmt: skip
+}
 QUICK = {
-    "repeats": 2, "images": 160, "plain_images": 32, "plain_captions": 64, "batch_size": 32, "plain_batches": 2,
-    "plain_grids": 10, "all_grids": 5000, "growth": [80, 160, 240], "growth_pairs": 100_000, "batches": [16, 32],
-}  # fmt: skip
+    "repeats": 2,
+    "images": 160,
+    "plain_images": 32,
+    "plain_captions": 64,
+    "batch_size": 32,
+    "plain_batches": 2,
+    "plain_grids": 10,
+    "all_grids": 5000,
+    "growth": [80, 160, 240],
+    "growth_pairs": 100_000,
+    "batches": [16, 32],
+}
 PRECISIONS = ("highest", "high", "medium")  # --matmul_precision, the default first
 
 
 def measure(name, sizes, arguments):
     """One measurement in a process of its own."""
     job = json.dumps({"name": name, "sizes": {**sizes, "started": time.time()}, "arguments": arguments})
-    command = [sys.executable, os.path.join(ROOT, "scripts", "measurements.py"), job]
+    command = [sys.executable, os.path.join(ROOT, "scripts", "bench", "measurements.py"), job]
     environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
     if done.returncode:

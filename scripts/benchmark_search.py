@@ -13,7 +13,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import sys
 import time
 from collections.abc import Callable
 
@@ -22,16 +21,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+if not __package__:
+    import _root  # noqa: F401
 
-import make_demo_data
-from build_index import TABLE_BLOCK, open_or_build, read_json
-
-from checkpoint import replace
-from errors import InputError, run
 from evaluation import load_split
-from files import read_lines, write_lines
-from search import Collection, FirstStage
+from lib.errors import InputError, run
+from lib.files import read_lines, replace, write_lines
+from scripts.build_index import TABLE_BLOCK, open_or_build, read_json
+from scripts.demo import make_demo_data
+from scripts.search.collection import Collection, FirstStage
 
 TOP = 10
 CANDIDATES = (50, 100, 200, 500, 1000, 2000, 4000, 10_000, 20_000, 50_000)
@@ -97,8 +95,14 @@ def measure_recall(collection, queries, stages, sizes):
             stage = make(n)
             for count in (c for c in CANDIDATES if c < n):
                 found = [np.isin(top, stage.images(x, count)).mean() for x, top in zip(words, best, strict=True)]
-                yield {"pictures": n, "stage": name, "candidates": count, "recall": round(float(np.mean(found)), 4),
-                       "worst_recall": float(min(found)), "queries": len(found)}  # fmt: skip
+                yield {
+                    "pictures": n,
+                    "stage": name,
+                    "candidates": count,
+                    "recall": round(float(np.mean(found)), 4),
+                    "worst_recall": float(min(found)),
+                    "queries": len(found),
+                }
 
 
 def measure_times(collection, queries, stages, sizes, exhaustive):
@@ -111,8 +115,14 @@ def measure_times(collection, queries, stages, sizes, exhaustive):
                 part.search(queries[-1], TOP, count)  # what only a first query pays
                 times = [1000 * seconds(part.search, query, TOP, count) for query in some]
                 median, p95 = (round(float(np.percentile(times, share)), 1) for share in (50, 95))
-                yield {"pictures": n, "stage": name, "candidates": count, "median_ms": median, "p95_ms": p95,
-                       "timed": len(times)}  # fmt: skip
+                yield {
+                    "pictures": n,
+                    "stage": name,
+                    "candidates": count,
+                    "median_ms": median,
+                    "p95_ms": p95,
+                    "timed": len(times),
+                }
 
 
 def seconds(function, *args):
@@ -130,8 +140,10 @@ def measure(opt):
     model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device="cpu")
     dataset, sizes = loader.dataset, sorted(opt.sizes)
     if sizes[-1] > dataset.n_images:
-        raise InputError(f"--sizes {sizes[-1]}: the split {opt.split} has {dataset.n_images} pictures; "
-                         "--drawn FOLDER draws as many as are wanted")  # fmt: skip
+        raise InputError(
+            f"--sizes {sizes[-1]}: the split {opt.split} has {dataset.n_images} pictures; "
+            "--drawn FOLDER draws as many as are wanted"
+        )
     collection = open_or_build(opt.model_path, model, loader, opt.split, opt.collection, opt.anchors)
     # captions of the smallest size's pictures, so that each has its own picture among the first n
     known = sizes[0] * len(dataset.captions) // dataset.n_images

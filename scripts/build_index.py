@@ -16,23 +16,22 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 
 import faiss
 import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+if not __package__:
+    import _root  # noqa: F401
 
-from array_files import ArrayFile
-from dataset_files import read_note
-
-from checkpoint import replace
-from data import open_npy, pad
-from errors import InputError, run
+from data import pad
 from evaluation import load_split
-from search import Collection, FirstStage
+from lib.datasets.array_files import ArrayFile
+from lib.datasets.dataset_files import read_note
+from lib.errors import InputError, run
+from lib.files import open_npy, replace
+from scripts.search.collection import Collection, FirstStage
 
 ANCHORS = 4096
 SAMPLE_PER_ANCHOR = 64  # words or regions that train an anchor, at most
@@ -187,9 +186,14 @@ def find_anchors(elements, n_anchors):
     chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(elements))[: k * SAMPLE_PER_ANCHOR]
     sample = np.asarray(elements[np.sort(chosen)], dtype=np.float32)
     kmeans = faiss.Kmeans(
-        elements.shape[1], k, niter=10, seed=1, spherical=True,
-        min_points_per_centroid=1, max_points_per_centroid=SAMPLE_PER_ANCHOR,
-    )  # fmt: skip
+        elements.shape[1],
+        k,
+        niter=10,
+        seed=1,
+        spherical=True,
+        min_points_per_centroid=1,
+        max_points_per_centroid=SAMPLE_PER_ANCHOR,
+    )
     kmeans.train(sample)
     index = faiss.IndexFlatIP(elements.shape[1])
     index.add(kmeans.centroids)
@@ -273,8 +277,17 @@ def open_or_build(model_path, model, loader, split, folder=None, n_anchors=None,
     return open_collection(folder, model, loader.dataset.vocab)
 
 
-OWN = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "nearest.npy", "by_item.npy", "table.npy",
-       "progress.json", "collection.json"}  # fmt: skip
+OWN = {
+    "images.npy",
+    "words.npy",
+    "lens.npy",
+    "anchors.faiss",
+    "nearest.npy",
+    "by_item.npy",
+    "table.npy",
+    "progress.json",
+    "collection.json",
+}
 
 
 def get_parser():

@@ -14,18 +14,16 @@ import io
 import os
 import random
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from dataset_files import SPLITS, Problems, json_items, key, make_folder, naming, split_ids
-
-from errors import InputError, brief, run
-from files import read_lines, write_lines
+from lib.datasets.dataset_files import SPLITS, Problems, json_items, key, make_folder, naming, split_ids
+from lib.errors import InputError, brief, run
+from lib.files import read_lines, write_lines
 
 KARPATHY = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 COCO_TEST = 1000  # of the 5,000

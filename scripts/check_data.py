@@ -6,21 +6,20 @@ Exit status 0: it trains (notes may be worth reading); 1: something would go wro
 import argparse
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from array_files import ArrayReader
-from dataset_files import SPLITS, key
-
-from errors import InputError, run
-from files import read_lines
+from lib.constants import N_CELLS, N_SLOTS
+from lib.datasets.array_files import ArrayReader
+from lib.datasets.dataset_files import SPLITS, key
+from lib.errors import InputError, run
+from lib.files import read_lines
 from vocab import deserialize_vocab, tokenize
 
-N_CELLS, N_SLOTS = 256, 15  # of a position grid
 BLOCK_BYTES = 1 << 24  # read at a time
 LONG_CAPTION = 60  # words
 MANY_UNKNOWN = 0.05
@@ -99,9 +98,11 @@ def check_boxes(reader, report):
         no_cell += int((cells == N_CELLS).sum())
     regions = int(np.prod(reader.shape[:2]))
     report.row(
-        os.path.basename(reader.path), reader.shape, reader.dtype,
+        os.path.basename(reader.path),
+        reader.shape,
+        reader.dtype,
         f"{empty / regions:.1%} regions without area, {no_cell / regions / N_SLOTS:.1%} slots without a cell",
-    )  # fmt: skip
+    )
     for name, images in bad.items():
         if images:
             lines = report.notes if name == OFF_SUM else report.faults

@@ -6,4 +6,4 @@ set -eu
 cd "$(dirname "$0")/.."
 install() { . scripts/venv.sh; }
 install requirements.txt
-exec python scripts/demo.py "$@"
+exec python scripts/demo/run.py "$@"

@@ -16,13 +16,23 @@ import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from errors import InputError, brief, run
+from lib.errors import InputError, brief, run
 
 # what damaged archives make tarfile, zipfile and the decompressors raise, beside an OSError of no number
-UNREADABLE = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError,
-              OverflowError, MemoryError)  # fmt: skip
+UNREADABLE = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    RuntimeError,
+    ValueError,
+    OverflowError,
+    MemoryError,
+)
 SPLITS = {
     "f30k_precomp": ("train", "dev", "test"),
     "coco_precomp": ("train", "dev", "test", "testall"),

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 
 import numpy as np
@@ -21,15 +20,15 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+if not __package__:
+    import _root  # noqa: F401
 
-from build_index import open_or_build
-from pictures import Pictures
-
-from data import flag
-from errors import InputError, run
 from evaluation import load_split, rank_both, shard_xattn
-from search import Collection
+from lib.errors import InputError, run
+from lib.options import option
+from scripts.build_index import open_or_build
+from scripts.explorer.pictures import Pictures
+from scripts.search.collection import Collection
 from Tencent_PFAN.web import Answer, Protocol, Refused, refuse, refuse_parameters, refuse_unexpected
 from vocab import tokenize
 
@@ -92,7 +91,7 @@ class Explorer:
                 {
                     "name": name,
                     "path": path,
-                    "position": flag(collection.model.opt, "position"),
+                    "position": option(collection.model.opt, "position"),
                     "cross_attn": collection.model.opt.cross_attn,
                     "indexed": collection.first_stage is not None,
                 }
@@ -174,7 +173,7 @@ class Explorer:
     def learned(self, collection, number):
         """Weights (R, 15) that position attention gives the cells of a picture's regions; None without it."""
         model = collection.model
-        if flag(model.opt, "position") != "attention":
+        if option(model.opt, "position") != "attention":
             return None
         grids = self.pictures.row(self.pictures.grids, number)
         features = self.dataset.read_features(self.dataset.images, "_ims.npy", number, number + 1)
@@ -189,12 +188,14 @@ class Explorer:
             words = collection.embed(sentence)
             t2i, i2t = collection.attention(collection.image(number), words)
             score = float(collection.score_images(words, np.array([number]))[0])
-            answer.append({
-                "tokens": self.tokens(collection, sentence),
-                "score": score,
-                "t2i": np.round(t2i, 4).tolist(),
-                "i2t": np.round(i2t, 4).tolist(),
-            })  # fmt: skip
+            answer.append(
+                {
+                    "tokens": self.tokens(collection, sentence),
+                    "score": score,
+                    "t2i": np.round(t2i, 4).tolist(),
+                    "i2t": np.round(i2t, 4).tolist(),
+                }
+            )
         return {"image": number, "sentence": sentence, "models": answer}
 
     def captions_for(self, number, k):
@@ -238,8 +239,13 @@ class Explorer:
                     done = len(ranks) + (at + len(some)) / len(captions)
                     self.hard = {**self.hard, "share": done / len(self.models)}
                 ranks.append({way: found[0] + 1 for way, found in rank_both(sims)[1].items()})
-            self.hard = {"state": "done", "share": 1.0, "cases": self.sort_cases(ranks, images, captions),
-                         "pictures": len(images), "captions": len(captions)}  # fmt: skip
+            self.hard = {
+                "state": "done",
+                "share": 1.0,
+                "cases": self.sort_cases(ranks, images, captions),
+                "pictures": len(images),
+                "captions": len(captions),
+            }
         except Exception as error:  # a thread has nobody else to tell
             self.hard = {**self.hard, "state": f"The comparison failed: {error}"}
 
@@ -273,7 +279,7 @@ def normal(sentence):
 
 def name_models(paths, options):
     """A short name for each model: its kind, with the folder where two are of one kind."""
-    names = [f"{LABELS[flag(opt, 'position')]} {opt.cross_attn}" for opt in options]
+    names = [f"{LABELS[option(opt, 'position')]} {opt.cross_attn}" for opt in options]
     if len(set(names)) < len(names):
         folders = [os.path.basename(os.path.dirname(os.path.abspath(path))) for path in paths]
         names = [f"{name} · {folder}" for name, folder in zip(names, folders, strict=True)]

@@ -16,7 +16,6 @@ import sys
 import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 if __name__ == "__main__":  # memory that nothing here needs
     # oneDNN keeps the code that it makes for 1,024 layers and shapes of picture: 100 MB after some hundred pictures
@@ -35,14 +34,15 @@ from PIL import Image, ImageOps
 from torchvision.ops import roi_align
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, make_folder, naming, split_ids
-from region_networks import BACKBONES, N_REGIONS, Detector, load_backbone, windows
-
-from distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
-from errors import InputError, run
+from lib.constants import N_REGIONS
+from lib.datasets.dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, make_folder, naming, split_ids
+from lib.distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
+from lib.errors import InputError, run
 from position import position_grid
+from scripts.features.region_networks import BACKBONES, Detector, load_backbone, windows
 
 STRIDE = 32  # pixels of the input per cell of every backbone's last map
 POOL = 7  # points a side at which a region is sampled

@@ -22,14 +22,16 @@ import time
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+if not __package__:
+    import _root  # noqa: F401
 
-from checkpoint import save_checkpoint  # noqa: E402
-from errors import InputError, run  # noqa: E402
-from Tencent_PFAN import train_whole  # noqa: E402
-from Tencent_PFAN.model_whole import SCAN  # noqa: E402
-from vocab import SPECIAL, Vocabulary, serialize_vocab  # noqa: E402
+from lib.checkpoint import save_checkpoint
+from lib.errors import InputError, run
+from Tencent_PFAN import train_whole
+from Tencent_PFAN.model_whole import SCAN
+from vocab import SPECIAL, Vocabulary, serialize_vocab
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 PATH = "/scan_sentence_image_score"
 HEADERS = {"Content-Type": "application/json"}
@@ -230,8 +232,13 @@ def main():
     add("--pictures", type=int, default=8, help="a request (default: %(default)s)")
     add("--embed_size", type=int, default=512, help="of the own model (default: %(default)s)")
     add("--img_dim", type=int, default=2048, help="of the features (default: %(default)s)")
-    add("--cases", nargs="+", choices=list(CACHE_MB), default=list(CACHE_MB),
-        help="pictures that own servers have not seen before, or have (default: both)")
+    add(
+        "--cases",
+        nargs="+",
+        choices=list(CACHE_MB),
+        default=list(CACHE_MB),
+        help="pictures that own servers have not seen before, or have (default: both)",
+    )
     add("--server_flags", default="", help="further flags of the own servers, in one string")
     opt = parser.parse_args()
     if min(opt.requests, opt.distinct, opt.pictures, *opt.clients) < 1:

@@ -9,17 +9,15 @@ import argparse
 import base64
 import binascii
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from dataset_files import SPLITS, Problems, SplitWriter, key, make_folder, split_ids
-
-from errors import InputError, run
+from lib.datasets.dataset_files import SPLITS, Problems, SplitWriter, key, make_folder, split_ids
+from lib.errors import InputError, run
 from position import position_grid
 
 FIELDS = "image_id,image_w,image_h,num_boxes,boxes,features"

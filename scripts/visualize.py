@@ -13,7 +13,6 @@ import glob
 import io
 import os
 import struct
-import sys
 import textwrap
 
 import matplotlib
@@ -24,16 +23,17 @@ import numpy as np
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+if not __package__:
+    import _root  # noqa: F401
 
-from explore import name_models
-from pictures import SIDE, Pictures
-
-from checkpoint import load_checkpoint, replace
-from data import N_CELLS
-from errors import InputError, run
 from evaluation import evalrank, load_split
-from search import Collection
+from lib.checkpoint import load_checkpoint
+from lib.constants import N_CELLS
+from lib.errors import InputError, run
+from lib.files import replace
+from scripts.explore import name_models
+from scripts.explorer.pictures import SIDE, Pictures
+from scripts.search.collection import Collection
 from train import tensorboard_logger  # with what its protobuf needs
 from vocab import tokenize
 
@@ -271,9 +271,9 @@ def draw_ablation(opt):
 def get_parser():
     parser = argparse.ArgumentParser(
         description="Figures of what models find and learn, as PNG files.",
-        epilog='example: python scripts/visualize.py search --model_path runs/demo/attention_seed0/model_best.pth.tar '
+        epilog="example: python scripts/visualize.py search --model_path runs/demo/attention_seed0/model_best.pth.tar "
         '--data_path data --sentence "a red ring to the left of a blue star" --out found.png',
-    )  # fmt: skip
+    )
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
 
     def command(name, draw, text, models=True, many=False, split=True):

@@ -14,17 +14,16 @@ import math
 import os
 import random
 import socket
-import sys
 import threading
 
 from tqdm import tqdm
 
-sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+if not __package__:
+    import _root  # noqa: F401
 
-from compute_map import read_lines
-
-import errors
-from files import write_lines
+from lib import errors
+from lib.files import write_lines
+from test_server.compute_map import read_lines
 
 PATH = "/scan_sentence_image_score"
 BUSY = (408, 429, 500, 502, 503, 504)  # worth another attempt
@@ -330,14 +329,20 @@ def parse_args():
     parser.add_argument("kind", help="tag: the items' Tag words; sentence or any other word: their Content words")
     parser.add_argument("port", type=int, help="of the server: run_server.sh uses 5091 for sentences, 5092 for tags")
     parser.add_argument("--host", default="127.0.0.1", help="of the server (default: %(default)s)")
-    parser.add_argument("--data_path", default="../data/tencent_data_meta",
-                        help="folder with test_list.json, img_id.txt, test_own.tsv.0 and test_features.json "
-                             "(default: %(default)s)")
+    parser.add_argument(
+        "--data_path",
+        default="../data/tencent_data_meta",
+        help="folder with test_list.json, img_id.txt, test_own.tsv.0 and test_features.json (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=4, help="requests at a time (default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer (default: %(default)s)")
-    parser.add_argument("--retries", type=int, default=6,
-                        help="further attempts where the server is busy or gone, after 0.5, 1, 2, ... seconds or "
-                             "what it asks for (default: %(default)s)")
+    parser.add_argument(
+        "--retries",
+        type=int,
+        default=6,
+        help="further attempts where the server is busy or gone, after 0.5, 1, 2, ... seconds or "
+        "what it asks for (default: %(default)s)",
+    )
     parser.add_argument("--api_key", help="sent as X-API-Key")
     args = parser.parse_args()
     if not 0 < args.port < 65536:
@@ -366,7 +371,7 @@ def main():
 
     bar = tqdm(total=len(items), initial=len(lines), unit="item", disable=None)
     with open(part, "a", encoding="utf-8") as file, bar:
-        todo = items[len(lines):]
+        todo = items[len(lines) :]
         for line in in_order(lambda item: score_item(server, pictures, *item), todo, args.workers, server.stop):
             line["item"] = marks[len(lines)]
             lines.append(line)
@@ -376,8 +381,10 @@ def main():
     write_out(args.out, lines)
     os.remove(part)
 
-    print(f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} pictures, "
-          f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores")
+    print(
+        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} pictures, "
+        f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores"
+    )
     for reason, count in collections.Counter(reason for line in lines for reason in line["skipped"]).most_common():
         print(f"skipped {count}: {reason}")
     if pictures.rows_without_id:

@@ -11,17 +11,15 @@ import signal
 import socket
 import sys
 import traceback
-from pathlib import Path
 
+import _root  # noqa: F401
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import distributed  # noqa: E402
-import evaluation  # noqa: E402
-import train  # noqa: E402
-from checkpoint import last_checkpoint  # noqa: E402
-from Tencent_PFAN import evaluation_whole, train_whole  # noqa: E402
+import evaluation
+import train
+from lib import distributed
+from lib.checkpoint import last_checkpoint
+from Tencent_PFAN import evaluation_whole, train_whole
 
 
 def recording(make_model, dtype, stop_at, steps):
@@ -38,7 +36,7 @@ def recording(make_model, dtype, stop_at, steps):
             return super().encode_images(*(x.to(dtype) for x in parts))
 
         def step(self, *batch):
-            if self.Eiters + 1 == stop_at and distributed.rank() == distributed.size() - 1:
+            if self.Eiters + 1 == stop_at and distributed.rank() == distributed.world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             loss = super().step(*batch)
             gradient = torch.cat([p.grad.flatten() for p in self.params])
@@ -70,8 +68,14 @@ def train_job(flags, variant="root", dtype="float64", stop_at=None):
         stopped = True
     shares, losses, gradients = zip(*steps, strict=True)
     weights = torch.cat([p.detach().flatten() for p in models[0].params])
-    return {"shares": shares, "losses": losses, "gradient": gradients[0], "weights": weights, "stopped": stopped,
-            "saved": saved}  # fmt: skip
+    return {
+        "shares": shares,
+        "losses": losses,
+        "gradient": gradients[0],
+        "weights": weights,
+        "stopped": stopped,
+        "saved": saved,
+    }
 
 
 def evaluate_job(model, variant="root", shard_size=128, batch_size=128, threads=1):

@@ -16,12 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+import _root  # noqa: F401
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import train  # noqa: E402
-from checkpoint import last_checkpoint, load_checkpoint  # noqa: E402
+import train
+from lib.checkpoint import last_checkpoint, load_checkpoint
 
 
 def start(folder, flags):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import uvicorn
 
-from checkpoint import save_checkpoint
+from lib.checkpoint import save_checkpoint
 from Tencent_PFAN import train_whole
 from Tencent_PFAN.model_whole import SCAN
 from Tencent_PFAN.scan_server_whole import get_parser, make_app
@@ -83,10 +83,16 @@ def make_request(n_pictures=2, seed=0, sentence=("上海", "新闻"), img_dim=IM
     """A request of n_pictures random pictures, as a dict."""
     rng = np.random.default_rng(seed)
     boxes = [
-        {"image_id": i, "image_h": 100, "image_w": 200, "num_boxes": 36, "boxes": encode(make_boxes(rng)),
-         "features": encode(rng.standard_normal((36, img_dim)))}
+        {
+            "image_id": i,
+            "image_h": 100,
+            "image_w": 200,
+            "num_boxes": 36,
+            "boxes": encode(make_boxes(rng)),
+            "features": encode(rng.standard_normal((36, img_dim))),
+        }
         for i in range(n_pictures)
-    ]  # fmt: skip
+    ]
     wholes = rng.standard_normal((n_pictures, img_dim)).tolist()
     return {"sentence": list(sentence), "boxes": boxes, "whole_items": wholes}
 

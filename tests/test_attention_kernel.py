@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import amx
-import attention_kernel
-import cross_attention
-from cross_attention import attend, xattn_score
+from lib import cross_attention
+from lib.cross_attention import attend, xattn_score
+from lib.kernels import amx, attention_kernel
 
 
 def options(norm="clipped_l2norm", **kwargs):

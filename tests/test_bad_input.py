@@ -14,11 +14,11 @@ import torch
 from conftest import ROOT
 from folders import make_folder, random_captions, write_lines
 
-import errors
 import evaluation
 import train
-from checkpoint import load_checkpoint
-from files import replace
+from lib import errors
+from lib.checkpoint import load_checkpoint
+from lib.files import replace
 
 NAME = "toy_precomp"
 SMALL = "--img_dim 16 --embed_size 16 --word_dim 8 --batch_size 16 --num_epochs 1 --max_violation --agg_func Mean"

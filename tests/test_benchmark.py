@@ -8,26 +8,37 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import benchmark  # noqa: E402
-import benchmark_inputs as inputs  # noqa: E402
-import measurements  # noqa: E402
-import published_way  # noqa: E402
-
-from cross_attention import XATTN_SCORE  # noqa: E402
-from data import PrecompDataset, get_precomp_loader, pad  # noqa: E402
-from evaluation import encode_data, rank_rows  # noqa: E402
-from model import SCAN  # noqa: E402
-from position import position_grid  # noqa: E402
+from data import PrecompDataset, get_precomp_loader, pad
+from evaluation import encode_data, rank_rows
+from lib.cross_attention import XATTN_SCORE
+from model import SCAN
+from position import position_grid
+from scripts import benchmark
+from scripts.bench import (
+    inputs,
+    measurements,
+    published_way,
+)
 
 TINY = {
-    "repeats": 1, "embed_size": 32, "img_dim": 24, "word_dim": 16, "vocab_size": 50, "images": 12, "plain_images": 8,
-    "plain_captions": 12, "batch_size": 8, "plain_batches": 2, "plain_grids": 2, "all_grids": 10, "growth": [6, 12, 24],
-    "growth_pairs": 1000, "batches": [4, 8], "train_images": [20, 40],
-}  # fmt: skip
+    "repeats": 1,
+    "embed_size": 32,
+    "img_dim": 24,
+    "word_dim": 16,
+    "vocab_size": 50,
+    "images": 12,
+    "plain_images": 8,
+    "plain_captions": 12,
+    "batch_size": 8,
+    "plain_batches": 2,
+    "plain_grids": 2,
+    "all_grids": 10,
+    "growth": [6, 12, 24],
+    "growth_pairs": 1000,
+    "batches": [4, 8],
+    "train_images": [20, 40],
+}
 
 
 @pytest.fixture
@@ -100,7 +111,7 @@ def test_a_sampled_score_times_every_nth_block_and_fills_the_others(s):
 
 
 def test_a_tiny_run_prints_the_table_and_writes_results_and_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("cross_attention.TILES_FROM", 0)  # a measurement sets it, in a process of its own
+    monkeypatch.setattr("lib.cross_attention.TILES_FROM", 0)  # a measurement sets it, in a process of its own
     out, plot = tmp_path / "out" / "benchmark.json", tmp_path / "growth.png"
     words = ["--quick", "--device", "cpu", "--sizes", json.dumps(TINY), "--out", str(out), "--plot", str(plot)]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])

@@ -15,7 +15,7 @@ from conftest import make_opt
 from hypothesis import given
 from hypothesis import strategies as st
 
-from errors import InputError
+from lib.errors import InputError
 from model import SCAN, load_checkpoint, load_model
 
 KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")

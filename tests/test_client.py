@@ -121,14 +121,23 @@ def make_data(folder, items, regions=None, wholes=None, ids=None):
 
 
 def command(folder, port, *options, kind="sentence"):
-    return [sys.executable, str(SCRIPT), str(folder / "out.json"), kind, str(port), "--data_path", str(folder),
-            *map(str, options)]
+    return [
+        sys.executable,
+        str(SCRIPT),
+        str(folder / "out.json"),
+        kind,
+        str(port),
+        "--data_path",
+        str(folder),
+        *map(str, options),
+    ]
 
 
 def run(folder, server, *options, **kind):
     port = server if isinstance(server, int) else server.server_port
-    return subprocess.run(command(folder, port, *options, **kind), cwd=SCRIPT.parent, capture_output=True, text=True,
-                          timeout=30)
+    return subprocess.run(
+        command(folder, port, *options, **kind), cwd=SCRIPT.parent, capture_output=True, text=True, timeout=30
+    )
 
 
 def expect(words, pictures):
@@ -164,15 +173,17 @@ def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path, server):
     assert (done.returncode, done.stderr) == (0, "")
     nothing = expect([], [])
     assert read(tmp_path) == [expect(["a"], [1]), nothing, expect(["c"], [5]), nothing, nothing]
-    assert sorted(done.stdout.splitlines()) == sorted([
-        "scored 2 of 9 pictures, 2 of 5 items have scores",
-        "skipped 3: picture without a whole-image feature in test_features.json",
-        "skipped 2: picture without region features in test_own.tsv.0",
-        "skipped 1: picture without an id in img_id.txt",
-        "skipped 1: item without pictures",
-        "skipped 1: picture that the server refused: 400 boxes: image_id 6 is odd",
-        "skipped 2: row of test_own.tsv.0 without an integer id",
-    ])
+    assert sorted(done.stdout.splitlines()) == sorted(
+        [
+            "scored 2 of 9 pictures, 2 of 5 items have scores",
+            "skipped 3: picture without a whole-image feature in test_features.json",
+            "skipped 2: picture without region features in test_own.tsv.0",
+            "skipped 1: picture without an id in img_id.txt",
+            "skipped 1: item without pictures",
+            "skipped 1: picture that the server refused: 400 boxes: image_id 6 is odd",
+            "skipped 2: row of test_own.tsv.0 without an integer id",
+        ]
+    )
 
 
 def test_one_refused_picture_does_not_cost_the_others_of_its_item(tmp_path, server):
@@ -252,8 +263,13 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, server):
         "scored 29 of 30 pictures, 29 of 30 items have scores",
         "skipped 1: picture without region features in test_own.tsv.0",
     ]
-    assert sorted(os.listdir(tmp_path)) == ["img_id.txt", "out.json", "test_features.json", "test_list.json",
-                                            "test_own.tsv.0"]
+    assert sorted(os.listdir(tmp_path)) == [
+        "img_id.txt",
+        "out.json",
+        "test_features.json",
+        "test_list.json",
+        "test_own.tsv.0",
+    ]
 
 
 def test_a_server_that_goes_away_ends_the_run_and_keeps_what_was_scored(tmp_path, server):
@@ -289,14 +305,21 @@ def test_a_server_that_is_not_up_is_named_on_one_line(tmp_path):
     assert done.stderr.startswith(f"error: no server at 127.0.0.1:{port} (") and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name, line, told", [
-    ("test_list.json", '{"Content": "no list", "Img_urls": []}', 'expected {"Content": [word, ...], "Img_urls": [url'),
-    ("img_id.txt", "http://a.jpg 5", "expected url<TAB>id"),
-    ("test_own.tsv.0", "5\t10\t10\t36\tAAAA", "found 5 fields"),
-    ("test_own.tsv.0", "5\t10\tten\t36\tAAAA\tAAAA", "expected image_id, image_w, image_h"),
-    ("test_features.json", '["x/5.jpg", ["a"]]', "expected [url, [numbers]]"),
-    ("test_features.json", '["x/a.jpg", [0.5]]', "starting with an integer"),
-])
+@pytest.mark.parametrize(
+    "name, line, told",
+    [
+        (
+            "test_list.json",
+            '{"Content": "no list", "Img_urls": []}',
+            'expected {"Content": [word, ...], "Img_urls": [url',
+        ),
+        ("img_id.txt", "http://a.jpg 5", "expected url<TAB>id"),
+        ("test_own.tsv.0", "5\t10\t10\t36\tAAAA", "found 5 fields"),
+        ("test_own.tsv.0", "5\t10\tten\t36\tAAAA\tAAAA", "expected image_id, image_w, image_h"),
+        ("test_features.json", '["x/5.jpg", ["a"]]', "expected [url, [numbers]]"),
+        ("test_features.json", '["x/a.jpg", [0.5]]', "starting with an integer"),
+    ],
+)
 def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, server, name, line, told):
     make_data(tmp_path, [(["a"], [], [1])])
     text = (tmp_path / name).read_text()

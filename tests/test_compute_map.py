@@ -11,9 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "test_server"))
-
-import compute_map
+from test_server import compute_map
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN, REAL = ROOT.parent / "shared/golden/compute_map", ROOT.parent / "shared/real/tencent"
@@ -31,13 +29,19 @@ def write_scores(path, items, t2i, i2t=None):
 
 
 def write_test_list(path, urls, flags):
-    write_lines(path, [{"Img_urls": u, "Img_flags": f, "Tag": [], "Content": []}
-                       for u, f in zip(urls, flags, strict=True)])
+    write_lines(
+        path, [{"Img_urls": u, "Img_flags": f, "Tag": [], "Content": []} for u, f in zip(urls, flags, strict=True)]
+    )
 
 
 def run(folder, *args):
-    return subprocess.run([sys.executable, ROOT / "test_server/compute_map.py", *map(str, args)], cwd=folder,
-                          capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, ROOT / "test_server/compute_map.py", *map(str, args)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 @pytest.mark.skipif(not (GOLDEN.is_dir() and REAL.is_dir()), reason="../shared with the published scores is absent")
@@ -50,13 +54,15 @@ def test_prints_the_published_lines_to_the_last_digit():
 def test_runs_inside_test_server_with_the_default_files(tmp_path):
     (tmp_path / "test_server").mkdir()
     (tmp_path / "data/tencent_data_meta").mkdir(parents=True)
-    shutil.copy(ROOT / "test_server/compute_map.py", tmp_path / "test_server")
-    shutil.copy(ROOT / "errors.py", tmp_path)
+    for name in ("compute_map.py", "_root.py"):
+        shutil.copy(ROOT / "test_server" / name, tmp_path / "test_server")
+    shutil.copytree(ROOT / "lib", tmp_path / "lib")
     write_test_list(tmp_path / "data/tencent_data_meta/test_list.json", [["a", "b"]], [[1, 0]])
     for name, scores in zip(NAMES, ([0.0, 1.0], [0.0, 0.4], [1.0, 0.0]), strict=True):
         write_scores(tmp_path / "test_server" / name, [["a", "b"]], [scores])
-    done = subprocess.run([sys.executable, "compute_map.py"], cwd=tmp_path / "test_server", capture_output=True,
-                          text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "compute_map.py"], cwd=tmp_path / "test_server", capture_output=True, text=True, timeout=60
+    )
     assert done.stderr == ""
     # a: 1.5 / 3.5, b: 1.4 / 3.5 – without the weight 1.5 the wrong picture would lead
     assert done.stdout.splitlines()[:3] == ["Len 1 1", f"MAP@1: {1 / 1.0000001} 1", f"Acc@1: {1 / 1.0000001} 1"]
@@ -191,16 +197,19 @@ def test_the_weight_of_a_file_follows_its_name_unless_given(tmp_path):
     assert "MAP@1: 0.0 1" in run(tmp_path, *command, "--weights", 1, 1).stdout  # 0.25 against 0.3
 
 
-@pytest.mark.parametrize("name, line, told", [
-    ("list.json", '{"Img_urls": ["a"], "Img_flags": [1, 0]}', 'list.json:2: expected {"Img_urls"'),
-    ("list.json", '{"Img_urls": ["a"], "Img_flags": [2]}', "[0 or 1, ...]"),
-    ("list.json", '{"Img_urls": ["a"]', "list.json:2: expected"),
-    ("s_t2i.json", "", "s_t2i.json:2: expected"),
-    ("s_t2i.json", '{"urls": ["a"], "dist_t2i": [NaN], "dist_i2t": [1]}', "all finite"),
-    ("s_t2i.json", '{"urls": ["a"], "dist_i2t": [1]}', '"dist_t2i": [number, ...]'),
-    ("s_t2i.json", '{"urls": ["a", "b"], "dist_t2i": [1]}', "equally many of each"),
-    ("s_t2i.json", "[]", "s_t2i.json:2: expected"),
-])
+@pytest.mark.parametrize(
+    "name, line, told",
+    [
+        ("list.json", '{"Img_urls": ["a"], "Img_flags": [1, 0]}', 'list.json:2: expected {"Img_urls"'),
+        ("list.json", '{"Img_urls": ["a"], "Img_flags": [2]}', "[0 or 1, ...]"),
+        ("list.json", '{"Img_urls": ["a"]', "list.json:2: expected"),
+        ("s_t2i.json", "", "s_t2i.json:2: expected"),
+        ("s_t2i.json", '{"urls": ["a"], "dist_t2i": [NaN], "dist_i2t": [1]}', "all finite"),
+        ("s_t2i.json", '{"urls": ["a"], "dist_i2t": [1]}', '"dist_t2i": [number, ...]'),
+        ("s_t2i.json", '{"urls": ["a", "b"], "dist_t2i": [1]}', "equally many of each"),
+        ("s_t2i.json", "[]", "s_t2i.json:2: expected"),
+    ],
+)
 def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, name, line, told):
     write_test_list(tmp_path / "list.json", [["a"], ["b"]], [[1], [1]])
     write_scores(tmp_path / "s_t2i.json", [["a"], ["b"]], [[1.0], [1.0]])

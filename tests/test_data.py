@@ -10,7 +10,7 @@ import torch
 from folders import make_folder, random_boxes, random_captions, write_lines
 
 from data import PrecompDataset, collate_fn, get_loaders, get_test_loader
-from errors import InputError
+from lib.errors import InputError
 from vocab import deserialize_vocab
 
 NAME = "toy_precomp"

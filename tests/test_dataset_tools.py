@@ -14,14 +14,11 @@ import pytest
 from folders import make_folder, write_lines
 
 from data import PrecompDataset
-from errors import InputError
+from lib.datasets.array_files import ArrayFile, ArrayReader
+from lib.datasets.dataset_files import Problems, SplitWriter, key, read_ids
+from lib.errors import InputError
 from position import position_grid, rows
 from vocab import deserialize_vocab
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-
-from array_files import ArrayFile, ArrayReader
-from dataset_files import Problems, SplitWriter, key, read_ids
 
 ROOT = Path(__file__).resolve().parents[1]
 R, D = 36, 8
@@ -74,9 +71,17 @@ def parts(tmp_path):
 
 def tsv_args(folder, *more):
     return (
-        folder / "a.tsv", folder / "b.tsv", "--out", folder / "out", "--img_dim", D,
-        "--ids", f"train={folder}/train.txt", f"test={folder}/test.txt", *more,
-    )  # fmt: skip
+        folder / "a.tsv",
+        folder / "b.tsv",
+        "--out",
+        folder / "out",
+        "--img_dim",
+        D,
+        "--ids",
+        f"train={folder}/train.txt",
+        f"test={folder}/test.txt",
+        *more,
+    )
 
 
 def no_leftovers(folder):
@@ -154,13 +159,22 @@ def test_skipping_pictures_takes_their_captions_along(tmp_path, parts):
     (tmp_path / "out").mkdir()
     write_lines(tmp_path / "out/train_ids.txt", [10, 11, 777, 13])
     write_lines(tmp_path / "out/train_caps.txt", [f"{i} {j}" for i in (10, 11, 777, 13) for j in range(5)])
-    ok("tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D,
-       "--skip_bad")  # fmt: skip
+    ok(
+        "tsv_to_dataset",
+        tmp_path / "a.tsv",
+        tmp_path / "b.tsv",
+        "--out",
+        tmp_path / "out",
+        "--img_dim",
+        D,
+        "--skip_bad",
+    )
     lines = (tmp_path / "out/train_caps.txt").read_text().splitlines()
     assert lines == [f"{i} {j}" for i in (10, 11, 13) for j in range(5)]
     assert np.load(tmp_path / "out/train_ims.npy").shape == (3, R, D)
-    assert "there already" in ok("tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out",
-                                 "--img_dim", D)  # fmt: skip
+    assert "there already" in ok(
+        "tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D
+    )
 
 
 @pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
@@ -170,8 +184,22 @@ def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
     scores = rng.random(50)
     fields = "image_id,image_w,image_h,num_boxes,boxes,features,objects_conf"
     write_lines(tmp_path / "t.tsv", [tsv_line(1, *many, 500, 375, scores), tsv_line(2, *few, 500, 375, np.ones(10))])
-    out = ok("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "out", "--all", "train", "--img_dim", D,
-             "--regions", regions, "--n_regions", n, "--fields", fields)  # fmt: skip
+    out = ok(
+        "tsv_to_dataset",
+        tmp_path / "t.tsv",
+        "--out",
+        tmp_path / "out",
+        "--all",
+        "train",
+        "--img_dim",
+        D,
+        "--regions",
+        regions,
+        "--n_regions",
+        n,
+        "--fields",
+        fields,
+    )
     assert "padded" in out
     images, boxes = (np.load(tmp_path / f"out/train_{name}.npy") for name in ("ims", "boxes"))
     best = np.argsort(-scores.astype("<f4"), kind="stable")[:36] if regions == "best" else np.arange(50)
@@ -179,9 +207,20 @@ def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
     np.testing.assert_array_equal(images[1, :10], few[1])
     assert (images[1, 10:] == 0).all() and (boxes[1, 10:, :15] == 256).all() and (boxes[1, 10:, 15:] == 0).all()
     assert "36 (--regions fixed)" in (
-        fails("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "o2", "--all", "train", "--img_dim", D,
-              "--fields", fields) and (tmp_path / "o2/tsv_problems.txt").read_text()
-    )  # fmt: skip
+        fails(
+            "tsv_to_dataset",
+            tmp_path / "t.tsv",
+            "--out",
+            tmp_path / "o2",
+            "--all",
+            "train",
+            "--img_dim",
+            D,
+            "--fields",
+            fields,
+        )
+        and (tmp_path / "o2/tsv_problems.txt").read_text()
+    )
 
 
 DIES = """
@@ -206,8 +245,10 @@ def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
     done = subprocess.run([sys.executable, "-c", DIES, *args], cwd=tmp_path, env=env)
     assert done.returncode == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "train_ims.npy.part", "train_boxes.npy.part", "train_state.part"
-    }  # fmt: skip
+        "train_ims.npy.part",
+        "train_boxes.npy.part",
+        "train_state.part",
+    }
     # what the killed run wrote is not made again: other numbers of the same length do not show
     other = [tsv_line(i, pictures[0][0], pictures[0][1] + 1) for i in range(25)]
     write_lines(tmp_path / "t.tsv", other + [tsv_line(i, *pictures[i]) for i in range(25, 40)])
@@ -250,25 +291,28 @@ def test_a_run_stopped_while_it_renamed_is_completed(tmp_path, monkeypatch):
 DEEP = "[" * 100_000
 
 
-@pytest.mark.parametrize("name, text, said", [
-    ("train_made.json", "[]", "found [], expected an object; --overwrite"),
-    ("train_made.json", "null", "found None, expected an object"),
-    ("train_made.json", "{", "not JSON (b'{'), expected an object"),
-    ("train_made.json", DEEP, "not JSON (b'[[["),
-    ("train_made.json", '{"a": ' + "9" * 5000 + "}", "not JSON"),
-    ("train_state.part", "[]\n", "found [], expected an object of settings, arrays, ids, inputs; --overwrite"),
-    ("train_state.part", "{}\n", "found {}, expected an object of settings"),
-    ("train_state.part", '{"inputs": 3}\n', "found {'inputs': 3}, expected an object of settings"),
-    ("train_state.part", '{"inputs": [], "other": 1}\n', "expected an object of settings"),
-    ("train_state.part", "\udcff\n", "not JSON (b'\\xff\\n'), expected an object of settings"),
-    ("train_state.part", DEEP + "\n", "not JSON (b'[[["),
-    ("train_commit", "", "not JSON (b''), expected pairs of train_NAME and its .part to rename; delete it"),
-    ("train_commit", "{}", "found {}, expected pairs"),
-    ("train_commit", DEEP, "not JSON (b'[[["),
-    ("train_commit", '["ab"]', "found ['ab'], expected pairs"),
-    ("train_commit", "[[1, 2]]", "found [[1, 2]], expected pairs"),
-    ("train_commit", '[["train_ims.npy"]]', "expected pairs"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, text, said",
+    [
+        ("train_made.json", "[]", "found [], expected an object; --overwrite"),
+        ("train_made.json", "null", "found None, expected an object"),
+        ("train_made.json", "{", "not JSON (b'{'), expected an object"),
+        ("train_made.json", DEEP, "not JSON (b'[[["),
+        ("train_made.json", '{"a": ' + "9" * 5000 + "}", "not JSON"),
+        ("train_state.part", "[]\n", "found [], expected an object of settings, arrays, ids, inputs; --overwrite"),
+        ("train_state.part", "{}\n", "found {}, expected an object of settings"),
+        ("train_state.part", '{"inputs": 3}\n', "found {'inputs': 3}, expected an object of settings"),
+        ("train_state.part", '{"inputs": [], "other": 1}\n', "expected an object of settings"),
+        ("train_state.part", "\udcff\n", "not JSON (b'\\xff\\n'), expected an object of settings"),
+        ("train_state.part", DEEP + "\n", "not JSON (b'[[["),
+        ("train_commit", "", "not JSON (b''), expected pairs of train_NAME and its .part to rename; delete it"),
+        ("train_commit", "{}", "found {}, expected pairs"),
+        ("train_commit", DEEP, "not JSON (b'[[["),
+        ("train_commit", '["ab"]', "found ['ab'], expected pairs"),
+        ("train_commit", "[[1, 2]]", "found [[1, 2]], expected pairs"),
+        ("train_commit", '[["train_ims.npy"]]', "expected pairs"),
+    ],
+)
 def test_notes_of_another_form_are_one_line_that_names_them(tmp_path, name, text, said):
     (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(InputError) as caught:
@@ -296,20 +340,27 @@ def test_a_state_that_a_stopped_run_had_only_begun_is_begun_anew(tmp_path):
         assert not writer.done.any()
 
 
-@pytest.mark.parametrize("name, part", [
-    ("../theirs", "train_ims.npy.part"),
-    ("{}/theirs", "train_ims.npy.part"),
-    ("train_ims.npy", "../theirs"),
-    ("train_ims.npy", "{}/theirs"),
-    ("train_/../../theirs", "train_/../../theirs.part"),
-    ("dev_ims.npy", "dev_ims.npy.part"),
-    ("train_ims.npy", "dev_ims.npy.part"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        ("../theirs", "train_ims.npy.part"),
+        ("{}/theirs", "train_ims.npy.part"),
+        ("train_ims.npy", "../theirs"),
+        ("train_ims.npy", "{}/theirs"),
+        ("train_/../../theirs", "train_/../../theirs.part"),
+        ("dev_ims.npy", "dev_ims.npy.part"),
+        ("train_ims.npy", "dev_ims.npy.part"),
+    ],
+)
 def test_a_commit_renames_nothing_but_its_splits_own_parts(tmp_path, name, part):
     folder = tmp_path / "out"
     (folder / "train_").mkdir(parents=True)
-    for path in (tmp_path / "theirs", tmp_path / "theirs.part", folder / "train_ims.npy.part",
-                 folder / "dev_ims.npy.part"):  # fmt: skip
+    for path in (
+        tmp_path / "theirs",
+        tmp_path / "theirs.part",
+        folder / "train_ims.npy.part",
+        folder / "dev_ims.npy.part",
+    ):
         path.write_text("untouched")
     before = {path: path.is_file() and path.read_text() for path in tmp_path.rglob("*")}
     (folder / "train_commit").write_text(json.dumps([[name.format(tmp_path), part.format(tmp_path)]]))
@@ -437,13 +488,16 @@ def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     assert "JSON" in fails("position", path, "--out", tmp_path / "o3.npy")
 
 
-@pytest.mark.parametrize("bbox, said", [
-    ([1, 2, -3, 4], "picture 1 (image 6), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
-    ([1, float("nan"), 3, 4], 'near'),
-    ([1, 2], "image 6, box 2: bbox [1, 2], expected x, y, width, height"),
-    ([1, 2, 3, None], "image 6, box 2: bbox [1, 2, 3, None]"),
-    (None, "image 6, box 2: bbox None"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bbox, said",
+    [
+        ([1, 2, -3, 4], "picture 1 (image 6), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
+        ([1, float("nan"), 3, 4], "near"),
+        ([1, 2], "image 6, box 2: bbox [1, 2], expected x, y, width, height"),
+        ([1, 2, 3, None], "image 6, box 2: bbox [1, 2, 3, None]"),
+        (None, "image 6, box 2: bbox None"),
+    ],
+)
 def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):
     images = [{"id": i, "height": 100, "width": 200} for i in (5, 6)]
     annotations = [{"image_id": i, "bbox": [0, 0, 5, 5]} for i in (5, 6) for _ in range(2)]
@@ -572,8 +626,14 @@ def karpathy(path, coco):
     images = []
     for i, (split, k) in enumerate([("train", 5), ("restval", 6), ("val", 5), ("test", 5), ("test", 5), ("train", 4)]):
         sentences = [{"raw": f"Caption {i} {j} é.\n", "tokens": ["x"]} for j in range(k)]
-        images.append({"filename": f"COCO_val2014_{i:012}.jpg" if coco else f"{i}00.jpg", "split": split,
-                       "sentences": sentences, **({"cocoid": i} if coco else {})})  # fmt: skip
+        images.append(
+            {
+                "filename": f"COCO_val2014_{i:012}.jpg" if coco else f"{i}00.jpg",
+                "split": split,
+                "sentences": sentences,
+                **({"cocoid": i} if coco else {}),
+            }
+        )
     path.write_text(json.dumps({"dataset": "x", "images": images}))
 
 
@@ -586,8 +646,9 @@ def test_karpathy_splits(tmp_path):
     assert read["testall_ids.txt"] == ["3", "4"] and read["test_ids.txt"] == ["3"]
     assert read["train_caps.txt"] == [f"Caption {i} {j} é." for i in (0, 1) for j in range(5)]
     assert read["caption_problems.txt"] == [
-        "1: with more than 5 captions: the first 5 of 6 are kept", "5: with fewer than 5 captions: 4; left out"
-    ]  # fmt: skip
+        "1: with more than 5 captions: the first 5 of 6 are kept",
+        "5: with fewer than 5 captions: 4; left out",
+    ]
     karpathy(tmp_path / "f30k.json", False)
     ok("captions_to_dataset", "--karpathy", tmp_path / "f30k.json", "--out", tmp_path / "f")
     assert (tmp_path / "f/test_ids.txt").read_text() == "300.jpg\n400.jpg\n"
@@ -602,8 +663,16 @@ def test_official_coco_captions(tmp_path):
     files = [tmp_path / f"captions_{name}.json" for name in ("train", "val")]
     write_lines(tmp_path / "tr.txt", ["COCO_train2014_000000000009.jpg", "7"])
     write_lines(tmp_path / "de.txt", ["3"])
-    ok("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o", "--ids", f"train={tmp_path}/tr.txt",
-       f"dev={tmp_path}/de.txt")  # fmt: skip
+    ok(
+        "captions_to_dataset",
+        "--coco",
+        *files,
+        "--out",
+        tmp_path / "o",
+        "--ids",
+        f"train={tmp_path}/tr.txt",
+        f"dev={tmp_path}/de.txt",
+    )
     assert (tmp_path / "o/train_caps.txt").read_text().splitlines() == [f"{i} {j}" for i in (9, 7) for j in range(1, 6)]
     assert "--ids" in fails("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o")
     write_lines(tmp_path / "de.txt", ["3", "444"])
@@ -632,12 +701,15 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
     assert "no picture has 5 captions" in fails(*args, "--split", "train")
 
 
-@pytest.mark.parametrize("item, found", [
-    ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
-    ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
-    ({"split": "train", "filename": "x"}, "'sentences'"),
-    ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "item, found",
+    [
+        ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
+        ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
+        ({"split": "train", "filename": "x"}, "'sentences'"),
+        ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
+    ],
+)
 def test_a_picture_of_another_form_is_named(tmp_path, item, found):
     good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
     (tmp_path / "k.json").write_text(json.dumps({"images": [good, item]}))
@@ -772,7 +844,18 @@ def test_check_says_what_is_there(tmp_path):
     assert "note: " + str(folder / "train_ids.txt, line 1: not UTF-8") in tool("check_data", folder).stdout
 
 
-@pytest.mark.parametrize("name", ["tsv_to_dataset", "align", "captions_to_dataset", "check_data", "position",
-                                  "extract_features", "vocab", "download_data"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tsv_to_dataset",
+        "align",
+        "captions_to_dataset",
+        "check_data",
+        "position",
+        "extract_features",
+        "vocab",
+        "download_data",
+    ],
+)
 def test_every_tool_shows_an_example(name):
     assert "example: python " in ok(name, "--help")

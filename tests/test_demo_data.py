@@ -10,24 +10,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]
-import make_demo_data as demo  # noqa: E402
+from position import position_grid
+from scripts.demo import make_demo_data as demo
 
-from position import position_grid  # noqa: E402
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 
 COUNTS = {"train": 24, "dev": 8, "test": 12}
 
 
 def make(path, *flags):
-    command = [sys.executable, "scripts/make_demo_data.py", "--data_path", str(path), "--data_name", "d"]
+    command = [sys.executable, "scripts/demo/make_demo_data.py", "--data_path", str(path), "--data_name", "d"]
     command += [word for split, n in COUNTS.items() for word in (f"--{split}", str(n))]
     return subprocess.run(command + list(flags), cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 def contents(path):
-    return {os.path.relpath(os.path.join(folder, name), path): open(os.path.join(folder, name), "rb").read()
-            for folder, _, names in os.walk(path) for name in names}
+    return {
+        os.path.relpath(os.path.join(folder, name), path): open(os.path.join(folder, name), "rb").read()
+        for folder, _, names in os.walk(path)
+        for name in names
+    }
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_files_have_the_format_of_f30k_precomp(made, split):
     np.testing.assert_array_equal(grids, position_grid(boxes, np.tile([demo.HEIGHT, demo.WIDTH], (n, 1))))
     captions, ids = lines(made / f"{split}_caps.txt"), lines(made / f"{split}_ids.txt")
     assert len(captions) == 5 * n and all(captions)
-    assert all(len(set(captions[i:i + 5])) == 5 for i in range(0, 5 * n, 5))
+    assert all(len(set(captions[i : i + 5])) == 5 for i in range(0, 5 * n, 5))
     assert ids == [scene["id"] for scene in scenes_of(made, split)]
     pictures = [] if split == "train" else [f"{i}.png" for i in ids]
     folder = made / f"{split}_images"
@@ -80,7 +82,7 @@ def test_a_feature_does_not_know_where_its_crop_lies():
     picture = rng.integers(0, 256, (demo.HEIGHT, demo.WIDTH, 3), dtype=np.uint8)
     corners = [(0, 0), (100, 120), (demo.WIDTH - 40, demo.HEIGHT - 50)]
     for x, y in corners:
-        picture[y:y + 50, x:x + 40] = crop
+        picture[y : y + 50, x : x + 40] = crop
     first, *others = demo.region_features(picture, [(x, y, x + 40, y + 50) for x, y in corners])
     for other in others:
         np.testing.assert_array_equal(other, first)
@@ -117,9 +119,11 @@ def test_groups_show_the_same_shapes_in_different_places(made):
 
 # What captions say, read back from their text
 
-WORDS = {"colour": {w: names[0] for names in demo.COLOURS for w in names},
-         "kind": {w: names[0] for names in demo.KINDS for w in names},
-         "size": {w: names[0] for names in demo.SIZES for w in names}}
+WORDS = {
+    "colour": {w: names[0] for names in demo.COLOURS for w in names},
+    "kind": {w: names[0] for names in demo.KINDS for w in names},
+    "size": {w: names[0] for names in demo.SIZES for w in names},
+}
 PLACE = {text: list(place) for place, texts in demo.PLACES.items() for text in texts}
 RELATION = {text: relation for relation, texts in demo.RELATIONS.items() for text in texts}
 
@@ -129,8 +133,11 @@ def longest_first(texts):
 
 
 NOUN = rf"(?:an?|the) (?:(?:{longest_first(WORDS['size'])}) )?(?:{longest_first(WORDS['colour'])}) \w+"
-PIECES = re.compile(rf"(?P<noun>{NOUN})|(?P<relation>\b(?:{longest_first(RELATION)})\b)|"
-                    rf"(?P<place>\b(?:{longest_first(PLACE)})\b)", re.IGNORECASE)
+PIECES = re.compile(
+    rf"(?P<noun>{NOUN})|(?P<relation>\b(?:{longest_first(RELATION)})\b)|"
+    rf"(?P<place>\b(?:{longest_first(PLACE)})\b)",
+    re.IGNORECASE,
+)
 
 
 def check_caption(text, scene):
@@ -164,8 +171,11 @@ def check_caption(text, scene):
 @pytest.mark.parametrize("split", COUNTS)
 def test_captions_are_true(made, split):
     captions = lines(made / f"{split}_caps.txt")
-    claims = [check_caption(text, scene) for i, scene in enumerate(scenes_of(made, split))
-              for text in captions[5 * i:5 * i + 5]]
+    claims = [
+        check_caption(text, scene)
+        for i, scene in enumerate(scenes_of(made, split))
+        for text in captions[5 * i : 5 * i + 5]
+    ]
     assert min(claims) == 3  # every caption says three times where something is
     assert all(re.fullmatch(r"[A-Z][a-z, ]+\.", text) for text in captions)
 
@@ -190,13 +200,21 @@ def test_boxes_cover_every_shape(made):
             low, high = np.maximum(boxes[i, :, :2], o["box"][:2]), np.minimum(boxes[i, :, 2:], o["box"][2:])
             both = np.prod(np.clip(high - low, 0, None), 1)
             sides = np.prod(boxes[i, :, 2:] - boxes[i, :, :2], 1) + np.prod(np.subtract(o["box"][2:], o["box"][:2]))
-            assert (both / (sides - both) > .7).sum() >= 3
+            assert (both / (sides - both) > 0.7).sum() >= 3
 
 
-@pytest.mark.parametrize("flags, named", [
-    (["--test", "0"], "--test is 0"), (["--group", "0"], "--group"), (["--seed", "x"], "--seed"),
-    (["--seed", "-1"], "--seed"), (["--workers", "0"], "--workers"), (["--pictures", "9"], "--pictures"),
-    (["--data_path", "setup.cfg/x"], "setup.cfg")])
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--test", "0"], "--test is 0"),
+        (["--group", "0"], "--group"),
+        (["--seed", "x"], "--seed"),
+        (["--seed", "-1"], "--seed"),
+        (["--workers", "0"], "--workers"),
+        (["--pictures", "9"], "--pictures"),
+        (["--data_path", "setup.cfg/x"], "setup.cfg"),
+    ],
+)
 def test_bad_flags_give_one_line_and_status_2(tmp_path, flags, named):
     if named == "setup.cfg":  # a file where a folder must be
         (tmp_path / "setup.cfg").write_text("")

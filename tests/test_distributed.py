@@ -13,11 +13,11 @@ from conftest import ROOT
 from folders import make_folder
 from test_tencent import make_whole_folder
 
-import distributed
 import train
-from checkpoint import load_checkpoint
 from data import EpochBatches
-from errors import InputError
+from lib import distributed
+from lib.checkpoint import load_checkpoint
+from lib.errors import InputError
 
 ROOT_FLAGS = "--img_dim 16 --embed_size 24 --word_dim 8 --bi_gru --agg_func Mean --workers 0 --num_epochs 1"
 WHOLE_FLAGS = "--img_dim 8 --embed_size 12 --word_dim 6 --bi_gru --agg_func Mean --workers 0 --num_epochs 1"
@@ -69,9 +69,12 @@ def done(tmp_path_factory):
             model = root / "1" / ("float32" if variant == "root" else "whole") / "checkpoint_0.pth.tar"
             for shard_size in (128, 7) if n in (1, count) else ():
                 jobs[f"evaluate {variant} {shard_size}"] = {
-                    "job": "evaluate", "model": str(model), "variant": variant, "shard_size": shard_size,
+                    "job": "evaluate",
+                    "model": str(model),
+                    "variant": variant,
+                    "shard_size": shard_size,
                     "batch_size": 16,
-                }  # fmt: skip
+                }
         (root / f"out{n}").mkdir()
         files.append(root / f"{n}.json")
         files[-1].write_text(json.dumps([n, jobs, str(root / f"out{n}")]))

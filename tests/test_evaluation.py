@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import evaluation
 from data import get_test_loader
-from errors import InputError
 from evaluation import AverageMeter, LogCollector, encode_data, evalrank, i2t, shard_xattn_i2t, shard_xattn_t2i, t2i
+from lib.errors import InputError
 from model import SCAN, XATTN_SCORE
 from vocab import deserialize_vocab
 
@@ -24,11 +24,14 @@ from vocab import deserialize_vocab
 
 # Integer scores, so that ties are common; k columns a row or k rows a column.
 matrices = st.builds(
-    lambda n, k, seed, flip: (
-        lambda sims: np.ascontiguousarray(sims.T) if flip else sims
-    )(np.random.default_rng(seed).integers(0, 12, (n, n * k)).astype(np.float32)),
-    st.integers(1, 12), st.integers(1, 5), st.integers(0, 2**20), st.booleans(),
-)  # fmt: skip
+    lambda n, k, seed, flip: (lambda sims: np.ascontiguousarray(sims.T) if flip else sims)(
+        np.random.default_rng(seed).integers(0, 12, (n, n * k)).astype(np.float32)
+    ),
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.integers(0, 2**20),
+    st.booleans(),
+)
 
 
 @settings(max_examples=150)

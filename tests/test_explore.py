@@ -27,13 +27,11 @@ from folders import make_folder, write_lines
 from PIL import Image
 from test_evaluation import save_model
 
-from cross_attention import pair_attention
-from errors import InputError, run
 from evaluation import encode_data, load_split, shard_xattn
-
-sys.path.append(str(ROOT / "scripts"))
-import explore
-from pictures import Pictures, find_files
+from lib.cross_attention import pair_attention
+from lib.errors import InputError, run
+from scripts import explore
+from scripts.explorer.pictures import Pictures, find_files
 
 N_PICTURES = 12
 
@@ -68,7 +66,7 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("explore")
     where = ("--data_path", str(root / "data"), "--data_name", "demo")
     counts = ("--train", "40", "--dev", "5", "--test", str(N_PICTURES), "--workers", "1")
-    subprocess.run([sys.executable, "scripts/make_demo_data.py", *where, *counts], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "scripts/demo/make_demo_data.py", *where, *counts], cwd=ROOT, check=True)
     words = ("vocab.py", *where, "--vocab_path", str(root / "vocab"), "--threshold", "1")
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     paths = [root / "first.pth.tar", root / "second.pth.tar"]
@@ -169,8 +167,9 @@ def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
     assert np.array(answer["area"]) == pytest.approx(grids[:, 15:30], abs=1e-4)
     encoder = explorer.models[0].model.img_enc
     features = torch.from_numpy(np.load(made[0] / "data" / "demo" / "test_ims.npy")[4])
-    logits = torch.tanh((encoder.fc_att(features)[:, None] * encoder.position_embedding(
-        torch.tensor(grids[:, :15]).long())).sum(2)).softmax(1)  # fmt: skip
+    logits = torch.tanh(
+        (encoder.fc_att(features)[:, None] * encoder.position_embedding(torch.tensor(grids[:, :15]).long())).sum(2)
+    ).softmax(1)
     learned = (torch.tensor(grids[:, 15:30]) * logits).softmax(1).detach().numpy()
     assert np.array(answer["learned"][0]) == pytest.approx(learned, abs=1e-4)
     assert answer["learned"][1] is None  # plain SCAN knows no positions
@@ -347,16 +346,19 @@ class Person:
     def __init__(self, driver, address, size=(1280, 900), scheme="light"):
         self.driver, self.address = driver, address
         self.size(*size)
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [
-            {"name": "prefers-color-scheme", "value": scheme}]})  # fmt: skip
+        driver.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        )
         driver.get("about:blank")
         driver.get_log("browser")  # of the page before
         driver.get(address)
         self.until(lambda: "pictures" in self.text("#about"))
 
     def size(self, width, height):
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {
-            "width": width, "height": height, "deviceScaleFactor": 1, "mobile": False})  # fmt: skip
+        self.driver.execute_cdp_cmd(
+            "Emulation.setDeviceMetricsOverride",
+            {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
+        )
 
     def until(self, what, seconds=20):
         deadline = time.monotonic() + seconds
@@ -391,8 +393,12 @@ class Person:
         field = self.one("#sentence")
         field.clear()
         field.send_keys(sentence)
-        self.until(lambda: "ranked in" in self.text("#status") and self.run(
-            "return location.hash.length > 3 && !document.querySelector('.waiting')"))  # fmt: skip
+        self.until(
+            lambda: (
+                "ranked in" in self.text("#status")
+                and self.run("return location.hash.length > 3 && !document.querySelector('.waiting')")
+            )
+        )
         self.until(lambda: self.text(".tokens").split()[:2] == sentence.lower().split()[:2])
 
     def open_first(self):
@@ -543,8 +549,10 @@ def test_a_cleared_field_clears_the_reason_of_a_refusal(person):
 
 
 def test_nothing_moves_when_results_arrive(person, explorer):
-    where = ("return [...document.querySelectorAll('#about, nav a, #form > *, #status, #results')]"
-             ".map(e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width] })")  # fmt: skip
+    where = (
+        "return [...document.querySelectorAll('#about, nav a, #form > *, #status, #results')]"
+        ".map(e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width] })"
+    )
     empty = person.run(where)
     person.search(explorer.captions[2])  # taller than the window: a scroll bar comes
     assert person.run(where) == empty
@@ -572,8 +580,10 @@ def test_narrow_screens_and_both_schemes_show_all_and_nothing_jumps(browser, add
     assert person.run(wide) == 0
     words = person.open_first()
     assert person.run("const d = document.getElementById('detail'); return d.scrollWidth - d.clientWidth") == 0
-    where = ("return [...document.querySelectorAll('.word, #views .frame, .grid .map, #captions button')]"
-             ".map(e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })")  # fmt: skip
+    where = (
+        "return [...document.querySelectorAll('.word, #views .frame, .grid .map, #captions button')]"
+        ".map(e => { const b = e.getBoundingClientRect(); return [b.x, b.y, b.width, b.height] })"
+    )
     person.run("arguments[0].focus()", words[1])
     person.until(lambda: "attends" in person.text("#detail-status"))
     on_word = person.run(where)
@@ -631,8 +641,10 @@ def test_screenshots_for_the_documentation(browser):
         sentence = "A large red ring is to the left of a small blue star."
 
         def shoot(person, name):
-            person.run("for (const e of [document.documentElement, document.getElementById('detail')])"
-                       " Object.assign(e.style, {scrollbarWidth: 'none', scrollbarGutter: 'auto'})")  # fmt: skip
+            person.run(
+                "for (const e of [document.documentElement, document.getElementById('detail')])"
+                " Object.assign(e.style, {scrollbarWidth: 'none', scrollbarGutter: 'auto'})"
+            )
             time.sleep(0.5)  # the colours' transition
             path = os.path.join(out, f"explorer_{name}.png")
             person.driver.save_screenshot(path)

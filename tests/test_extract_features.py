@@ -11,12 +11,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from unittest.mock import patch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import extract_features
 import numpy as np
 import pytest
-import region_networks
 import torch
 import torchvision
 from folders import write_lines
@@ -24,8 +20,10 @@ from PIL import Image, ImageDraw
 from torchvision.models import detection
 from torchvision.ops import FrozenBatchNorm2d
 
-from errors import InputError
+from lib.errors import InputError
 from position import position_grid
+from scripts import extract_features
+from scripts.features import region_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (235, 235, 235)}
@@ -226,8 +224,20 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
 
 
 def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
-    extract("--images", pictures, "--out", tmp_path / "o", "--regions", "windows", "--backbone", "efficientnet_lite0",
-            "--image_size", 64, "--device", "cpu")  # fmt: skip
+    extract(
+        "--images",
+        pictures,
+        "--out",
+        tmp_path / "o",
+        "--regions",
+        "windows",
+        "--backbone",
+        "efficientnet_lite0",
+        "--image_size",
+        64,
+        "--device",
+        "cpu",
+    )
     images = np.load(tmp_path / "o/train_ims.npy")
     assert images.shape == (12, 36, 1280) and np.isfinite(images).all()
     assert len(np.unique(images[:, -1], axis=0)) == 12  # no two pictures are alike as a whole
@@ -244,8 +254,17 @@ def test_proposals_of_full_size_take_less_than_a_gigabyte(tmp_path, pictures):
     for path in sorted(pictures.iterdir())[2:]:
         path.unlink()
     draw(pictures / "long.png", size=(1000, 600))
-    args = (ROOT / "scripts/extract_features.py", "--images", pictures, "--out", tmp_path / "o", "--detector_weights",
-            "random", "--device", "cpu")  # fmt: skip
+    args = (
+        ROOT / "scripts/extract_features.py",
+        "--images",
+        pictures,
+        "--out",
+        tmp_path / "o",
+        "--detector_weights",
+        "random",
+        "--device",
+        "cpu",
+    )
     env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "scripts")}
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -374,13 +393,47 @@ def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures):
     write_lines(tmp_path / "captions.tsv", lines)
     out, runs = tmp_path / "data/mine", tmp_path / "runs"
     paths = ("--data_path", tmp_path / "data", "--data_name", "mine", "--vocab_path", tmp_path / "vocab")
-    ok("captions_to_dataset", "--tsv", tmp_path / "captions.tsv", "--captions_per_image", 2, "--sizes", "dev=2",
-       "test=3", "--out", out)  # fmt: skip
+    ok(
+        "captions_to_dataset",
+        "--tsv",
+        tmp_path / "captions.tsv",
+        "--captions_per_image",
+        2,
+        "--sizes",
+        "dev=2",
+        "test=3",
+        "--out",
+        out,
+    )
     extract("--images", pictures, "--out", out, *SMALL)
     ok("vocab", *paths, "--threshold", 1)
     ok("check_data", out, "--vocab_path", tmp_path / "vocab")
-    ok("train", *paths, "--img_dim", 2048, "--embed_size", 16, "--word_dim", 8, "--num_epochs", 1, "--batch_size", 4,
-       "--workers", 0, "--max_violation", "--bi_gru", "--agg_func", "Mean", "--device", "cpu", "--model_name", runs,
-       "--logger_name", runs, cwd=tmp_path)  # fmt: skip
+    ok(
+        "train",
+        *paths,
+        "--img_dim",
+        2048,
+        "--embed_size",
+        16,
+        "--word_dim",
+        8,
+        "--num_epochs",
+        1,
+        "--batch_size",
+        4,
+        "--workers",
+        0,
+        "--max_violation",
+        "--bi_gru",
+        "--agg_func",
+        "Mean",
+        "--device",
+        "cpu",
+        "--model_name",
+        runs,
+        "--logger_name",
+        runs,
+        cwd=tmp_path,
+    )
     table = ok("evaluation", "--model_path", runs / "model_best.pth.tar", "--split", "test", "--device", "cpu")
     assert "Images: 3, Captions: 6" in table and re.search(r"Image to text: [\d.]+ [\d.]+ [\d.]+ ", table)

@@ -27,26 +27,47 @@ from hypothesis import strategies as st
 
 import evaluation
 import train
-from checkpoint import NEWER, OPTIONS, load_checkpoint
 from data import get_precomp_dataset
-from errors import InputError
+from lib.checkpoint import NEWER, OPTIONS, load_checkpoint
+from lib.errors import InputError
 from model import SCAN
+from scripts import (
+    captions_to_dataset,
+    tsv_to_dataset,
+)
 from Tencent_PFAN.demo_page import client
+from test_server import compute_map
 from vocab import build_vocab, deserialize_vocab, read_captions
-
-sys.path += [str(ROOT / "scripts"), str(ROOT / "test_server")]  # whose files are started by their paths
-import captions_to_dataset  # noqa: E402
-import compute_map  # noqa: E402
-import tsv_to_dataset  # noqa: E402
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
 NAME = "toy_precomp"
 AWKWARD = (
-    b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xf0\x9f\xa6\x9c", "\u202eمرحبا بالعالم".encode(), b"\r", b"\n\n",
-    b"\xef\xbb\xbf", "\u2028".encode(), b"NaN", b"-Infinity", b"1e999", b"-1", b"9" * 400, b'"', b"{}", b"[" * 3000,
-    b"null", b"\t", b"a" * 2_000_000, b"\x80\x02", b"PK\x03\x04", b"(((((" * 200, b"'",
-)  # fmt: skip
+    b"\x00",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    b"\xf0\x9f\xa6\x9c",
+    "\u202eمرحبا بالعالم".encode(),
+    b"\r",
+    b"\n\n",
+    b"\xef\xbb\xbf",
+    "\u2028".encode(),
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"-1",
+    b"9" * 400,
+    b'"',
+    b"{}",
+    b"[" * 3000,
+    b"null",
+    b"\t",
+    b"a" * 2_000_000,
+    b"\x80\x02",
+    b"PK\x03\x04",
+    b"(((((" * 200,
+    b"'",
+)
 NUMBERS = (b"0", b"-1", b"1e400", b"9" * 20, b"NaN", b'""')
 
 
@@ -98,9 +119,18 @@ def read_lines(path):
 
 def read_tsv(path):
     run_script(
-        tsv_to_dataset, path, "--out", path.parent / "out", "--all", "train", "--img_dim", 4,
-        "--n_regions", 2, "--overwrite",
-    )  # fmt: skip
+        tsv_to_dataset,
+        path,
+        "--out",
+        path.parent / "out",
+        "--all",
+        "train",
+        "--img_dim",
+        4,
+        "--n_regions",
+        2,
+        "--overwrite",
+    )
 
 
 def read_caption_tsv(path):
@@ -176,8 +206,16 @@ def valid(tmp_path_factory):
     for parameter in model.params:
         parameter.grad = torch.ones_like(parameter)
     model.optimizer.step()
-    state = {"epoch": 1, "step": 0, "model": model.state_dict(), "best_rsum": 3.5, "opt": opt, "Eiters": 4,
-             "optimizer": model.optimizer.state_dict(), "random": torch.get_rng_state()}  # fmt: skip
+    state = {
+        "epoch": 1,
+        "step": 0,
+        "model": model.state_dict(),
+        "best_rsum": 3.5,
+        "opt": opt,
+        "Eiters": 4,
+        "optimizer": model.optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
     torch.save(state, folder / "model.pth.tar")
     torch.save(state, folder / "old_model.pth.tar", _use_new_zipfile_serialization=False)
     rng = np.random.default_rng(0)
@@ -188,9 +226,15 @@ def valid(tmp_path_factory):
             file.write("\t".join(map(str, (image, 200, 100, 2, *columns))) + "\n")
     (folder / "captions.tsv").write_text("".join(f"{i}.jpg\ta man sits {k}\n" for i in range(2) for k in range(5)))
     images = [
-        {"filename": f"{i}.jpg", "imgid": i, "cocoid": i, "split": ("train", "val", "test")[i % 3],
-         "sentences": [{"raw": f"a dog {k}"} for k in range(5)]} for i in range(3)
-    ]  # fmt: skip
+        {
+            "filename": f"{i}.jpg",
+            "imgid": i,
+            "cocoid": i,
+            "split": ("train", "val", "test")[i % 3],
+            "sentences": [{"raw": f"a dog {k}"} for k in range(5)],
+        }
+        for i in range(3)
+    ]
     (folder / "karpathy.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
     notes = [{"image_id": i, "id": 5 * i + k, "caption": f"a cat {k}"} for i in range(2) for k in range(5)]
     (folder / "coco.json").write_text(json.dumps({"images": [{"id": 0}, {"id": 1}], "annotations": notes}))
@@ -301,8 +345,23 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )
-places = st.sampled_from(["word2idx", "idx2word", "idx", "images", "annotations", "urls", "dist_t2i", "Img_urls",
-                          "Img_flags", "sentences", "filename", "caption", "split"])  # fmt: skip
+places = st.sampled_from(
+    [
+        "word2idx",
+        "idx2word",
+        "idx",
+        "images",
+        "annotations",
+        "urls",
+        "dist_t2i",
+        "Img_urls",
+        "Img_flags",
+        "sentences",
+        "filename",
+        "caption",
+        "split",
+    ]
+)
 
 
 @settings(max_examples=max(20, INPUTS // 10))
@@ -330,7 +389,7 @@ arrays = st.builds(
     st.lists(st.integers(0, 4), max_size=4),
     st.sampled_from(["f4", "f2", "i8", "u1", "c8", "S3", "U2", "O", "M8[s]", "?"]),
     st.sampled_from([0, 1, 255]),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=max(20, INPUTS // 10))
@@ -351,8 +410,28 @@ def test_a_checkpoint_with_other_contents_ends_in_success_or_one_line(valid, tmp
     survive("model.pth.tar", tmp_path)
 
 
-OTHERS = (None, -1, 0, 2**70, 10**9, 10**5000, float("nan"), float("inf"), -1.5, True, "x", "a\nb", "\0", [], {},
-          (1, 2), torch.zeros(0), torch.zeros(3, 3), torch.tensor(1.0), torch.zeros(3, dtype=torch.int64))  # fmt: skip
+OTHERS = (
+    None,
+    -1,
+    0,
+    2**70,
+    10**9,
+    10**5000,
+    float("nan"),
+    float("inf"),
+    -1.5,
+    True,
+    "x",
+    "a\nb",
+    "\0",
+    [],
+    {},
+    (1, 2),
+    torch.zeros(0),
+    torch.zeros(3, 3),
+    torch.tensor(1.0),
+    torch.zeros(3, dtype=torch.int64),
+)
 
 
 def change(state, place, value):
@@ -380,8 +459,16 @@ def test_a_checkpoint_with_another_value_anywhere_ends_in_success_or_one_line(va
     folder = tmp_path / NAME
     shutil.copytree(valid, folder)
     state = torch.load(valid / "model.pth.tar", weights_only=False)  # written above
-    vars(state["opt"]).update(position="attention", matmul_precision="highest", lambda_whole=1.0, seed=0, amp=False,
-                              allow_empty_captions=False, need_box_whole=False, device="cpu")  # fmt: skip
+    vars(state["opt"]).update(
+        position="attention",
+        matmul_precision="highest",
+        lambda_whole=1.0,
+        seed=0,
+        amp=False,
+        allow_empty_captions=False,
+        need_box_whole=False,
+        device="cpu",
+    )
     for value in OTHERS:
         torch.save(change(state, place, value), folder / "model.pth.tar")
         survive("model.pth.tar", folder)
@@ -424,16 +511,19 @@ def test_no_file_of_the_project_is_opened_in_a_way_that_could_run_it():
             assert "weights_only=True" in call, (path, call)
 
 
-@pytest.mark.parametrize(("rule", "code"), [
-    ("TID251", "import numpy as np\n\nnp.load('a.npy', allow_pickle=True)\n"),
-    ("TID251", "import numpy\n\nread = numpy.load\n"),
-    ("TID251", "import torch\n\ntorch.load('a.pth.tar', weights_only=False)\n"),
-    ("TID251", "from torch import load\n\nload('a.pth.tar')\n"),
-    ("S301", "import pickle\n\npickle.loads(b'')\n"),
-    ("S302", "import marshal\n\nmarshal.loads(b'')\n"),
-    ("S307", "eval('1')\n"),
-    ("S102", "exec('1')\n"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        ("TID251", "import numpy as np\n\nnp.load('a.npy', allow_pickle=True)\n"),
+        ("TID251", "import numpy\n\nread = numpy.load\n"),
+        ("TID251", "import torch\n\ntorch.load('a.pth.tar', weights_only=False)\n"),
+        ("TID251", "from torch import load\n\nload('a.pth.tar')\n"),
+        ("S301", "import pickle\n\npickle.loads(b'')\n"),
+        ("S302", "import marshal\n\nmarshal.loads(b'')\n"),
+        ("S307", "eval('1')\n"),
+        ("S102", "exec('1')\n"),
+    ],
+)
 def test_lint_bans_what_could_run_a_file(rule, code):
     pytest.importorskip("ruff", reason="lint needs what requirements-dev.txt lists")
     for place, found in (("scripts/new.py", True), ("tests/test_new.py", rule != "TID251")):

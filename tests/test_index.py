@@ -2,24 +2,19 @@
 
 import json
 import os
-import sys
 
 import faiss
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from folders import make_folder
 from test_evaluation import save_model
 
-from errors import InputError
 from evaluation import load_split
-from search import Collection, FirstStage
-
-sys.path.append(str(ROOT / "scripts"))
-import benchmark_search
-import build_index
-from build_index import build, collection_folder, fingerprint, open_collection, open_or_build
+from lib.errors import InputError
+from scripts import benchmark_search, build_index
+from scripts.build_index import build, collection_folder, fingerprint, open_collection, open_or_build
+from scripts.search.collection import Collection, FirstStage
 
 FILES = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "nearest.npy", "table.npy", "collection.json"}
 N = 60
@@ -348,9 +343,9 @@ def test_long_sentences_are_scored_without_the_compiled_attention(built, monkeyp
     """Compiling takes a second, which would be a query's."""
     model, loader, folder = built
     collection = open_collection(folder, model, loader.dataset.vocab)
-    monkeypatch.setattr("cross_attention.KERNEL_FROM", 2000)
-    monkeypatch.setattr("search.KERNEL_FROM", 2000)
-    monkeypatch.setattr("attention_kernel.attend", lambda *args: pytest.fail("compiled"))
+    monkeypatch.setattr("lib.cross_attention.KERNEL_FROM", 2000)
+    monkeypatch.setattr("scripts.search.collection.KERNEL_FROM", 2000)
+    monkeypatch.setattr("lib.kernels.attention_kernel.attend", lambda *args: pytest.fail("compiled"))
     words = collection.embed("a red ball " * 10)
     one_by_one = [collection.score_images(words, np.array([i]))[0] for i in range(N)]
     assert collection.score_images(words) == pytest.approx(one_by_one, abs=1e-6)

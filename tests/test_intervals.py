@@ -11,9 +11,9 @@ from conftest import ROOT
 from folders import make_folder
 from test_evaluation import save_model
 
-from errors import InputError
 from evaluation import evalrank, i2t, t2i
-from intervals import MEASURES, bootstrap, hits, summary
+from lib.errors import InputError
+from lib.intervals import MEASURES, bootstrap, hits, summary
 
 
 def ranks_of(sims):

@@ -12,8 +12,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import model as model_module
-from errors import InputError
 from evaluation import LogCollector
+from lib.errors import InputError
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, ContrastiveLoss, l1norm, l2norm, xattn_pairs
 
 NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm")

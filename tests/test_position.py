@@ -6,7 +6,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import position
-from errors import InputError
+from lib.errors import InputError
 from position import position_grid
 
 NO_CELL = 256

@@ -12,9 +12,9 @@ import torch
 from conftest import make_opt
 from folders import make_folder
 
-from checkpoint import save_checkpoint
 from data import get_test_loader
 from evaluation import encode_data, evalrank, i2t, shard_xattn, t2i
+from lib.checkpoint import save_checkpoint
 from model import SCAN, load_model
 from vocab import deserialize_vocab
 
@@ -30,9 +30,16 @@ def place(request, tmp_path_factory):
     vocab = deserialize_vocab(f"{vocab_path}/{NAME}_vocab.json")
     torch.manual_seed(0)
     opt = make_opt(
-        cross_attn=request.param, data_path=data_path, data_name=NAME, vocab_path=vocab_path, batch_size=128,
-        vocab_size=len(vocab), img_dim=16, embed_size=24, word_dim=8,
-    )  # fmt: skip
+        cross_attn=request.param,
+        data_path=data_path,
+        data_name=NAME,
+        vocab_path=vocab_path,
+        batch_size=128,
+        vocab_size=len(vocab),
+        img_dim=16,
+        embed_size=24,
+        word_dim=8,
+    )
     model = SCAN(opt)
     state = {"epoch": 1, "model": model.state_dict(), "best_rsum": 0.0, "opt": opt, "Eiters": 1}
     save_checkpoint(state, False, "model.pth.tar", str(root))
@@ -59,9 +66,15 @@ def bounds(sims):
     return [(~right & (sims > best + CLOSE * sign)).sum(1) for sign in (1, -1)]
 
 
-SETTINGS = [dict(zip(("batch_size", "workers", "shard_size", "threads"), values, strict=True)) for values in (
-    *itertools.product((1, 7, 200), (0,), (7, 500), (1,)), (7, 2, 16, 1), (128, 0, 128, 2), (128, 0, 1, 1),
-)]  # fmt: skip
+SETTINGS = [
+    dict(zip(("batch_size", "workers", "shard_size", "threads"), values, strict=True))
+    for values in (
+        *itertools.product((1, 7, 200), (0,), (7, 500), (1,)),
+        (7, 2, 16, 1),
+        (128, 0, 128, 2),
+        (128, 0, 1, 1),
+    )
+]
 
 
 def test_ranks_are_the_same_for_any_batch_size_workers_shard_size_and_threads(place):

@@ -15,12 +15,12 @@ from conftest import ROOT
 from folders import make_folder
 from test_train import assert_same, load
 
-import distributed
 import train
-from checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from data import watched_workers
-from errors import InputError
-from files import replace
+from lib import distributed
+from lib.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from lib.errors import InputError
+from lib.files import replace
 from model import SCAN
 
 SMALL = "--img_dim 16 --embed_size 24 --word_dim 8 --batch_size 16 --max_violation --agg_func Mean --bi_gru"
@@ -263,7 +263,7 @@ def test_the_sample_is_named_wherever_the_death_is_noticed(toy, tmp_path):
         raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")
 
     def wait():
-        with distributed.peers():
+        with distributed.report_lost_peer():
             die()
 
     for place in (die, wait, lambda: replace(tmp_path / "file", die)):

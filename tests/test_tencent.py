@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT, make_opt
 from folders import make_folder, random_boxes, write_lines
 
-import errors
+from lib import errors
 from model import load_checkpoint
 from position import position_grid
 from Tencent_PFAN import evaluation_whole, train_whole
@@ -393,8 +393,12 @@ def test_run_train_trains_with_the_published_flags(folder, tmp_path, cross_attn,
     assert (opt.lr_update, opt.val_step, opt.position) == (15, 2000000, "area")
     assert checkpoint["epoch"] == 1
     assert set(checkpoint["model"][0]) == {
-        "fc.weight", "fc.bias", "fc_whole.weight", "fc_whole.bias", "position_embedding.weight"
-    }  # fmt: skip
+        "fc.weight",
+        "fc.bias",
+        "fc_whole.weight",
+        "fc_whole.bias",
+        "position_embedding.weight",
+    }
 
 
 def test_train_runs_as_a_file_and_has_the_published_flags(tmp_path):
@@ -446,8 +450,12 @@ def test_evalrank_ranks_what_the_trained_models_score(folder, tmp_path, monkeypa
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "Images: 6, Captions: 6"
     assert [line.split(":")[0] for line in lines[1:]] == [
-        "rsum", "Average i2t Recall", "Image to text", "Average t2i Recall", "Text to image"
-    ]  # fmt: skip
+        "rsum",
+        "Average i2t Recall",
+        "Image to text",
+        "Average t2i Recall",
+        "Text to image",
+    ]
 
 
 def test_caption_i_belongs_to_image_i():

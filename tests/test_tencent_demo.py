@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 from conftest import ROOT
 
-from scripts.make_tencent_demo import beside_chance
+from scripts.demo.make_tencent_demo import beside_chance
 
 
 def free_ports(n):

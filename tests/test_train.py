@@ -14,8 +14,8 @@ from conftest import ROOT
 from folders import make_folder, write_lines
 
 import train
-from checkpoint import load_checkpoint, save_checkpoint
 from evaluation import evalrank
+from lib.checkpoint import load_checkpoint, save_checkpoint
 
 # A published README's command line, but for the small sizes.
 PUBLISHED = (
@@ -174,13 +174,36 @@ def test_a_trained_model_is_evaluated_from_the_command_line(run):
 
 def test_every_published_flag_has_its_published_default():
     published = dict(
-        data_path="./data/", data_name="precomp", vocab_path="./vocab/", margin=0.2, num_epochs=30, batch_size=128,
-        word_dim=300, embed_size=1024, grad_clip=2.0, num_layers=1, learning_rate=0.0002, lr_update=15, workers=10,
-        log_step=10, val_step=500, logger_name="./runs/runX/log", model_name="./runs/runX/checkpoint", resume="",
-        max_violation=False, img_dim=2048, no_imgnorm=False, no_txtnorm=False, raw_feature_norm="clipped_l2norm",
-        agg_func="LogSumExp", cross_attn="t2i", precomp_enc_type="basic", bi_gru=False, lambda_lse=6.0,
+        data_path="./data/",
+        data_name="precomp",
+        vocab_path="./vocab/",
+        margin=0.2,
+        num_epochs=30,
+        batch_size=128,
+        word_dim=300,
+        embed_size=1024,
+        grad_clip=2.0,
+        num_layers=1,
+        learning_rate=0.0002,
+        lr_update=15,
+        workers=10,
+        log_step=10,
+        val_step=500,
+        logger_name="./runs/runX/log",
+        model_name="./runs/runX/checkpoint",
+        resume="",
+        max_violation=False,
+        img_dim=2048,
+        no_imgnorm=False,
+        no_txtnorm=False,
+        raw_feature_norm="clipped_l2norm",
+        agg_func="LogSumExp",
+        cross_attn="t2i",
+        precomp_enc_type="basic",
+        bi_gru=False,
+        lambda_lse=6.0,
         lambda_softmax=9.0,
-    )  # fmt: skip
+    )
     opt = vars(train.get_parser().parse_args([]))
     assert {name: opt[name] for name in published} == published
     assert opt["position"] == "attention"
@@ -237,10 +260,27 @@ def test_even_a_model_that_tells_nothing_apart_leaves_a_best_checkpoint(tmp_path
         np.save(f"{prefix}_boxes.npy", np.tile([*range(15), *[1 / 15] * 15], (n, 36, 1)).astype(np.float32))
         write_lines(f"{prefix}_caps.txt", ["a man runs"] * n * 5)
     monkeypatch.setattr(
-        sys, "argv", ["train.py", "--data_path", data_path, "--vocab_path", vocab_path, "--data_name", "toy_precomp",
-                      *SMALL.split(), "--num_epochs", "1", "--workers", "0", "--logger_name", str(tmp_path / "log"),
-                      "--model_name", str(tmp_path / "models")],
-    )  # fmt: skip
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--data_path",
+            data_path,
+            "--vocab_path",
+            vocab_path,
+            "--data_name",
+            "toy_precomp",
+            *SMALL.split(),
+            "--num_epochs",
+            "1",
+            "--workers",
+            "0",
+            "--logger_name",
+            str(tmp_path / "log"),
+            "--model_name",
+            str(tmp_path / "models"),
+        ],
+    )
     train.main()
     assert load(tmp_path / "models")["best_rsum"] == 0
     assert (tmp_path / "models" / "model_best.pth.tar").exists()

@@ -1,21 +1,17 @@
 """Figures: each command writes a picture, from the numbers that the rest of the project computes."""
 
 import os
-import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from conftest import ROOT
 from folders import make_folder
 from PIL import Image
 from test_evaluation import save_model
 
-from errors import InputError, run
+from lib.errors import InputError, run
+from scripts import visualize
 from train import tensorboard_logger
-
-sys.path.append(str(ROOT / "scripts"))
-import visualize
 
 
 @pytest.fixture(scope="module")

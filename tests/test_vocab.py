@@ -11,7 +11,7 @@ from folders import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from errors import InputError
+from lib.errors import InputError
 from vocab import (
     Vocabulary,
     build_vocab,

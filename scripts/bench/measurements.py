@@ -1,7 +1,7 @@
 """The measurements of scripts/benchmark.py, each a function of the sizes s.
 
-python scripts/measurements.py '{"name": …, "sizes": …, "arguments": …}' takes one and prints it as a line of JSON;
-sizes are those at the top of scripts/benchmark.py, and folder, device and started (seconds since 1970).
+python scripts/bench/measurements.py '{"name": …, "sizes": …, "arguments": …}' takes one and prints it as a line of
+JSON; sizes are those at the top of scripts/benchmark.py, and folder, device and started (seconds since 1970).
 """
 
 import json
@@ -14,10 +14,10 @@ from statistics import median
 
 import numpy as np
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]
+if not __package__:
+    import _root  # noqa: F401
 
-from benchmark_inputs import (  # noqa: E402
+from scripts.bench.inputs import (
     CELL_SLOTS,
     REGIONS,
     caption_lengths,
@@ -29,6 +29,8 @@ from benchmark_inputs import (  # noqa: E402
     random_boxes,
 )
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
 
 def prepare(s):
     """Write the test split and, with sparse files, the training splits. Returns what the machine is."""
@@ -36,7 +38,7 @@ def prepare(s):
 
     import torch
 
-    from distributed import pick_device
+    from lib.distributed import pick_device
 
     make_split(s, s.folder, "test", s.images)
     for n_images in s.train_images:
@@ -77,7 +79,7 @@ def tile_product():
     """A function of float32 matrices that multiplies them as amx.py does, or None where it cannot."""
     import torch
 
-    import amx
+    from lib.kernels import amx
 
     if not amx.available():
         return None
@@ -104,7 +106,7 @@ def products(s):
     """Seconds of the fastest float32 product regions × words of the test split, by route and size of a block."""
     import torch
 
-    from distributed import pick_device
+    from lib.distributed import pick_device
 
     device = pick_device(s.device)
     torch.set_float32_matmul_precision("highest")
@@ -152,8 +154,8 @@ def score(s, cross_attn="t2i", n_images=None, precision="highest", every=1):
     """Score and rank all pairs with shard_xattn. Of every > 1 blocks one is computed; seconds are scaled by words."""
     import torch
 
-    from cross_attention import XATTN_SCORE
     from evaluation import i2t, shard_xattn, t2i
+    from lib.cross_attention import XATTN_SCORE
 
     torch.set_float32_matmul_precision(precision)
     opt = flags(s, cross_attn)
@@ -177,13 +179,13 @@ def score(s, cross_attn="t2i", n_images=None, precision="highest", every=1):
 
 def score_published(s, cross_attn="t2i"):
     """A part of the pairs in the published way, scaled by pairs, and ranking all of them."""
-    import published_way
     import torch
 
-    import cross_attention
-    from cross_attention import XATTN_SCORE
     from data import pad
-    from distributed import pick_device
+    from lib import cross_attention
+    from lib.cross_attention import XATTN_SCORE
+    from lib.distributed import pick_device
+    from scripts.bench import published_way
 
     cross_attention.TILES_FROM = 0  # the part is scored as the whole is
     opt, device = flags(s, cross_attn), pick_device(s.device)
@@ -227,10 +229,10 @@ def train(s, cross_attn="t2i", batch=None, amp=False):
 
 def train_published(s, cross_attn="t2i"):
     """One training step in the published way, from the same weights; the two losses' relative difference."""
-    import published_way
     import torch
 
     from model import SCAN
+    from scripts.bench import published_way
 
     torch.manual_seed(0)
     opt, data = flags(s, cross_attn), random_batch(s, s.batch_size)
@@ -265,11 +267,11 @@ def encode(s):
 
 def encode_published(s):
     """Encode a part of the test split in the published way, scaled by pairs."""
-    import published_way
     import torch
 
     from data import collate_fn
     from model import SCAN
+    from scripts.bench import published_way
 
     torch.manual_seed(0)
     opt = flags(s)
@@ -299,9 +301,8 @@ def grids(s, n_images=None):
 
 def grids_published(s):
     """Position grids of a part of the images in the published way, scaled."""
-    import published_way
-
     from position import position_grid
+    from scripts.bench import published_way
 
     boxes, sizes = random_boxes(np.random.default_rng(0), s.plain_grids)
     seconds, plain = timed(s, lambda: published_way.position_grids(boxes, sizes))
@@ -339,10 +340,19 @@ def own_memory():
 MEASUREMENTS = {
     work.__name__: work
     for work in (
-        prepare, products, score, score_published, train, train_published, encode, encode_published, grids,
-        grids_published, start_training,
+        prepare,
+        products,
+        score,
+        score_published,
+        train,
+        train_published,
+        encode,
+        encode_published,
+        grids,
+        grids_published,
+        start_training,
     )
-}  # fmt: skip
+}
 
 
 def run_measurement(name, sizes, arguments):

@@ -6,8 +6,8 @@ Sizes in the docstrings: n pictures of R regions, W words, D embed_size.
 import numpy as np
 import torch
 
-from cross_attention import KERNEL_FROM, XATTN_SCORE, pair_attention
 from evaluation import encode_data
+from lib.cross_attention import KERNEL_FROM, XATTN_SCORE, pair_attention
 
 BLOCK = 1024  # pictures that are scored at once, at most
 CAPTION_BLOCK = 4096  # captions that are scored at once

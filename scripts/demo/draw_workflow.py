@@ -1,10 +1,9 @@
 """Draw the README's two figures: workflow.png (picture and sentence to score) and position_attention.png.
 
-python scripts/draw_workflow.py [--out docs]
+python scripts/demo/draw_workflow.py [--out docs]
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -15,9 +14,10 @@ import numpy as np
 from matplotlib.patches import Circle, Ellipse, FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
 from matplotlib.transforms import Affine2D
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:
+    import _root  # noqa: F401
 
-from errors import run
+from lib.errors import run
 from position import position_grid
 
 WIDTH, HEIGHT, CELLS = 640, 480, 16  # the example picture in pixels, and the grid over it
@@ -218,7 +218,7 @@ def heading(axis, x, y, number, text):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="example: python scripts/draw_workflow.py --out docs"
+        description=__doc__.splitlines()[0], epilog="example: python scripts/demo/draw_workflow.py --out docs"
     )
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder for the two PNG files")
     out = parser.parse_args().out

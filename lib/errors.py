@@ -19,7 +19,7 @@ def brief(value: Any) -> str:
         return f"a large {type(value).__name__}"
 
 
-def of_loading(error: RuntimeError) -> bool:
+def is_worker_crash(error: RuntimeError) -> bool:
     """Whether a loading process has died: PyTorch raises that in the process that trains, wherever it is just then."""
     return str(error).startswith("DataLoader worker")
 
@@ -41,7 +41,7 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except InputError as error:
-        report(str(error).strip().splitlines()[-1].removeprefix("errors.InputError: "))
+        report(str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: "))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
         sys.exit(1)

@@ -13,8 +13,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
-import amx
-from amx import compiled
+from lib.kernels import amx
+from lib.kernels.amx import compiled
 
 Float: TypeAlias = np.float32
 Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from errors import InputError, of_loading
+from lib.errors import InputError, is_worker_crash
 
 
 def replace(path: str | os.PathLike, write: Callable) -> None:
@@ -24,7 +24,7 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
             error.filename = os.fspath(path)
         raise
     except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
-        if of_loading(error):
+        if is_worker_crash(error):
             raise
         raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:

@@ -19,18 +19,19 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
-from errors import InputError, run  # noqa: E402
-from position import position_grid  # noqa: E402
+if not __package__:
+    import _root  # noqa: F401
+from lib.constants import N_REGIONS
+from lib.errors import InputError, run
+from position import position_grid
 
 WIDTH, HEIGHT = 288, 216  # pixels; 3×3 places of 96×72
-N_REGIONS, N_CAPTIONS = 36, 5
+N_CAPTIONS = 5
 SPLITS = ("train", "dev", "test")
 FIRST_ID = {"train": 100000, "dev": 200000, "test": 300000}
 CELLS = 12  # a crop is averaged to CELLS×CELLS colours before anything else is computed from it
@@ -38,12 +39,26 @@ IMG_DIM = 128
 
 # ---- what there is to see, and its names (the first of each list is the one in SPLIT_scenes.json)
 
-KINDS = (("circle", "disc", "dot"), ("square", "box", "block"), ("triangle",), ("star",), ("cross", "plus"),
-         ("diamond", "rhombus"), ("ring", "hoop"), ("heart",))
+KINDS = (
+    ("circle", "disc", "dot"),
+    ("square", "box", "block"),
+    ("triangle",),
+    ("star",),
+    ("cross", "plus"),
+    ("diamond", "rhombus"),
+    ("ring", "hoop"),
+    ("heart",),
+)
 COLOURS = {  # hue in degrees, saturation, value
-    ("red",): (0, .85, .85), ("orange",): (27, .9, .97), ("yellow",): (54, .85, .95), ("green",): (125, .75, .65),
-    ("turquoise", "teal"): (178, .8, .8), ("blue",): (222, .8, .85), ("purple", "violet"): (273, .65, .75),
-    ("pink", "magenta"): (322, .6, .97)}
+    ("red",): (0, 0.85, 0.85),
+    ("orange",): (27, 0.9, 0.97),
+    ("yellow",): (54, 0.85, 0.95),
+    ("green",): (125, 0.75, 0.65),
+    ("turquoise", "teal"): (178, 0.8, 0.8),
+    ("blue",): (222, 0.8, 0.85),
+    ("purple", "violet"): (273, 0.65, 0.75),
+    ("pink", "magenta"): (322, 0.6, 0.97),
+}
 SIZES = {("small", "little", "tiny"): (30, 35), ("large", "big", "huge"): (52, 59)}  # pixels across
 GROUNDS = {("white", "bright"): 235, ("grey", "gray"): 165, ("dark",): 70}
 PLACES = {  # (row, column)
@@ -55,9 +70,14 @@ PLACES = {  # (row, column)
     (1, 2): ("on the right", "at the right edge", "on the right side"),
     (2, 0): ("in the bottom left corner", "at the bottom left", "in the lower left"),
     (2, 1): ("at the bottom", "near the bottom edge", "down at the bottom"),
-    (2, 2): ("in the bottom right corner", "at the bottom right", "in the lower right")}
-RELATIONS = {"left": ("to the left of", "left of"), "right": ("to the right of", "right of"),
-             "above": ("above", "higher than"), "below": ("below", "under", "lower than")}
+    (2, 2): ("in the bottom right corner", "at the bottom right", "in the lower right"),
+}
+RELATIONS = {
+    "left": ("to the left of", "left of"),
+    "right": ("to the right of", "right of"),
+    "above": ("above", "higher than"),
+    "below": ("below", "under", "lower than"),
+}
 VERBS = ("is", "sits", "lies", "appears", "stands")
 OPENERS = ("there is", "this picture shows", "the image shows", "we see", "a drawing of") + 5 * ("",)
 
@@ -67,6 +87,7 @@ def one_of(rng, options):
 
 
 # ---- scenes
+
 
 def make_group(rng, n_pictures):
     """Scenes of n_pictures pictures that show the same three or four shapes, each time arranged differently.
@@ -80,10 +101,17 @@ def make_group(rng, n_pictures):
     objects = []
     for pick in rng.choice(len(colours), n, replace=False):  # no colour twice, so every mention is unambiguous
         hue, saturation, value = COLOURS[colours[pick]]
-        rgb = colorsys.hsv_to_rgb((hue + rng.uniform(-5, 5)) / 360 % 1, saturation, value + rng.uniform(-.03, .03))
+        rgb = colorsys.hsv_to_rgb((hue + rng.uniform(-5, 5)) / 360 % 1, saturation, value + rng.uniform(-0.03, 0.03))
         size = one_of(rng, list(SIZES))
-        objects.append({"kind": one_of(rng, KINDS)[0], "colour": colours[pick][0], "rgb": [round(255 * c) for c in rgb],
-                        "size": size[0], "pixels": int(rng.integers(*SIZES[size], endpoint=True))})
+        objects.append(
+            {
+                "kind": one_of(rng, KINDS)[0],
+                "colour": colours[pick][0],
+                "rgb": [round(255 * c) for c in rgb],
+                "size": size[0],
+                "pixels": int(rng.integers(*SIZES[size], endpoint=True)),
+            }
+        )
     ground = one_of(rng, grounds)
     lightness = GROUNDS[ground] + int(rng.integers(-8, 9))
     scenes, seen = [], set()
@@ -106,8 +134,10 @@ def make_group(rng, n_pictures):
         if way != "mirror":
             poses = [pose(rng, spot, o["pixels"]) for spot, o in zip(spots, objects, strict=True)]
         seen.add(tuple(spots))
-        placed = [o | {"place": list(spot), "centre": centre, "tilt": tilt}
-                  for o, spot, (centre, tilt) in zip(objects, spots, poses, strict=True)]
+        placed = [
+            o | {"place": list(spot), "centre": centre, "tilt": tilt}
+            for o, spot, (centre, tilt) in zip(objects, spots, poses, strict=True)
+        ]
         scenes.append({"background": ground[0], "lightness": lightness, "arrangement": way, "objects": placed})
     return scenes
 
@@ -122,6 +152,7 @@ def pose(rng, spot, pixels):
 
 # ---- pictures
 
+
 def outline(kind):
     """Corners (n, 2) of a shape within the square from -1 to 1, y pointing down."""
     turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
@@ -129,17 +160,33 @@ def outline(kind):
         return np.stack([np.sin(turn), -np.cos(turn)], 1)
     if kind == "star":
         turn = np.linspace(0, 2 * np.pi, 10, endpoint=False)
-        return np.stack([np.sin(turn), -np.cos(turn)], 1) * np.tile([1, .42], 5)[:, None]
+        return np.stack([np.sin(turn), -np.cos(turn)], 1) * np.tile([1, 0.42], 5)[:, None]
     if kind == "heart":
         x = np.sin(turn) ** 3
         y = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
         return np.stack([x, -(y + 2.5) / 15], 1)
-    a = .33
-    return np.array({"square": [(-.85, -.85), (.85, -.85), (.85, .85), (-.85, .85)],
-                     "diamond": [(0, -1), (.75, 0), (0, 1), (-.75, 0)],
-                     "triangle": [(0, -.95), (.98, .8), (-.98, .8)],
-                     "cross": [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a),
-                               (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]}[kind])
+    a = 0.33
+    return np.array(
+        {
+            "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
+            "diamond": [(0, -1), (0.75, 0), (0, 1), (-0.75, 0)],
+            "triangle": [(0, -0.95), (0.98, 0.8), (-0.98, 0.8)],
+            "cross": [
+                (-a, -1),
+                (a, -1),
+                (a, -a),
+                (1, -a),
+                (1, a),
+                (a, a),
+                (a, 1),
+                (-a, 1),
+                (-a, a),
+                (-1, a),
+                (-1, -a),
+                (-a, -a),
+            ],
+        }[kind]
+    )
 
 
 def render(rng, scene):
@@ -154,12 +201,12 @@ def render(rng, scene):
         draw = ImageDraw.Draw(stencil)
         draw.polygon([tuple(c) for c in 4 * corners], fill=255)
         if o["kind"] == "ring":
-            hole = 4 * (side / 2 + .55 * (corners - side / 2))
+            hole = 4 * (side / 2 + 0.55 * (corners - side / 2))
             draw.polygon([tuple(c) for c in hole], fill=0)
         cover = np.asarray(stencil.resize((side, side), Image.Resampling.BOX), dtype=np.float32) / 255
         left, top = o["centre"][0] - side // 2, o["centre"][1] - side // 2
         x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + side, WIDTH), min(top + side, HEIGHT)
-        cover = cover[y1 - top:y2 - top, x1 - left:x2 - left, None]
+        cover = cover[y1 - top : y2 - top, x1 - left : x2 - left, None]
         picture[y1:y2, x1:x2] += cover * (np.array(o["rgb"], dtype=np.float32) - picture[y1:y2, x1:x2])
         low, high = np.floor(corners.min(0)) + (left, top), np.ceil(corners.max(0)) + (left, top)
         o["box"] = [int(v) for v in np.concatenate([np.maximum(low, 0), np.minimum(high, (WIDTH, HEIGHT))])]
@@ -170,6 +217,7 @@ def render(rng, scene):
 
 
 # ---- regions
+
 
 def propose(rng, scene):
     """Boxes (36, 4) in whole pixels as a detector would give them, best first.
@@ -184,25 +232,26 @@ def propose(rng, scene):
     turn = np.arange(len(which)) // n
     around = tight[which]
     extent = np.tile(around[:, 2:] - around[:, :2], 2)
-    spread = np.where(turn < 5, .05, .12)[:, None]
+    spread = np.where(turn < 5, 0.05, 0.12)[:, None]
     shift = rng.uniform(-1, 1, (len(which), 4)) * spread
-    shift[turn == 5] += .18 * np.array([-1, -1, 1, 1])
+    shift[turn == 5] += 0.18 * np.array([-1, -1, 1, 1])
     partial = turn >= 6
-    shift[partial, rng.integers(0, 4, partial.sum())] += .35  # cut one side; the sign below makes it inwards
+    shift[partial, rng.integers(0, 4, partial.sum())] += 0.35  # cut one side; the sign below makes it inwards
     shift[:, 2:] *= np.where(partial, -1, 1)[:, None]
     boxes = [around + shift * extent]
-    scores = [.9 - .08 * turn + rng.normal(0, .1, len(turn))]
+    scores = [0.9 - 0.08 * turn + rng.normal(0, 0.1, len(turn))]
     # around two shapes
     first = rng.integers(0, n, n_pairs)
     second = (first + rng.integers(1, n, n_pairs)) % n
-    both = np.concatenate([np.minimum(tight[first, :2], tight[second, :2]),
-                           np.maximum(tight[first, 2:], tight[second, 2:])], 1)
+    both = np.concatenate(
+        [np.minimum(tight[first, :2], tight[second, :2]), np.maximum(tight[first, 2:], tight[second, 2:])], 1
+    )
     boxes.append(both + rng.uniform(-4, 4, both.shape))
     # anywhere
     size = rng.uniform(28, 90, (n_ground, 2))
     corner = rng.uniform(0, 1, (n_ground, 2)) * (np.array([WIDTH, HEIGHT]) - size)
     boxes.append(np.concatenate([corner, corner + size], 1))
-    scores.append(rng.uniform(0, .5, n_ground + n_pairs))
+    scores.append(rng.uniform(0, 0.5, n_ground + n_pairs))
     boxes = np.rint(np.concatenate(boxes)[np.argsort(-np.concatenate(scores), kind="stable")])
     limit = np.array([WIDTH, HEIGHT])
     low = np.clip(boxes[:, :2], 0, limit - CELLS)
@@ -228,7 +277,7 @@ def region_features(picture, boxes):
     colour = sums / (255 * step[:, :, None, 1] * step[:, None, :, 0])[..., None]  # (R, 12, 12, 3) in 0…1
     high, low = colour.max(-1), colour.min(-1)
     chroma = high - low
-    vivid = chroma / (chroma.max((1, 2), keepdims=True) + .1)  # (R, 12, 12)
+    vivid = chroma / (chroma.max((1, 2), keepdims=True) + 0.1)  # (R, 12, 12)
     spots = smooth(vivid)
     dy, dx = np.gradient(vivid, axis=(1, 2))
     length = np.hypot(dx, dy)
@@ -236,7 +285,7 @@ def region_features(picture, boxes):
     quarters = direction.reshape(-1, 2, CELLS // 2, 2, CELLS // 2, 8).mean((2, 4)).reshape(-1, 32)
     r, g, b = np.moveaxis(colour, -1, 0)
     hue = np.arctan2(np.sqrt(3) * (g - b), 2 * r - g - b) / (2 * np.pi) % 1
-    weight = chroma**2 / ((chroma**2).sum((1, 2), keepdims=True) + .5)
+    weight = chroma**2 / ((chroma**2).sum((1, 2), keepdims=True) + 0.5)
     hues = (soft_bins(hue, 16, wrap=True) * weight[..., None]).sum((1, 2))
     lights = soft_bins((high + low) / 2, 8).mean((1, 2))
     sizes = soft_bins((np.log2(np.sqrt(size[:, 0] * size[:, 1])) - 4) / 4, 8)
@@ -265,6 +314,7 @@ def soft_bins(values, n, wrap=False):
 
 # ---- captions
 
+
 def relation(a, b):
     """How object a lies to object b ("left", "right", "above", "below"), or None where it lies askew."""
     dx, dy = b["centre"][0] - a["centre"][0], b["centre"][1] - a["centre"][1]
@@ -281,9 +331,10 @@ def named(names, first):
 
 def caption(rng, scene):
     """One sentence about three objects of a scene, most with the place where they are."""
+
     def noun(o, article="a"):
         words = [one_of(rng, named(COLOURS, o["colour"])), one_of(rng, named(KINDS, o["kind"]))]
-        if rng.random() < .4:
+        if rng.random() < 0.4:
             words.insert(0, one_of(rng, named(SIZES, o["size"])))
         if article == "a" and words[0] == "orange":
             article = "an"
@@ -300,7 +351,7 @@ def caption(rng, scene):
 
     objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))[:3]]
     pairs = [(a, b) for a in objects for b in objects if a is not b and relation(a, b)]
-    form = rng.choice(4, p=(.35, .2, .2, .25))
+    form = rng.choice(4, p=(0.35, 0.2, 0.2, 0.25))
     if form == 0:
         parts = [at(o) for o in objects]
         text = f"{one_of(rng, OPENERS)} {', '.join(parts[:-1])} and {parts[-1]}"
@@ -317,13 +368,14 @@ def caption(rng, scene):
         c = next(o for o in objects if o is not a and o is not b)
         text = f"{noun(a, one_of(rng, ('a', 'the')))} {place(a)} {one_of(rng, VERBS)} "
         text += f"{one_of(rng, RELATIONS[relation(a, b)])} {noun(b)}, and {says(c)}"
-    if rng.random() < .1:
+    if rng.random() < 0.1:
         text += f" on a {one_of(rng, named(GROUNDS, scene['background']))} background"
     text = text.strip()
     return text[0].upper() + text[1:] + "."
 
 
 # ---- files
+
 
 def picture_group(job):
     """Everything about one group: a list of (feature, boxes, captions, scene, PNG bytes or None)."""
@@ -363,8 +415,10 @@ def write_split(pool, options, split):
     want_png = split != "train" or options.train_images
     images = os.path.join(folder, f"{split}_images")
     os.makedirs(images if want_png else folder, exist_ok=True)
-    jobs = [(options.seed, split, start // options.group, min(options.group, n - start), want_png)
-            for start in range(0, n, options.group)]
+    jobs = [
+        (options.seed, split, start // options.group, min(options.group, n - start), want_png)
+        for start in range(0, n, options.group)
+    ]
     features = np.empty((n, N_REGIONS, IMG_DIM), dtype=np.float32)
     boxes = np.empty((n, N_REGIONS, 4), dtype=np.float32)
     captions, scenes, ids = [], [], [str(FIRST_ID[split] + i) for i in range(n)]
@@ -381,19 +435,25 @@ def write_split(pool, options, split):
     for stale in glob.glob(os.path.join(glob.escape(images), "*.png")):  # of an earlier, larger run
         if not want_png or os.path.basename(stale)[:-4] not in ids:
             os.remove(stale)
-    for name, data in (("scenes.json", json.dumps(scenes).encode()),
-                       ("ims.npy", features),
-                       ("boxes.npy", position_grid(boxes, np.tile([HEIGHT, WIDTH], (n, 1)))),
-                       ("pixel_boxes.npy", boxes),
-                       ("caps.txt", "".join(line + "\n" for line in captions).encode()),
-                       ("ids.txt", "".join(line + "\n" for line in ids).encode())):
+    for name, data in (
+        ("scenes.json", json.dumps(scenes).encode()),
+        ("ims.npy", features),
+        ("boxes.npy", position_grid(boxes, np.tile([HEIGHT, WIDTH], (n, 1)))),
+        ("pixel_boxes.npy", boxes),
+        ("caps.txt", "".join(line + "\n" for line in captions).encode()),
+        ("ids.txt", "".join(line + "\n" for line in ids).encode()),
+    ):
         write(os.path.join(folder, f"{split}_{name}"), data)
 
 
 def parse(argv=None):
     """Flags as a namespace. Raises InputError for bad ones."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False, epilog="example: python scripts/make_demo_data.py --seed 1")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="example: python scripts/demo/make_demo_data.py --seed 1",
+    )
     parser.add_argument("--data_path", default="./data", help="folder of datasets (default: %(default)s)")
     parser.add_argument("--data_name", default="demo_precomp", help="the dataset's folder in it (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
@@ -408,8 +468,14 @@ def parse(argv=None):
 
     parser.error = fail  # one line, without the usage
     options = parser.parse_args(argv)
-    for flag, low, high in (("seed", 0, 2**32 - 1), ("train", 1, 99999), ("dev", 1, 99999), ("test", 1, 99999),
-                            ("group", 1, 100), ("workers", 1, 256)):
+    for flag, low, high in (
+        ("seed", 0, 2**32 - 1),
+        ("train", 1, 99999),
+        ("dev", 1, 99999),
+        ("test", 1, 99999),
+        ("group", 1, 100),
+        ("workers", 1, 256),
+    ):
         if not low <= getattr(options, flag) <= high:
             fail(f"--{flag} is {getattr(options, flag)}: expected {low} to {high}")
     return options

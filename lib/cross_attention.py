@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data import flag
+from lib.options import option
 
 EPS = 1e-8
 BLOCK_WORDS = 512  # words of equally long captions that are scored at once, and in tiles:
@@ -95,7 +95,7 @@ def attend(S: Tensor, gram: Tensor, query_norms: Tensor, opt: Any, attention_ter
     0.5 · agg(max over the context's elements of A). S may be overwritten where no gradient needs it.
     """
     if has_kernel(S, opt) and S.numel() >= KERNEL_FROM and S.is_contiguous() and query_norms.dim() == 2:
-        import attention_kernel  # here, because numba takes half a second to import
+        from lib.kernels import attention_kernel  # here, because numba takes half a second to import
 
         return attention_kernel.attend(S, gram, query_norms, *kernel_options(opt, attention_term))
     attention = attention_of(S, opt)
@@ -129,7 +129,7 @@ def kernel_options(opt: Any, attention_term: bool) -> tuple:
 
 def has_attention_term(opt: Any, t2i: bool) -> bool:
     """Whether PFAN's 0.5 · max-attention term is part of the score: in t2i, but not in plain SCAN."""
-    return t2i and flag(opt, "position") != "none"
+    return t2i and option(opt, "position") != "none"
 
 
 def equal_length_blocks(
@@ -182,7 +182,7 @@ def xattn_score(
         return torch.cat([xattn_score(part, captions, cap_lens, opt, t2i, options[1]) for part in images.split(most)])
     order, blocks = equal_length_blocks(captions, cap_lens, block_words=TILE_WORDS if tiles else BLOCK_WORDS)
     if tiles:
-        import attention_kernel
+        from lib.kernels import attention_kernel
 
         sides = ([images], blocks) if t2i else (blocks, [images])
         norms = [length(query, 2) for query in sides[1]]
@@ -212,7 +212,7 @@ def has_tiles(images: Tensor, captions: Tensor, n_words: int, opt: Any) -> bool:
     n_regions = images.shape[0] * images.shape[1]
     if n_regions * n_words < TILES_FROM or not (has_kernel(images, opt) and has_kernel(captions, opt)):
         return False
-    import attention_kernel  # here, because numba takes half a second to import
+    from lib.kernels import attention_kernel  # here, because numba takes half a second to import
 
     return captions.shape[-1] == images.shape[2] and attention_kernel.has_tiles(n_regions, n_words, images.shape[2])
 

@@ -2,7 +2,7 @@
 
 An item is an event in which three or four things were seen, one sentence and a few tags, all in words. Its right
 pictures show these things, each time arranged differently; the others come from other events. The pictures, their
-regions and features are those of scripts/make_demo_data.py: computed from pixels alone.
+regions and features are those of scripts/demo/make_demo_data.py: computed from pixels alone.
 
 Under OUT: data/tencent_data and data/tencent_data_tag for training (one caption a picture: a sentence, or tags),
 and data/tencent_data_meta for test_server/test.py (regions, whole images, ids, test list, images/ID.png).
@@ -12,27 +12,40 @@ import argparse
 import base64
 import json
 import os
-import sys
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
-sys.path[:0] = [ROOT, os.path.join(ROOT, "scripts")]
-from make_demo_data import HEIGHT, IMG_DIM, N_REGIONS, WIDTH, make_group, propose, region_features, render  # noqa: E402
+if not __package__:
+    import _root  # noqa: F401
+from lib.constants import N_REGIONS
+from lib.errors import InputError, run
+from position import position_grid
+from scripts.demo.make_demo_data import HEIGHT, IMG_DIM, WIDTH, make_group, propose, region_features, render
 
-from errors import InputError, run  # noqa: E402
-from position import position_grid  # noqa: E402
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 
 COLOURS = {
-    "red": ("红色", "大红"), "orange": ("橙色", "橘色"), "yellow": ("黄色", "金黄"), "green": ("绿色", "翠绿"),
-    "turquoise": ("青色", "蓝绿"), "blue": ("蓝色", "天蓝"), "purple": ("紫色", "深紫"), "pink": ("粉色", "粉红"),
-}  # fmt: skip
+    "red": ("红色", "大红"),
+    "orange": ("橙色", "橘色"),
+    "yellow": ("黄色", "金黄"),
+    "green": ("绿色", "翠绿"),
+    "turquoise": ("青色", "蓝绿"),
+    "blue": ("蓝色", "天蓝"),
+    "purple": ("紫色", "深紫"),
+    "pink": ("粉色", "粉红"),
+}
 THINGS = {
-    "circle": ("气球", "皮球"), "square": ("箱子", "包裹"), "triangle": ("帐篷", "三角旗"), "star": ("五角星", "星徽"),
-    "cross": ("十字", "急救标"), "diamond": ("风筝", "菱形牌"), "ring": ("救生圈", "花环"), "heart": ("爱心", "心形灯"),
-}  # fmt: skip
+    "circle": ("气球", "皮球"),
+    "square": ("箱子", "包裹"),
+    "triangle": ("帐篷", "三角旗"),
+    "star": ("五角星", "星徽"),
+    "cross": ("十字", "急救标"),
+    "diamond": ("风筝", "菱形牌"),
+    "ring": ("救生圈", "花环"),
+    "heart": ("爱心", "心形灯"),
+}
 PLACES = "广场 街头 公园 机场 车站 学校 商场 海滩 体育馆 展览馆".split()
 WHO = "记者 市民 游客 网友 居民 学生".split()
 SAW = "发现 拍到 看到 围观 展示 目击".split()
@@ -149,7 +162,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python scripts/make_tencent_demo.py --out runs/tencent_demo",
+        epilog="example:\n  python scripts/demo/make_tencent_demo.py --out runs/tencent_demo",
     )
     add = parser.add_argument
     add("--out", default="runs/tencent_demo", help="folder to write (default: %(default)s)")
@@ -159,8 +172,12 @@ def main():
     add("--candidates", type=int, default=10, help="pictures of an item (default: %(default)s)")
     add("--img_dim", type=int, default=2048, help="of a feature (default: %(default)s)")
     add("--seed", type=int, default=0, help="another one draws other pictures (default: %(default)s)")
-    add("--beside_chance", metavar="RESULT", nargs="+",
-        help="print outputs of compute_map.py beside chance, draw nothing")
+    add(
+        "--beside_chance",
+        metavar="RESULT",
+        nargs="+",
+        help="print outputs of compute_map.py beside chance, draw nothing",
+    )
     opt = parser.parse_args()
     meta = os.path.join(opt.out, "data", "tencent_data_meta")
     if opt.beside_chance:

@@ -7,14 +7,16 @@ import shlex
 import subprocess
 import sys
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
-os.chdir(ROOT)
+if not __package__:
+    import _root  # noqa: F401
 
-from data import get_test_loader  # noqa: E402
-from errors import run  # noqa: E402
-from evaluation import encode_data, evalrank, read_vocab, shard_xattn  # noqa: E402
-from model import load_model  # noqa: E402
+from data import get_test_loader
+from evaluation import encode_data, evalrank, read_vocab, shard_xattn
+from lib.errors import run
+from model import load_model
+
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+os.chdir(ROOT)
 
 MODELS = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
 NAME = "demo_precomp"
@@ -37,9 +39,23 @@ def train_and_rank(position, seed, data_path, vocab_path, out, flags):
     """One model: train it, rank the test split. Returns {"i2t": [R@1, R@5, R@10], "t2i": […], "rsum": …}."""
     folder = os.path.join(out, f"{position}_seed{seed}")
     command(
-        "train.py", "--data_path", data_path, "--data_name", NAME, "--vocab_path", vocab_path, "--logger_name", folder,
-        "--model_name", folder, "--position", position, "--seed", str(seed), *shlex.split(flags),
-    )  # fmt: skip
+        "train.py",
+        "--data_path",
+        data_path,
+        "--data_name",
+        NAME,
+        "--vocab_path",
+        vocab_path,
+        "--logger_name",
+        folder,
+        "--model_name",
+        folder,
+        "--position",
+        position,
+        "--seed",
+        str(seed),
+        *shlex.split(flags),
+    )
     best = os.path.join(folder, "model_best.pth.tar")
     print(f'+ evaluation.evalrank("{best}", "{data_path}", split="test")', flush=True)
     result = evalrank(best, data_path, split="test")
@@ -95,7 +111,7 @@ def main():
     parser.add_argument("--train_flags", default="", help="further flags of train.py, in one string")
     opt = parser.parse_args()
     paths = ("--data_path", opt.data_path, "--data_name", NAME)
-    command("scripts/make_demo_data.py", *paths, *shlex.split(opt.data_flags))
+    command("scripts/demo/make_demo_data.py", *paths, *shlex.split(opt.data_flags))
     command("vocab.py", *paths, "--vocab_path", opt.vocab_path)
     results, models = {}, {}
     for position, name in MODELS.items() if opt.ablation else [("attention", "PFAN-A")]:

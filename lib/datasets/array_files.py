@@ -9,8 +9,8 @@ import os
 import numpy as np
 from tqdm import tqdm
 
-from errors import InputError
-from files import open_npy
+from lib.errors import InputError
+from lib.files import open_npy
 
 
 class ArrayFile:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from errors import InputError, brief
-from files import replace
+from lib.errors import InputError, brief
+from lib.files import replace
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,15 @@ COUNTS = "batch_size word_dim embed_size num_layers img_dim".split()
 NUMBERS = "lambda_lse lambda_softmax margin learning_rate grad_clip".split()
 SWITCHES = "no_imgnorm no_txtnorm bi_gru max_violation".split()
 OPTIONS = (*TEXTS, *COUNTS, *NUMBERS, *SWITCHES)
-NEWER = {"position": TEXTS, "matmul_precision": TEXTS, "lambda_whole": NUMBERS, "seed": NUMBERS,
-         "allow_empty_captions": SWITCHES, "amp": SWITCHES, "need_box_whole": SWITCHES}  # fmt: skip
+NEWER = {
+    "position": TEXTS,
+    "matmul_precision": TEXTS,
+    "lambda_whole": NUMBERS,
+    "seed": NUMBERS,
+    "allow_empty_captions": SWITCHES,
+    "amp": SWITCHES,
+    "need_box_whole": SWITCHES,
+}
 LARGEST = 2**32  # of any number
 
 
@@ -124,22 +131,27 @@ def load_checkpoint(path: str) -> dict:
     image_state = states[0]
     if not hasattr(opt, "position"):
         opt.position = (
-            "attention" if "fc_att.weight" in image_state
-            else "area" if "position_embedding.weight" in image_state
+            "attention"
+            if "fc_att.weight" in image_state
+            else "area"
+            if "position_embedding.weight" in image_state
             else "none"
-        )  # fmt: skip
+        )
     return checkpoint
 
 
 def check_options(path: str, opt: argparse.Namespace) -> None:
     """Raise InputError naming path and the option of a checkpoint's opt that is of another kind than train.py's."""
     kinds = (
-        (TEXTS, "one line of text", lambda x: isinstance(x, str) and len(x) < 4096 and x.splitlines() in ([x], [])
-         and "\0" not in x),
+        (
+            TEXTS,
+            "one line of text",
+            lambda x: isinstance(x, str) and len(x) < 4096 and x.splitlines() in ([x], []) and "\0" not in x,
+        ),
         (COUNTS, f"a whole number from 1 to {LARGEST}", lambda x: type(x) is int and 1 <= x <= LARGEST),
         (NUMBERS, f"a number from 0 to {LARGEST}", lambda x: type(x) in (int, float) and 0 <= x <= LARGEST),
         (SWITCHES, "True or False", lambda x: isinstance(x, bool)),
-    )  # fmt: skip
+    )
     for names, expected, fits in kinds:
         newer = [name for name, like in NEWER.items() if like is names and hasattr(opt, name)]
         for name in (*names, *newer):

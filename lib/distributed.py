@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from errors import InputError, of_loading
+from lib.errors import InputError, is_worker_crash
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -47,7 +47,7 @@ def start(device: str) -> None:
             raise InputError(f"--nproc_per_node: more processes than GPUs on this machine, which has {there}")
         torch.cuda.set_device(local)
         backend = "cpu:gloo,cuda:nccl"
-    with peers():
+    with report_lost_peer():
         dist.init_process_group(backend)
     if rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
@@ -65,85 +65,85 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def size() -> int:
+def world_size() -> int:
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
-def peers() -> Iterator[None]:
+def report_lost_peer() -> Iterator[None]:
     """Say in one line that another process is gone, wherever processes wait for each other."""
     try:
         yield
     except RuntimeError as error:
-        if of_loading(error):
+        if is_worker_crash(error):
             raise
         where = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{where}: another process has ended, so this one ends as well ({reason})") from None
 
 
-def share(n: int) -> slice:
+def local_slice(n: int) -> slice:
     """Which of a batch's n pairs are this process's. Too few for all of them to have one are the first process's."""
-    if n < size():
+    if n < world_size():
         return slice(0, n if rank() == 0 else 0)
-    return slice(n * rank() // size(), n * (rank() + 1) // size())
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
-def turns(n: int, done: int = 0) -> range:
+def my_indices(n: int, done: int = 0) -> range:
     """Which of n equal pieces of work, after done others, are this process's: every size-th."""
-    return range((rank() - done) % size(), n, size())
+    return range((rank() - done) % world_size(), n, world_size())
 
 
 # ---------------------------------------------------------------- sums
 
 
-def add_up(x: torch.Tensor) -> torch.Tensor:
+def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
     """x of all processes added up, in place."""
-    if size() > 1:
-        with peers():
+    if world_size() > 1:
+        with report_lost_peer():
             dist.all_reduce(x)
     return x
 
 
-def anywhere(flag: Any) -> bool:
-    """Whether flag holds in any process."""
-    return bool(add_up(torch.tensor(int(bool(flag)))))
+def any_process(condition: Any) -> bool:
+    """Whether condition holds in any process."""
+    return bool(all_reduce_sum(torch.tensor(int(bool(condition)))))
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    anywhere(False)
+    any_process(False)
 
 
-def same_everywhere(number: int) -> bool:
+def same_in_all_processes(number: int) -> bool:
     """Whether all processes have the same number."""
     return len(set(gather_ints([number]))) == 1
 
 
-class Total(torch.autograd.Function):
+class SumOverProcesses(torch.autograd.Function):
     """The parts of a sum added up, in every process; each part's gradient is the sum's."""
 
     @staticmethod
     def forward(ctx, part):
-        return add_up(part.clone())
+        return all_reduce_sum(part.clone())
 
     @staticmethod
     def backward(ctx, gradient):
         return gradient
 
 
-def total(part: torch.Tensor) -> torch.Tensor:
+def sum_over_processes(part: torch.Tensor) -> torch.Tensor:
     """The sum of all processes' parts, with gradient."""
-    return Total.apply(part) if size() > 1 else part
+    return SumOverProcesses.apply(part) if world_size() > 1 else part
 
 
-def add_up_gradients(parameters: list) -> None:
+def all_reduce_gradients(parameters: list) -> None:
     """Give every process the sum of all processes' gradients, in one message."""
-    if size() > 1:
+    if world_size() > 1:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        sums = add_up(torch.cat([p.grad.flatten() for p in parameters]))
+        sums = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters]))
         for p, gradient in zip(parameters, sums.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(gradient.view_as(p))
 
@@ -160,21 +160,21 @@ class GatherRows(torch.autograd.Function):
         padded = x.new_zeros(max(counts), *x.shape[1:])  # messages of one size are what every backend can send
         padded[: len(x)] = x
         blocks = [torch.empty_like(padded) for _ in counts]
-        with peers():
+        with report_lost_peer():
             dist.all_gather(blocks, padded)
         return torch.cat([block[:count] for block, count in zip(blocks, counts, strict=True)])
 
     @staticmethod
     def backward(ctx, gradient):
-        return add_up(gradient.contiguous().clone()).split(ctx.counts)[rank()], None
+        return all_reduce_sum(gradient.contiguous().clone()).split(ctx.counts)[rank()], None
 
 
 def gather_ints(numbers: Iterable[int]) -> list:
     """Every process's integers, however many, one after the other."""
     own = torch.tensor(list(numbers), dtype=torch.int64)
-    if size() == 1:
+    if world_size() == 1:
         return own.tolist()
-    counts = GatherRows.apply(torch.tensor([len(own)]), [1] * size()).tolist()
+    counts = GatherRows.apply(torch.tensor([len(own)]), [1] * world_size()).tolist()
     return GatherRows.apply(own, counts).tolist()
 
 
@@ -187,7 +187,7 @@ class Batch:
 
     def __init__(self, n: int):
         self.counts = gather_ints([n])
-        self.shared = 0 not in self.counts and size() > 1
+        self.shared = 0 not in self.counts and world_size() > 1
         self.first = sum(self.counts[: rank()]) if self.shared else 0
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
@@ -214,6 +214,6 @@ class Batch:
         best, row = scores.max(0)
         if not self.shared:
             return best, row
-        each = GatherRows.apply(best[None], [1] * size()).max(0)
-        rows = GatherRows.apply(row[None] + self.first, [1] * size())
+        each = GatherRows.apply(best[None], [1] * world_size()).max(0)
+        rows = GatherRows.apply(row[None] + self.first, [1] * world_size())
         return each.values, rows.gather(0, each.indices[None])[0]

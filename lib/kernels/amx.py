@@ -197,9 +197,17 @@ def pack(X: Array, index: Array, right: bool, blocks: Array, first: int, last: i
 
 @compiled
 def multiply(  # pragma: no cover
-    left: int, left_part: int, right: int, right_part: int, steps: int, parts: int, sums: int, rows: int, columns: int,
+    left: int,
+    left_part: int,
+    right: int,
+    right_part: int,
+    steps: int,
+    parts: int,
+    sums: int,
+    rows: int,
+    columns: int,
     stride: int,
-) -> None:  # fmt: skip
+) -> None:
     """The float32 matrix at sums, blocks rows × columns, each of its rows stride bytes long = left · rightᵀ.
 
     left, right: addresses of the first blocks of what pack has made; left_part, right_part: bytes of all blocks of one

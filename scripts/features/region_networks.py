@@ -16,9 +16,9 @@ from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms
 
-from errors import InputError
+from lib.constants import N_REGIONS
+from lib.errors import InputError
 
-N_REGIONS = 36
 BACKBONES = {"resnet50": 2048, "resnet101": 2048, "resnet152": 2048, "efficientnet_lite0": 1280}  # feature size
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's networks
 LITE = (127 / 255,) * 3, (128 / 255,) * 3  # and of EfficientNet-Lite

@@ -13,18 +13,14 @@ import re
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import ijson
 import numpy as np
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from array_files import ArrayFile
-
-from errors import InputError, brief
-from files import read_lines, write_lines
+from lib.datasets.array_files import ArrayFile
+from lib.errors import InputError, brief
+from lib.files import read_lines, write_lines
 
 SPLITS = ("train", "dev", "test", "testall")
 PICTURE = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)$", re.IGNORECASE)
@@ -67,7 +63,7 @@ def json_items(path, name):
             yield from ijson.items(shallow(ijson.parse(source, use_float=True, buf_size=8192)), name + ".item")
         except (ijson.JSONError, ValueError, RecursionError) as error:
             said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-            what, place, *_ = (*said.strip().splitlines(), "", "")  # the second line shows the text around it
+            what, place = [*said.strip().splitlines(), "", ""][:2]  # the second line shows the text around it
             place = f" near {place.strip()}" if place.strip() else ""
             raise InputError(f"{path}: truncated or not JSON ({what.strip(' .')}{place})") from None
 

@@ -6,8 +6,9 @@ import re
 import numpy as np
 from PIL import Image
 
-from data import N_CELLS, N_SLOTS, open_npy
-from errors import InputError
+from lib.constants import N_CELLS, N_SLOTS
+from lib.errors import InputError
+from lib.files import open_npy
 
 FILES = (".png", ".jpg", ".jpeg", ".webp")
 FRAME = (4, 3)  # width and height of the frame of a picture of which nothing is known

@@ -202,13 +202,17 @@ BAD = {
     "empty sentences": ({**without("sentence"), "sentences": [["a"], ""]}, "sentences[1]: empty"),
     "no pictures": ({**make_request(), "boxes": [], "whole_items": []}, "boxes: no pictures"),
     "fewer wholes": ({**make_request(2), "whole_items": make_request(1)["whole_items"]}, "whole_items: 1, but 2 boxes"),
-    **{f"no {name}": (changed_picture(**{name: None}), f"boxes[1].{name}: missing")
-       for name in ("image_id", "image_h", "image_w", "num_boxes", "boxes", "features")},
+    **{
+        f"no {name}": (changed_picture(**{name: None}), f"boxes[1].{name}: missing")
+        for name in ("image_id", "image_h", "image_w", "num_boxes", "boxes", "features")
+    },
     "height 0": (changed_picture(image_h=0), "boxes[1].image_h: 0, expected 1 to"),
     "width a string": (changed_picture(image_w="200"), "boxes[1].image_w: expected `float`, got `str`"),
     "35 boxes": (changed_picture(num_boxes=35), "boxes[1].num_boxes: 35, expected 36"),
-    "wrong base64": (changed_picture(features="!" + changed_picture()["boxes"][1]["features"][1:]),
-                     "boxes[1].features: not base64"),
+    "wrong base64": (
+        changed_picture(features="!" + changed_picture()["boxes"][1]["features"][1:]),
+        "boxes[1].features: not base64",
+    ),
     "cut base64": (changed_picture(boxes="AAA"), "boxes[1].boxes: not base64"),
     "base64 not ASCII": (changed_picture(boxes="上海"), "boxes[1].boxes: not base64"),
     "few features": (changed_picture(features=encode([1])), "boxes[1].features: 4 bytes, expected 1152"),
@@ -223,7 +227,7 @@ BAD = {
     "short whole": (changed_whole([0.5]), "whole_items[2]: 1 numbers, expected 8"),
     "whole of strings": (changed_whole([0.5] * 7 + ["x"]), "whole_items[2][7]: expected `float`, got `str`"),
     "huge whole": (changed_whole([1e300] * 8), "whole_items[2]: NaN, infinite or beyond"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BAD)
