@@ -1,5 +1,5 @@
 #!/bin/sh
-# Lint, types, all tests, coverage of the root modules; further arguments go to pytest, which then measures none:
+# Lint, format, types, all tests, coverage of the root modules and lib; further arguments go to pytest, which then measures none:
 # sh scripts/test.sh tests/test_model.py -k t2i
 set -eu
 cd "$(dirname "$0")/.."
@@ -8,5 +8,6 @@ install requirements.txt requirements-dev.txt requirements-features.txt
 [ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 set -x
 ruff check .
+ruff format --check .
 mypy
 pytest -q --durations=10 "$@"
