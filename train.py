@@ -65,6 +65,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--save_step", default=0, type=int, help="steps between two checkpoints within an epoch; 0 saves none")
     add("--keep_last", default=0, type=int, help="checkpoints of epochs to keep, besides the best; 0 keeps all")
     add("--max_violation", action="store_true", help="only the hardest negatives in the loss")
+    add("--mean_warmup_epochs", default=0, type=int, help="epochs with all negatives before --max_violation")
     add("--img_dim", default=2048, type=int, help="size of a region's feature")
     add("--no_imgnorm", action="store_true", help="do not normalise image embeddings")
     add("--no_txtnorm", action="store_true", help="do not normalise text embeddings")
@@ -89,7 +90,7 @@ def check(opt: Any) -> None:
     for names, least, most in (
         ("batch_size", max(2, distributed.world_size()), 2**31),
         ("num_epochs log_step val_step lr_update num_layers embed_size word_dim img_dim", 1, 2**31),
-        ("workers grad_clip margin lambda_lse lambda_softmax save_step keep_last", 0, 2**31),
+        ("workers grad_clip margin lambda_lse lambda_softmax save_step keep_last mean_warmup_epochs", 0, 2**31),
         ("seed", 0, 2**32 - 1),
     ):
         for name in names.split():
@@ -97,6 +98,8 @@ def check(opt: Any) -> None:
                 raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}, at most {most}")
     if not 0 < opt.learning_rate < float("inf"):
         raise InputError(f"--learning_rate {opt.learning_rate}: expected a positive number")
+    if opt.mean_warmup_epochs and not opt.max_violation:
+        raise InputError(f"--mean_warmup_epochs {opt.mean_warmup_epochs}: has no effect without --max_violation")
 
 
 class Events(tensorboard_logger.Logger):
@@ -225,6 +228,7 @@ def train_epoch(
 ) -> None:
     """What is left of an epoch, its validation, its checkpoint."""
     adjust_learning_rate(opt, model.optimizer, progress.epoch)
+    choose_negatives(opt, model.criterion, progress.epoch)
     train(opt, train_loader, model, progress, val_loader, tb, validate, stop)
     rsum = rank_dev(opt, val_loader, model, progress, tb, validate, stop)
     name, is_best = f"checkpoint_{progress.epoch}.pth.tar", rsum > progress.best_rsum
@@ -402,6 +406,14 @@ def adjust_learning_rate(opt: Any, optimizer: torch.optim.Optimizer, epoch: int)
     """opt.learning_rate, a tenth of it after every opt.lr_update epochs."""
     for group in optimizer.param_groups:
         group["lr"] = opt.learning_rate * 0.1 ** (epoch // opt.lr_update)
+
+
+def choose_negatives(opt: Any, criterion: Any, epoch: int) -> None:
+    """With --max_violation: all negatives in the first opt.mean_warmup_epochs epochs, only the hardest afterwards."""
+    warm_up = epoch < opt.mean_warmup_epochs
+    if opt.max_violation and criterion.max_violation == warm_up:
+        criterion.max_violation = not warm_up
+        log.info("epoch %d: the loss counts %s negatives", epoch, "all" if warm_up else "only the hardest")
 
 
 def main() -> None:

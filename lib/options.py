@@ -10,6 +10,7 @@ NEW_OPTIONS = {
     "matmul_precision": "highest",
     "device": "auto",
     "seed": 0,
+    "mean_warmup_epochs": 0,
     "need_box_whole": False,  # this and the next: the whole-image variant's
     "lambda_whole": 1.0,
 }

@@ -311,6 +311,23 @@ def test_the_learning_rate_falls_to_a_tenth_every_lr_update_epochs(fit):
     assert values(folder / "log", "lr") == pytest.approx([1e-3] * 4 + [1e-4] * 4)
 
 
+def test_mean_warmup_epochs_count_all_negatives_before_the_hardest(fit, caplog):
+    """The first epochs are those of a run without --max_violation, also where the warm-up is resumed in its middle."""
+    caplog.set_level("INFO")
+    flags = "--num_epochs 3 --mean_warmup_epochs 2"
+    losses = values(fit("warm", flags) / "log", "Le")
+    said = re.findall(r"epoch (\d): the loss counts (.*) negatives", caplog.text)
+    assert said == [("0", "all"), ("2", "only the hardest")]
+    hardest = values(fit("hardest", "--num_epochs 1") / "log", "Le")
+    assert len(losses) == 12 and losses[0] > 2 * hardest[0], "16 negatives a pair are more than the hardest one"
+    assert max(losses[8:]) <= 2 * 16 * 0.25 < min(losses[:8]), "the hardest only: about the margin a pair and direction"
+    fit("broken", flags.replace("--num_epochs 3", "--num_epochs 1"))
+    caplog.clear()
+    resumed = fit("broken", f"{flags} --resume auto")
+    assert_same(load(resumed, "checkpoint_2"), load(resumed.parent / "warm", "checkpoint_2"))
+    assert re.findall(r"the loss counts (.*) negatives", caplog.text) == ["all", "only the hardest"]
+
+
 def test_val_step_validates_within_an_epoch(fit):
     folder = fit("run", "--num_epochs 1 --batch_size 10 --val_step 2")
     steps = [step for tag, step, _ in events(folder / "log") if tag == "rsum"]
