@@ -189,16 +189,19 @@ def read_json(path: str, ids: Any, n_regions: int) -> tuple:
     Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
     regions keep their order in the file. ids: list of ids or file names, None for the images' order.
     """
-    from lib.datasets.dataset_files import json_items, key
+    from lib.datasets.ids import canonical_id
+    from lib.datasets.json_files import json_items
 
     try:
         images = {image["id"]: image for image in json_items(path, "images")}
         if ids is not None:
-            named = {key(name): id for id, image in images.items() for name in (image.get("file_name", id), id)}
-            lost = [name for name in ids if key(name) not in named]
+            named = {
+                canonical_id(name): id for id, image in images.items() for name in (image.get("file_name", id), id)
+            }
+            lost = [name for name in ids if canonical_id(name) not in named]
             if lost:
                 raise InputError(f"{path}: no image {brief(lost[0])} ({len(lost)} of {len(ids)} ids are missing)")
-            images = {named[key(name)]: images[named[key(name)]] for name in ids}
+            images = {named[canonical_id(name)]: images[named[canonical_id(name)]] for name in ids}
         rows = {id: row for row, id in enumerate(images)}
         sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.float64)
         boxes = np.zeros((len(rows), n_regions, 4), dtype=np.float32)
@@ -237,7 +240,8 @@ def main() -> None:
     from tqdm import tqdm
 
     sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "scripts"))
-    from lib.datasets.dataset_files import Problems, read_ids
+    from lib.datasets.ids import read_ids
+    from lib.datasets.problems import Problems
 
     parser = argparse.ArgumentParser(
         description="Position grids (SPLIT_boxes.npy) for boxes in pixels, in the order of the features they are of.",

@@ -1,11 +1,29 @@
 """Files: written whole or not at all, and read with a plain word about what is wrong with them."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from lib.errors import InputError, is_worker_crash
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make the folder path where there is none. Raises InputError where something else has that name."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise InputError(f"{path}: is no folder, expected one or a free name")
+    os.makedirs(path, exist_ok=True)
+
+
+@contextlib.contextmanager
+def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Add path to an OSError that names no file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
 
 
 def replace(path: str | os.PathLike, write: Callable) -> None:

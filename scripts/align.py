@@ -18,10 +18,12 @@ from tqdm import tqdm
 if not __package__:
     import _root  # noqa: F401
 
-from lib.datasets.array_files import ArrayReader
-from lib.datasets.dataset_files import SPLITS, Problems, SplitWriter, digest, key, make_folder
+from lib.datasets.arrays import ArrayReader
+from lib.datasets.ids import SPLITS, canonical_id
+from lib.datasets.problems import Problems
+from lib.datasets.writer import SplitWriter, digest_lines
 from lib.errors import InputError, run
-from lib.files import read_lines, write_lines
+from lib.files import make_folder, read_lines, write_lines
 
 WORD = re.compile(r"\w+")
 SAMPLE = 100  # pictures whose features are compared
@@ -53,7 +55,7 @@ class Split:
                 raise InputError(f"{self.prefix}_{name}: {len(lines)} rows do not divide by {self.n} pictures")
         self.arrays = {name: (reader, len(reader) // self.n) for name, reader in readers.items()}
         self.names = ids[:: len(ids) // self.n] if ids else None
-        self.ids = [key(name) for name in self.names] if ids else None
+        self.ids = [canonical_id(name) for name in self.names] if ids else None
         self.captions, self.texts = captions, None
         if captions:
             k = len(captions) // self.n
@@ -211,7 +213,7 @@ def write(split, partners, opt, copy):
         kept = {name: (r.shape[1:], r.dtype) for name, (r, _) in split.arrays.items() if name not in arrays}
     ids = [split.names[row] if split.names else f"{split.split} {row}" for row, _, _ in pairs]
     inputs = [other.arrays[name][0].path for other in sources for name in arrays]
-    settings = {"tool": "align", "partners": digest(f"{other.split} {at}" for _, other, at in pairs)}
+    settings = {"tool": "align", "partners": digest_lines(f"{other.split} {at}" for _, other, at in pairs)}
     out = SplitWriter(
         opt.out, split.split, ids, {**arrays, **kept}, settings, inputs, opt.overwrite, write_ids=bool(split.names)
     )

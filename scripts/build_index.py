@@ -27,8 +27,8 @@ if not __package__:
 
 from data import pad
 from evaluation import load_split
-from lib.datasets.array_files import ArrayFile
-from lib.datasets.dataset_files import read_note
+from lib.datasets import json_files
+from lib.datasets.arrays import ArrayWriter
 from lib.errors import InputError, run
 from lib.files import open_npy, replace
 from scripts.search.collection import Collection, FirstStage
@@ -70,7 +70,7 @@ def is_note(note):
 
 def read_json(path, fits=is_note, expected="the notes of a collection; --overwrite makes it anew"):
     """The JSON in a file, None where there is none. Raises InputError where it is not what fits."""
-    return read_note(path, fits, expected) if os.path.isfile(path) else None
+    return json_files.read_json(path, fits, expected) if os.path.isfile(path) else None
 
 
 def write_json(path, value):
@@ -97,7 +97,7 @@ class Build:
         """
         if self.done.get(name) == "all" and os.path.isfile(self.path(name)):
             return
-        file = ArrayFile(self.path(name), n, row_shape, dtype, resume=name in self.done)
+        file = ArrayWriter(self.path(name), n, row_shape, dtype, resume=name in self.done)
         start = self.done.get(name, 0) if file.resumed else 0
         for step, (row, rows) in enumerate(blocks(start), start + 1):
             file.write(row, rows)
@@ -217,7 +217,7 @@ def strongest(elements, starts, first, count, anchors):
 def turn(job, k, n):
     """table.npy (K, n) from by_item.npy (n, K), a few anchors at a time."""
     source = open_npy(job.path("by_item.npy"))
-    file = ArrayFile(job.path("table.npy"), k, (n,), np.float16)
+    file = ArrayWriter(job.path("table.npy"), k, (n,), np.float16)
     some = max(1, (256 << 20) // (2 * n))
     for at in range(0, k, some):
         file.write(at, np.ascontiguousarray(source[:, at : at + some].T))

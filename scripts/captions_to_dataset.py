@@ -21,9 +21,11 @@ from tqdm import tqdm
 if not __package__:
     import _root  # noqa: F401
 
-from lib.datasets.dataset_files import SPLITS, Problems, json_items, key, make_folder, naming, split_ids
+from lib.datasets.ids import SPLITS, canonical_id, split_ids
+from lib.datasets.json_files import json_items
+from lib.datasets.problems import Problems
 from lib.errors import InputError, brief, run
-from lib.files import read_lines, write_lines
+from lib.files import make_folder, name_in_errors, read_lines, write_lines
 
 KARPATHY = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 COCO_TEST = 1000  # of the 5,000
@@ -40,7 +42,7 @@ class Pictures:
     def add(self, image_id, captions, split=None):
         if not isinstance(image_id, (int, str)):
             raise TypeError(f"{image_id} is no name")
-        name = key(image_id)
+        name = canonical_id(image_id)
         self.ids.setdefault(name, str(image_id))
         self.splits.setdefault(name, split)
         self.texts.setdefault(name, []).extend(LINE_END.sub(" ", text).strip() for text in captions)
@@ -121,10 +123,10 @@ def deal(pictures, good, opt, problems):
         splits = split_ids(opt.out, opt.ids, problems)
         for split, ids in splits.items():
             for image_id in ids:
-                if key(image_id) not in good:
-                    n = sum(map(bool, pictures.texts.get(key(image_id), ())))
+                if canonical_id(image_id) not in good:
+                    n = sum(map(bool, pictures.texts.get(canonical_id(image_id), ())))
                     problems.add("without captions", f"{split}, id {image_id}", f"{n} of {opt.captions_per_image}")
-            splits[split] = [image_id for image_id in ids if key(image_id) in good]
+            splits[split] = [image_id for image_id in ids if canonical_id(image_id) in good]
         return splits
     if opt.sizes:
         splits = draw(list(good), sizes_of(opt.sizes), opt.seed)
@@ -147,7 +149,7 @@ def check_order(folder, split, ids):
     ids_path, features = prefix + "_ids.txt", [prefix + "_ims.npy", prefix + "_boxes.npy"]
     there = [path for path in features if os.path.exists(path)]
     old = read_lines(ids_path) if os.path.isfile(ids_path) else None
-    if there and [key(i) for i in old or ()] != [key(i) for i in ids]:
+    if there and [canonical_id(i) for i in old or ()] != [canonical_id(i) for i in ids]:
         how = f"--ids {split}={ids_path} keeps their order" if old else "--overwrite writes them all the same"
         raise InputError(f"{there[0]}: there already, and not known to be in the order of these captions; {how}")
 
@@ -156,7 +158,7 @@ def write_split(folder, split, ids, captions):
     """Write SPLIT_caps.txt and SPLIT_ids.txt."""
     prefix = os.path.join(folder, split)
     for path, lines in ((prefix + "_caps.txt", captions), (prefix + "_ids.txt", ids)):
-        with naming(path):
+        with name_in_errors(path):
             write_lines(path, lines)
     print(f"{split}: {len(ids)} pictures, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
 
@@ -206,7 +208,7 @@ def main():
     splits = deal(pictures, good, opt, problems)
     if problems.total and not opt.skip_bad:
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad goes on without them")
-    listed = {key(image_id) for ids in splits.values() for image_id in ids} if opt.ids else counts
+    listed = {canonical_id(image_id) for ids in splits.values() for image_id in ids} if opt.ids else counts
     for name, count in counts.items():
         if name in listed and count > k:
             problems.add(f"with more than {k} captions", pictures.ids[name], f"the first {k} of {count} are kept")
@@ -220,7 +222,7 @@ def main():
         if not opt.overwrite:
             check_order(opt.out, split, ids)
     for split, ids in splits.items():
-        captions = [text for image_id in ids for text in good[key(image_id)]]
+        captions = [text for image_id in ids for text in good[canonical_id(image_id)]]
         write_split(opt.out, split, ids, captions)
 
 

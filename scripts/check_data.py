@@ -14,8 +14,8 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.constants import N_CELLS, N_SLOTS
-from lib.datasets.array_files import ArrayReader
-from lib.datasets.dataset_files import SPLITS, key
+from lib.datasets.arrays import ArrayReader
+from lib.datasets.ids import SPLITS, canonical_id
 from lib.errors import InputError, run
 from lib.files import read_lines
 from vocab import deserialize_vocab, tokenize
@@ -207,7 +207,7 @@ def check_ids(path, images, n_captions, report):
     except InputError as error:
         report.notes.append(str(error))
         return set()
-    different = set(map(key, ids))
+    different = set(map(canonical_id, ids))
     report.row(os.path.basename(path), (len(ids),), "", f"{len(different)} different")
     if images and len(ids) not in (len(images), n_captions):
         report.notes.append(f"{path}: {len(ids)} ids for {len(images)} images")

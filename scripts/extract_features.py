@@ -38,9 +38,12 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.constants import N_REGIONS
-from lib.datasets.dataset_files import PICTURE, SPLITS, Problems, SplitWriter, key, make_folder, naming, split_ids
+from lib.datasets.ids import PICTURE_SUFFIX, SPLITS, canonical_id, split_ids
+from lib.datasets.problems import Problems
+from lib.datasets.writer import SplitWriter
 from lib.distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
 from lib.errors import InputError, run
+from lib.files import make_folder, name_in_errors
 from position import position_grid
 from scripts.features.region_networks import BACKBONES, Detector, load_backbone, windows
 
@@ -59,9 +62,9 @@ def find_pictures(folder):
     for root, folders, files in os.walk(folder):
         folders.sort()
         for name in sorted(files):
-            if PICTURE.search(name):
+            if PICTURE_SUFFIX.search(name):
                 path = os.path.relpath(os.path.join(root, name), folder)
-                for alias in {key(path), key(name), path, name}:
+                for alias in {canonical_id(path), canonical_id(name), path, name}:
                     found.setdefault(alias, []).append(path)
     if not found:
         raise InputError(f"{folder}: no pictures (jpg, png, bmp, gif, webp, tif, ppm) in it")
@@ -209,7 +212,7 @@ def write_tsv(path, ids, paths, opt, networks, problems):
         return
     settings = hashlib.sha256(repr([getattr(opt, name) for name in SETTINGS]).encode()).hexdigest()
     part, done = f"{path}.{settings[:8]}.part", set()
-    with naming(part), open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
+    with name_in_errors(part), open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
         end = 0
         for line in file:
             if line.endswith(b"\n"):
@@ -233,7 +236,7 @@ def picture_paths(ids, found, opt, problems, split):
     """The path of each id's picture; None, and a problem, where there is none or more than one."""
     paths = []
     for image_id in ids:
-        hits = found.get(image_id) or found.get(key(image_id)) or []
+        hits = found.get(image_id) or found.get(canonical_id(image_id)) or []
         if len(hits) != 1:
             what = f"{len(hits)} files fit: {', '.join(hits[:3])}" if hits else f"no such picture in {opt.images}"
             problems.add("missing", f"{split}, id {image_id}", what + "; skipped")

@@ -16,8 +16,11 @@ from tqdm import tqdm
 if not __package__:
     import _root  # noqa: F401
 
-from lib.datasets.dataset_files import SPLITS, Problems, SplitWriter, key, make_folder, split_ids
+from lib.datasets.ids import SPLITS, canonical_id, split_ids
+from lib.datasets.problems import Problems
+from lib.datasets.writer import SplitWriter
 from lib.errors import InputError, run
+from lib.files import make_folder
 from position import position_grid
 
 FIELDS = "image_id,image_w,image_h,num_boxes,boxes,features"
@@ -102,10 +105,10 @@ def convert(tsv, writers, fields, opt, problems):
     rows = {}  # id → where its picture goes: a picture may be in two splits (test and testall)
     for writer in writers.values():
         for row, image_id in enumerate(writer.ids):
-            rows.setdefault(key(image_id), []).append((writer, row))
+            rows.setdefault(canonical_id(image_id), []).append((writer, row))
     seen, counts = {}, {"used": 0, "of other pictures": 0, "cut": 0, "padded": 0, "boxes without area": 0}
     for where, image_id, values in read_tsv(tsv, fields):
-        name = key(image_id)
+        name = canonical_id(image_id)
         if len(values) != len(fields):  # of other pictures too: a file of other columns is none of this kind
             problems.add("malformed", where, f"{len(values)} fields, expected {len(fields)}: {', '.join(fields)}")
             seen.setdefault(name, where)
@@ -141,7 +144,7 @@ def convert(tsv, writers, fields, opt, problems):
             writer.write(row, ims=features, boxes=grid)
     for split, writer in writers.items():
         for row in np.flatnonzero(~writer.done):
-            if key(writer.ids[row]) not in seen:
+            if canonical_id(writer.ids[row]) not in seen:
                 problems.add("missing", f"{split}, id {writer.ids[row]}", "in none of the TSV files")
     return counts
 

@@ -14,8 +14,10 @@ import pytest
 from folders import make_folder, write_lines
 
 from data import PrecompDataset
-from lib.datasets.array_files import ArrayFile, ArrayReader
-from lib.datasets.dataset_files import Problems, SplitWriter, key, read_ids
+from lib.datasets.arrays import ArrayReader, ArrayWriter
+from lib.datasets.ids import canonical_id, read_ids
+from lib.datasets.problems import Problems
+from lib.datasets.writer import SplitWriter
 from lib.errors import InputError
 from position import position_grid, rows
 from vocab import deserialize_vocab
@@ -224,13 +226,16 @@ def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
 
 
 DIES = """
-import os, sys, dataset_files, errors, tsv_to_dataset
-write = dataset_files.SplitWriter.write
+import os
+from lib import errors
+from lib.datasets import writer
+from scripts import tsv_to_dataset
+write = writer.SplitWriter.write
 def dying(self, row, **values):
     write(self, row, **values)
     if self.done.sum() == 25:
         os.kill(os.getpid(), 9)
-dataset_files.SplitWriter.write, dataset_files.SYNC_SECONDS = dying, 0
+writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
 errors.run(tsv_to_dataset.main)
 """
 
@@ -241,7 +246,7 @@ def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
     write_lines(tmp_path / "t.tsv", [tsv_line(i, *pictures[i]) for i in range(40)])
     write_lines(tmp_path / "train.txt", range(40))
     args = ["t.tsv", "--out", "out", "--ids", "train=train.txt", "--img_dim", str(D)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", DIES, *args], cwd=tmp_path, env=env)
     assert done.returncode == -signal.SIGKILL
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -385,7 +390,7 @@ def test_files_of_others_are_not_replaced(tmp_path):
 def test_memory_stays_small_while_gigabytes_are_written(tmp_path):
     """2 GB of rows in a sparse file: the process grows by a few MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    file = ArrayFile(str(tmp_path / "x.npy"), 7000, (R, 2048), np.float32)
+    file = ArrayWriter(str(tmp_path / "x.npy"), 7000, (R, 2048), np.float32)
     row = np.ones((1, R, 2048), np.float32)
     for i in range(0, 7000, 100):
         file.write(i, row)
@@ -397,8 +402,8 @@ def test_memory_stays_small_while_gigabytes_are_written(tmp_path):
 
 
 def test_ids_of_one_picture_meet_and_repeated_lists_shrink(tmp_path):
-    assert key("COCO_val2014_000000000042.jpg") == key("42") == key("00042.png") == "42"
-    assert key("a.b.jpeg") == "a.b" and key("0") == "0" and key("dog_007") == "dog_007"
+    assert canonical_id("COCO_val2014_000000000042.jpg") == canonical_id("42") == canonical_id("00042.png") == "42"
+    assert canonical_id("a.b.jpeg") == "a.b" and canonical_id("0") == "0" and canonical_id("dog_007") == "dog_007"
     write_lines(tmp_path / "ids.txt", [7, 7, 8, 8])
     problems = Problems(str(tmp_path / "problems.txt"))
     assert read_ids(str(tmp_path / "ids.txt"), problems) == ["7", "8"] and not problems.total

@@ -199,20 +199,23 @@ def test_unreadable_and_absent_pictures_are_named_and_skipped_with_their_caption
 
 
 DIES = """
-import os, dataset_files, errors, extract_features
-write = dataset_files.SplitWriter.write
+import os
+from lib import errors
+from lib.datasets import writer
+from scripts import extract_features
+write = writer.SplitWriter.write
 def dying(self, row, **values):
     write(self, row, **values)
     if self.done.sum() == 7:
         os.kill(os.getpid(), 9)
-dataset_files.SplitWriter.write, dataset_files.SYNC_SECONDS = dying, 0
+writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
 errors.run(extract_features.main)
 """
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
     args = [str(x) for x in windows_args(pictures, tmp_path / "o", "--batch_size", 2)]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/scripts"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", DIES, *args], env=env, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())

@@ -13,7 +13,7 @@ from lib.errors import InputError
 from lib.files import open_npy
 
 
-class ArrayFile:
+class ArrayWriter:
     """An .npy file of shape (n, *row_shape), filled as PATH.part in any order; a row not written is 0."""
 
     def __init__(self, path, n, row_shape, dtype, resume=False):

@@ -1,0 +1,38 @@
+"""A report of what is wrong with an input, item by item."""
+
+import os
+import sys
+from collections import Counter
+from typing import TextIO
+
+from tqdm import tqdm
+
+MOST_PRINTED = 20
+
+
+class Problems:
+    """Counts problems by kind, prints the first MOST_PRINTED of them and writes all of them to a file at once."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.file: TextIO | None = None
+        if os.path.exists(path):
+            os.remove(path)
+
+    def add(self, kind: str, where: str, what: str) -> None:
+        self.counts[kind] += 1
+        line = f"{where}: {kind}: {what}"
+        self.file = self.file or open(self.path, "w", encoding="utf-8", buffering=1)
+        self.file.write(line + "\n")
+        if self.total <= MOST_PRINTED:
+            tqdm.write(line, file=sys.stderr)
+        elif self.total == MOST_PRINTED + 1:
+            tqdm.write(f"… more of them in {self.path}", file=sys.stderr)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def __str__(self):
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
