@@ -1,22 +1,24 @@
-"""Dataset folders → batches. Features stay on disk, memory-mapped; see README, "Data layout", for the files."""
+"""Dataset folders → batches. Features stay on disk, memory-mapped.
+
+A folder holds for each split SPLIT_ims.npy (features), SPLIT_boxes.npy (position grids) and SPLIT_caps.txt.
+"""
 
 import os
-import re
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib import distributed
 from lib.constants import N_CELLS, N_SLOTS
+from lib.datasets.checks import bad_cells, bad_weights, rows_per_image, same_as_previous
 from lib.errors import InputError
 from lib.files import open_npy
 from lib.options import option
+from lib.workers import WorkerLog, start_worker
 from vocab import read_captions
 
 
@@ -24,12 +26,12 @@ class PrecompDataset(Dataset):
     """One split of a folder of precomputed region features; an item for every pair of an image and its caption.
 
     images, boxes: memory-mapped files. captions: list of str. n_images: different images.
-    im_div: captions per image. repeats: files' rows per image (1, or im_div where they repeat each image).
+    im_div: captions per image. repeats: rows of the files per image (1, or im_div where they repeat each image).
     With need_boxes False (position none) SPLIT_boxes.npy is not read and items have boxes of shape (R, 0).
     Raises InputError where files are missing or do not fit together.
     """
 
-    reading = None  # shared with loading processes, see watched_workers
+    worker_log = None  # a WorkerLog, where loading processes read the data set
 
     def __init__(self, data_path, data_split, vocab, img_dim=None, need_boxes=True, allow_empty_captions=False):
         self.vocab = vocab
@@ -65,7 +67,7 @@ class PrecompDataset(Dataset):
                 f"{self.prefix}: {rows} images in _ims.npy and {n_captions} captions, expected one to be a multiple "
                 "of the other"
             )
-        self.repeats = run_length(self.images) if rows == n_captions else 1
+        self.repeats = rows_per_image(same_as_previous(self.images)) if rows == n_captions else 1
         self.n_images = rows // self.repeats
         self.im_div = max(1, n_captions // self.n_images)
 
@@ -81,23 +83,17 @@ class PrecompDataset(Dataset):
         if len(self.boxes) not in (len(self.images), self.n_images):
             raise InputError(f"{path}: {len(self.boxes)} images, but {len(self.images)} in {self.prefix}_ims.npy")
         for start in range(0, len(self.boxes), 1024):
-            block = np.asarray(self.boxes[start : start + 1024, :, : 2 * N_SLOTS])
-            cells, weights = np.split(block, 2, axis=2)
-            with np.errstate(invalid="ignore"):  # NaN, which the comparison finds
-                bad_cells = ~((cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells)))
-            if bad_cells.any():
-                image, region, slot = np.argwhere(bad_cells)[0]
-                raise InputError(
-                    f"{path}, image {start + image}, region {region}: cell index {cells[image, region, slot]}, "
-                    f"expected 0 to {N_CELLS}"
-                )
-            bad_weights = ~((weights >= 0) & (weights <= 1.001))  # the tolerance is for float16
-            if bad_weights.any():
-                image, region, slot = np.argwhere(bad_weights)[0]
-                raise InputError(
-                    f"{path}, image {start + image}, region {region}: weight {weights[image, region, slot]}, "
-                    "expected 0 to 1"
-                )
+            grids = np.asarray(self.boxes[start : start + 1024])
+            for name, bad, first, largest in (
+                ("cell index", bad_cells(grids), 0, N_CELLS),
+                ("weight", bad_weights(grids), N_SLOTS, 1),
+            ):
+                if bad.any():
+                    image, region, slot = np.argwhere(bad)[0]
+                    raise InputError(
+                        f"{path}, image {start + image}, region {region}: {name} {grids[image, region, first + slot]}, "
+                        f"expected 0 to {largest}"
+                    )
 
     def read_images(self, start, stop):
         """Features (n, R, img_dim) and grids (n, R, 30 | 31 | 0) of the images start…stop-1 as float32 tensors.
@@ -126,8 +122,8 @@ class PrecompDataset(Dataset):
 
     def __getitem__(self, index):
         """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id)."""
-        if self.reading is not None and (worker := get_worker_info()):
-            self.reading[worker.id, 1] = index
+        if self.worker_log:
+            self.worker_log.note_item(index)
         img_id = index * self.n_images // len(self)
         image = [rows[0] for rows in self.read_images(img_id, img_id + 1)]
         return *image, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
@@ -135,23 +131,10 @@ class PrecompDataset(Dataset):
     def __len__(self):
         return max(self.n_images, len(self.captions))
 
-
-def run_length(images: np.ndarray) -> int:
-    """Length of the runs of identical consecutive rows of images (n, R, D): captions per image where rows repeat.
-
-    Two equal pictures side by side lengthen one run only, so the greatest common divisor of the runs' lengths counts.
-    A few values of each row tell most rows apart. Rows that agree there are compared whole: some of them, and all
-    as soon as those show that the few values are not enough.
-    """
-    sample = np.asarray(images[:, :: max(1, images.shape[1] // 8), :: max(1, images.shape[2] // 8)])
-    equal = (sample[1:] == sample[:-1]).all(axis=(1, 2))
-    alike = np.flatnonzero(equal)
-    for pairs in (alike[:: len(alike) // 256 + 1], alike):
-        equal[pairs] = [np.array_equal(images[row], images[row + 1]) for row in pairs]
-        if equal[pairs].all():
-            break
-    starts = np.flatnonzero(~equal) + 1
-    return int(np.gcd.reduce(np.diff([0, *starts, len(images)])))
+    def describe_item(self, index):
+        """Item index in words: its pair, image and caption line."""
+        image, line = (index * n // len(self) for n in (self.n_images, len(self.captions)))
+        return f"pair {index}, which is image {image} and caption line {line + 1}"
 
 
 def collate_fn(data: list) -> tuple:
@@ -174,8 +157,10 @@ def pad(captions: list[Tensor]) -> Tensor:
 
 
 class EpochBatches(Sampler):
-    """Batches of a new order of n items each epoch, given by seed and epoch alone: a resumed run goes on as it would
-    have. Of each batch a process gets its share. first: how many of the epoch's batches are done already."""
+    """Batches of n items, in a new order each epoch that depends on seed and epoch only, so that a run can be resumed.
+
+    Several processes each get their share of a batch. first: how many of the epoch's batches are done already.
+    """
 
     def __init__(self, n, batch_size, seed):
         self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
@@ -183,8 +168,8 @@ class EpochBatches(Sampler):
     def __iter__(self):
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
         order = torch.randperm(self.n, generator=generator).tolist()
-        for at in range(self.first * self.batch_size, self.n, self.batch_size):
-            batch = order[at : at + self.batch_size]
+        for start in range(self.first * self.batch_size, self.n, self.batch_size):
+            batch = order[start : start + self.batch_size]
             yield batch[distributed.local_slice(len(batch))]
 
     def __len__(self):
@@ -206,7 +191,7 @@ def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any) -
 def get_precomp_loader(dataset: Any, batch_size: int, workers: int, shuffle_seed: int | None = None) -> DataLoader:
     """A DataLoader of collate_fn's batches, in order or shuffled by seed and its batch sampler's epoch."""
     workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-    dataset.reading = torch.zeros(workers + 1, 2, dtype=torch.int64).share_memory_() if workers else None
+    dataset.worker_log = WorkerLog(workers) if workers else None
     order = {"batch_size": batch_size}
     if shuffle_seed is not None:
         order = {"batch_sampler": EpochBatches(len(dataset), batch_size, shuffle_seed)}
@@ -218,42 +203,8 @@ def get_precomp_loader(dataset: Any, batch_size: int, workers: int, shuffle_seed
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
         collate_fn=collate_fn,
-        generator=torch.Generator(),  # its own, so that loading leaves the random state of training alone
+        generator=torch.Generator(),  # so that loading leaves the random state of training alone
     )
-
-
-def start_worker(number: int) -> None:
-    """In a loading process: note its id, leave Ctrl-C to the process that trains, and SIGTERM as long as that lasts."""
-    table = get_worker_info().dataset.reading
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: None if table[-1, 0] else os._exit(0))
-    table[number, 0] = os.getpid()
-
-
-@contextmanager
-def watched_workers(dataset: Any) -> Iterator[None]:
-    """While this lasts, a loading process that dies becomes an InputError that names what it was reading.
-
-    dataset.reading (workers + 1, 2) has a row for each loading process, its id and the item that it reads; the last
-    row says whether this lasts.
-    """
-    table = dataset.reading if dataset.reading is not None else torch.zeros(1, 2)
-    table[-1, 0] = 1
-    try:
-        yield
-    except RuntimeError as error:
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        dead = set(map(int, found[1].split(","))) if found else ()
-        for pid, index in table[:-1].tolist():
-            if pid in dead:
-                image, line = (index * n // len(dataset) for n in (dataset.n_images, len(dataset.captions)))
-                raise InputError(
-                    f"{dataset.prefix}: a loading process died when it read pair {index}, which is image {image} and "
-                    f"caption line {line + 1} ({str(error).strip().splitlines()[0]})"
-                ) from None
-        raise
-    finally:
-        table[-1, 0] = 0
 
 
 def get_loaders(

@@ -21,13 +21,14 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from data import get_loaders, watched_workers
+from data import get_loaders
 from evaluation import AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
 from lib.cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
 from lib.errors import InputError, run
 from lib.options import NEW_OPTIONS, option
+from lib.workers import watched_workers
 from model import LINEAR, MATMUL_PRECISION, POSITIONS, SCAN
 
 log = logging.getLogger(__name__)

@@ -56,7 +56,7 @@ def test_the_same_seed_gives_the_same_interval_whatever_the_block(monkeypatch):
     values = np.random.default_rng(0).random((50, 7))
     whole = summary(values)
     assert summary(values) == whole
-    monkeypatch.setattr("intervals.BLOCK", 500)
+    monkeypatch.setattr("lib.intervals.BLOCK", 500)
     assert summary(values) == whole
 
 

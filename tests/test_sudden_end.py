@@ -16,11 +16,11 @@ from folders import make_folder
 from test_train import assert_same, load
 
 import train
-from data import watched_workers
 from lib import distributed
 from lib.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from lib.errors import InputError
 from lib.files import replace
+from lib.workers import watched_workers
 from model import SCAN
 
 SMALL = "--img_dim 16 --embed_size 24 --word_dim 8 --batch_size 16 --max_violation --agg_func Mean --bi_gru"
@@ -239,7 +239,7 @@ def test_the_death_of_a_loading_process_names_the_sample(toy, tmp_path):
     ims = tmp_path / "data" / "toy_precomp" / "train_ims.npy"
     code = "import os, sys, train; opt = train.get_parser().parse_args(sys.argv[2:]); make = train.get_loaders\n"
     code += "def loaders(*args):\n    made = make(*args)\n    os.truncate(sys.argv[1], 8192)\n    return made\n"
-    code += "import errors; errors.run(lambda: train.fit(opt, make_loaders=loaders))"
+    code += "from lib import errors; errors.run(lambda: train.fit(opt, make_loaders=loaders))"
     flags = f"{toy} --data_path {data_path} --vocab_path {vocab_path} --img_dim 512 --workers 1 --num_epochs 1"
     flags += f" --logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'}"
     done = subprocess.run(
@@ -257,7 +257,7 @@ def test_the_sample_is_named_wherever_the_death_is_noticed(toy, tmp_path):
     """PyTorch raises it from a signal handler: also where a file is written, or other processes are waited for."""
     opt = train.get_parser().parse_args(toy.split())
     loader, _ = train.get_loaders(opt.data_name, train.read_vocab(opt), 16, 1, opt)
-    loader.dataset.reading[0] = torch.tensor([4321, 17])
+    loader.dataset.worker_log.pids[0], loader.dataset.worker_log.items[0] = 4321, 17
 
     def die(*_):
         raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")

@@ -17,6 +17,7 @@ from vocab import (
     build_vocab,
     deserialize_vocab,
     read_captions,
+    segment,
     serialize_vocab,
     split_sentences,
     split_words,
@@ -82,6 +83,18 @@ PIECES = ["a", "dog", "mr", "can", "not", "cannot", "gon", "na", "wanna", "gotta
 def test_plain_captions_are_cut_as_nltk_cuts_them(pieces):
     caption = "".join(pieces)
     assert tokenize(caption) == [word for part in split_sentences(caption) for word in split_words(part)]
+
+
+def test_chinese_text_is_cut_into_words_and_other_text_at_spaces():
+    assert segment("一个男人在跑步 a red dog") == ["一个", "男人", "在", "跑步", "a", "red", "dog"]
+    assert segment("  ") == []
+
+
+def test_jieba_is_loaded_when_chinese_text_first_comes():
+    code = "import sys, vocab; vocab.segment('a red dog'); before = 'jieba' in sys.modules; vocab.segment('红球'); "
+    code += "print(before, 'jieba' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False True\n"
 
 
 def test_lower_casing_is_the_callers_choice():

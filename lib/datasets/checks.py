@@ -1,0 +1,44 @@
+"""Checks of features and position grids that training, evaluation and the data tools share."""
+
+import numpy as np
+
+from lib.constants import N_CELLS, N_SLOTS
+
+
+def bad_cells(grids: np.ndarray) -> np.ndarray:
+    """Slots (n, R, 15) bool of position grids (n, R, 30 | 31) whose cell index is no whole number from 0 to 256."""
+    cells = grids[..., :N_SLOTS]
+    with np.errstate(invalid="ignore"):  # NaN, which the comparison finds
+        return ~((cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells)))
+
+
+def bad_weights(grids: np.ndarray) -> np.ndarray:
+    """Slots (n, R, 15) bool of position grids (n, R, 30 | 31) whose weight is no number from 0 to 1."""
+    weights = grids[..., N_SLOTS : 2 * N_SLOTS]
+    return ~((weights >= 0) & (weights <= 1.001))  # the tolerance is for float16
+
+
+def same_as_previous(images: np.ndarray) -> np.ndarray:
+    """Which rows 1…n-1 of images (n, R, D) equal the row before: (n - 1,) bool.
+
+    A few values of each row tell most rows apart. Rows that agree there are compared whole: a sample of them, and all
+    as soon as the sample shows that the few values are not enough.
+    """
+    sample = np.asarray(images[:, :: max(1, images.shape[1] // 8), :: max(1, images.shape[2] // 8)])
+    same = (sample[1:] == sample[:-1]).all(axis=(1, 2))
+    alike = np.flatnonzero(same)
+    for rows in (alike[:: len(alike) // 256 + 1], alike):
+        same[rows] = [np.array_equal(images[row], images[row + 1]) for row in rows]
+        if same[rows].all():
+            break
+    return same
+
+
+def rows_per_image(same: np.ndarray) -> int:
+    """How many consecutive rows each image takes, from which rows equal the row before (n - 1,).
+
+    The greatest common divisor of the lengths of the runs of equal rows: two equal images side by side lengthen one
+    run only.
+    """
+    starts = np.flatnonzero(~np.asarray(same, dtype=bool)) + 1
+    return int(np.gcd.reduce(np.diff([0, *starts, len(same) + 1])))
