@@ -4,9 +4,8 @@ import os
 
 from fastapi.responses import FileResponse
 
+from lib.datasets.news import Pictures, read_flags, read_words
 from Tencent_PFAN.web import Answer, Refused
-from test_server import compute_map
-from test_server import test as client
 
 
 class Items:
@@ -15,11 +14,9 @@ class Items:
     def __init__(self, folder):
         path = os.path.join(folder, "test_list.json")
         self.folder = folder
-        self.sentences, self.tags = (
-            [words for words, _ in client.read_test_list(path, kind)] for kind in ("sentence", "tag")
-        )
-        self.flags = compute_map.read_test_list(path)
-        self.pictures = client.Pictures(folder, {url for item in self.flags for url, _ in item})
+        self.sentences, self.tags = ([words for words, _ in read_words(path, kind)] for kind in ("sentence", "tag"))
+        self.flags = read_flags(path)
+        self.pictures = Pictures(folder, {url for item in self.flags for url, _ in item})
 
     def listing(self):
         """[{"sentence", "tags", "pictures": how many}], the items in order."""

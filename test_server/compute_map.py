@@ -5,7 +5,6 @@
 
 import argparse
 import functools
-import json
 import math
 import operator
 import os
@@ -15,6 +14,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib import errors
+from lib.datasets.news import read_flags, read_json_lines
 
 WEIGHTS = {"dist_tag_t2i.json": 1.0, "dist_sentence_t2i.json": 1.0, "dist_tag_new_t2i.json": 1.5}  # as published
 EPS = 1e-7  # added to every count that is divided by, so that no item at all gives 0.0; part of the published digits
@@ -23,34 +23,6 @@ EPS = 1e-7  # added to every count that is divided by, so that no item at all gi
 def total(numbers):
     """Their plain sum, left to right: sum() compensates from Python 3.12 on, which changes the last printed digit."""
     return functools.reduce(operator.add, numbers, 0)
-
-
-def read_lines(path, expected, parse):
-    """parse(object) of every line of a file with one JSON object a line.
-
-    parse raises KeyError, TypeError or ValueError for an object that does not fit; that, or a line that is no
-    JSON, becomes an InputError naming the file, the line and what was expected.
-    """
-    parsed = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                parsed.append(parse(json.loads(line)))
-            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-                raise errors.InputError(f"{path}:{number}: expected {expected}, found {line[:60]!r}") from None
-    return parsed
-
-
-def read_test_list(path):
-    """A list of items, each a list of (url, flag): 1 where the picture is a right one for the item, else 0."""
-
-    def parse(item):
-        urls, flags = item["Img_urls"], item["Img_flags"]
-        if not all(isinstance(url, str) for url in urls) or not all(flag in (0, 1) for flag in flags):
-            raise ValueError
-        return list(zip(urls, map(int, flags), strict=True))
-
-    return read_lines(path, '{"Img_urls": [url, ...], "Img_flags": [0 or 1, ...]}, equally many of both', parse)
 
 
 def read_scores(path):
@@ -68,7 +40,7 @@ def read_scores(path):
         return scores
 
     lists = "".join(f', "{key}": [number, ...]' for key in keys)
-    return read_lines(path, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
+    return read_json_lines(path, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
 
 
 def mix(item, scores, weights):
@@ -159,7 +131,7 @@ def main():
     if len(weights) != len(args.files):
         parser.error(f"{len(weights)} weights for {len(args.files)} files")
 
-    items = read_test_list(args.test_list)
+    items = read_flags(args.test_list)
     files = [read_scores(path) for path in args.files]
     for path, file in zip(args.files, files, strict=True):
         if len(file) != len(items):

@@ -29,14 +29,15 @@ import evaluation
 import train
 from data import get_precomp_dataset
 from lib.checkpoint import NEWER, OPTIONS, load_checkpoint
+from lib.datasets import news
 from lib.errors import InputError
 from model import SCAN
 from scripts import (
     captions_to_dataset,
     tsv_to_dataset,
 )
-from Tencent_PFAN.demo_page import client
 from test_server import compute_map
+from test_server import test as client
 from vocab import build_vocab, deserialize_vocab, read_captions
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
@@ -152,12 +153,12 @@ def read_scores(path):
 
 
 def read_test_list(path):
-    compute_map.read_test_list(str(path))
+    news.read_flags(str(path))
 
 
 def read_pictures(path):
-    client.read_test_list(str(path.parent / "test_list.json"), "sentence")
-    pictures = client.Pictures(str(path.parent), set(URLS))
+    news.read_words(str(path.parent / "test_list.json"), "sentence")
+    pictures = news.Pictures(str(path.parent), set(URLS))
     for url in URLS:
         if not pictures.missing(url):
             pictures.read(url)
