@@ -1,0 +1,123 @@
+"""Caption files → SPLIT_caps.txt and SPLIT_ids.txt."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from dataset_commands import D, R, fails, no_file_grows, ok
+from folders import write_lines
+
+
+def karpathy(path, coco):
+    images = []
+    for i, (split, k) in enumerate([("train", 5), ("restval", 6), ("val", 5), ("test", 5), ("test", 5), ("train", 4)]):
+        sentences = [{"raw": f"Caption {i} {j} é.\n", "tokens": ["x"]} for j in range(k)]
+        images.append(
+            {
+                "filename": f"COCO_val2014_{i:012}.jpg" if coco else f"{i}00.jpg",
+                "split": split,
+                "sentences": sentences,
+                **({"cocoid": i} if coco else {}),
+            }
+        )
+    path.write_text(json.dumps({"dataset": "x", "images": images}))
+
+
+def test_karpathy_splits(tmp_path):
+    karpathy(tmp_path / "coco.json", True)
+    out = ok("captions_to_dataset", "--karpathy", tmp_path / "coco.json", "--out", tmp_path / "c", "--test_images", 1)
+    assert "1 with more than 5 captions" in out and "1 with fewer than 5 captions" in out
+    read = {p.name: p.read_text().splitlines() for p in (tmp_path / "c").glob("*.txt")}
+    assert read["train_ids.txt"] == ["0", "1"] and read["dev_ids.txt"] == ["2"]
+    assert read["testall_ids.txt"] == ["3", "4"] and read["test_ids.txt"] == ["3"]
+    assert read["train_caps.txt"] == [f"Caption {i} {j} é." for i in (0, 1) for j in range(5)]
+    assert read["caption_problems.txt"] == [
+        "1: with more than 5 captions: the first 5 of 6 are kept",
+        "5: with fewer than 5 captions: 4; left out",
+    ]
+    karpathy(tmp_path / "f30k.json", False)
+    ok("captions_to_dataset", "--karpathy", tmp_path / "f30k.json", "--out", tmp_path / "f")
+    assert (tmp_path / "f/test_ids.txt").read_text() == "300.jpg\n400.jpg\n"
+    assert not (tmp_path / "f/testall_ids.txt").exists()
+
+
+def test_official_coco_captions(tmp_path):
+    for name, ids in (("train", (7, 3)), ("val", (9,))):
+        annotations = [{"id": 10 * i + j, "image_id": i, "caption": f"{i} {j}"} for j in (4, 1, 3, 2, 5) for i in ids]
+        value = {"images": [{"id": i} for i in ids], "annotations": annotations}
+        (tmp_path / f"captions_{name}.json").write_text(json.dumps(value))
+    files = [tmp_path / f"captions_{name}.json" for name in ("train", "val")]
+    write_lines(tmp_path / "tr.txt", ["COCO_train2014_000000000009.jpg", "7"])
+    write_lines(tmp_path / "de.txt", ["3"])
+    ok(
+        "captions_to_dataset",
+        "--coco",
+        *files,
+        "--out",
+        tmp_path / "o",
+        "--ids",
+        f"train={tmp_path}/tr.txt",
+        f"dev={tmp_path}/de.txt",
+    )
+    assert (tmp_path / "o/train_caps.txt").read_text().splitlines() == [f"{i} {j}" for i in (9, 7) for j in range(1, 6)]
+    assert "--ids" in fails("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o")
+    write_lines(tmp_path / "de.txt", ["3", "444"])
+    assert "1 without captions" in fails(
+        "captions_to_dataset", "--coco", *files, "--out", tmp_path / "o", "--ids", f"dev={tmp_path}/de.txt"
+    )
+
+
+def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
+    write_lines(tmp_path / "caps.tsv", [f"{i}.jpg#{j}\tcaption {i} {j}" for i in range(6) for j in range(5)])
+    args = ("captions_to_dataset", "--tsv", tmp_path / "caps.tsv", "--out", tmp_path / "o")
+    ok(*args, "--sizes", "dev=1", "test=2", "--seed", 1)
+    splits = {s: (tmp_path / f"o/{s}_ids.txt").read_text().split() for s in ("train", "dev", "test")}
+    assert [len(ids) for ids in splits.values()] == [3, 1, 2] and len({i for s in splits.values() for i in s}) == 6
+    for split, ids in splits.items():
+        lines = (tmp_path / f"o/{split}_caps.txt").read_text().splitlines()
+        assert lines == [f"caption {i[:-4]} {j}" for i in ids for j in range(5)]
+        np.save(tmp_path / f"o/{split}_ims.npy", np.zeros((len(ids), R, D), np.float32))
+    ok(*args, "--sizes", "dev=1", "test=2", "--seed", 1)
+    assert "not known to be in the order" in fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2)
+    np.save(tmp_path / "o/test_ims.npy", np.zeros((2, R, D), np.float32))
+    os.remove(tmp_path / "o/train_ims.npy")
+    fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2)  # train alone would fit; no split is written
+    assert (tmp_path / "o/train_ids.txt").read_text().split() == splits["train"]
+    write_lines(tmp_path / "caps.tsv", ["no tab here"])
+    assert "no picture has 5 captions" in fails(*args, "--split", "train")
+
+
+@pytest.mark.parametrize(
+    "item, found",
+    [
+        ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
+        ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
+        ({"split": "train", "filename": "x"}, "'sentences'"),
+        ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
+    ],
+)
+def test_a_picture_of_another_form_is_named(tmp_path, item, found):
+    good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
+    (tmp_path / "k.json").write_text(json.dumps({"images": [good, item]}))
+    message = fails("captions_to_dataset", "--karpathy", tmp_path / "k.json", "--out", tmp_path / "o")
+    assert "k.json: picture 2" in message and found in message
+
+
+def test_inputs_of_another_kind_are_named(tmp_path):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "list.json").write_text("[]")
+    for args, said in (
+        (("--karpathy", tmp_path / "list.json"), "list.json: no picture has 5 captions"),
+        (("--tsv", tmp_path / "empty"), "empty: no picture has 5 captions"),
+    ):
+        assert said in fails("captions_to_dataset", *args, "--out", tmp_path / "o"), args
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    # no coverage of the tool's process: its files could not grow either
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
+    write_lines(tmp_path / "caps.tsv", [f"{i}.jpg\tcaption {i} {j}" for i in range(100) for j in range(5)])
+    args = ("--tsv", tmp_path / "caps.tsv", "--split", "train", "--out", tmp_path / "o")
+    assert f"{tmp_path}/o/train_caps.txt" in fails("captions_to_dataset", *args, preexec_fn=no_file_grows, env=env)
+    assert not [path for path in (tmp_path / "o").iterdir() if path.suffix != ".part"]

@@ -1,0 +1,243 @@
+"""Bottom-up-attention TSV files → a dataset folder: order, bad lines, regions, restarts."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from dataset_commands import D, R, fails, no_file_grows, no_leftovers, ok, picture, tsv_line
+from folders import write_lines
+
+from position import position_grid
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """Two TSV parts with pictures 10…15 and 99 (of no list), an id list each for train and test; {id: picture}."""
+    rng = np.random.default_rng(0)
+    pictures = {i: picture(rng) for i in (*range(10, 16), 99)}
+    lines = {i: tsv_line(i, *pictures[i]) for i in pictures}
+    write_lines(tmp_path / "a.tsv", [lines[i] for i in (12, 99, 10)])
+    write_lines(tmp_path / "b.tsv", [lines[i] for i in (15, 11, 14, 13)])
+    write_lines(tmp_path / "train.txt", [10, 11, 12, 13])
+    write_lines(tmp_path / "test.txt", ["15.jpg", "COCO_val2014_000000000014.jpg"])
+    return pictures
+
+
+def tsv_args(folder, *more):
+    return (
+        folder / "a.tsv",
+        folder / "b.tsv",
+        "--out",
+        folder / "out",
+        "--img_dim",
+        D,
+        "--ids",
+        f"train={folder}/train.txt",
+        f"test={folder}/test.txt",
+        *more,
+    )
+
+
+def test_tsv_parts_become_a_dataset_in_the_order_of_the_id_lists(tmp_path, parts):
+    out = ok("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "1 of other pictures" in out and "train: 4 of 4" in out
+    for split, ids in (("train", (10, 11, 12, 13)), ("test", (15, 14))):
+        images, boxes = (np.load(tmp_path / f"out/{split}_{name}.npy") for name in ("ims", "boxes"))
+        assert images.dtype == boxes.dtype == np.float32
+        np.testing.assert_array_equal(images, [parts[i][1] for i in ids])
+        np.testing.assert_array_equal(
+            boxes, position_grid(np.stack([parts[i][0] for i in ids]), [[375, 500]] * len(ids))
+        )
+    assert (tmp_path / "out/test_ids.txt").read_text() == "15.jpg\nCOCO_val2014_000000000014.jpg\n"
+    assert no_leftovers(tmp_path / "out")
+
+
+def test_a_second_run_leaves_finished_files_alone_and_other_settings_need_overwrite(tmp_path, parts):
+    ok("tsv_to_dataset", *tsv_args(tmp_path))
+    before = os.stat(tmp_path / "out/train_ims.npy")
+    assert "train: there already" in ok("tsv_to_dataset", *tsv_args(tmp_path))
+    after = os.stat(tmp_path / "out/train_ims.npy")
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert "--overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path, "--float16"))
+    ok("tsv_to_dataset", *tsv_args(tmp_path, "--float16", "--overwrite"))
+    halves = np.load(tmp_path / "out/train_ims.npy")
+    assert halves.dtype == np.float16
+    np.testing.assert_allclose(halves, [parts[i][1] for i in (10, 11, 12, 13)], rtol=1e-3, atol=1e-3)
+
+
+def test_bad_lines_are_listed_by_line_and_fail_the_run_unless_skipped(tmp_path, parts):
+    boxes, features = parts[13]
+    reversed_boxes = boxes[:, [2, 3, 0, 1]]
+    nan = features.copy()
+    nan[3, 2] = np.nan
+    write_lines(
+        tmp_path / "b.tsv",
+        [
+            tsv_line(15, *parts[15]),
+            tsv_line(10, *parts[10]),  # doubled
+            tsv_line(11, parts[11][0], nan),
+            tsv_line(13, reversed_boxes, features),
+            "14\t500\t375",
+        ],
+    )
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "3 malformed" in message and "1 doubled" in message and "--skip_bad" in message
+    listed = (tmp_path / "out/tsv_problems.txt").read_text().splitlines()
+    where = str(tmp_path / "b.tsv")
+    assert [line for line in listed if line.startswith(f"{where}, line 2: doubled: id 10")]
+    assert [line for line in listed if line.startswith(f"{where}, line 3: malformed") and "NaN" in line]
+    assert [line for line in listed if line.startswith(f"{where}, line 4: malformed") and "reversed" in line]
+    assert [line for line in listed if line.startswith(f"{where}, line 5: malformed") and "3 fields" in line]
+    assert not (tmp_path / "out/train_ims.npy").exists()
+    ok("tsv_to_dataset", *tsv_args(tmp_path, "--skip_bad"))
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [parts[i][1] for i in (10, 12)])
+    assert (tmp_path / "out/train_ids.txt").read_text() == "10\n12\n"
+
+
+def test_missing_and_doubled_ids_of_a_list_are_named(tmp_path, parts):
+    write_lines(tmp_path / "train.txt", [10, 11, 12, 777, 11, 13])
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "1 doubled" in message and "1 missing" in message
+    listed = (tmp_path / "out/tsv_problems.txt").read_text()
+    assert "train.txt, line 5: doubled: id 11 stands in line 2" in listed and "train, id 777: missing" in listed
+
+
+def test_skipping_pictures_takes_their_captions_along(tmp_path, parts):
+    (tmp_path / "out").mkdir()
+    write_lines(tmp_path / "out/train_ids.txt", [10, 11, 777, 13])
+    write_lines(tmp_path / "out/train_caps.txt", [f"{i} {j}" for i in (10, 11, 777, 13) for j in range(5)])
+    ok(
+        "tsv_to_dataset",
+        tmp_path / "a.tsv",
+        tmp_path / "b.tsv",
+        "--out",
+        tmp_path / "out",
+        "--img_dim",
+        D,
+        "--skip_bad",
+    )
+    lines = (tmp_path / "out/train_caps.txt").read_text().splitlines()
+    assert lines == [f"{i} {j}" for i in (10, 11, 13) for j in range(5)]
+    assert np.load(tmp_path / "out/train_ims.npy").shape == (3, R, D)
+    assert "there already" in ok(
+        "tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D
+    )
+
+
+@pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
+def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
+    rng = np.random.default_rng(1)
+    many, few = picture(rng, 50), picture(rng, 10)
+    scores = rng.random(50)
+    fields = "image_id,image_w,image_h,num_boxes,boxes,features,objects_conf"
+    write_lines(tmp_path / "t.tsv", [tsv_line(1, *many, 500, 375, scores), tsv_line(2, *few, 500, 375, np.ones(10))])
+    out = ok(
+        "tsv_to_dataset",
+        tmp_path / "t.tsv",
+        "--out",
+        tmp_path / "out",
+        "--all",
+        "train",
+        "--img_dim",
+        D,
+        "--regions",
+        regions,
+        "--n_regions",
+        n,
+        "--fields",
+        fields,
+    )
+    assert "padded" in out
+    images, boxes = (np.load(tmp_path / f"out/train_{name}.npy") for name in ("ims", "boxes"))
+    best = np.argsort(-scores.astype("<f4"), kind="stable")[:36] if regions == "best" else np.arange(50)
+    np.testing.assert_array_equal(images[0, :kept], many[1][best])
+    np.testing.assert_array_equal(images[1, :10], few[1])
+    assert (images[1, 10:] == 0).all() and (boxes[1, 10:, :15] == 256).all() and (boxes[1, 10:, 15:] == 0).all()
+    assert "36 (--regions fixed)" in (
+        fails(
+            "tsv_to_dataset",
+            tmp_path / "t.tsv",
+            "--out",
+            tmp_path / "o2",
+            "--all",
+            "train",
+            "--img_dim",
+            D,
+            "--fields",
+            fields,
+        )
+        and (tmp_path / "o2/tsv_problems.txt").read_text()
+    )
+
+
+DIES = """
+import os
+from lib import errors
+from lib.datasets import writer
+from scripts import tsv_to_dataset
+write = writer.SplitWriter.write
+def dying(self, row, **values):
+    write(self, row, **values)
+    if self.done.sum() == 25:
+        os.kill(os.getpid(), 9)
+writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
+errors.run(tsv_to_dataset.main)
+"""
+
+
+def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
+    rng = np.random.default_rng(2)
+    pictures = [picture(rng) for _ in range(40)]
+    write_lines(tmp_path / "t.tsv", [tsv_line(i, *pictures[i]) for i in range(40)])
+    write_lines(tmp_path / "train.txt", range(40))
+    args = ["t.tsv", "--out", "out", "--ids", "train=train.txt", "--img_dim", str(D)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", DIES, *args], cwd=tmp_path, env=env)
+    assert done.returncode == -signal.SIGKILL
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "train_ims.npy.part",
+        "train_boxes.npy.part",
+        "train_state.part",
+    }
+    # what the killed run wrote is not made again: other numbers of the same length do not show
+    other = [tsv_line(i, pictures[0][0], pictures[0][1] + 1) for i in range(25)]
+    write_lines(tmp_path / "t.tsv", other + [tsv_line(i, *pictures[i]) for i in range(25, 40)])
+    subprocess.run([sys.executable, ROOT / "scripts/tsv_to_dataset.py", *args], cwd=tmp_path, check=True)
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [features for _, features in pictures])
+    assert no_leftovers(tmp_path / "out")
+
+
+def test_a_command_ends_with_that_line_and_status_2(tmp_path, parts):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/train_commit").write_text("[" * 100_000)
+    assert f"error: {tmp_path / 'out/train_commit'}: not JSON" in fails("tsv_to_dataset", *tsv_args(tmp_path))
+
+
+def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "spaces.tsv").write_text("1 500 375 36 AAAA AAAA\n")
+    write_lines(tmp_path / "head.tsv", ["image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures"])
+    write_lines(tmp_path / "wide.tsv", [tsv_line(10, *parts[10], width=10**400)])
+    out, ids = ("--out", tmp_path / "o"), ("--ids", f"train={tmp_path}/train.txt")
+    for args, said in (
+        ((tmp_path / "empty", *out, *ids), "empty: empty, expected lines of image_id"),
+        ((tmp_path / "head.tsv", *out, "--all", "train"), "head.tsv: no pictures"),
+        ((tmp_path / "wide.tsv", "--out", tmp_path / "w", *ids, "--img_dim", D), "1 malformed"),
+        ((tmp_path / "spaces.tsv", *out, *ids), "1 malformed"),
+        ((tmp_path / "a.tsv", *out, *ids, "--n_regions", 0), "--n_regions 0: expected at least 1"),
+        ((tmp_path / "a.tsv", "--out", tmp_path / "empty", *ids), "empty: is no folder"),
+    ):
+        assert said in fails("tsv_to_dataset", *args), args
+    assert "1 fields, expected 6: image_id" in (tmp_path / "o/tsv_problems.txt").read_text()
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, parts):
+    # no coverage of the tool's process: its files could not grow either
+    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path), preexec_fn=no_file_grows, env=env)
+    assert f"{tmp_path}/out/train_ims.npy" in message
+    assert not [path for path in (tmp_path / "out").iterdir() if path.suffix != ".part"]
