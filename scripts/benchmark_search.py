@@ -27,9 +27,11 @@ if not __package__:
 from evaluation import load_split
 from lib.errors import InputError, run
 from lib.files import read_lines, replace, write_lines
-from scripts.build_index import TABLE_BLOCK, open_or_build, read_json
 from scripts.demo import make_demo_data
-from scripts.search.collection import Collection, FirstStage
+from scripts.search.build import TABLE_BLOCK, open_or_build
+from scripts.search.collection import Collection
+from scripts.search.first_stage import FirstStage
+from scripts.search.store import read_json
 
 TOP = 10
 CANDIDATES = (50, 100, 200, 500, 1000, 2000, 4000, 10_000, 20_000, 50_000)
@@ -73,8 +75,8 @@ class MeanRegion:
 def first_pictures(stage, n):
     """A FirstStage of the collection's first n pictures."""
     if stage.t2i:
-        return FirstStage(True, stage.anchors, stage.nearest, stage.starts, stage.table[:, :n])
-    return FirstStage(False, stage.anchors, stage.nearest[: stage.starts[n]], stage.starts[: n + 1], stage.table)
+        return FirstStage(True, stage.centroids, stage.nearest, stage.starts, stage.table[:, :n])
+    return FirstStage(False, stage.centroids, stage.nearest[: stage.starts[n]], stage.starts[: n + 1], stage.table)
 
 
 def part_of(collection, n, stage):

@@ -31,7 +31,8 @@ from lib.checkpoint import load_checkpoint
 from lib.constants import N_CELLS
 from lib.errors import InputError, run
 from lib.files import replace
-from scripts.explore import name_models
+from scripts.explorer.groups import Groups
+from scripts.explorer.names import name_models
 from scripts.explorer.pictures import SIDE, Pictures
 from scripts.search.collection import Collection
 from train import tensorboard_logger  # with what its protobuf needs
@@ -59,8 +60,8 @@ def open_split(opt):
     return Collection.encode(model, loader), loader.dataset, Pictures(loader.dataset, opt.images)
 
 
-def numbers(values, opt, dataset, picture):
-    """values, what the model makes of a picture. Raises InputError where these are NaN or infinite."""
+def require_finite(values, opt, dataset, picture):
+    """values, a model's attention or scores of a picture. Raises InputError where one is NaN or infinite."""
     if not np.isfinite(values).all():
         what = f"picture {picture} of {dataset.prefix}_ims.npy gives NaN or infinite numbers"
         raise InputError(f"{opt.model_path}: {what}, expected smaller features or weights")
@@ -107,7 +108,7 @@ def draw_search(opt):
     for row, (image, score) in enumerate(zip(images, scores, strict=True)):
         draw_picture(axes[row, 0], pictures, image)
         axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{pictures.ids[image]}")
-        t2i = numbers(collection.attention(collection.image(image), words)[0], opt, dataset, image)
+        t2i = require_finite(collection.attention(collection.image(image), words)[0], opt, dataset, image)
         for axis, word in zip(axes[row, 1:], columns, strict=True):
             draw_picture(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
     for axis, word in zip(axes[0, 1:], columns, strict=True):
@@ -125,23 +126,23 @@ def grid_of_axes(rows, columns):
 
 
 def draw_captions(opt):
-    """A picture and the best captions for it, with their scores and its own ones marked."""
+    """A picture and the best captions for it with their scores; the picture's captions are marked."""
     collection, dataset, pictures = open_split(opt)
     if not 0 <= opt.picture < dataset.n_images:
         raise InputError(f"--picture {opt.picture}: expected 0 to {dataset.n_images - 1}")
-    scores = numbers(collection.score_captions(collection.image(opt.picture)), opt, dataset, opt.picture)
-    groups = min(dataset.n_images, len(scores))
-    own = opt.picture * groups // dataset.n_images
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 3.4), width_ratios=(1, 2.7), layout="constrained")
-    draw_picture(left, pictures, opt.picture)
-    left.set_title(f"Picture {pictures.ids[opt.picture]}")
-    right.axis("off")
+    scores = require_finite(collection.score_captions(collection.image(opt.picture)), opt, dataset, opt.picture)
+    groups = Groups(dataset.n_images, len(scores))
+    right = set(groups.captions(groups.of_image(opt.picture)))
+    figure, (image, table) = plt.subplots(1, 2, figsize=(12.5, 3.4), width_ratios=(1, 2.7), layout="constrained")
+    draw_picture(image, pictures, opt.picture)
+    image.set_title(f"Picture {pictures.ids[opt.picture]}")
+    table.axis("off")
     for row, caption in enumerate(np.argsort(-scores, kind="stable")[: opt.top]):
-        is_own = caption * groups // len(scores) == own
+        mark, colour = ("  ✓", RIGHT) if caption in right else ("", "black")
         text = textwrap.shorten(dataset.captions[caption], 130, placeholder=" …")
-        line = f"{row + 1:2}.  {scores[caption]:.3f}  {text}{'  ✓' if is_own else ''}"
-        right.text(0, 1 - (row + 0.5) / opt.top, line, color=RIGHT if is_own else "black", va="center", fontsize=8.5)
-    right.set_title("captions by score; its own ones in green, with ✓", fontsize=9, loc="left")
+        line = f"{row + 1:2}.  {scores[caption]:.3f}  {text}{mark}"
+        table.text(0, 1 - (row + 0.5) / opt.top, line, color=colour, va="center", fontsize=8.5)
+    table.set_title("captions by score; the picture's captions in green, with ✓", fontsize=9, loc="left")
     return figure
 
 

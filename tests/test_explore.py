@@ -31,6 +31,8 @@ from evaluation import encode_data, load_split, shard_xattn
 from lib.cross_attention import pair_attention
 from lib.errors import InputError, run
 from scripts import explore
+from scripts.explorer.answers import Explorer, first_rank
+from scripts.explorer.app import make_app
 from scripts.explorer.pictures import Pictures, find_files
 
 N_PICTURES = 12
@@ -45,7 +47,7 @@ def options(*flags):
 @contextlib.contextmanager
 def serve(explorer):
     """The address of a server of an Explorer on a free port."""
-    config = uvicorn.Config(explore.make_app(explorer), "127.0.0.1", 0, http=explore.Protocol, log_level="error")
+    config = uvicorn.Config(make_app(explorer), "127.0.0.1", 0, http=explore.Protocol, log_level="error")
     server, listening = uvicorn.Server(config), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -78,7 +80,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def explorer(made):
-    return explore.Explorer(options(*made[1]))
+    return Explorer(options(*made[1]))
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +167,7 @@ def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
     grids = np.load(made[0] / "data" / "demo" / "test_boxes.npy")[4]
     assert np.array(answer["cells"]) == pytest.approx(grids[:, :15])
     assert np.array(answer["area"]) == pytest.approx(grids[:, 15:30], abs=1e-4)
-    encoder = explorer.models[0].model.img_enc
+    encoder = explorer.collections[0].model.img_enc
     features = torch.from_numpy(np.load(made[0] / "data" / "demo" / "test_ims.npy")[4])
     logits = torch.tanh(
         (encoder.fc_att(features)[:, None] * encoder.position_embedding(torch.tensor(grids[:, :15]).long())).sum(2)
@@ -226,7 +228,7 @@ def test_only_the_pages_own_names_reach_it(address):
 
 
 def test_files_outside_the_page_are_not_served(address):
-    for path in ("../explore.py", "..%2fexplore.py", "%2e%2e/explore.py"):
+    for path in ("../explore.py", "..%2fexplore.py", "%2e%2e/explore.py", "../answers.py", "answers.py"):
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(address + path, timeout=10)
         assert refused.value.code == 404
@@ -234,7 +236,7 @@ def test_files_outside_the_page_are_not_served(address):
 
 def test_more_pictures_than_index_above_are_searched_in_two_stages(made, explorer):
     flags = ("--index_above", "5", "--candidates", str(N_PICTURES))
-    two_stages = explore.Explorer(options(*made[1], *flags))
+    two_stages = Explorer(options(*made[1], *flags))
     assert all(model["indexed"] for model in two_stages.about()["models"])
     sentence = explorer.captions[7]
     answers = (known.search(sentence, 5)["models"] for known in (explorer, two_stages))
@@ -243,14 +245,14 @@ def test_more_pictures_than_index_above_are_searched_in_two_stages(made, explore
     for fine, coarse in zip(*(known.captions_for(3, 2)["models"] for known in (explorer, two_stages)), strict=True):
         assert (fine["scored"], coarse["scored"]) == (5 * N_PICTURES, N_PICTURES)  # of captions, that many candidates
         assert coarse["results"][0]["score"] <= fine["results"][0]["score"] + 3e-3
-    assert explore.first_rank(np.array([4, 7, 2]), {2, 7}) == 2 and explore.first_rank(np.array([4]), {2}) is None
+    assert first_rank(np.array([4, 7, 2]), {2, 7}) == 2 and first_rank(np.array([4]), {2}) is None
 
 
 def test_models_of_different_captions_are_refused(made, tmp_path):
     where = make_folder(tmp_path, splits={"dev": 6, "test": 6}, n_regions=4)
     save_model(tmp_path / "other.pth.tar", *where)
     with pytest.raises(InputError, match="other.pth.tar: its test split is not that of"):
-        explore.Explorer(options(made[1][0], tmp_path / "other.pth.tar"))
+        Explorer(options(made[1][0], tmp_path / "other.pth.tar"))
 
 
 @pytest.mark.parametrize(
@@ -560,7 +562,7 @@ def test_nothing_moves_when_results_arrive(person, explorer):
 
 def test_three_models_fit_a_narrow_screen(browser, made):
     first, second = made[1]
-    with serve(explore.Explorer(options(first, second, first))) as address:
+    with serve(Explorer(options(first, second, first))) as address:
         person = Person(browser, address, (360, 740))
         person.search("a red ring at the top")
         assert person.run("return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth") == 0
@@ -612,7 +614,7 @@ def test_nothing_comes_from_another_host(person, explorer):
 def test_without_picture_files_boxes_stand_on_a_blank_frame(browser, made, tmp_path):
     """As with the published Flickr30K files: features, grids and captions alone."""
     shutil.copytree(made[0] / "data" / "demo", tmp_path / "demo", ignore=shutil.ignore_patterns("*images", "*pixel*"))
-    explorer = explore.Explorer(options(made[1][0], "--data_path", tmp_path))
+    explorer = Explorer(options(made[1][0], "--data_path", tmp_path))
     with serve(explorer) as address:
         person = Person(browser, address)
         assert "No picture files" in person.text("#about")
@@ -637,7 +639,7 @@ def test_a_stopped_explorer_is_said_on_the_page(browser, explorer):
 def test_screenshots_for_the_documentation(browser):
     out, runs = os.environ["PFAN_SCREENSHOTS"], os.environ.get("PFAN_RUNS", "runs/demo")
     paths = [os.path.join(runs, f"{name}_seed0", "model_best.pth.tar") for name in ("attention", "none")]
-    with serve(explore.Explorer(options(*paths))) as address:
+    with serve(Explorer(options(*paths))) as address:
         sentence = "A large red ring is to the left of a small blue star."
 
         def shoot(person, name):

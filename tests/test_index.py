@@ -13,10 +13,13 @@ from test_evaluation import save_model
 from evaluation import load_split
 from lib.errors import InputError
 from scripts import benchmark_search, build_index
-from scripts.build_index import build, collection_folder, fingerprint, open_collection, open_or_build
-from scripts.search.collection import Collection, FirstStage
+from scripts.search import build as building
+from scripts.search.build import build, open_or_build
+from scripts.search.collection import Collection
+from scripts.search.first_stage import FirstStage
+from scripts.search.store import FILES, collection_folder, fingerprint, open_collection
 
-FILES = {"images.npy", "words.npy", "lens.npy", "anchors.faiss", "nearest.npy", "table.npy", "collection.json"}
+FINISHED = FILES - {"by_item.npy", "progress.json"}
 N = 60
 
 
@@ -40,13 +43,13 @@ def built(toy):
     root, paths = toy
     model, loader = load(paths["t2i"])
     folder = str(root / "built")
-    open_or_build(paths["t2i"], model, loader, "test", folder, n_anchors=32)
+    open_or_build(paths["t2i"], model, loader, "test", folder, n_centroids=32)
     return model, loader, folder
 
 
 def test_a_collection_holds_what_the_model_encodes_in_half_precision(built):
     model, loader, folder = built
-    assert set(os.listdir(folder)) == FILES
+    assert set(os.listdir(folder)) == FINISHED
     collection, memory = open_collection(folder, model, loader.dataset.vocab), Collection.encode(model, loader)
     assert isinstance(collection.images, np.memmap) and collection.images.dtype == np.float16
     assert np.asarray(collection.images) == pytest.approx(memory.images.numpy(), abs=1e-3)
@@ -109,7 +112,7 @@ def test_the_first_stage_takes_each_words_nearest_anchor():
 def test_the_table_is_the_largest_product_of_anchors_and_regions(built):
     model, loader, folder = built
     collection = open_collection(folder, model, loader.dataset.vocab)
-    anchors = collection.first_stage.anchors.reconstruct_n(0, collection.first_stage.anchors.ntotal)
+    anchors = collection.first_stage.centroids.reconstruct_n(0, collection.first_stage.centroids.ntotal)
     images = np.asarray(collection.images, dtype=np.float32)
     expected = np.einsum("nrd,kd->knr", images, anchors).max(2)
     assert np.asarray(collection.first_stage.table, dtype=np.float32) == pytest.approx(expected, abs=1e-3)
@@ -132,8 +135,8 @@ def test_the_first_stage_is_the_mean_over_what_attends_of_the_best_that_is_atten
     """Pictures for a sentence and captions for a picture, against plain forms; what attends stands for its anchor."""
     root, paths = toy
     model, loader = load(paths[way])
-    collection = open_or_build(paths[way], model, loader, "test", str(root / f"stage_{way}"), n_anchors=32)
-    anchors = collection.first_stage.anchors.reconstruct_n(0, 32)
+    collection = open_or_build(paths[way], model, loader, "test", str(root / f"stage_{way}"), n_centroids=32)
+    anchors = collection.first_stage.centroids.reconstruct_n(0, 32)
     images, words = (np.asarray(x, dtype=np.float32) for x in (collection.images, collection.words))
     captions = [words[start:stop] for start, stop in zip(collection.starts[:-1], collection.starts[1:], strict=True)]
 
@@ -165,10 +168,10 @@ def test_captions_are_searched_in_two_stages_too(built):
 def test_a_stopped_build_goes_on_where_it_was(toy, built, tmp_path, monkeypatch, stop_at):
     model, loader, finished = built
     made_from, steps = fingerprint(toy[1]["t2i"], loader.dataset, 32), []
-    monkeypatch.setattr(build_index, "SYNC_EVERY", 1)
-    monkeypatch.setattr(build_index, "TABLE_BLOCK", 8)
-    monkeypatch.setattr(build_index, "NEAREST_BLOCK", 100)
-    plain_write = build_index.ArrayFile.write
+    monkeypatch.setattr(building, "SYNC_EVERY", 1)
+    monkeypatch.setattr(building, "TABLE_BLOCK", 8)
+    monkeypatch.setattr(building, "NEAREST_BLOCK", 100)
+    plain_write = building.ArrayWriter.write
 
     def write(file, row, values):
         if os.path.basename(file.path) == stop_at:
@@ -177,14 +180,14 @@ def test_a_stopped_build_goes_on_where_it_was(toy, built, tmp_path, monkeypatch,
                 raise KeyboardInterrupt
         plain_write(file, row, values)
 
-    monkeypatch.setattr(build_index.ArrayFile, "write", write)
+    monkeypatch.setattr(building.ArrayWriter, "write", write)
     with pytest.raises(KeyboardInterrupt):
         build(str(tmp_path), made_from, model, loader, 32)
     assert not (tmp_path / stop_at).exists() and not (tmp_path / "collection.json").exists()
     steps.append("stopped")
     build(str(tmp_path), made_from, model, loader, 32)
     assert steps[5] == steps[3]  # on it goes with what was not written, not from the start
-    assert set(os.listdir(tmp_path)) == FILES
+    assert set(os.listdir(tmp_path)) == FINISHED
     for name in ("images.npy", "words.npy", "lens.npy"):
         assert (np.load(tmp_path / name) == np.load(os.path.join(finished, name))).all()
     assert np.load(tmp_path / "table.npy") == pytest.approx(np.load(os.path.join(finished, "table.npy")), abs=1e-3)
@@ -192,10 +195,10 @@ def test_a_stopped_build_goes_on_where_it_was(toy, built, tmp_path, monkeypatch,
 
 def test_a_finished_collection_is_opened_and_not_made_again(toy, built, monkeypatch):
     model, loader, folder = built
-    monkeypatch.setattr(build_index, "build", lambda *args: pytest.fail("made again"))
+    monkeypatch.setattr(building, "build", lambda *args: pytest.fail("made again"))
     open_or_build(toy[1]["t2i"], model, loader, "test", folder)
     with pytest.raises(InputError, match="made from other anchors, --overwrite"):
-        open_or_build(toy[1]["t2i"], model, loader, "test", folder, n_anchors=16)
+        open_or_build(toy[1]["t2i"], model, loader, "test", folder, n_centroids=16)
 
 
 def test_a_collection_of_another_model_is_refused(toy, built):
@@ -214,7 +217,7 @@ def test_files_that_are_no_collections_are_left_alone(toy, built, tmp_path):
 
 def test_damaged_files_are_an_error_that_names_them(toy, built, tmp_path):
     model, loader, folder = built
-    for name in FILES:
+    for name in FINISHED:
         (tmp_path / name).write_bytes(open(os.path.join(folder, name), "rb").read())
     for name, contents, said in (
         ("anchors.faiss", b"nothing", "not a faiss index"),
@@ -256,7 +259,7 @@ def test_a_note_of_other_things_is_refused_and_overwrite_goes_past_it(toy, built
     with pytest.raises(InputError, match="made from other things, --overwrite"):
         open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
     note.write_text("[" * 100_000)
-    open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path), n_anchors=32, overwrite=True)
+    open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path), n_centroids=32, overwrite=True)
     assert json.loads(note.read_text()) == kept
 
 
@@ -280,7 +283,7 @@ def test_the_command_builds_and_searches(toy, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["build_index.py", "--model_path", paths["t2i"], "--query", "a red ball"])
     build_index.main()
     folder, printed = collection_folder(paths["t2i"], "toy_precomp", "test"), capsys.readouterr().out
-    assert set(os.listdir(folder)) == FILES
+    assert set(os.listdir(folder)) == FINISHED
     assert f"{folder}: {N} pictures, {2 * N} captions" in printed and printed.count("  picture ") == 10
 
 

@@ -1,10 +1,13 @@
 """Figures: each command writes a picture, from the numbers that the rest of the project computes."""
 
 import os
+import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import ROOT
 from folders import make_folder
 from PIL import Image
 from test_evaluation import save_model
@@ -60,6 +63,16 @@ def test_every_figure_is_written_as_a_png(toy, tmp_path, monkeypatch, flags):
     with Image.open(out) as picture:
         assert picture.format == "PNG" and len(np.unique(picture.convert("L"))) > 5
     assert os.listdir(tmp_path) == ["figure.png"]
+
+
+@pytest.mark.parametrize(
+    "command, unneeded",
+    [("visualize", ("fastapi", "uvicorn", "faiss", "jieba", "numba")), ("explore", ("jieba", "numba", "matplotlib"))],
+)
+def test_a_command_loads_only_what_it_needs(command, unneeded):
+    code = f"import sys; from scripts import {command}; print(*({set(unneeded)} & set(sys.modules)))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout.split() == []
 
 
 def test_search_draws_the_attention_of_each_word(toy):

@@ -1,0 +1,208 @@
+"""What the explorer's page asks for, as lists and dicts: searches, attention and position grids of its models."""
+
+import threading
+
+import numpy as np
+import torch
+
+from evaluation import load_split
+from lib.errors import InputError
+from lib.options import option
+from scripts.explorer.groups import Groups
+from scripts.explorer.names import name_models
+from scripts.explorer.pictures import Pictures
+from scripts.search.build import open_or_build
+from scripts.search.collection import Collection
+from vocab import tokenize
+
+MAX_CHARACTERS, MAX_WORDS = 500, 100  # of a sentence
+N_EXAMPLES = 12  # captions that the page offers
+
+
+class BadSentence(ValueError):
+    """A sentence that cannot be searched for; the message is for the page."""
+
+
+class Explorer:
+    """Models, each with its embeddings of one split.
+
+    opt: explore.py's flags. Raises InputError where a checkpoint, the split or the pictures cannot be read, or where
+    the models' splits differ.
+    """
+
+    def __init__(self, opt):
+        self.opt = opt
+        self.collections = []
+        for path in opt.model_path:
+            self._add_model(path)
+        self.names = name_models(opt.model_path, [collection.model.opt for collection in self.collections])
+        self.captions = self.dataset.captions
+        self.groups = Groups(self.dataset.n_images, len(self.captions))
+        self.by_text = {}
+        for index, caption in enumerate(self.captions):
+            self.by_text.setdefault(normalize(caption), []).append(index)
+        self.lock = threading.Lock()  # one computation at a time; the rest waits
+
+    def _add_model(self, path):
+        opt = self.opt
+        model, loader = load_split(path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
+        if not self.collections:
+            self.dataset, self.data_name = loader.dataset, model.opt.data_name
+            self.pictures = Pictures(self.dataset, opt.images)
+        elif loader.dataset.captions != self.dataset.captions:
+            raise InputError(f"{path}: its {opt.split} split is not that of {opt.model_path[0]}")
+        if loader.dataset.n_images > opt.index_above:
+            collection = open_or_build(path, model, loader, opt.split)
+        else:
+            collection = Collection.encode(model, loader)
+        self.collections.append(collection)
+        print(f"{path}: {self.dataset.n_images} pictures, {len(self.dataset.captions)} captions", flush=True)
+
+    def about(self):
+        """The models, the split and some of its captions."""
+        step = max(1, len(self.captions) // N_EXAMPLES)
+        return {
+            "models": [
+                {
+                    "name": name,
+                    "path": path,
+                    "position": option(collection.model.opt, "position"),
+                    "cross_attn": collection.model.opt.cross_attn,
+                    "indexed": collection.first_stage is not None,
+                }
+                for name, path, collection in zip(self.names, self.opt.model_path, self.collections, strict=True)
+            ],
+            "data": self.data_name,
+            "split": self.opt.split,
+            "pictures": self.dataset.n_images,
+            "captions": len(self.captions),
+            "files": len(self.pictures.files),
+            "candidates": self.opt.candidates,
+            "examples": self.captions[::step][:N_EXAMPLES],
+        }
+
+    # ---- sentence → pictures
+
+    def search(self, sentence, k):
+        """The k pictures that each model finds for a sentence; the right ones are marked where it is a caption.
+
+        Raises BadSentence.
+        """
+        check_sentence(sentence)
+        groups = {self.groups.of_caption(i) for i in self.by_text.get(normalize(sentence), ())}
+        right = {image for group in groups for image in self.groups.images(group)}
+        found = [self._search_one(collection, sentence, k, right) for collection in self.collections]
+        return {"sentence": sentence, "right": sorted(right), "models": found}
+
+    def _search_one(self, collection, sentence, k, right):
+        # a rank counts what was scored exactly: all pictures, or the first stage's candidates
+        n_scored = self.dataset.n_images if collection.first_stage is None else self.opt.candidates
+        images, scores = collection.search(sentence, n_scored, self.opt.candidates)
+        cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
+        rank = first_rank(images, right)
+        return {"tokens": read_tokens(collection, sentence), "results": cards, "rank": rank, "scored": len(scores)}
+
+    def _card(self, image, score, right):
+        caption = self.captions[self._captions_of(image)[0]]
+        return {"image": image, "score": score, "right": right, "caption": caption, **self.look(image)}
+
+    # ---- one picture
+
+    def look(self, image):
+        """What it takes to draw a picture: {"id", "file": whether there is one, "aspect", "boxes"}."""
+        width, height = self.pictures.size(image)
+        boxes = self.pictures.boxes(image)
+        return {
+            "id": self.pictures.ids[image],
+            "file": self.pictures.ids[image] in self.pictures.files,
+            "aspect": width / height if width > 0 < height else 4 / 3,
+            "boxes": None if boxes is None else np.round(boxes, 4).tolist(),
+        }
+
+    def picture(self, image):
+        """A picture with the grids of its regions: area weights, and each model's learned weights."""
+        grid = self.pictures.grid(image)
+        return {
+            **self.look(image),
+            "image": image,
+            "captions": [self.captions[i] for i in self._captions_of(image)],
+            "cells": None if grid is None else grid[0].tolist(),
+            "area": None if grid is None else np.round(grid[1], 4).tolist(),
+            "learned": [self._learned_weights(collection, image) for collection in self.collections],
+        }
+
+    def _captions_of(self, image):
+        return self.groups.captions(self.groups.of_image(image))
+
+    @torch.no_grad()
+    def _learned_weights(self, collection, image):
+        """Weights (R, 15) that position attention gives the cells of a picture's regions; None without it."""
+        model = collection.model
+        if option(model.opt, "position") != "attention":
+            return None
+        grid = torch.from_numpy(self.pictures.row(self.pictures.grids, image))
+        features = self.dataset.read_features(self.dataset.images, "_ims.npy", image, image + 1)
+        weights = model.img_enc.cell_weights(features.to(model.device), grid[None].to(model.device))
+        return np.round(weights[1][0].float().cpu().numpy(), 5).tolist()
+
+    def attention(self, image, sentence):
+        """Per model: the score, and the attention between a picture's regions and a sentence's words.
+
+        Raises BadSentence.
+        """
+        check_sentence(sentence)
+        answer = []
+        for collection in self.collections:
+            words = collection.embed(sentence)
+            t2i, i2t = collection.attention(collection.image(image), words)
+            answer.append(
+                {
+                    "tokens": read_tokens(collection, sentence),
+                    "score": float(collection.score_images(words, np.array([image]))[0]),
+                    "t2i": np.round(t2i, 4).tolist(),
+                    "i2t": np.round(i2t, 4).tolist(),
+                }
+            )
+        return {"image": image, "sentence": sentence, "models": answer}
+
+    # ---- picture → captions
+
+    def captions_for(self, image, k):
+        """Per model: the best k captions for a picture, the picture's captions marked."""
+        right, answer = set(self._captions_of(image)), []
+        for collection in self.collections:
+            n_scored = len(self.captions) if collection.first_stage is None else self.opt.candidates
+            order, scores = collection.search_captions(collection.image(image), n_scored, self.opt.candidates)
+            results = [
+                {"text": self.captions[i], "score": float(score), "right": i in right}
+                for i, score in zip(order[:k].tolist(), scores, strict=False)
+            ]
+            answer.append({"results": results, "rank": first_rank(order, right), "scored": len(order)})
+        return {"image": image, "models": answer}
+
+
+def check_sentence(sentence):
+    """Raise BadSentence for a sentence that is empty or too long."""
+    if not sentence.strip():
+        raise BadSentence("Type a sentence first.")
+    if len(sentence) > MAX_CHARACTERS:
+        raise BadSentence(f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
+    if len(tokenize(sentence)) > MAX_WORDS:
+        raise BadSentence(f"The sentence has over {MAX_WORDS} words: shorten it.")
+
+
+def read_tokens(collection, sentence):
+    """[{"text", "known"}] of the tokens that a model reads, <start> and <end> included."""
+    words = [{"text": word, "known": word in collection.vocab.word2idx} for word in tokenize(sentence)]
+    return [{"text": "<start>", "known": True}, *words, {"text": "<end>", "known": True}]
+
+
+def first_rank(order, right):
+    """The rank, from 1, of the first index in order that is among right; None where none is."""
+    places = np.flatnonzero(np.isin(order, list(right)))
+    return int(places[0]) + 1 if len(places) else None
+
+
+def normalize(sentence):
+    """A sentence in the form in which it is compared with the captions: its tokens."""
+    return " ".join(tokenize(sentence.strip()))

@@ -1,0 +1,83 @@
+"""The explorer's HTTP side: the page, and the answers as JSON under /api."""
+
+import os
+
+from fastapi import FastAPI, Query
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from scripts.explorer.answers import BadSentence
+from scripts.explorer.hard_cases import HardCases
+from Tencent_PFAN.web import Answer, Refused, refuse, refuse_parameters, refuse_unexpected
+
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
+LOCAL = ("127.0.0.1", "localhost", "::1")
+MAX_RESULTS = 100
+
+
+def make_app(explorer):
+    """The FastAPI app of an Explorer."""
+    app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_exception_handler(BadSentence, refuse_sentence)
+    app.add_exception_handler(HTTPException, refuse)
+    app.add_exception_handler(RequestValidationError, refuse_parameters)
+    app.add_exception_handler(Exception, refuse_unexpected)
+    if explorer.opt.host in LOCAL:  # a page elsewhere cannot reach this one under a name of its own
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
+    add_routes(app, explorer)
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
+
+
+async def refuse_sentence(request, error):
+    return await refuse(request, Refused(400, str(error)))
+
+
+def add_routes(app, explorer):
+    """What the page asks for."""
+    hard_cases, count = HardCases(explorer), Query(ge=1, le=MAX_RESULTS)
+
+    def existing(number):
+        """A picture's index (int) from the text in an address."""
+        n = explorer.dataset.n_images
+        if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < n):
+            raise Refused(404, f"There is no picture {number[:20]}: expected 0 to {n - 1}.")
+        return int(number)
+
+    def locked(answer, *args):
+        with explorer.lock:
+            return Answer(answer(*args))
+
+    @app.get("/api/about")
+    def about():
+        return Answer(explorer.about())
+
+    @app.get("/api/search")
+    def search(sentence: str, k: int = count):
+        return locked(explorer.search, sentence, k)
+
+    @app.get("/api/hard")
+    def hard():
+        return Answer(hard_cases.ask())
+
+    @app.get("/api/pictures/{number}")
+    def picture(number: str):
+        return locked(explorer.picture, existing(number))
+
+    @app.get("/api/pictures/{number}/captions")
+    def captions(number: str, k: int = count):
+        return locked(explorer.captions_for, existing(number), k)
+
+    @app.get("/api/pictures/{number}/attention")
+    def attention(number: str, sentence: str):
+        return locked(explorer.attention, existing(number), sentence)
+
+    @app.get("/images/{number}")
+    def image(number: str):
+        path = explorer.pictures.files.get(explorer.pictures.ids[existing(number)])
+        if path is None:
+            raise Refused(404, f"Picture {number} has no file in {explorer.pictures.folder}.")
+        return FileResponse(path)

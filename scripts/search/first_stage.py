@@ -1,0 +1,57 @@
+"""The first stage of the search: approximate scores, by which the pictures or captions to score exactly are chosen."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@dataclass
+class FirstStage:
+    """Approximate scores of a collection's pictures with a sentence, and of its captions with a picture.
+
+    The query is what attends: words in t2i, regions in i2t; the context is what is attended to. A pair's approximate
+    score is the mean over the query's elements of the largest dot product with an element of the context, where each
+    query element is replaced by its nearest centroid.
+
+    centroids: a faiss index of K directions (K, D). nearest (ΣQ,): the nearest centroid of each query element in the
+    collection, grouped by item; starts (items + 1,): where each item's begin. Items are captions in t2i, pictures in
+    i2t. table (K, contexts): the largest dot product of a centroid with the elements of each context, which are the
+    pictures in t2i, the captions in i2t.
+    """
+
+    t2i: bool
+    centroids: Any
+    nearest: np.ndarray
+    starts: np.ndarray
+    table: np.ndarray
+
+    def images(self, words: torch.Tensor, count: int) -> np.ndarray:
+        """Indices of the best count pictures for words (W, D), in ascending order."""
+        return self.by_table(words, count) if self.t2i else self.by_centroid(words, count)
+
+    def captions(self, regions: torch.Tensor, count: int) -> np.ndarray:
+        """Indices of the best count captions for regions (R, D), in ascending order."""
+        return self.by_centroid(regions, count) if self.t2i else self.by_table(regions, count)
+
+    def by_table(self, query: torch.Tensor, count: int) -> np.ndarray:
+        """The best contexts for the elements of a query (Q, D): the sum of Q rows of the table."""
+        _, nearest = self.centroids.search(query.cpu().numpy(), 1)
+        sums = np.zeros(self.table.shape[1], dtype=np.float32)
+        for centroid in nearest[:, 0]:
+            sums += self.table[centroid]
+        return top(sums, count)
+
+    def by_centroid(self, context: torch.Tensor, count: int) -> np.ndarray:
+        """The best queries of the collection for a context (L, D): each element scores as its centroid does."""
+        centroids = self.centroids.reconstruct_n(0, self.centroids.ntotal)
+        scores = (centroids @ context.cpu().numpy().T).max(1)
+        sums = np.add.reduceat(scores[self.nearest], self.starts[:-1])
+        return top(sums / np.diff(self.starts), count)
+
+
+def top(scores: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the largest count scores (n,), in ascending order."""
+    count = min(count, len(scores))
+    return np.sort(np.argpartition(-scores, count - 1)[:count])
