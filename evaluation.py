@@ -6,7 +6,6 @@ python evaluation.py --model_path runs/f30k/model_best.pth.tar [MORE …] --data
 import argparse
 import os
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,12 @@ from lib.checkpoint import load_checkpoint
 from lib.cross_attention import XATTN_SCORE
 from lib.errors import InputError, run
 from lib.files import replace
-from lib.intervals import RECALL_AT, hits, print_summary
+from lib.intervals import RECALL_AT, group_hits, print_summary
 from lib.options import option
 from model import MATMUL_PRECISION, SCAN, load_model
 from vocab import deserialize_vocab
+
+SHARD_SIZE = 512  # of a split's evaluation: what one side of a shard needs is computed four times less than with 128
 
 
 class AverageMeter:
@@ -82,51 +83,50 @@ def encode_data(
     return img_embs, words if packed else pad(words.split(cap_lens)), cap_lens
 
 
-def embed_captions(model: Any, data_loader: Any) -> tuple:
-    """Embed every caption of a loader's data set once.
+def embed_captions(model: Any, data_loader: Any, n_more: int = 0) -> tuple:
+    """Embed every caption of a loader's data set once, in batches of captions of similar length.
 
-    Returns words (ΣW_i, D), the captions' words one after the other, cap_lens (list of int), and whatever else
-    model.encode_captions gives for a caption, (n_captions, …); on the CPU.
+    n_more: how many embeddings (B, D) model.encode_captions returns after the words, such as a whole sentence's.
+    Returns words (ΣW_i, D), the captions' words one after the other, cap_lens (list of int), and n_more embeddings
+    (n_captions, D); on the CPU.
     """
     dataset, batch = data_loader.dataset, data_loader.batch_size
     targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
     cap_lens = [len(target) for target in targets]
-    by_length = sorted(range(len(targets)), key=cap_lens.__getitem__)  # batches with little padding
+    by_length = sorted(range(len(targets)), key=cap_lens.__getitem__)
     starts = np.cumsum([0, *cap_lens])
-    words = None
-    for own, at in own_turns(range(0, len(targets), batch), "captions"):
-        index = by_length[at : at + batch]
+    words = torch.zeros(starts[-1], model.opt.embed_size)
+    more = [torch.zeros(len(targets), model.opt.embed_size) for _ in range(n_more)]
+    for start in my_batches(range(0, len(targets), batch), "captions"):
+        index = by_length[start : start + batch]
         block, *rows = as_tuple(model.encode_captions(pad([targets[i] for i in index]), [cap_lens[i] for i in index]))
-        if words is None:
-            words = torch.zeros(starts[-1], block.shape[2])
-            more = [torch.zeros(len(targets), *x.shape[1:]) for x in rows]
-        if not own:
-            continue
         for i, embedding in zip(index, block.cpu(), strict=True):
             words[starts[i] : starts[i + 1]] = embedding[: cap_lens[i]]
-        for kept, x in zip(more, rows, strict=True):
-            kept[index] = x.to(kept)
+        for embeddings, x in zip(more, rows, strict=True):
+            embeddings[index] = x.to(embeddings)
     return distributed.all_reduce_sum(words), cap_lens, *map(distributed.all_reduce_sum, more)
 
 
-def embed_images(model: Any, data_loader: Any) -> list[Tensor]:
-    """Embed every image of a loader's data set once: what model.encode_images gives, (n_images, …), on the CPU."""
+def embed_images(model: Any, data_loader: Any, n_more: int = 0) -> list[Tensor]:
+    """Embed every image of a loader's data set once.
+
+    n_more: how many embeddings (B, D) model.encode_images returns after the regions, such as the whole image's.
+    Returns regions (n_images, R, D) and n_more embeddings (n_images, D), on the CPU.
+    """
     dataset, batch = data_loader.dataset, data_loader.batch_size
-    embeddings = None
-    for own, at in own_turns(range(0, dataset.n_images, batch), "images"):
-        blocks = as_tuple(model.encode_images(*dataset.read_images(at, min(at + batch, dataset.n_images))))
-        if embeddings is None:
-            embeddings = [torch.zeros(dataset.n_images, *x.shape[1:]) for x in blocks]
-        for kept, x in zip(embeddings, blocks, strict=True) if own else ():
-            kept[at : at + batch] = x.cpu()
-    return [distributed.all_reduce_sum(kept) for kept in embeddings]
+    n, size = dataset.n_images, model.opt.embed_size
+    embeddings = [torch.zeros(n, dataset.images.shape[1], size), *(torch.zeros(n, size) for _ in range(n_more))]
+    for start in my_batches(range(0, n, batch), "images"):
+        blocks = as_tuple(model.encode_images(*dataset.read_images(start, min(start + batch, n))))
+        for rows, x in zip(embeddings, blocks, strict=True):
+            rows[start : start + batch] = x.cpu()
+    return [distributed.all_reduce_sum(rows) for rows in embeddings]
 
 
-def own_turns(batches: Sequence, desc: str) -> Iterable:
-    """(True, batch) for every batch that is this process's, with a progress bar. Where there are none, (False, the
-    first batch), to learn the embeddings' shapes from."""
-    own = [(True, batches[turn]) for turn in distributed.my_indices(len(batches))] or [(False, batches[0])]
-    return tqdm(own, desc=desc, unit="batch", leave=False, disable=distributed.rank() > 0 or None)
+def my_batches(batches: Sequence, desc: str) -> Iterable:
+    """The batches that this process encodes, with a progress bar."""
+    mine = [batches[i] for i in distributed.my_indices(len(batches))]
+    return tqdm(mine, desc=desc, unit="batch", leave=False, disable=distributed.rank() > 0 or None)
 
 
 def as_tuple(x: Any) -> tuple:
@@ -146,19 +146,17 @@ def shard_xattn(
     """Scores (n_images, n_captions) float32 numpy, a shard of images × a shard of captions at a time.
 
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
-    tensors. opt: the model's options; cross_attn: t2i or i2t, opt's where None. shard_size: a shard is four times as
-    many images × four times as many captions, because what only one side needs is done once a shard.
-    score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None. Several processes take
-    turns with the shards, and all get all scores.
+    tensors. opt: the model's options. shard_size: images, and captions, of a shard. cross_attn: t2i or i2t, opt's
+    where None. score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None.
+    Several processes divide the shards between them, and each returns all scores.
     """
     cross_attn = cross_attn or opt.cross_attn
     score = score or XATTN_SCORE[cross_attn]
     images, captions = (torch.as_tensor(x, dtype=torch.float32) for x in (images, captions))
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
     device = distributed.pick_device(option(opt, "device"))
-    starts = (lens.cumsum(0) - lens).tolist()
-    sims, size = np.zeros((len(images), len(lens)), dtype=np.float32), 4 * shard_size
-    by_length = lens.argsort(stable=True)
+    sims = np.zeros((len(images), len(lens)), dtype=np.float32)
+    image_shards = range(0, len(images), shard_size)
     with tqdm(
         total=sims.size,
         desc=f"scores {cross_attn}",
@@ -167,20 +165,23 @@ def shard_xattn(
         leave=False,
         disable=distributed.rank() > 0 or None,
     ) as bar:
-        for number, index in enumerate(by_length.split(size)):
-            if captions.dim() == 2:
-                words = [captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()]
-            else:
-                words = [captions[i, : lens[i]] for i in index.tolist()]
-            words = torch.cat(words).to(device)
-            shards = range(0, len(images), size)
-            for at in (shards[turn] for turn in distributed.my_indices(len(shards), number * len(shards))):
-                part = slice(at, at + size)
-                block = score(images[part].to(device), words, lens[index], opt)
-                sims[part, index.numpy()] = block.cpu().numpy()
+        for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
+            words = select_words(captions, lens, index).to(device)
+            for i in distributed.my_indices(len(image_shards), number * len(image_shards)):
+                rows = slice(image_shards[i], image_shards[i] + shard_size)
+                block = score(images[rows].to(device), words, lens[index], opt)
+                sims[rows, index.numpy()] = block.cpu().numpy()
                 bar.update(block.numel() * distributed.world_size())
     distributed.all_reduce_sum(torch.from_numpy(sims))
     return sims
+
+
+def select_words(captions: Tensor, lens: Tensor, index: Tensor) -> Tensor:
+    """Words (ΣW_i, D) of the captions in index, one after the other; captions as shard_xattn takes them."""
+    if captions.dim() == 3:
+        return torch.cat([captions[i, : lens[i]] for i in index.tolist()])
+    starts = lens.cumsum(0) - lens
+    return torch.cat([captions[starts[i] : starts[i] + lens[i]] for i in index.tolist()])
 
 
 def shard_xattn_t2i(images: Any, captions: Any, caplens: Any, opt: Any, shard_size: int = 128) -> np.ndarray:
@@ -238,7 +239,7 @@ def i2t(
     npts: only the first npts images and their captions. Returns (R@1, R@5, R@10, medr, meanr), with
     return_ranks also (ranks (n_images,), top1 (n_images,)). A tie counts against the model; NaN is an InputError.
     """
-    ranks, top1 = rank_rows(first(sims, npts))
+    ranks, top1 = rank_rows(first_images(sims, npts))
     return (recall(ranks), (ranks, top1)) if return_ranks else recall(ranks)
 
 
@@ -246,17 +247,17 @@ def t2i(
     images: Any, captions: Any, caplens: Any, sims: Any, npts: int | None = None, return_ranks: bool = False
 ) -> tuple:
     """Captions find their image: i2t with the roles swapped, ranks and top1 are (n_captions,)."""
-    ranks, top1 = rank_rows(first(sims, npts).T)
+    ranks, top1 = rank_rows(first_images(sims, npts).T)
     return (recall(ranks), (ranks, top1)) if return_ranks else recall(ranks)
 
 
-def first(sims: Any, npts: int | None) -> np.ndarray:
-    """The part of sims for the first npts images (all, where npts is None)."""
+def first_images(sims: Any, npts: int | None) -> np.ndarray:
+    """The scores of the first npts images and their captions; all, where npts is None."""
     sims = np.asarray(sims)
     return sims if npts is None else sims[:npts, : npts * sims.shape[1] // sims.shape[0]]
 
 
-# ---------------------------------------------------------------- evalrank
+# ---------------------------------------------------------------- a checkpoint's scores
 
 
 def read_vocab(opt: Any) -> Any:
@@ -274,7 +275,11 @@ def load_split(
     get_test_loader: Callable = get_test_loader,
     **overrides: Any,
 ) -> tuple:
-    """A checkpoint's model and a loader of the split; make_model and the two after it are what a variant replaces."""
+    """A checkpoint's model and a loader of the split.
+
+    data_path, vocab_path: instead of the checkpoint's. make_model, read_vocab, get_test_loader: what a variant
+    replaces. overrides: other options of the checkpoint to set.
+    """
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
     vars(opt).update(overrides)
@@ -302,7 +307,7 @@ def score_split(
     model, loader = load_split(model_path, data_path, vocab_path, split, **overrides)
     folds = cut_folds(loader.dataset, n_folds)
     images, words, lens = encode_data(model, loader, packed=True)
-    return [shard_xattn(images[i], words_of(words, lens, c), lens[c], model.opt) for i, c in folds]
+    return [shard_xattn(images[i], words_of(words, lens, c), lens[c], model.opt, SHARD_SIZE) for i, c in folds]
 
 
 def words_of(words: Tensor, lens: list, captions: slice) -> Tensor:
@@ -323,6 +328,9 @@ def mean_sims(paths: Any, *args: Any, score_split: Callable = score_split, **ove
         for total, block in zip(folds, sims, strict=True):
             total += block / len(paths)
     return folds
+
+
+# ---------------------------------------------------------------- evalrank
 
 
 def evalrank(
@@ -346,43 +354,36 @@ def evalrank(
     overrides: other options of the checkpoint to set (batch_size, device, matmul_precision).
     Returns {"rsum", "ar", "ari", "i2t": (R@1, R@5, R@10, medr, meanr), "t2i": likewise, "n_images", "n_captions"},
     with fold5 the means and "folds", the same for each; "intervals", and with versus "versus" and "difference", are
-    {measure: (mean, low, high)}, see intervals.py. Raises InputError for files that do not fit.
+    {measure: (mean, low, high)}, see lib/intervals.py. Raises InputError for files that do not fit.
     """
-    paths = as_list(model_path)
-    n_folds = 5 if fold5 else 1
     if save_ranks and not os.path.isdir(os.path.dirname(save_ranks) or "."):
         raise InputError(f"{save_ranks}: no such folder")
-    rivals = [] if versus is None else as_list(versus)
-    score: Callable = partial(mean_sims, score_split=score_split, **overrides)
-    folds = score(paths, data_path, vocab_path, split, n_folds)
-    n_images, n_captions = (sum(block.shape[axis] for block in folds) for axis in (0, 1))
-    print(f"Images: {n_images}, Captions: {n_captions}")
-    results = [rank_both(block) for block in folds]
-    mean = results[0][0]
-    if fold5:
-        for result, _ in results:
-            print("Image to text: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*result["i2t"]))
-            print("Text to image: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*result["t2i"]))
-            print("rsum: {rsum:.1f} ar: {ar:.1f} ari: {ari:.1f}".format(**result))
-        print("-----------------------------------\nMean metrics: ")
-        mean = {key: np.mean([result[key] for result, _ in results], axis=0) for key in results[0][0]}
-        mean = {key: tuple(value.tolist()) if value.ndim else float(value) for key, value in mean.items()}
-        mean["folds"] = [result for result, _ in results]
-    mean.update(n_images=n_images, n_captions=n_captions)
-    print_recall(mean)
-    if intervals or rivals:
-        own = all_hits(results)
-        mean["intervals"] = print_summary("95 % intervals, bootstrap over images", own)
-    if rivals:
-        others = all_hits([rank_both(block) for block in score(rivals, data_path, vocab_path, split, n_folds)])
-        if len(others) != len(own):
-            raise InputError(f"{rivals[0]}: ranks {len(others)} groups of images and captions, {paths[0]} {len(own)}")
-        mean["versus"] = print_summary("The other model", others)
-        mean["difference"] = print_summary("Paired difference, first minus other", own - others, signed=True)
-    if save_ranks and distributed.rank() == 0:
-        ranks = [{key: [torch.as_tensor(x) for x in pair] for key, pair in ranks.items()} for _, ranks in results]
-        replace(save_ranks, lambda file: torch.save(ranks if fold5 else ranks[0], file))
-    return mean
+    paths, others = as_list(model_path), [] if versus is None else as_list(versus)
+
+    def rank(paths):
+        n_folds = 5 if fold5 else 1
+        return rank_folds(mean_sims(paths, data_path, vocab_path, split, n_folds, score_split=score_split, **overrides))
+
+    result, ranks = rank(paths)
+    print_result(result)
+    if intervals or others:
+        result |= compare(paths, ranks, others, rank(others)[1] if others else None)
+    if save_ranks:
+        write_ranks(save_ranks, ranks)
+    return result
+
+
+def rank_folds(folds: list) -> tuple[dict, list]:
+    """Rank each fold's similarities both ways: evalrank's result, and rank_both's ranks of each fold."""
+    results, ranks = zip(*map(rank_both, folds), strict=True)
+    result = dict(results[0])
+    if len(folds) > 1:
+        for key in result:
+            mean = np.mean([fold[key] for fold in results], axis=0)
+            result[key] = tuple(mean.tolist()) if mean.ndim else float(mean)
+        result["folds"] = list(results)
+    counts = np.sum([sims.shape for sims in folds], axis=0).tolist()
+    return {**result, "n_images": counts[0], "n_captions": counts[1]}, list(ranks)
 
 
 def rank_both(sims: Any) -> tuple[dict, dict]:
@@ -393,20 +394,54 @@ def rank_both(sims: Any) -> tuple[dict, dict]:
     return {"rsum": sum(r[:3]) + sum(ri[:3]), "ar": ar, "ari": ari, "i2t": r, "t2i": ri}, {"rt": rt, "rti": rti}
 
 
-def print_recall(result: dict) -> None:
+def print_result(result: dict) -> None:
+    """Print evalrank's result in SCAN's lines: each fold, where there are several, then the recalls."""
+    print("Images: {n_images}, Captions: {n_captions}".format(**result))
+    for fold in result.get("folds", ()):
+        print("Image to text: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*fold["i2t"]))
+        print("Text to image: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*fold["t2i"]))
+        print("rsum: {rsum:.1f} ar: {ar:.1f} ari: {ari:.1f}".format(**fold))
+    if "folds" in result:
+        print("-----------------------------------\nMean metrics: ")
     print("rsum: {rsum:.1f}\nAverage i2t Recall: {ar:.1f}".format(**result))
     print("Image to text: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["i2t"]))
     print("Average t2i Recall: {ari:.1f}".format(**result))
     print("Text to image: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["t2i"]))
 
 
+def compare(paths: list, ranks: list, other_paths: list, other_ranks: list | None) -> dict:
+    """Print the intervals of ranks and, where there are other_ranks, theirs and the paired difference.
+
+    Returns {"intervals", "versus", "difference"}, the last two with other_ranks only.
+    """
+    hits = all_hits(ranks)
+    found = {"intervals": print_summary("95 % intervals, bootstrap over images", hits)}
+    if other_ranks is not None:
+        other_hits = all_hits(other_ranks)
+        if len(other_hits) != len(hits):
+            raise InputError(
+                f"{other_paths[0]}: ranks {len(other_hits)} groups of images and captions, {paths[0]} {len(hits)}"
+            )
+        found["versus"] = print_summary("The other model", other_hits)
+        found["difference"] = print_summary("Paired difference, first minus other", hits - other_hits, signed=True)
+    return found
+
+
+def all_hits(ranks: list) -> np.ndarray:
+    """group_hits of each fold's ranks as rank_folds returns them, one below the other."""
+    return np.concatenate([group_hits(fold["rt"][0], fold["rti"][0]) for fold in ranks])
+
+
+def write_ranks(path: str, ranks: list) -> None:
+    """Write rank_folds' ranks as tensors: a dict, or a list of dicts where there are several folds."""
+    folds = [{key: [torch.as_tensor(x) for x in pair] for key, pair in fold.items()} for fold in ranks]
+    if distributed.rank() == 0:
+        replace(path, lambda file: torch.save(folds if len(folds) > 1 else folds[0], file))
+
+
 def as_list(paths: Any) -> list:
+    """A list of paths, where one path or several may be given."""
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-
-
-def all_hits(results: list) -> Any:
-    """intervals.hits of what rank_both gave for each fold, one below the other."""
-    return np.concatenate([hits(ranks["rt"][0], ranks["rti"][0]) for _, ranks in results])
 
 
 def get_parser() -> argparse.ArgumentParser:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import get_loaders
-from evaluation import AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
+from evaluation import SHARD_SIZE, AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
 from lib.cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
@@ -387,7 +387,7 @@ def rank_dev(
 def validation(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:
     """Rank the dev split both ways, log the recalls, return their sum."""
     images, words, lens = encode_data(model, val_loader, packed=True)
-    return log_recalls(shard_xattn(images, words, lens, opt), model, tb)
+    return log_recalls(shard_xattn(images, words, lens, opt, SHARD_SIZE), model, tb)
 
 
 def log_recalls(sims: Any, model: Any, tb: Any) -> float:

@@ -11,7 +11,14 @@ import torch
 
 import evaluation as root
 from data import pad
-from evaluation import AverageMeter, LogCollector, cut_folds, embed_captions, embed_images  # noqa: F401 (SCAN's names)
+from evaluation import (  # noqa: F401 (SCAN's names)
+    SHARD_SIZE,
+    AverageMeter,
+    LogCollector,
+    cut_folds,
+    embed_captions,
+    embed_images,
+)
 from lib.errors import InputError, run
 from Tencent_PFAN.data_whole import get_test_loader
 from Tencent_PFAN.model_whole import SCAN, region_score, whole_score
@@ -27,8 +34,8 @@ def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
     after the other. log_step and logging are SCAN's; a progress bar shows instead.
     """
     model.val_start()
-    words, cap_lens, final_cap_embs = embed_captions(model, data_loader)
-    img_embs, whole_img_embs = embed_images(model, data_loader)
+    words, cap_lens, final_cap_embs = embed_captions(model, data_loader, n_more=1)
+    img_embs, whole_img_embs = embed_images(model, data_loader, n_more=1)
     return img_embs, whole_img_embs, words if packed else pad(words.split(cap_lens)), cap_lens, final_cap_embs
 
 
@@ -89,7 +96,8 @@ def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
     folds = cut_folds(loader.dataset, n_folds)
     images, whole, words, lens, final = encode_data(model, loader, packed=True)
     return [
-        shard_xattn(images[i], whole[i], root.words_of(words, lens, c), lens[c], final[c], model.opt) for i, c in folds
+        shard_xattn(images[i], whole[i], root.words_of(words, lens, c), lens[c], final[c], model.opt, SHARD_SIZE)
+        for i, c in folds
     ]
 
 

@@ -12,7 +12,7 @@ import train as root
 from lib.errors import run
 from lib.options import NEW_OPTIONS
 from Tencent_PFAN.data_whole import get_loaders
-from Tencent_PFAN.evaluation_whole import encode_data, shard_xattn
+from Tencent_PFAN.evaluation_whole import SHARD_SIZE, encode_data, shard_xattn
 from Tencent_PFAN.model_whole import SCAN
 from Tencent_PFAN.vocab import read_vocab
 
@@ -35,7 +35,7 @@ def get_parser():
 
 def validation(opt, val_loader, model, tb):
     """Rank the dev split both ways, log the recalls, return their sum."""
-    return root.log_recalls(shard_xattn(*encode_data(model, val_loader, packed=True), opt), model, tb)
+    return root.log_recalls(shard_xattn(*encode_data(model, val_loader, packed=True), opt, SHARD_SIZE), model, tb)
 
 
 def main():

@@ -1,7 +1,7 @@
-"""How sure recalls are: bootstrap confidence intervals over images, and the paired difference of two models.
+"""Bootstrap confidence intervals of recalls, and of the paired difference of two models.
 
-The pictures that are searched stay the same; what is drawn again, with replacement, are the queries: a picture
-together with its captions (the captions of one picture succeed and fail together, so they are no separate draws).
+The candidates stay the same. The queries are drawn again with replacement, each image together with its captions: the
+captions of one image succeed and fail together, so that they are not independent draws.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ SAMPLES = 10_000
 BLOCK = 1 << 22  # drawn indices that are held at once
 
 
-def hits(i2t_ranks: np.ndarray, t2i_ranks: np.ndarray) -> np.ndarray:
-    """What each group of an image and its captions (or a caption and its images) adds to the recalls.
+def group_hits(i2t_ranks: np.ndarray, t2i_ranks: np.ndarray) -> np.ndarray:
+    """Recalls of each group of an image and its captions (or a caption and its images).
 
     i2t_ranks (n_images,), t2i_ranks (n_captions,), from 0, as evaluation.i2t and t2i return them.
-    Returns (groups, 7) float64 in percent, the columns being MEASURES; the recalls are its mean over the groups.
+    Returns (groups, 7) float64 in percent, columns as MEASURES; the mean over groups is the split's recall.
     """
     groups = min(len(i2t_ranks), len(t2i_ranks))
     sides = [np.asarray(ranks).reshape(groups, -1) for ranks in (i2t_ranks, t2i_ranks)]
@@ -27,23 +27,23 @@ def hits(i2t_ranks: np.ndarray, t2i_ranks: np.ndarray) -> np.ndarray:
 def bootstrap(values: np.ndarray, level: float = 95, samples: int = SAMPLES, seed: int = 0) -> tuple:
     """Percentile interval of the mean over rows: values (groups, K) → low (K,), high (K,).
 
-    For two models' paired difference on the same split, values is the difference of what hits gave for each.
+    For the paired difference of two models on the same split, values is the difference of their group_hits.
     level in percent. The same values, samples and seed give the same interval.
     """
     values = np.asarray(values, dtype=np.float64)
     rng, n = np.random.default_rng(seed), len(values)
     means = np.empty((samples, values.shape[1]))
     step = max(1, BLOCK // n)
-    for at in range(0, samples, step):
-        count = min(step, samples - at)
+    for start in range(0, samples, step):
+        count = min(step, samples - start)
         drawn = rng.integers(0, n, (count, n)) + np.arange(count)[:, None] * n
-        means[at : at + count] = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n) @ values / n
+        means[start : start + count] = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n) @ values / n
     tail = (100 - level) / 2
     return tuple(np.percentile(means, [tail, 100 - tail], axis=0))
 
 
 def summary(values: np.ndarray) -> dict:
-    """{measure: (mean, low, high)} of values (groups, 7) as hits gives them, or the difference of two of these."""
+    """{measure: (mean, low, high)} of values (groups, 7): group_hits, or the difference of two of these."""
     rows = zip(MEASURES, values.mean(0), *bootstrap(values), strict=True)
     return {name: tuple(map(float, row)) for name, *row in rows}
 
@@ -51,7 +51,7 @@ def summary(values: np.ndarray) -> dict:
 def print_summary(title: str, values: np.ndarray, signed: bool = False) -> dict:
     """Print title and a line `measure: mean [low, high]` for each of MEASURES; returns the summary of values.
 
-    signed: with + before what is above 0.
+    signed: print + before positive numbers.
     """
     result = summary(values)
     number = "{:+.1f}" if signed else "{:.1f}"

@@ -13,7 +13,7 @@ from test_evaluation import save_model
 
 from evaluation import evalrank, i2t, t2i
 from lib.errors import InputError
-from lib.intervals import MEASURES, bootstrap, hits, summary
+from lib.intervals import MEASURES, bootstrap, group_hits, summary
 
 
 def ranks_of(sims):
@@ -24,7 +24,7 @@ def ranks_of(sims):
 def test_the_mean_of_the_hits_is_the_recall(shape):
     sims = np.random.default_rng(0).standard_normal(shape)
     expected = [*i2t(None, None, None, sims)[:3], *t2i(None, None, None, sims)[:3]]
-    assert hits(*ranks_of(sims)).mean(0) == pytest.approx([*expected, sum(expected)])
+    assert group_hits(*ranks_of(sims)).mean(0) == pytest.approx([*expected, sum(expected)])
 
 
 def test_intervals_agree_with_the_normal_approximation_on_many_images():
@@ -47,7 +47,7 @@ def test_captions_of_one_image_count_as_one_draw():
     """Five captions that succeed or fail together say no more than one."""
     one = 100.0 * (np.random.default_rng(0).random((200, 1)) < 0.5)
     t2i_ranks = np.where(one.repeat(5), 0, 99)
-    values = hits(np.where(one.ravel(), 0, 99), t2i_ranks)
+    values = group_hits(np.where(one.ravel(), 0, 99), t2i_ranks)
     low, high = bootstrap(values)
     assert low[3] == low[0] and high[3] == high[0]
 

@@ -154,7 +154,7 @@ def score(s, cross_attn="t2i", n_images=None, precision="highest", every=1):
     """Score and rank all pairs with shard_xattn. Of every > 1 blocks one is computed; seconds are scaled by words."""
     import torch
 
-    from evaluation import i2t, shard_xattn, t2i
+    from evaluation import SHARD_SIZE, i2t, shard_xattn, t2i
     from lib.cross_attention import XATTN_SCORE
 
     torch.set_float32_matmul_precision(precision)
@@ -165,14 +165,14 @@ def score(s, cross_attn="t2i", n_images=None, precision="highest", every=1):
     def work():
         sampled = Sampled(XATTN_SCORE[cross_attn], every)
         start = time.perf_counter()
-        sims = shard_xattn(images, words, lens, opt, score=sampled)
+        sims = shard_xattn(images, words, lens, opt, SHARD_SIZE, score=sampled)
         recalls = i2t(None, None, None, sims)[:3], t2i(None, None, None, sims)[:3]
         wall = time.perf_counter() - start
         scaled.append(wall + sampled.seconds * (sampled.all / sampled.done - 1))
         return recalls
 
     few = lens[:1024]  # enough for whole blocks
-    shard_xattn(images[:512], words[: sum(few)], few, opt)
+    shard_xattn(images[:512], words[: sum(few)], few, opt, SHARD_SIZE)
     _, recalls = timed(s, work, warm_up=lambda: None)
     return {"seconds": scaled, "recalls": [*recalls[0], *recalls[1]], "pairs": len(images) * len(lens), "every": every}
 

@@ -11,7 +11,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from data import get_test_loader
-from evaluation import encode_data, evalrank, read_vocab, shard_xattn
+from evaluation import SHARD_SIZE, encode_data, evalrank, read_vocab, shard_xattn
 from lib.errors import run
 from model import load_model
 
@@ -87,7 +87,9 @@ def search(model_path, data_path, n=3):
     starts = [sum(lens[:i]) for i in range(len(lens))]
     for image in range(0, dataset.n_images, dataset.n_images // n)[:n]:
         i = image * dataset.im_div
-        scores = shard_xattn(images, words[starts[i] : starts[i] + lens[i]], lens[i : i + 1], model.opt)[:, 0]
+        scores = shard_xattn(images, words[starts[i] : starts[i] + lens[i]], lens[i : i + 1], model.opt, SHARD_SIZE)[
+            :, 0
+        ]
         best = scores.argsort()[::-1][:3]
         print(f"\n“{dataset.captions[i]}”")
         for k in best:
