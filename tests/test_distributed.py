@@ -179,7 +179,7 @@ def test_flags_that_do_not_go_with_several_processes_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="--device cuda:1: expected auto, cpu or cuda"):
         distributed.start("cuda:1")
-    monkeypatch.setattr(distributed, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     with pytest.raises(InputError, match="--batch_size 2: expected at least 3"):
         train.check(train.get_parser().parse_args(["--batch_size", "2"]))
 
