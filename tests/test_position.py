@@ -162,23 +162,29 @@ def test_any_leading_dimensions_give_the_same_grids():
     assert position_grid(np.zeros((0, 36, 4)), np.ones((0, 2))).shape == (0, 36, 31)
 
 
-def test_windows_and_blocks_leave_no_trace(monkeypatch):
+def test_blocks_leave_no_trace(monkeypatch):
     rng = np.random.default_rng(1)
     boxes = np.sort(rng.uniform(-20, 220, (9, 5, 2, 2)) ** [[[1, 2]]] / [1, 200], axis=-2).reshape(9, 5, 4)
     sizes = rng.integers(50, 300, (9, 2))
-    whole = position_grid(boxes, sizes)  # so few that each is looked for in the whole image
-    monkeypatch.setattr(position, "FEW", 0)
-    for windows in ((), (4,), (5, 13), (4, 6, 8, 12)):
-        monkeypatch.setattr(position, "WINDOWS", windows)
-        for cells in (256, 1 << 10, 1 << 16):
-            monkeypatch.setattr(position, "CELLS_AT_ONCE", cells)
-            np.testing.assert_array_equal(position_grid(boxes, sizes), whole)
-    monkeypatch.setattr(position, "WINDOWS", (1, 2, 4))
-    for n, top_n in ((2, 4), (5, 1), (5, 7), (22, 15)):  # windows of fewer cells than are listed are not used
-        monkeypatch.setattr(position, "FEW", 0)
-        found = position_grid(boxes, sizes, n, top_n)
-        monkeypatch.setattr(position, "FEW", 45)
-        np.testing.assert_array_equal(position_grid(boxes, sizes, n, top_n), found)
+    whole = position_grid(boxes, sizes)
+    for n_regions in (1, 7, 44, 45):
+        monkeypatch.setattr(position, "REGIONS_AT_ONCE", n_regions)
+        np.testing.assert_array_equal(position_grid(boxes, sizes), whole)
+
+
+@pytest.mark.parametrize(("n", "top_n"), [(1, 1), (2, 4), (4, 1), (8, 15), (16, 15), (16, 256)])
+def test_cells_come_by_weight_then_nearness_then_index(n, top_n):
+    """Boxes of whole cells, so that most of them are covered equally, against a sort in plain Python."""
+    rng = np.random.default_rng(3)
+    boxes = np.sort(rng.integers(-1, n + 2, (30, 2, 2)) * 8.0, axis=1).reshape(30, 4)
+    grids = position_grid(boxes, (n * 8, n * 8), n, top_n)
+    for grid, box in zip(grids, boxes, strict=True):
+        x1, y1, x2, y2 = np.clip(box, 0, n * 8) / 8
+        middle = ((x1 + x2 - 1) / 2, (y1 + y2 - 1) / 2)
+        cells = [(c, r) for c in range(n) for r in range(n) if x1 <= c < x2 and y1 <= r < y2]
+        cells.sort(key=lambda cell: ((cell[0] - middle[0]) ** 2 + (cell[1] - middle[1]) ** 2, cell))
+        expected = [c * n + r for c, r in cells[:top_n]]
+        assert grid[:top_n].tolist() == expected + [n * n] * (top_n - len(expected))
 
 
 def test_a_corner_that_rounding_puts_outside_the_last_cell():

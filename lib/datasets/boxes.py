@@ -1,0 +1,128 @@
+"""Files of pixel boxes, for position.py: .npy, .npz and COCO-style JSON."""
+
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.datasets.ids import canonical_id
+from lib.datasets.json_files import json_items
+from lib.errors import InputError, brief
+from lib.files import open_npy
+
+BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
+SIZE_NAMES = ("image_sizes", "image_size", "sizes")
+
+
+class PixelBoxes(NamedTuple):
+    """boxes (n, R, 4): x1, y1, x2, y2 in pixels. sizes (n, 2): height, width. found (n,): boxes before the padding.
+
+    names: list of n image ids, or None where the file has none.
+    """
+
+    boxes: np.ndarray
+    sizes: np.ndarray
+    found: np.ndarray
+    names: list | None
+
+
+def read_arrays(path: str, sizes_path: str | None) -> PixelBoxes:
+    """Read the boxes of an .npy or .npz file.
+
+    sizes_path: an .npy of image sizes, or HxW for all images alike; None where the .npz holds them.
+    """
+    boxes, sizes = _read_npz(path) if path.endswith(".npz") else (open_npy(path), None)
+    if sizes_path:
+        one_size = re.fullmatch(r"(\d+\.?\d*)[x,](\d+\.?\d*)", sizes_path)
+        if one_size:
+            sizes = np.tile(np.array(one_size.groups(), dtype=np.float64), (len(boxes), 1))
+        else:
+            sizes = open_npy(sizes_path)
+    if sizes is None:
+        raise InputError(f"{path}: no image sizes in it; --sizes gives them")
+    if boxes.ndim != 3 or boxes.shape[2] != 4 or sizes.shape != (len(boxes), 2):
+        raise InputError(f"{path}: boxes {boxes.shape} with image sizes {sizes.shape}: expected (n, R, 4) and (n, 2)")
+    if not boxes.size:
+        raise InputError(f"{path}: boxes {boxes.shape}: none, expected at least one")
+    return PixelBoxes(boxes, sizes, np.full(len(boxes), boxes.shape[1]), None)
+
+
+def _read_npz(path):
+    """Boxes, and image sizes or None, of an .npz file."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:  # noqa: TID251
+            names = archive.files
+            arrays = {name: archive[name] for name in (*BOX_NAMES, *SIZE_NAMES, "image_h", "image_w") if name in names}
+    except OSError:  # names the file
+        raise
+    except Exception as error:  # NumPy, zip and zlib each have their own
+        reason = str(error).partition(". If you trust")[0]
+        raise InputError(f"{path}: truncated or not an .npz file of numbers ({reason})") from None
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{path}: {name} are {array.dtype}, expected numbers")
+    boxes, sizes = (next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES))
+    if boxes is None:
+        raise InputError(f"{path}: holds {', '.join(names)[:200]}; expected {' or '.join(BOX_NAMES)}")
+    if sizes is None and {"image_h", "image_w"} <= set(arrays):
+        sizes = np.stack([arrays["image_h"], arrays["image_w"]], axis=-1)
+    return boxes, sizes
+
+
+def read_rows(array: np.ndarray, start: int, n: int) -> np.ndarray:
+    """Rows start … start+n-1 (n, …) of an array. A file is mapped anew each time: a map keeps its pages in memory."""
+    if isinstance(array, np.memmap) and array.filename:
+        array = open_npy(array.filename)
+    return array[start : start + n]
+
+
+def read_coco(path: str, ids: list[str] | None, n_regions: int) -> PixelBoxes:
+    """Read the boxes of a COCO-style JSON file, item by item; images of fewer than n_regions are padded with zeros.
+
+    Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
+    regions keep their order in the file. ids: ids or file names of the images to read, None for all in their order.
+    """
+    try:
+        images = {image["id"]: image for image in json_items(path, "images")}
+        if ids is not None:
+            images = _pick_images(path, images, ids)
+        sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.float64)
+        boxes, found = _read_annotations(path, list(images), n_regions)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a COCO-style file of images and annotations ({repr(error)[:200]})") from None
+    if not found.any():
+        raise InputError(f"{path}: no boxes for any of {len(images)} images")
+    return PixelBoxes(boxes, sizes, found, list(images))
+
+
+def _pick_images(path, images, ids):
+    """The images of a list of ids or file names, in its order."""
+    by_name = {canonical_id(name): id for id, image in images.items() for name in (image.get("file_name", id), id)}
+    lost = [name for name in ids if canonical_id(name) not in by_name]
+    if lost:
+        raise InputError(f"{path}: no image {brief(lost[0])} ({len(lost)} of {len(ids)} ids are missing)")
+    return {by_name[canonical_id(name)]: images[by_name[canonical_id(name)]] for name in ids}
+
+
+def _read_annotations(path, ids, n_regions):
+    """Boxes (n, n_regions, 4) of the images with these ids, and how many each has (n,)."""
+    rows = {id: row for row, id in enumerate(ids)}
+    boxes = np.zeros((len(ids), n_regions, 4), dtype=np.float32)
+    found = np.zeros(len(ids), dtype=np.int64)
+    for annotation in json_items(path, "annotations"):
+        row = rows.get(annotation["image_id"])
+        if row is None:
+            continue
+        image = brief(annotation["image_id"])
+        if found[row] == n_regions:
+            raise InputError(f"{path}: image {image} has more than {n_regions} boxes (--n_regions)")
+        try:
+            x, y, width, height = annotation["bbox"]
+            boxes[row, found[row]] = x, y, x + width, y + height
+        except (KeyError, TypeError, ValueError):
+            what = f"bbox {brief(annotation.get('bbox'))}, expected x, y, width, height"
+            raise InputError(f"{path}: image {image}, box {found[row]}: {what}") from None
+        found[row] += 1
+    return boxes, found
