@@ -5,7 +5,7 @@ import os
 from fastapi.responses import FileResponse
 
 from lib.datasets.news import Pictures, read_flags, read_words
-from Tencent_PFAN.web import Answer, Refused
+from lib.web import Answer, Refused
 
 
 class Items:

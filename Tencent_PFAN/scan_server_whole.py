@@ -10,41 +10,27 @@ import argparse
 import asyncio
 import hmac
 import os
-import signal
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 import prometheus_client as prometheus
 import torch
-import uvicorn
 from fastapi import Depends, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 if not __package__:
     import _root  # noqa: F401
 
+from lib import web
 from lib.errors import run
+from lib.web import Answer, Refused
 from Tencent_PFAN.demo_page import add_demo
 from Tencent_PFAN.scoring import BadRequest, Scorer
-from Tencent_PFAN.web import (
-    PATH,
-    RESPONSES,
-    Answer,
-    Counting,
-    Protocol,
-    Refused,
-    json_of,
-    refuse,
-    refuse_parameters,
-    refuse_unexpected,
-    request_schema,
-)
+from Tencent_PFAN.web import PATH, Counting, json_of, request_schema, responses
 
 BATCH_PICTURES = 256  # of the requests that are scored together; a single request may have more
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -193,19 +179,17 @@ def make_app(scorer, opt):
         description="How well pictures fit a sentence, words to regions (t2i) and regions to words (i2t).",
         redoc_url=None,
         lifespan=lifespan,
+        exception_handlers={**web.REFUSALS, RequestValidationError: web.refuse_parameters},
     )
     app.state.service = service
     app.add_middleware(Counting, service=service)
-    app.add_exception_handler(HTTPException, refuse)
-    app.add_exception_handler(RequestValidationError, refuse_parameters)
-    app.add_exception_handler(Exception, refuse_unexpected)
     keyed = [Depends(check_key)]
 
     @app.post(
         PATH,
         dependencies=keyed,
         openapi_extra={"requestBody": {"required": True, **json_of(request_schema(scorer.img_dim))}},
-        responses=RESPONSES,
+        responses=responses(),
     )
     async def score(request: Request) -> Response:
         """Scores of every picture with the sentence, both ways; with `sentences`, a list for each of them."""
@@ -259,23 +243,15 @@ def main():
     if not 0 < opt.port < 65536:
         parser.error(f"port: {opt.port}, expected 1 to 65535")
     torch.set_num_threads(opt.threads)
-    scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
-    config = uvicorn.Config(
-        make_app(scorer, opt),
-        opt.host,
-        opt.port,
-        http=Protocol,
-        log_level="warning",
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(2 * opt.timeout) + 1,  # to read what has begun to arrive, and to score it
-    )
-    print(f"{opt.model}: http://{opt.host}:{opt.port}", flush=True)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end
-    server = uvicorn.Server(config)
-    server.run()
-    if not server.started:
-        sys.exit(1)  # it has said why
+    with web.listen(opt.host, opt.port) as listening:  # before the model is read, which takes a while
+        scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
+        print(f"{opt.model}: http://{opt.host}:{opt.port}", flush=True)
+        web.serve(
+            make_app(scorer, opt),
+            listening,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=int(2 * opt.timeout) + 1,  # to read what has begun to arrive, and to score it
+        )
 
 
 if __name__ == "__main__":

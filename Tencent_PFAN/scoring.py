@@ -8,26 +8,28 @@ import hashlib
 import os
 import re
 import threading
-from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-import jieba
 import msgspec
 import numpy as np
 import pybase64
 import torch
+from cachetools import LRUCache
+from msgspec import UNSET, Meta, UnsetType
 
 from data import pad
 from lib.constants import N_REGIONS
+from lib.segmentation import segment
 from position import position_grid
 from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
 from Tencent_PFAN.vocab import SUFFIX, deserialize_vocab
 
+MAX_PIXELS = 1e6  # height and width of a picture
 LARGEST = 1e9  # of a feature's values, so that no product of float32 overflows
 MAX_CHARACTERS, MAX_WORDS, MAX_SENTENCES = 20_000, 1_000, 100  # of a request: text costs more than its bytes show
 BLOCK_PICTURES = 128  # pictures that are encoded, or scored with one request's sentences, at once
-CHINESE = re.compile(r"[\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 class BadRequest(ValueError):
@@ -37,25 +39,12 @@ class BadRequest(ValueError):
 # ---------------------------------------------------------------- text
 
 
-def _segmenter():
-    """jieba with its own dictionary, read here and now: by itself it would keep a cache file in the shared /tmp."""
-    tokenizer = jieba.Tokenizer()
-    tokenizer.FREQ, tokenizer.total = tokenizer.gen_pfdict(tokenizer.get_dict_file())
-    tokenizer.initialized = True
-    return tokenizer
-
-
-segmenter = _segmenter()
-
-
 def caption(sentence, field):
-    """Words separated by spaces, of a list of words or of a plain string, cut with jieba where it is Chinese."""
+    """Words separated by spaces, of a list of words or of a string, which is cut with jieba where it is Chinese."""
     if sum(map(len, sentence)) > MAX_CHARACTERS:
         raise BadRequest(f"{field}: {sum(map(len, sentence))} characters, expected at most {MAX_CHARACTERS}")
     if isinstance(sentence, str):
-        sentence = [
-            word for part in sentence.split() for word in (segmenter.lcut(part) if CHINESE.search(part) else [part])
-        ]
+        sentence = segment(sentence)
     text = " ".join(sentence)
     if not text.strip():
         raise BadRequest(f"{field}: empty, expected words")
@@ -64,23 +53,41 @@ def caption(sentence, field):
 
 # ---------------------------------------------------------------- the form of a request
 
+
+def described(kind, description=None, **schema):
+    """The type kind, with its description and more of its JSON schema for the document at /docs."""
+    return Annotated[kind, Meta(description=description, extra_json_schema=schema)]
+
+
 Sentence = str | list[str]
+Size = described(float, "pixels", minimum=1, maximum=MAX_PIXELS)
+Boxes = described(str, f"float32, {N_REGIONS} x 4: x1, y1, x2, y2 in pixels", contentEncoding="base64")
+Features = described(str, f"float32, {N_REGIONS} x img_dim", contentEncoding="base64")
 
 
 class Picture(msgspec.Struct):
-    image_id: Any
-    image_h: float
-    image_w: float
-    num_boxes: int
-    boxes: str
-    features: str
+    image_id: described(Any, "yours; not read")
+    image_h: Size
+    image_w: Size
+    num_boxes: described(int, const=N_REGIONS)
+    boxes: Boxes
+    features: Features
 
 
 class Body(msgspec.Struct):
-    boxes: list[Picture]
-    whole_items: list[list[float]]
-    sentence: Sentence | msgspec.UnsetType = msgspec.UNSET
-    sentences: list[Sentence] | msgspec.UnsetType = msgspec.UNSET
+    """A request: sentence or sentences, and a whole item for each of boxes."""
+
+    boxes: described(list[Picture], minItems=1)
+    whole_items: described(list[list[float]], "one for each of boxes", minItems=1)
+    sentence: described(Sentence, "words, or a string, cut into words where it is Chinese") | UnsetType = UNSET
+    sentences: described(list[Sentence], "several, instead of sentence", minItems=1) | UnsetType = UNSET
+
+
+class Scores(msgspec.Struct):
+    """An answer: a number for each picture; with sentences, a list of these for each of them."""
+
+    sim_t2i: list[float | list[float]]
+    sim_i2t: list[float | list[float]]
 
 
 decode_body = msgspec.json.Decoder(Body).decode
@@ -157,29 +164,9 @@ class Job:
     new: dict  # key → (features (36, img_dim), whole (img_dim,), grid (36, 31)), numpy
 
 
-class Cache:
-    """Embeddings of the pictures seen last, up to so many bytes; for one writer and any number of readers."""
-
-    def __init__(self, size):
-        self.size, self.used, self.entries, self.lock = size, 0, OrderedDict(), threading.Lock()
-
-    @staticmethod
-    def bytes_of(entry):
-        return sum(x.nbytes for x in entry) + 500  # and what Python keeps beside
-
-    def get(self, key):
-        with self.lock:
-            if key in self.entries:
-                self.entries.move_to_end(key)
-            return self.entries.get(key)
-
-    def put(self, key, entry):
-        with self.lock:
-            if key not in self.entries and self.bytes_of(entry) <= self.size:
-                self.entries[key] = entry
-                self.used += self.bytes_of(entry)
-            while self.used > self.size:
-                self.used -= self.bytes_of(self.entries.popitem(last=False)[1])
+def bytes_of(embeddings):
+    """Size of a picture's cached embeddings."""
+    return sum(x.nbytes for x in embeddings) + 500  # and what Python keeps beside
 
 
 class Scorer:
@@ -191,7 +178,8 @@ class Scorer:
         self.vocab = deserialize_vocab(os.path.join(vocab_path or opt.vocab_path, opt.data_name + SUFFIX))
         if len(self.vocab) > opt.vocab_size:
             raise BadRequest(f"{model_path}: knows {opt.vocab_size} words, its vocabulary has {len(self.vocab)}")
-        self.img_dim, self.cache = opt.img_dim, Cache(cache_bytes)
+        self.img_dim = opt.img_dim
+        self.cache, self.cache_lock = LRUCache(cache_bytes, bytes_of), threading.Lock()
 
     def word_ids(self, sentence, field):
         ids = self.vocab.encode(caption(sentence, field))
@@ -202,8 +190,8 @@ class Scorer:
     def read(self, data):
         """The bytes of a request → Job. Raises BadRequest."""
         body = parse(data)
-        single = body.sentence is not msgspec.UNSET
-        if single == (body.sentences is not msgspec.UNSET):
+        single = body.sentence is not UNSET
+        if single == (body.sentences is not UNSET):
             raise BadRequest("sentence: beside sentences, expected one of the two" if single else "sentence: missing")
         if not single and not 0 < len(body.sentences) <= MAX_SENTENCES:
             raise BadRequest(f"sentences: {len(body.sentences)}, expected 1 to {MAX_SENTENCES}")
@@ -226,8 +214,9 @@ class Scorer:
             if picture.num_boxes != N_REGIONS:
                 raise BadRequest(f"boxes[{i}].num_boxes: {picture.num_boxes}, expected {N_REGIONS}")
             for name in ("image_h", "image_w"):
-                if not 1 <= getattr(picture, name) <= 1e6:
-                    raise BadRequest(f"boxes[{i}].{name}: {getattr(picture, name):g}, expected 1 to 1000000 pixels")
+                if not 1 <= getattr(picture, name) <= MAX_PIXELS:
+                    found = f"{getattr(picture, name):g}"
+                    raise BadRequest(f"boxes[{i}].{name}: {found}, expected 1 to {MAX_PIXELS:.0f} pixels")
             if len(whole) != self.img_dim:
                 raise BadRequest(f"whole_items[{i}]: {len(whole)} numbers, expected {self.img_dim}")
             boxes = floats(picture.boxes, (N_REGIONS, 4), f"boxes[{i}].boxes")
@@ -238,7 +227,9 @@ class Scorer:
             digest = hashlib.sha256(features)
             digest.update(boxes + whole.tobytes() + size.tobytes())
             keys.append(key := digest.digest())
-            if (entry := self.cache.get(key)) is not None:
+            with self.cache_lock:
+                entry = self.cache.get(key)
+            if entry is not None:
                 embeddings[key] = entry
             elif key not in new:
                 features = np.frombuffer(features, "<f4").reshape(N_REGIONS, self.img_dim)
@@ -279,7 +270,8 @@ class Scorer:
             embeddings = self.model.encode_images(*(torch.from_numpy(np.stack(column)) for column in columns))
             for key, *entry in zip(block, *embeddings, strict=True):
                 encoded[key] = tuple(x.clone() for x in entry)  # a view would keep its whole batch in memory
-                self.cache.put(key, encoded[key])
+                with self.cache_lock, suppress(ValueError):  # larger than the whole cache
+                    self.cache[key] = encoded[key]
         return encoded
 
     def sims(self, entries, text, way, single):

@@ -11,14 +11,13 @@ import time
 
 import numpy as np
 import torch
-import uvicorn
 
 from lib.checkpoint import save_checkpoint
+from lib.web import make_server
 from Tencent_PFAN import train_whole
 from Tencent_PFAN.model_whole import SCAN
 from Tencent_PFAN.scan_server_whole import get_parser, make_app
 from Tencent_PFAN.scoring import Scorer
-from Tencent_PFAN.web import Protocol
 from vocab import SPECIAL, Vocabulary, serialize_vocab
 
 PATH = "/scan_sentence_image_score"
@@ -51,7 +50,7 @@ def make_options(*flags):
 def serve(scorer, *flags):
     """A server of scorer on a free port, which is yielded."""
     app = make_app(scorer, make_options(*flags))
-    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, http=Protocol, log_level="error"))
+    server = make_server(app, log_level="error")
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()

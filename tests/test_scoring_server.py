@@ -104,6 +104,20 @@ def test_a_plain_string_is_cut_into_words_where_it_is_chinese(port):
     np.testing.assert_array_equal(cut, whole)
 
 
+def test_nothing_chinese_is_read_before_chinese_text_comes():
+    code = """if True:
+        import sys
+        import lib.web
+        assert not {"fastapi", "torch"} & set(sys.modules)
+        from Tencent_PFAN import scan_server_whole, scoring
+        assert scoring.caption("no Chinese here", "sentence") == "no Chinese here"
+        assert "jieba" not in sys.modules
+        assert scoring.caption("上海新闻", "sentence") == "上海 新闻"
+        assert "jieba" in sys.modules"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_does_not_matter_does_not_change_the_scores(port):
     request = make_request()
     expected = scores(port, request)
@@ -143,7 +157,7 @@ def test_pictures_that_come_again_are_not_encoded_again_and_the_cache_has_an_end
     assert len(scorer.read(json.dumps(moved).encode()).new) == 1
     for seed in range(1, 9):
         alone(scorer, make_request(4, seed=seed))
-    assert 0 < scorer.cache.used <= 20_000
+    assert 0 < scorer.cache.currsize <= 20_000
     assert len(scorer.read(json.dumps(first).encode()).new) == 4
     np.testing.assert_allclose(alone(scorer, first), before, rtol=0, atol=1e-6)
 

@@ -1,0 +1,128 @@
+"""What the scoring server and the explorer share: JSON answers, refusals, host names, and the way they are served."""
+
+import asyncio
+import ipaddress
+import re
+import signal
+import socket
+from contextlib import suppress
+
+import msgspec
+import uvicorn
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from lib.errors import InputError
+
+LINGER_SECONDS, LINGER_BYTES = 2, 64 << 20  # how long a refused request is still read, so that its client hears why
+HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # of a Host header: a name or an address, and a port
+LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+
+# ---------------------------------------------------------------- answers and refusals
+
+
+class Answer(Response):
+    """A JSON answer of lists, dicts, str, int, float; NaN becomes null."""
+
+    media_type = "application/json"
+
+    def render(self, content):
+        return msgspec.json.encode(content)
+
+
+class Refusal(Answer):
+    """{"error": reason}. What the client still sends is read and dropped, within bounds: closing at once would reset
+    the connection, and many clients would then see that instead of the reason."""
+
+    def __init__(self, reason, status, headers=None):
+        super().__init__({"error": reason}, status, headers)
+
+    async def __call__(self, scope, receive, send):
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body, "more_body": True})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LINGER_SECONDS):
+                left = 0 if scope.get("body_read") else LINGER_BYTES
+                while left > 0 and (message := await receive()).get("more_body"):
+                    left -= len(message["body"])
+        await send({"type": "http.response.body", "body": b""})
+
+
+class Refused(HTTPException):
+    """Raised where a request cannot be answered: status, and a reason of one line."""
+
+    def __init__(self, status, reason, **headers):
+        super().__init__(status, reason, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+async def refuse(request, error):
+    return Refusal(str(error.detail), error.status_code, error.headers)
+
+
+async def refuse_unexpected(request, error):
+    return Refusal("internal error", 500)  # uvicorn prints the traceback
+
+
+async def refuse_parameters(request, error):
+    """For FastAPI's RequestValidationError."""
+    return Refusal("; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors()), 400)
+
+
+REFUSALS = {HTTPException: refuse, Exception: refuse_unexpected}  # an app's exception_handlers
+
+# ---------------------------------------------------------------- host names
+
+
+class HostNames:
+    """ASGI layer that refuses requests for other host names.
+
+    A page of another site can have its name point to 127.0.0.1 and would then read answers from there. Browsers
+    always send the name; a request without one comes from a program of this machine.
+    """
+
+    def __init__(self, app, names):
+        self.app, self.names = app, names
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and (host := Headers(scope=scope).get("host")):
+            name = HOST.fullmatch(host.lower())
+            if not name or name[1] not in self.names:
+                reason = f"Host: {host[:100]}, expected {', '.join(sorted(self.names))} (--allowed_hosts adds names)"
+                return await Refusal(reason, 400)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def check_host_names(app, host, allowed=()):
+    """Have app answer only requests for a local name or an allowed one, where host, its address, is loopback."""
+    try:
+        loopback = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if loopback:
+        written = f"[{host}]" if ":" in host else host
+        app.add_middleware(HostNames, names={*LOCAL_NAMES, written, *map(str.lower, allowed)})
+
+
+# ---------------------------------------------------------------- serving
+
+
+def listen(host, port):
+    """A socket that listens on a host (str) and port. Raises InputError where that cannot be had."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        why = error.strerror.split(" (")[0].lower()  # create_server appends the address
+        raise InputError(f"--host {host} --port {port}: {why}, expected this machine's and a free one") from None
+
+
+def make_server(app, **options):
+    """uvicorn's Server of app; options: those of uvicorn.Config. Headers end at 64 KB, h11's limit."""
+    return uvicorn.Server(uvicorn.Config(app, **{"http": "h11", "loop": "asyncio", "ws": "none", **options}))
+
+
+def serve(app, listening, **options):
+    """Answer requests on a socket that listens, until SIGINT or SIGTERM."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end
+    make_server(app, log_level="warning", **options).run(sockets=[listening])
