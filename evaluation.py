@@ -20,8 +20,8 @@ from lib.cross_attention import XATTN_SCORE
 from lib.errors import InputError, run
 from lib.files import replace
 from lib.intervals import RECALL_AT, group_hits, print_summary
-from lib.options import option
-from model import MATMUL_PRECISION, SCAN, load_model
+from lib.options import add_options, check_options, option
+from model import SCAN, load_model
 from vocab import deserialize_vocab
 
 SHARD_SIZE = 512  # of a split's evaluation: what one side of a shard needs is computed four times less than with 128
@@ -283,8 +283,7 @@ def load_split(
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
     vars(opt).update(overrides)
-    if opt.batch_size < 1:
-        raise InputError(f"--batch_size {opt.batch_size}: expected at least 1")
+    check_options(opt, ("batch_size", "matmul_precision"))
     vocab = read_vocab(opt)
     model = load_model(model_path, len(vocab), make_model, **overrides)
     return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
@@ -451,21 +450,13 @@ def get_parser() -> argparse.ArgumentParser:
         "runs/f30k_i2t/model_best.pth.tar --data_path ./data --split test",
     )
     parser.add_argument("--model_path", nargs="+", required=True, help="checkpoints; several are an ensemble")
-    parser.add_argument("--data_path", help="folder of the data sets (default: the checkpoint's)")
-    parser.add_argument("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+    add_options(parser, ("data_path", "vocab_path", "batch_size"), data_path=None, vocab_path=None, batch_size=None)
+    add_options(parser, ("device", "matmul_precision"))
     parser.add_argument("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
     parser.add_argument("--fold5", action="store_true", help="mean over five folds, as for MS-COCO 1K")
     parser.add_argument("--save_ranks", metavar="FILE", help="also write the ranks, e.g. to ranks.pth.tar")
     parser.add_argument("--intervals", action="store_true", help="also 95 %% intervals, bootstrap over images")
     parser.add_argument("--versus", nargs="+", metavar="MODEL", help="other checkpoints: paired difference from these")
-    parser.add_argument("--batch_size", type=int, help="images or captions encoded at once (default: the checkpoint's)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
-    parser.add_argument(
-        "--matmul_precision",
-        default="highest",
-        choices=MATMUL_PRECISION,
-        help="float32 products (default: %(default)s)",
-    )
     return parser
 
 

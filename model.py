@@ -28,7 +28,7 @@ from lib.cross_attention import (  # noqa: F401 (l1norm and the two scores have 
 )
 from lib.errors import InputError
 from lib.kernels.gru import packed_gru
-from lib.options import NEW_OPTIONS, option
+from lib.options import CHOICES, OPTIONS, check_options, option
 
 POSITION_DIM = 200  # size of a cell's embedding
 
@@ -61,8 +61,6 @@ def plain_linear(in_features: int, out_features: int) -> nn.Linear:
 
 
 LINEAR = {"basic": plain_linear, "weight_norm": WeightNormLinear}
-MATMUL_PRECISION = ("highest", "high", "medium")  # torch.set_float32_matmul_precision
-POSITIONS = ("attention", "area", "none")  # PFAN-A, PFAN-P, SCAN
 
 
 def full(x: Tensor) -> Tensor:
@@ -158,8 +156,6 @@ class ContrastiveLoss(nn.Module):
 
     def __init__(self, opt, margin=0, max_violation=False):
         super().__init__()
-        if opt.cross_attn not in XATTN_SCORE:
-            raise InputError(f"--cross_attn {opt.cross_attn}: expected {' or '.join(XATTN_SCORE)}")
         self.opt, self.margin, self.max_violation = opt, margin, max_violation
 
     def score(self, im, s, s_l, pairs=None):
@@ -217,16 +213,7 @@ class SCAN:
     text_encoder, loss = EncoderText, ContrastiveLoss  # with make_img_enc, what a variant replaces
 
     def __init__(self, opt):
-        for name, table in (
-            ("position", POSITIONS),
-            ("precomp_enc_type", LINEAR),
-            ("raw_feature_norm", RAW_FEATURE_NORM),
-            ("agg_func", AGG_FUNC),
-            ("matmul_precision", MATMUL_PRECISION),
-        ):
-            value = option(opt, name)
-            if value not in table:
-                raise InputError(f"--{name} {value}: expected one of {', '.join(table)}")
+        check_options(opt, CHOICES)
         self.opt = opt
         torch.set_float32_matmul_precision(option(opt, "matmul_precision"))
         self.device = distributed.pick_device(option(opt, "device"))
@@ -332,7 +319,7 @@ def load_model(path: str, vocab_size: int | None = None, make_model: Callable = 
     """
     checkpoint = load_checkpoint(path)
     opt = checkpoint["opt"]
-    vars(opt).update({"device": NEW_OPTIONS["device"], **overrides})  # not the device it was trained on
+    vars(opt).update({"device": OPTIONS["device"].default, **overrides})  # not the device it was trained on
     opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])
     if vocab_size not in (None, opt.vocab_size):
         raise InputError(f"{path}: made with a vocabulary of {opt.vocab_size} words, found one of {vocab_size}")

@@ -25,11 +25,10 @@ from data import get_loaders
 from evaluation import SHARD_SIZE, AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
-from lib.cross_attention import AGG_FUNC, RAW_FEATURE_NORM, XATTN_SCORE
 from lib.errors import InputError, run
-from lib.options import NEW_OPTIONS, option
+from lib.options import TRAIN, add_options, check_options, option
 from lib.workers import watched_workers
-from model import LINEAR, MATMUL_PRECISION, POSITIONS, SCAN
+from model import SCAN
 
 log = logging.getLogger(__name__)
 
@@ -42,63 +41,17 @@ def get_parser() -> argparse.ArgumentParser:
         description="Train a Position Focused Attention Network for image-text matching.",
         epilog="example: python train.py --data_path ./data --data_name f30k_precomp --max_violation --bi_gru "
         "--agg_func Mean --logger_name runs/f30k --model_name runs/f30k",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    add = parser.add_argument
-    add("--data_path", default="./data/", help="folder of the data sets")
-    add("--data_name", default="precomp", help="data set, a folder there: f30k_precomp, coco_precomp, your own")
-    add("--vocab_path", default="./vocab/", help="folder of the vocabularies, DATA_NAME_vocab.json")
-    add("--margin", default=0.2, type=float, help="margin of the hinge loss")
-    add("--num_epochs", "--num_epoches", default=30, type=int, help="epochs to train")
-    add("--batch_size", default=128, type=int, help="pairs in a batch, those of all processes together")
-    add("--word_dim", default=300, type=int, help="size of a word's input embedding")
-    add("--embed_size", default=1024, type=int, help="size of the joint embedding")
-    add("--grad_clip", default=2.0, type=float, help="largest norm of the gradient; 0 does not clip")
-    add("--num_layers", default=1, type=int, help="layers of the GRU")
-    add("--learning_rate", default=0.0002, type=float, help="learning rate at the start")
-    add("--lr_update", default=15, type=int, help="epochs after which the learning rate falls to a tenth")
-    add("--workers", default=10, type=int, help="processes that load batches (at most one a core)")
-    add("--log_step", default=10, type=int, help="steps between two log lines")
-    add("--val_step", default=500, type=int, help="steps between two validations; each epoch's end has one as well")
-    add("--logger_name", default="./runs/runX/log", help="folder of the TensorBoard events")
-    add("--model_name", default="./runs/runX/checkpoint", help="folder of the checkpoints")
-    add("--resume", default="", metavar="FILE", help="checkpoint to go on from; auto: the last in --model_name, if any")
-    add("--save_step", default=0, type=int, help="steps between two checkpoints within an epoch; 0 saves none")
-    add("--keep_last", default=0, type=int, help="checkpoints of epochs to keep, besides the best; 0 keeps all")
-    add("--max_violation", action="store_true", help="only the hardest negatives in the loss")
-    add("--mean_warmup_epochs", default=0, type=int, help="epochs with all negatives before --max_violation")
-    add("--img_dim", default=2048, type=int, help="size of a region's feature")
-    add("--no_imgnorm", action="store_true", help="do not normalise image embeddings")
-    add("--no_txtnorm", action="store_true", help="do not normalise text embeddings")
-    add("--raw_feature_norm", default="clipped_l2norm", help=" | ".join(RAW_FEATURE_NORM))
-    add("--agg_func", default="LogSumExp", help=" | ".join(AGG_FUNC))
-    add("--cross_attn", default="t2i", help=" | ".join(XATTN_SCORE))
-    add("--precomp_enc_type", default="basic", help=" | ".join(LINEAR))
-    add("--bi_gru", action="store_true", help="bidirectional GRU")
-    add("--lambda_lse", default=6.0, type=float, help="temperature of LogSumExp")
-    add("--lambda_softmax", default=9.0, type=float, help="temperature of the attention")
-    add("--position", default=NEW_OPTIONS["position"], help=" | ".join(POSITIONS) + ": PFAN-A, PFAN-P, plain SCAN")
-    add("--seed", default=NEW_OPTIONS["seed"], type=int, help="of start values and data order")
-    add("--allow_empty_captions", action="store_true", help="take an empty caption line as <start> <end>")
-    add("--device", default=NEW_OPTIONS["device"], help="cpu, cuda, cuda:1, mps; auto: CUDA if there, else the CPU")
-    add("--amp", action="store_true", help="mixed precision: encoders in bfloat16")
-    add("--matmul_precision", default=NEW_OPTIONS["matmul_precision"], help=" | ".join(MATMUL_PRECISION))
+    add_options(parser, TRAIN)
     return parser
 
 
 def check(opt: Any) -> None:
     """Raise InputError for flags that cannot be trained with."""
-    for names, least, most in (
-        ("batch_size", max(2, distributed.world_size()), 2**31),
-        ("num_epochs log_step val_step lr_update num_layers embed_size word_dim img_dim", 1, 2**31),
-        ("workers grad_clip margin lambda_lse lambda_softmax save_step keep_last mean_warmup_epochs", 0, 2**31),
-        ("seed", 0, 2**32 - 1),
-    ):
-        for name in names.split():
-            if not least <= getattr(opt, name) <= most:
-                raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}, at most {most}")
-    if not 0 < opt.learning_rate < float("inf"):
-        raise InputError(f"--learning_rate {opt.learning_rate}: expected a positive number")
+    check_options(opt)
+    least = max(2, distributed.world_size())
+    if opt.batch_size < least:
+        raise InputError(f"--batch_size {opt.batch_size}: expected at least {least}")
     if opt.mean_warmup_epochs and not opt.max_violation:
         raise InputError(f"--mean_warmup_epochs {opt.mean_warmup_epochs}: has no effect without --max_violation")
 

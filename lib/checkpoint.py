@@ -15,28 +15,15 @@ import torch
 
 from lib.errors import InputError, brief
 from lib.files import replace
+from lib.options import MODEL, MODEL_NEWER, REQUIRED, WHOLE_IMAGE
 
 log = logging.getLogger(__name__)
 
 LAST, BEST = "checkpoint_last.pth.tar", "model_best.pth.tar"  # saved within an epoch; of the best score
 EPOCH = re.compile(r"checkpoint_(\d+)\.pth\.tar")  # saved after an epoch
 
-# What every checkpoint of SCAN and PFAN says of its model and data, by kind; and what newer ones say as well.
-TEXTS = "data_path data_name vocab_path raw_feature_norm agg_func cross_attn precomp_enc_type".split()
-COUNTS = "batch_size word_dim embed_size num_layers img_dim".split()
-NUMBERS = "lambda_lse lambda_softmax margin learning_rate grad_clip".split()
-SWITCHES = "no_imgnorm no_txtnorm bi_gru max_violation".split()
-OPTIONS = (*TEXTS, *COUNTS, *NUMBERS, *SWITCHES)
-NEWER = {
-    "position": TEXTS,
-    "matmul_precision": TEXTS,
-    "lambda_whole": NUMBERS,
-    "seed": NUMBERS,
-    "allow_empty_captions": SWITCHES,
-    "amp": SWITCHES,
-    "need_box_whole": SWITCHES,
-}
-LARGEST = 2**32  # of any number
+KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
+LARGEST = 2**32  # of any count
 
 
 def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.tar", prefix: str = "") -> None:
@@ -105,58 +92,56 @@ def load_checkpoint(path: str) -> dict:
         raise InputError(f"{path}: refused, expected nothing but tensors, numbers and options ({reason})") from None
     except Exception as error:  # torch.load meets broken bytes with many exception types
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
-    keys = ("epoch", "model", "best_rsum", "opt", "Eiters")
-    missing = [key for key in keys if not isinstance(checkpoint, dict) or key not in checkpoint]
-    if missing:
-        raise InputError(f"{path}: found no {missing[0]}, expected a dict of {', '.join(keys)}")
-    opt, states = checkpoint["opt"], checkpoint["model"]
-    if not isinstance(opt, argparse.Namespace):
-        raise InputError(f"{path}: opt is a {type(opt).__name__}, expected an argparse.Namespace")
-    lacking = [name for name in OPTIONS if not hasattr(opt, name)]
-    if lacking:
-        raise InputError(f"{path}: its options lack {lacking[0]}")
-    check_options(path, opt)
-    for key, kinds, least in (("epoch", int, 0), ("best_rsum", (int, float), -1), ("Eiters", int, 0), ("step", int, 0)):
-        value = checkpoint.get(key, 0)
-        if not isinstance(value, kinds) or not least <= value <= LARGEST:
-            raise InputError(f"{path}: {key} is {brief(value)}, expected a number of at least {least}")
-    if not isinstance(states, (list, tuple)) or [isinstance(state, dict) for state in states] != [True, True]:
-        raise InputError(f"{path}: model is no list of two encoders' states")
-    words = states[1].get("embed.weight")
-    if not isinstance(words, torch.Tensor) or words.dim() != 2:
-        raise InputError(f"{path}: text encoder: no embed.weight in the checkpoint, (words, word_dim)")
-    least = len(words) * opt.word_dim + opt.embed_size * (opt.img_dim + 3 * opt.num_layers * opt.embed_size)
-    if least > os.path.getsize(path):  # a model that large could not come from here, and need not be made to find out
-        raise InputError(f"{path}: {os.path.getsize(path)} bytes, too few for the sizes in its options")
-    image_state = states[0]
-    if not hasattr(opt, "position"):
-        opt.position = (
-            "attention"
-            if "fc_att.weight" in image_state
-            else "area"
-            if "position_embedding.weight" in image_state
-            else "none"
-        )
+    try:
+        check_keys(checkpoint)
+        check_checkpoint_options(checkpoint["opt"])
+        check_states(checkpoint["model"], checkpoint["opt"], os.path.getsize(path))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    if not hasattr(checkpoint["opt"], "position"):
+        checkpoint["opt"].position = infer_position(checkpoint["model"][0])
     return checkpoint
 
 
-def check_options(path: str, opt: argparse.Namespace) -> None:
-    """Raise InputError naming path and the option of a checkpoint's opt that is of another kind than train.py's."""
-    kinds = (
-        (
-            TEXTS,
-            "one line of text",
-            lambda x: isinstance(x, str) and len(x) < 4096 and x.splitlines() in ([x], []) and "\0" not in x,
-        ),
-        (COUNTS, f"a whole number from 1 to {LARGEST}", lambda x: type(x) is int and 1 <= x <= LARGEST),
-        (NUMBERS, f"a number from 0 to {LARGEST}", lambda x: type(x) in (int, float) and 0 <= x <= LARGEST),
-        (SWITCHES, "True or False", lambda x: isinstance(x, bool)),
-    )
-    for names, expected, fits in kinds:
-        newer = [name for name, like in NEWER.items() if like is names and hasattr(opt, name)]
-        for name in (*names, *newer):
-            if not fits(value := getattr(opt, name)):
-                raise InputError(f"{path}: its option {name} is {brief(value)}, expected {expected}")
+def check_keys(checkpoint: Any) -> None:
+    """Raise InputError where a checkpoint lacks a key, or a count or score is no number of its range."""
+    missing = [key for key in KEYS if not isinstance(checkpoint, dict) or key not in checkpoint]
+    if missing:
+        raise InputError(f"found no {missing[0]}, expected a dict of {', '.join(KEYS)}")
+    for key, kinds, least in (("epoch", int, 0), ("best_rsum", (int, float), -1), ("Eiters", int, 0), ("step", int, 0)):
+        value = checkpoint.get(key, 0)
+        if not isinstance(value, kinds) or not least <= value <= LARGEST:
+            raise InputError(f"{key} is {brief(value)}, expected a number of at least {least}")
+
+
+def check_checkpoint_options(opt: Any) -> None:
+    """Raise InputError where a checkpoint's opt lacks an option that SCAN's have, or an option's value does not fit."""
+    if not isinstance(opt, argparse.Namespace):
+        raise InputError(f"opt is a {type(opt).__name__}, expected an argparse.Namespace")
+    for row in (*MODEL, *MODEL_NEWER, *WHOLE_IMAGE):
+        if row.name in REQUIRED and not hasattr(opt, row.name):
+            raise InputError(f"its options lack {row.name}")
+        if hasattr(opt, row.name) and not row.fits(value := getattr(opt, row.name)):
+            raise InputError(f"its option {row.name} is {brief(value)}, expected {row.expected()}")
+
+
+def check_states(states: Any, opt: argparse.Namespace, n_bytes: int) -> None:
+    """Raise InputError where states are not those of two encoders, or opt's sizes too large for a file of n_bytes."""
+    if not isinstance(states, (list, tuple)) or [isinstance(state, dict) for state in states] != [True, True]:
+        raise InputError("model is no list of two encoders' states")
+    words = states[1].get("embed.weight")
+    if not isinstance(words, torch.Tensor) or words.dim() != 2:
+        raise InputError("text encoder: no embed.weight in the checkpoint, (words, word_dim)")
+    least = len(words) * opt.word_dim + opt.embed_size * (opt.img_dim + 3 * opt.num_layers * opt.embed_size)
+    if least > n_bytes:  # a model that large could not come from here, and need not be made to find out
+        raise InputError(f"{n_bytes} bytes, too few for the sizes in its options")
+
+
+def infer_position(image_state: dict) -> str:
+    """The --position of an image encoder with these parameters."""
+    if "fc_att.weight" in image_state:
+        return "attention"
+    return "area" if "position_embedding.weight" in image_state else "none"
 
 
 def load_plain(path: str) -> Any:

@@ -416,7 +416,6 @@ def test_a_checkpoint_to_resume_that_is_not_there_is_named(place):
         ("--val_step 0", "at least 1"),
         ("--lr_update 0", "at least 1"),
         ("--mean_warmup_epochs -1", "at least 0"),
-        ("--mean_warmup_epochs 2", "without --max_violation"),
         ("--workers -1", "at least 0"),
         ("--agg_func Foo", "LogSumExp"),
         ("--cross_attn both", "t2i"),

@@ -28,9 +28,10 @@ from hypothesis import strategies as st
 import evaluation
 import train
 from data import get_precomp_dataset
-from lib.checkpoint import NEWER, OPTIONS, load_checkpoint
+from lib.checkpoint import load_checkpoint
 from lib.datasets import news
 from lib.errors import InputError
+from lib.options import MODEL, MODEL_NEWER, WHOLE_IMAGE
 from model import SCAN
 from scripts import (
     captions_to_dataset,
@@ -449,7 +450,8 @@ def change(state, place, value):
 
 @pytest.mark.parametrize(
     "place",
-    [["opt", name] for name in (*OPTIONS, *NEWER, "device")]
+    [["opt", row.name] for row in (*MODEL, *MODEL_NEWER, *WHOLE_IMAGE)]
+    + [["opt", "device"]]
     + [["optimizer", "param_groups", 0, name] for name in ("params", "lr", "betas", "eps", "amsgrad", "fused")]
     + [["optimizer", "state", 0], ["optimizer", "state", 0, "step"], ["optimizer", "state", 0, "exp_avg"]]
     + [["model", 0, "fc.weight"], ["model", 1, "embed.weight"], ["model", 1, "rnn.weight_hh_l0"], ["random"]],

@@ -1,0 +1,85 @@
+"""The table of flags: what the parsers, the checks and older checkpoints take from it."""
+
+import argparse
+
+import pytest
+
+import model
+import train
+from lib.errors import InputError
+from lib.options import CHOICES, OPTIONS, REQUIRED, Option, add_options, check_options, option
+from Tencent_PFAN import train_whole
+
+
+def test_the_choices_are_those_that_the_model_has():
+    tables = {
+        "raw_feature_norm": model.RAW_FEATURE_NORM,
+        "agg_func": model.AGG_FUNC,
+        "cross_attn": model.XATTN_SCORE,
+        "precomp_enc_type": model.LINEAR,
+    }
+    assert set(CHOICES) == {*tables, "position", "matmul_precision"}
+    for name, table in tables.items():
+        assert set(OPTIONS[name].allowed) == set(table), name
+
+
+@pytest.mark.parametrize("trainer", [train, train_whole], ids=["root", "whole image"])
+def test_every_default_is_allowed_and_in_the_help(trainer):
+    parser = trainer.get_parser()
+    opt = parser.parse_args([])
+    check_options(opt)
+    assert set(vars(opt)) <= set(OPTIONS)
+    text = " ".join(parser.format_help().split())
+    for name, value in vars(opt).items():
+        assert f"--{name}" in text
+        assert isinstance(value, bool) or value == "" or f"(default: {value})" in text, name
+
+
+def test_the_whole_image_trainer_has_its_published_defaults():
+    opt = train_whole.get_parser().parse_args([])
+    found = opt.embed_size, opt.position, opt.need_box_whole, opt.lambda_whole, opt.embed_path
+    assert found == (512, "area", False, 1.0, "./vocab/embedding.npy")
+
+
+def test_an_option_that_is_missing_means_its_default_unless_every_checkpoint_has_it():
+    older = argparse.Namespace(margin=0.1)
+    assert option(older, "margin") == 0.1 and option(older, "position") == "attention"
+    for name in set(OPTIONS) - REQUIRED:
+        assert option(older, name) == OPTIONS[name].default
+    for name in REQUIRED - {"margin"}:
+        with pytest.raises(AttributeError):
+            option(older, name)
+
+
+def test_a_new_row_is_a_flag_with_a_range_and_a_default():
+    parser = argparse.ArgumentParser()
+    add_options(parser, [Option("dropout", 0.5, "share of zeroed features", (0, 1)), "agg_func"], agg_func=None)
+    assert parser.parse_args([]) == argparse.Namespace(dropout=0.5, agg_func=None)
+    assert parser.parse_args(["--dropout", ".25"]).dropout == 0.25
+    text = " ".join(parser.format_help().split())
+    assert "share of zeroed features (default: 0.5)" in text
+    assert "LogSumExp | Mean | Max | Sum: " in text and "(default: the checkpoint's)" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "right", "wrong"),
+    [
+        ("batch_size", [1, 128], [0, 1.5, "4", True, None, float("nan")]),
+        ("margin", [0, 0.2, 1], [-0.1, "x", False, float("inf"), float("nan")]),
+        ("learning_rate", [1e-300, 1e30], [0, -1, float("inf")]),
+        ("bi_gru", [True, False], [1, 0, "True", None]),
+        ("data_path", ["", "./data/"], ["two\nlines", "\0", "x" * 5000, 3, None]),
+        ("agg_func", ["Mean"], ["mean", "", None, ["Mean"]]),
+    ],
+)
+def test_a_value_fits_where_it_is_of_the_options_kind_and_range(name, right, wrong):
+    for value in right:
+        check_options(argparse.Namespace(**{name: value}))
+    for value in wrong:
+        with pytest.raises(InputError, match=f"--{name} .*expected "):
+            check_options(argparse.Namespace(**{name: value}))
+
+
+def test_a_warm_up_without_max_violation_is_refused():
+    with pytest.raises(InputError, match="--mean_warmup_epochs 2: .*without --max_violation"):
+        train.check(train.get_parser().parse_args(["--mean_warmup_epochs", "2"]))
