@@ -59,7 +59,7 @@ MODEL = (
     Option("data_name", "precomp", "data set, a folder there: f30k_precomp, coco_precomp, your own"),
     Option("vocab_path", "./vocab/", "folder of the vocabularies, DATA_NAME_vocab.json"),
     Option("margin", 0.2, "margin of the hinge loss", NOT_NEGATIVE),
-    Option("batch_size", 128, "pairs in a batch, those of all processes together; evaluation encodes as many at once", COUNT),
+    Option("batch_size", 128, "pairs in a batch, of all processes together; evaluation encodes as many at once", COUNT),
     Option("word_dim", 300, "size of a word's input embedding", COUNT),
     Option("embed_size", 1024, "size of the joint embedding", COUNT),
     Option("grad_clip", 2.0, "largest norm of the gradient; 0 does not clip", NOT_NEGATIVE),
