@@ -9,7 +9,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from typing import Any
 
 from nltk.tokenize import NLTKWordTokenizer
@@ -41,7 +40,6 @@ split_words = NLTKWordTokenizer().tokenize
 SENTENCE_END = re.compile(r"[.?!]\S*\s")  # Punkt splits after one of these only
 # Letters and spaces with one full stop, without the words that NLTK cuts in two. Most captions are of this form.
 LETTERS_ONLY = re.compile(r"(?!.*\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b)[a-z ]*\.?")
-CHINESE = re.compile(r"[\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
 def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]:
@@ -52,24 +50,6 @@ def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]
     if not SENTENCE_END.search(caption):
         return split_words(caption)
     return [token for sentence in split_sentences(caption) for token in split_words(sentence)]
-
-
-@cache
-def chinese_segmenter() -> Any:
-    """A jieba.Tokenizer. Its dictionary is read from jieba's own file: by default jieba keeps a cache file in /tmp."""
-    import jieba  # here, because it takes a second that only Chinese text needs
-
-    segmenter = jieba.Tokenizer()
-    segmenter.FREQ, segmenter.total = segmenter.gen_pfdict(segmenter.get_dict_file())
-    segmenter.initialized = True
-    return segmenter
-
-
-def segment(text: str) -> list[str]:
-    """Split a text (str) at spaces, and with jieba between Chinese words, into a list of str."""
-    return [
-        word for part in text.split() for word in (chinese_segmenter().lcut(part) if CHINESE.search(part) else [part])
-    ]
 
 
 class Vocabulary:

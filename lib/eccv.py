@@ -117,19 +117,14 @@ def check_split(prefix: str, n_images: int, n_captions: int, ids: Sequence[str] 
         )
     if ids is None or list(ids) == [str(row) for row in range(len(ids))]:
         return
-    images, captions = testall_ids()
-    repeats = max(1, len(ids) // n_images)
-    wrong = [
-        next((row for row, (x, y) in enumerate(zip(ids, map(str, expected.tolist()), strict=True)) if x != y), None)
-        for expected in (images.repeat(repeats), captions)
-        if len(expected) == len(ids)
-    ]
-    if None in wrong:
-        return
-    if not wrong:
-        raise InputError(f"{prefix}_ids.txt: {len(ids)} ids, expected {n_images} or {n_captions}")
-    row = max(wrong)
-    raise InputError(
-        f"{prefix}_ids.txt, line {row + 1}: id {ids[row]}, --eccv expects SCAN's order of testall, "
-        f"in which image {images[row // repeats]} stands there"
-    )
+    images, captions = (np.char.mod("%d", x) for x in testall_ids())
+    if len(ids) not in (N_IMAGES, N_CAPTIONS):
+        raise InputError(f"{prefix}_ids.txt: {len(ids)} ids, expected {N_IMAGES} or {N_CAPTIONS}")
+    images = images.repeat(len(ids) // N_IMAGES)
+    wrong = np.array(ids) != images
+    if wrong.any() and not np.array_equal(ids, captions):
+        row = int(wrong.argmax())
+        raise InputError(
+            f"{prefix}_ids.txt, line {row + 1}: found {ids[row]}, expected {images[row]} "
+            "(--eccv needs the images of testall in SCAN's order)"
+        )

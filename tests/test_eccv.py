@@ -82,7 +82,7 @@ def test_another_split_or_order_is_refused_with_the_line():
         eccv.check_split("test", 1000, 5000, None)
     images = list(map(str, eccv.testall_ids()[0].tolist()))
     images[41], images[42] = images[42], images[41]
-    with pytest.raises(InputError, match=f"testall_ids.txt, line 42: id {images[41]}.* image {images[42]} stands"):
+    with pytest.raises(InputError, match=f"testall_ids.txt, line 42: found {images[41]}, expected {images[42]}"):
         eccv.check_split("testall", 5000, 25000, images)
     with pytest.raises(InputError, match="testall_ids.txt: 7 ids, expected 5000 or 25000"):
         eccv.check_split("testall", 5000, 25000, ["7"] * 7)
