@@ -91,7 +91,8 @@ def test_chinese_text_is_cut_into_words_and_other_text_at_spaces():
 
 
 def test_jieba_is_loaded_when_chinese_text_first_comes():
-    code = "import sys, vocab; from lib.segmentation import segment; segment('a red dog'); before = 'jieba' in sys.modules; segment('红球'); "
+    code = "import sys, vocab; from lib.segmentation import segment; "
+    code += "segment('a red dog'); before = 'jieba' in sys.modules; segment('红球'); "
     code += "print(before, 'jieba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False True\n"
