@@ -1,9 +1,9 @@
 """Pictures → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt (or a TSV): regions of each picture and their features.
 
 Regions are the best boxes of torchvision's Faster R-CNN (--regions proposals), 36 fixed overlapping windows that need
-no detector (--regions windows), or the boxes of any detector in a file (--regions BOXES). A region's feature is the mean
-over its part (RoIAlign) of the last map of a backbone: the detector's own ResNet-50 (2048), another ResNet (2048) or
-EfficientNet-Lite0 (1280).
+no detector (--regions windows), or the boxes of any detector in a file (--regions BOXES). A region's feature is the
+mean over its part (RoIAlign) of the last map of a backbone: the detector's own ResNet-50 (2048), another ResNet (2048)
+or EfficientNet-Lite0 (1280).
 The pictures of a split are those of DIR's SPLIT_ids.txt; without one, all pictures below --images become --split.
 """
 
@@ -141,7 +141,7 @@ def extract(pixels, sizes, boxes, backbone, detector, device):
     """Regions of a batch of pictures of one shape.
 
     pixels: list of B (h, w, 3) uint8. sizes: list of B (height, width) before scaling. boxes: (B, R, 4) as x1, y1, x2,
-    y2 in pixels of those sizes; None where the detector finds them. backbone: None where the detector's last map is used.
+    y2 in pixels of those sizes, or None: the detector finds them. backbone: None for the detector's last map.
     Returns features (B, R, D), boxes (B, R, 4) in pixels of those sizes, whole-picture features (B, D), float32.
     """
     images = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
@@ -195,7 +195,7 @@ class Regions:
         return [path if there else None for path, there in zip(paths, known, strict=True)]
 
     def boxes(self, path, size):
-        """Boxes (R, 4) in pixels of the picture at path, of size (height, width); None where the detector finds them."""
+        """Boxes (R, 4) in pixels of the picture at path, of size (height, width), or None: the detector finds them."""
         if self.given:
             return self.given.pixels(self.given.row(os.path.relpath(path, self.opt.images)), size)
         return windows(*size) if self.opt.regions == "windows" else None
@@ -230,7 +230,8 @@ def write_dataset(split, ids, paths, opt, regions):
             extra = {"who_ims": whole} if opt.whole else {}
             out.write(row, ims=features, boxes=grid, **extra)
         kept = out.finish()
-    print(f"{split}: {kept} of {len(ids)} pictures, {regions.count} regions of {regions.img_dim} numbers each, in {opt.out}")
+    shape = f"{regions.count} regions of {regions.img_dim} numbers each"
+    print(f"{split}: {kept} of {len(ids)} pictures, {shape}, in {opt.out}")
     if no_area:
         print(f"{split}: {no_area} boxes without area")
 
@@ -264,7 +265,8 @@ def write_tsv(path, ids, paths, opt, regions):
         if not file.tell():
             raise InputError(f"{path}: none of the {len(ids)} pictures could be used")
     os.replace(part, path)
-    print(f"{path}: {len(done) + len(items)} pictures asked for, {regions.problems.counts['unreadable']} of them unreadable")
+    unreadable = regions.problems.counts["unreadable"]
+    print(f"{path}: {len(done) + len(items)} pictures asked for, {unreadable} of them unreadable")
 
 
 def picture_paths(ids, found, opt, problems, split):

@@ -20,12 +20,11 @@ OVERSHOOT = 0.05  # of a side, which a box in pixels may end beyond the picture 
 class GivenBoxes:
     """The boxes of a file by picture.
 
-    path: an .npz with ids (n,) and boxes (n, R, 4) as x1, y1, x2, y2, in pixels or from 0 to 1, where it has
-    image_sizes (n, 2) (height, width) in pixels of those; or JSON in COCO's form, a list of detections or an object with
-    images and annotations, bbox as x, y, width, height in pixels, the best of each picture by score (in the order of
-    the file without scores).
-    n_regions: R, of JSON the largest number of boxes that a picture has, at most 36. A picture with fewer is padded
-    with boxes without area.
+    path: an .npz with ids (n,) and boxes (n, R, 4) as x1, y1, x2, y2, in pixels or from 0 to 1; where it has
+    image_sizes (n, 2), heights and widths, in pixels of those. Or JSON in COCO's form, a list of detections or an
+    object with images and annotations, bbox as x, y, width, height in pixels: the best of each picture by score.
+    n_regions: R; of JSON the largest number of boxes of a picture, at most 36, and fewer are padded with boxes of
+    no area.
     relative: whether the corners are shares of the picture's sides; else they are pixels of the upright picture.
     Raises InputError for a file of another form, ids that stand twice, corners that are reversed or no numbers.
     """
@@ -71,7 +70,7 @@ class GivenBoxes:
         return self.rows.get(canonical_id(path), self.rows.get(canonical_id(os.path.basename(path))))
 
     def pixels(self, row, size):
-        """Boxes (R, 4) of a row as x1, y1, x2, y2 in pixels of the picture, whose size is (height, width), clipped to it.
+        """Boxes (R, 4) of a row, clipped to the picture, in its pixels; size is its (height, width).
 
         Raises ValueError where pixels in the file lie so far outside that they are of a picture of another size.
         """
