@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from statistics import median
 
 if not __package__:
     import _root  # noqa: F401
 
 from lib.errors import run
+from lib.files import replace
+from scripts.bench.table import PRECISIONS, plot, report, time_text
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -33,10 +34,10 @@ SIZES = {
     "images": 1000,
     "per_image": 5,  # a test split of 1,000 × 5,000
     "signal": 0.1,  # how much of a region is in a word
-    "plain_images": 128,
-    "plain_captions": 256,  # the part of it that the published way scores
+    "plain_images": 128,  # the published way scores a part of the pairs
+    "plain_captions": 256,
     "batch_size": 128,
-    "plain_batches": 3,  # and the part that it encodes
+    "plain_batches": 3,  # and encodes a part of the split
     "plain_grids": 50,
     "all_grids": 123287,  # images of MS-COCO
     "growth": [250, 500, 1000, 2500, 5000],
@@ -57,22 +58,10 @@ QUICK = {
     "growth_pairs": 100_000,
     "batches": [16, 32],
 }
-PRECISIONS = ("highest", "high", "medium")  # --matmul_precision, the default first
-
-
-def measure(name, sizes, arguments):
-    """One measurement in a process of its own."""
-    job = json.dumps({"name": name, "sizes": {**sizes, "started": time.time()}, "arguments": arguments})
-    command = [sys.executable, os.path.join(ROOT, "scripts", "bench", "measurements.py"), job]
-    environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{name} {arguments}: exit status {done.returncode}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def plan(s):
-    """All measurements: name in the results → (function of measurements.py, its arguments)."""
+    """All measurements: {name in the results: (function of measurements.py, its arguments)}."""
     jobs = {"machine": ("prepare", {}), "products": ("products", {})}
     for way in ("t2i", "i2t"):
         for precision in PRECISIONS:
@@ -81,8 +70,7 @@ def plan(s):
         jobs[f"train {way}"] = ("train", {"cross_attn": way})
         jobs[f"train {way} amp"] = ("train", {"cross_attn": way, "amp": True})
         jobs[f"train {way} published"] = ("train_published", {"cross_attn": way})
-    jobs["encode"], jobs["encode published"] = ("encode", {}), ("encode_published", {})
-    jobs["grids"], jobs["grids published"] = ("grids", {}), ("grids_published", {})
+    jobs |= {name: (name.replace(" ", "_"), {}) for name in ("encode", "encode published", "grids", "grids published")}
     jobs["all grids"] = ("grids", {"n_images": s["all_grids"]})
     for n in s["train_images"]:
         jobs[f"start {n}"] = ("start_training", {"n_images": n})
@@ -97,139 +85,15 @@ def plan(s):
     return jobs
 
 
-# ---------------------------------------------------------------- table and plot
-
-
-def rows(s, r):
-    """The table: (work, published, ours, seconds of ours' own matrix products or None, largest difference or None)."""
-    score = f"score and rank {s['images']:,} × {s['images'] * s['per_image']:,}"
-    rate = max(r["products"]["gflops"].values()) * 1e9
-    table = []
-    for way in ("t2i", "i2t"):
-        published = r[f"score {way} published"]
-        for name in PRECISIONS:
-            first = name == PRECISIONS[0]
-            work = f"{score}, {way}" if first else f"the same, `--matmul_precision {name}`"
-            products = r["products"]["seconds"][0] if first else None
-            table.append((work, published, r[f"score {way} {name}"], products, published["differences"][name]))
-    for way in ("t2i", "i2t"):
-        published, ours, amp = r[f"train {way} published"], r[f"train {way}"], r[f"train {way} amp"]
-        work = f"training step, batch {s['batch_size']}, {way}"
-        table.append((work, published, ours, ours["flops"] / rate, published["difference"]))
-        table.append(("the same, `--amp`", published, amp, None, None))
-    published, ours = r["encode published"], r["encode"]
-    work = f"encode {s['images']:,} images, {s['images'] * s['per_image']:,} captions"
-    table.append((work, published, ours, ours["flops"] / rate, published["difference"]))
-    published, ours = r["grids published"], r["grids"]
-    table.append((f"position grids of {s['images']:,} images", published, ours, None, published["difference"]))
-    return table
-
-
-def seconds(result):
-    value = median(result["seconds"])
-    if value >= 1000:
-        return f"{value:,.0f} s"
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
-
-
-def memory(result):
-    return f"{result.get('device_gb') or result['peak_gb']:.2f} GB"
-
-
-def report(s, r):
-    """The results as Markdown."""
-    lines = [
-        "| work | published way | this code | faster | of its products' time | memory, published | here | difference |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for work, published, ours, products, difference in rows(s, r):
-        cells = [
-            work,
-            seconds(published),
-            seconds(ours),
-            f"{median(published['seconds']) / median(ours['seconds']):.3g}×",
-            f"{median(ours['seconds']) / products:.2f}×" if products else "",
-            ("≥ " if "part" in published else "") + memory(published),
-            memory(ours),
-            f"{difference:.0e}" if difference is not None else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"Fastest float32 product: {r['products']['best']}, {max(r['products']['gflops'].values()):.0f} GFLOP/s.",
-    ]
-    for way in ("t2i", "i2t"):
-        exact, *others = (r[f"score {way} {name}"]["recalls"] for name in PRECISIONS)
-        gaps = [max(abs(a - b) for a, b in zip(exact, other, strict=True)) for other in others]
-        away = ", ".join(f"with {name} at most {gap:.2f} away" for name, gap in zip(PRECISIONS[1:], gaps, strict=True))
-        recalls = " ".join(f"{x:.1f}" for x in exact)
-        lines.append(f"Recalls {way}: {recalls} (i2t, t2i R@1 5 10); {away}.")
-    lines.append(f"Position grids of {s['all_grids']:,} images: {seconds(r['all grids'])}.")
-    for n in s["train_images"]:
-        start = r[f"start {n}"]
-        own = ", ".join(f"{x:.2f}" for x in start["own_gb"])
-        lines.append(
-            f"Training on {start['file_gb']:.2f} GB of features: first batch after {median(start['seconds']):.1f} s; "
-            f"own memory then and after each of two steps {own} GB."
-        )
-    n = s["growth"][-1]
-    for way in ("t2i", "i2t"):
-        scored = r[f"growth {way} {n}"]
-        lines.append(
-            f"Scoring {n:,} × {n * s['per_image']:,}, {way}: {memory(scored)}; {seconds(scored)}, "
-            f"one block of {scored['every']} computed."
-        )
-    per_pair = ", ".join(f"{n:,}: {1e6 * x:.2f}" for n, x in time_per_pair(s, r).items())
-    lines.append(f"µs a pair by images, t2i: {per_pair}.")
-    steps = ", ".join(f"{n}: {x:.3g} s" for n, x in step_times(s, r).items())
-    lines.append(f"Training step by batch size, t2i: {steps}.")
-    return "\n".join(lines)
-
-
-def time_per_pair(s, r):
-    """Seconds of a pair, t2i, by number of images."""
-    results = {n: r["score t2i highest" if n == s["images"] else f"growth t2i {n}"] for n in s["growth"]}
-    return {n: median(result["seconds"]) / result["pairs"] for n, result in results.items()}
-
-
-def step_times(s, r):
-    """Seconds of a training step, t2i, by batch size."""
-    return {n: median(r["train t2i" if n == s["batch_size"] else f"batch {n}"]["seconds"]) for n in s["batches"]}
-
-
-def plot(s, r, path):
-    """How time grows: scoring a pair by the number of images, a training step by the size of its batch."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    pairs = time_per_pair(s, r)
-    middle = median(pairs.values()) * 1e6
-    left.axhspan(0.85 * middle, 1.15 * middle, color="0.92", label="median ± 15 %")
-    left.plot(list(pairs), [1e6 * x for x in pairs.values()], "o-")
-    left.set(
-        xscale="log", xlabel=f"images ({s['per_image']} captions each)", ylabel="µs a pair", ylim=(0, 1.6 * middle)
-    )
-    left.set_title("score and rank, t2i", fontsize=10)
-    left.set_xticks(list(pairs), [f"{n:,}" for n in pairs])
-    left.minorticks_off()
-    left.legend(frameon=False)
-    right.plot(s["batches"], list(step_times(s, r).values()), "o-")
-    right.set(xlabel="pairs in the batch", ylabel="seconds", ylim=(0, None), xticks=s["batches"])
-    right.set_title("training step, t2i", fontsize=10)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
-def save(path, contents):
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        json.dump(contents, file, indent=1, ensure_ascii=False)
-    os.replace(path + ".part", path)
+def measure(name, sizes, arguments):
+    """The result (dict) of one function of measurements.py in a process of its own."""
+    job = json.dumps({"name": name, "sizes": {**sizes, "started": time.time()}, "arguments": arguments})
+    command = [sys.executable, os.path.join(ROOT, "scripts", "bench", "measurements.py"), job]
+    environment = {**os.environ, "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE")}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        sys.exit(f"{name} {arguments}: exit status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def get_parser():
@@ -249,17 +113,17 @@ def get_parser():
 def main(measure=measure):
     opt = get_parser().parse_args()
     s = {**SIZES, **(QUICK if opt.quick else {}), **opt.sizes}
-    results = {"sizes": s, "measurements": {}}
-    r = results["measurements"]
+    r, jobs = {}, plan(s)
+    os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         sizes = {**s, "folder": folder, "device": opt.device, "precisions": PRECISIONS}
-        jobs = plan(s)
         for i, (name, (function, arguments)) in enumerate(jobs.items(), 1):
             start = time.time()
             r[name] = measure(function, sizes, arguments)
-            took = seconds(r[name]) if "seconds" in r[name] else ""
+            took = time_text(r[name]) if "seconds" in r[name] else ""
             print(f"[{i}/{len(jobs)}] {name:24} {took:>9}  ({time.time() - start:.0f} s)", flush=True)
-            save(opt.out, results)
+            results = json.dumps({"sizes": s, "measurements": r}, indent=1, ensure_ascii=False)
+            replace(opt.out, lambda file, results=results: file.write(results.encode()))
     print("\n" + report(s, r))
     if opt.plot:
         plot(s, r, opt.plot)
