@@ -4,18 +4,14 @@ python scripts/explore.py --model_path runs/demo/attention_seed0/model_best.pth.
 """
 
 import argparse
-import signal
-import socket
-
-import uvicorn
 
 if not __package__:
     import _root  # noqa: F401
 
-from lib.errors import InputError, run
+from lib.errors import run
+from lib.web import listen, serve
 from scripts.explorer.answers import Explorer
 from scripts.explorer.app import make_app
-from Tencent_PFAN.web import Protocol
 
 MAX_MODELS = 4
 
@@ -37,17 +33,9 @@ def get_parser():
     add("--candidates", type=int, default=1000, help="results that the second stage scores (default: %(default)s)")
     add("--host", default="127.0.0.1", help="to listen on (default: %(default)s, this machine alone)")
     add("--port", type=int, default=8765, help="to listen on (default: %(default)s)")
+    add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
     return parser
-
-
-def listen(host, port):
-    """A socket that listens on a host (str) and port. Raises InputError where it cannot be opened."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        why = error.strerror.split(" (")[0].lower()  # create_server appends the address
-        raise InputError(f"--host {host} --port {port}: {why}, expected this machine's and a free one") from None
 
 
 def main():
@@ -59,12 +47,9 @@ def main():
         parser.error("expected --candidates of 1 or more and --port 1 to 65535")
     with listen(opt.host, opt.port) as listening:  # before the models are read, which takes a while
         app = make_app(Explorer(opt))
-        config = uvicorn.Config(app, http=Protocol, log_level="warning", timeout_graceful_shutdown=2)
         host = f"[{opt.host}]" if ":" in opt.host else opt.host
         print(f"open http://{host}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)  # uvicorn raises the signal again after a graceful end
-        uvicorn.Server(config).run(sockets=[listening])
+        serve(app, listening, timeout_graceful_shutdown=2)
 
 
 if __name__ == "__main__":

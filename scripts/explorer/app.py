@@ -6,27 +6,20 @@ from fastapi import FastAPI, Query
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from lib.web import REFUSALS, Answer, Refused, check_host_names, refuse, refuse_parameters
 from scripts.explorer.answers import BadSentence
 from scripts.explorer.hard_cases import HardCases
-from Tencent_PFAN.web import Answer, Refused, refuse, refuse_parameters, refuse_unexpected
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
-LOCAL = ("127.0.0.1", "localhost", "::1")
 MAX_RESULTS = 100
 
 
 def make_app(explorer):
     """The FastAPI app of an Explorer."""
-    app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_exception_handler(BadSentence, refuse_sentence)
-    app.add_exception_handler(HTTPException, refuse)
-    app.add_exception_handler(RequestValidationError, refuse_parameters)
-    app.add_exception_handler(Exception, refuse_unexpected)
-    if explorer.opt.host in LOCAL:  # a page elsewhere cannot reach this one under a name of its own
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOCAL, "[::1]"])
+    handlers = {**REFUSALS, BadSentence: refuse_sentence, RequestValidationError: refuse_parameters}
+    app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
+    check_host_names(app, explorer.opt.host, explorer.opt.allowed_hosts)
     add_routes(app, explorer)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
