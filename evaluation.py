@@ -16,12 +16,11 @@ from tqdm import tqdm
 from data import get_test_loader, pad
 from lib import distributed
 from lib.checkpoint import load_checkpoint
-from lib.cross_attention import XATTN_SCORE
 from lib.errors import InputError, run
 from lib.files import replace
 from lib.intervals import RECALL_AT, group_hits, print_summary
 from lib.options import add_options, check_options, option
-from model import SCAN, load_model
+from model import SCAN, XATTN_SCORE, load_model
 from vocab import deserialize_vocab
 
 SHARD_SIZE = 512  # of a split's evaluation: what one side of a shard needs is computed four times less than with 128

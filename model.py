@@ -1,34 +1,25 @@
-"""PFAN: image encoder with position attention, bi-GRU text encoder, hinge loss, the model.
+"""PFAN: image encoder with position attention, bi-GRU text encoder, cross attention, hinge loss, the model.
 
 Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al.,
-Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch,
-R regions (36), W words, D embed_size.
+Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of
+R regions (36), C captions of W words, D embed_size; N contexts of L elements, queries of K elements, P pairs.
+lib/kernels has faster ways to compute the scores and the GRU; without them everything works as it stands here.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from lib import distributed
+from lib import distributed, kernels
 from lib.checkpoint import load_checkpoint
-from lib.constants import N_CELLS, N_SLOTS
-from lib.cross_attention import (  # noqa: F401 (l1norm and the two scores have their place here in SCAN)
-    AGG_FUNC,
-    RAW_FEATURE_NORM,
-    XATTN_SCORE,
-    l1norm,
-    l2norm,
-    xattn_pairs,
-    xattn_score_i2t,
-    xattn_score_t2i,
-)
+from lib.constants import LEAK, N_CELLS, N_SLOTS
 from lib.errors import InputError
-from lib.kernels.gru import packed_gru
 from lib.options import CHOICES, OPTIONS, check_options, option
+from lib.tensors import EPS, at_least_float32, max_along, norm
 
 POSITION_DIM = 200  # size of a cell's embedding
 
@@ -53,19 +44,14 @@ class WeightNormLinear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def plain_linear(in_features: int, out_features: int) -> nn.Linear:
+def linear(in_features: int, out_features: int) -> nn.Linear:
     layer = nn.Linear(in_features, out_features)
     nn.init.xavier_uniform_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-LINEAR = {"basic": plain_linear, "weight_norm": WeightNormLinear}
-
-
-def full(x: Tensor) -> Tensor:
-    """x in full precision: float32 where it is bfloat16, as it is where it is float32 or float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+LINEAR = {"basic": linear, "weight_norm": WeightNormLinear}
 
 
 class EncoderImage(nn.Module):
@@ -101,7 +87,7 @@ class EncoderImage(nn.Module):
         if self.position == "attention":
             # all 257 cells in one product, then the 15 of each region
             logits = self.fc_att(images) @ self.position_embedding.weight.T
-            weights = weights * full(torch.tanh(logits.gather(2, cells))).softmax(2)
+            weights = weights * at_least_float32(torch.tanh(logits.gather(2, cells))).softmax(2)
             weights = weights.softmax(2)
         return cells, weights
 
@@ -109,7 +95,7 @@ class EncoderImage(nn.Module):
         """images (B, R, img_dim), boxes (B, R, 30 | 31; not read with position none) → (B, R, D)."""
         if self.position != "none":
             images = torch.cat([images, self.position_feature(images, boxes)], 2)
-        features = full(self.fc(images))
+        features = at_least_float32(self.fc(images))
         return features if self.no_imgnorm else l2norm(features, dim=2)
 
 
@@ -132,9 +118,8 @@ class EncoderText(nn.Module):
         """The word embeddings as a PackedSequence, and the GRU's final states (layers · directions, B, D)."""
         lengths = torch.as_tensor(lengths, dtype=torch.int64)
         packed = pack_padded_sequence(self.embed(captions), lengths, batch_first=True, enforce_sorted=False)
-        plain_cpu = packed.data.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        packed, state = packed_gru(self.rnn, packed) if plain_cpu else self.rnn(packed)
-        words = full(packed.data)
+        packed, state = kernels.packed_gru(self.rnn, packed) or self.rnn(packed)
+        words = at_least_float32(packed.data)
         if self.use_bi_gru:
             words = (words[:, : self.embed_size] + words[:, self.embed_size :]) / 2
         if not self.no_txtnorm:
@@ -142,69 +127,202 @@ class EncoderText(nn.Module):
         return PackedSequence(words, *packed[1:]), state
 
 
-# ---------------------------------------------------------------- loss and model
+# ---------------------------------------------------------------- cross attention
+
+
+def l1norm(X: Tensor, dim: int, eps: float = EPS) -> Tensor:
+    """X divided by the sum of its absolute values along dim."""
+    return X / (X.abs().sum(dim, keepdim=True) + eps)
+
+
+def l2norm(X: Tensor, dim: int, eps: float = EPS) -> Tensor:
+    """X divided by its Euclidean norm along dim."""
+    return X / (norm(X, dim, keepdim=True) + eps)
+
+
+def leaky(S: Tensor) -> Tensor:
+    """S where it is positive, a tenth of S elsewhere."""
+    return F.leaky_relu(S, LEAK)
+
+
+# How raw similarities S are normalised along dim, over the elements that attend (words in t2i, regions in i2t).
+RAW_FEATURE_NORM = {
+    "softmax": lambda S, dim: S.softmax(dim),
+    "l2norm": lambda S, dim: l2norm(S, dim),
+    "clipped_l2norm": lambda S, dim: l2norm(leaky(S), dim),
+    "l1norm": lambda S, dim: l1norm(S, dim),
+    "clipped_l1norm": lambda S, dim: l1norm(leaky(S), dim),
+    "clipped": lambda S, dim: leaky(S),
+    "no_norm": lambda S, dim: S,
+}
+
+# How the relevance r of the attending elements, along dim, becomes one score. lse: --lambda_lse.
+AGG_FUNC = {
+    "LogSumExp": lambda r, dim, lse: torch.logsumexp(r * lse, dim) / lse,
+    "Mean": lambda r, dim, lse: r.mean(dim),
+    "Max": lambda r, dim, lse: max_along(r, dim),
+    "Sum": lambda r, dim, lse: r.sum(dim),
+}
+
+
+class Attention(NamedTuple):
+    """The kind of cross attention: words attend to regions with t2i, regions to words without.
+
+    opt: options of the run. max_term: whether the score has PFAN's 0.5 · aggregated largest attention.
+    """
+
+    opt: Any
+    t2i: bool
+    max_term: bool
+
+    @classmethod
+    def of(cls, opt: Any, t2i: bool) -> "Attention":
+        """The root model's: t2i has PFAN's term, i2t and plain SCAN (position none) have not."""
+        return cls(opt, t2i, t2i and option(opt, "position") != "none")
+
+    @property
+    def smooth(self) -> float:
+        """λ, the factor of the softmax's exponents."""
+        return self.opt.lambda_softmax
+
+    def normalise(self, S: Tensor, dim: int) -> Tensor:
+        """S normalised along dim, over the attending elements."""
+        return RAW_FEATURE_NORM[self.opt.raw_feature_norm](S, dim)
+
+    def aggregate(self, r: Tensor, dim: int) -> Tensor:
+        """One score of the attending elements' relevance r, which runs along dim."""
+        return AGG_FUNC[self.opt.agg_func](r, dim, self.opt.lambda_lse)
+
+
+def attention_weights(context: Tensor, query: Tensor, attention: Attention) -> Tensor:
+    """A (N, K, L): context (N, L, D), query (N, K, D) → how each query element attends; rows sum to 1."""
+    S = query @ context.mT
+    return (attention.smooth * attention.normalise(S, 1)).softmax(2)
+
+
+def attend(context: Tensor, query: Tensor, attention: Attention) -> Tensor:
+    """Stacked cross attention: N contexts (N, L, D), a query for each (N, K, D) → scores (N,).
+
+    SCAN, equations 1 to 8: each query element attends to all elements of the context, its relevance is its cosine with
+    what it attends to. PFAN adds half of the aggregated largest attention.
+    """
+    A = attention_weights(context, query, attention)
+    attended = A @ context
+    cosines = (query * attended).sum(2) / (norm(query, 2) * norm(attended, 2)).clamp(min=EPS)
+    scores = attention.aggregate(cosines, 1)
+    return scores + 0.5 * attention.aggregate(max_along(A, 2), 1) if attention.max_term else scores
+
+
+def xattn_score(images, captions, cap_lens, attention, pairs=None):
+    """Scores (I, C) of images (I, R, D) with captions (C, W, D), or (P,) of the pairs (P, 2) only.
+
+    captions may be packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints. pairs: the indices
+    of an image and a caption in each row.
+    """
+    scores = kernels.scores(images, captions, cap_lens, pairs, attention)
+    if scores is not None:
+        return scores
+    lens = torch.as_tensor(cap_lens).tolist()
+    rows = [x[:n] for x, n in zip(captions, lens, strict=True)] if captions.dim() == 3 else captions.split(lens)
+    if pairs is None:
+        sides = [(images, words.expand(len(images), -1, -1)) for words in rows]
+    else:
+        sides = [(images[i, None], rows[c][None]) for i, c in pairs.tolist()]
+    scores = [attend(*(side if attention.t2i else side[::-1]), attention) for side in sides]
+    return torch.stack(scores, 1) if pairs is None else torch.cat(scores)
+
+
+def xattn_score_t2i(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Any) -> Tensor:
+    """Words attend to regions: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
+    return xattn_score(images, captions, cap_lens, Attention.of(opt, t2i=True))
+
+
+def xattn_score_i2t(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Any) -> Tensor:
+    """Regions attend to words: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
+    return xattn_score(images, captions, cap_lens, Attention.of(opt, t2i=False))
+
+
+XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+
+
+def pair_attention(image: Tensor, words: Tensor, opt: Any, t2i: bool) -> Tensor:
+    """Attention in one pair: image (R, D), words (W, D) → (W, R) with t2i, else (R, W); rows sum to 1."""
+    context, query = (image, words) if t2i else (words, image)
+    return attention_weights(context[None], query[None], Attention.of(opt, t2i))[0]
+
+
+# ---------------------------------------------------------------- loss
+
+
+def hardest_pairs(scores: Tensor, margin: float, batch: distributed.Batch) -> tuple[Tensor, Tensor]:
+    """The pairs on which the hinge loss with hardest negatives depends.
+
+    scores (n, B), overwritten: this process's n images with the batch's B captions, image i's own in column
+    batch.first + i. Returns pairs (n + P, 2), an image's and a caption's index: the n right pairs, then, for each image
+    its hardest caption and for each caption its hardest image, the P pairs that cost something; and anchors (P,), the
+    index in the batch of the right pair that each of these is compared with.
+    """
+    rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape)
+    right_scores = batch.gather(scores.diagonal(batch.first).clone())
+    scores.diagonal(batch.first).fill_(-torch.inf)
+    caption_scores, captions = scores.max(1)
+    image_scores, images = batch.hardest(scores)
+    right = torch.stack([rows, rows + batch.first], 1)
+    wrong = torch.stack([torch.cat([rows, images - batch.first]), torch.cat([captions, columns])], 1)
+    anchors = torch.cat([rows + batch.first, columns])
+    costs = ~(margin + torch.cat([caption_scores, image_scores]) - right_scores[anchors] <= 0)  # NaN costs as well
+    costs &= (wrong[:, 0] >= 0) & (wrong[:, 0] < len(rows))  # each pair is scored where its image is
+    return torch.cat([right, wrong[costs]]), anchors[costs]
 
 
 class ContrastiveLoss(nn.Module):
-    """Hinge loss over a batch's score matrix, both directions, summed.
+    """SCAN's hinge loss over a batch's score matrix, both directions, summed.
 
-    With max_violation only the hardest negative of each row and column counts. Then the loss depends on 3B scores at
-    most: the matrix is scored without gradient, the pairs that matter once more with it. Same loss, same gradient.
+    With max_violation only the hardest negative of each row and column counts, so that the loss depends on 3B scores at
+    most: the matrix is scored without gradient, those pairs once more with it. Same loss, same gradient.
     """
 
-    image_parts = 1  # how many of the embeddings are the images'; the captions' follow
+    n_image_embeddings = 1  # of forward's arguments; the captions' follow
 
     def __init__(self, opt, margin=0, max_violation=False):
         super().__init__()
         self.opt, self.margin, self.max_violation = opt, margin, max_violation
 
     def score(self, im, s, s_l, pairs=None):
-        """Scores (B, B) of a batch's embeddings, or (P,) of some pairs (P, 2) only; what a variant replaces."""
-        if pairs is not None:
-            return xattn_pairs(im, s, s_l, pairs, self.opt)
-        return XATTN_SCORE[self.opt.cross_attn](im, s, s_l, self.opt)
+        """Scores (B, B) of a batch's embeddings, or (P,) of the pairs (P, 2) only; a variant replaces this."""
+        return xattn_score(im, s, s_l, Attention.of(self.opt, self.opt.cross_attn == "t2i"), pairs)
 
     def forward(self, *embeddings):
         """embeddings: im (B, R, D), s (B, W, D), s_l (B ints), row i of each belonging together → scalar.
 
-        Of several processes each has its own pairs, scores its images against all captions, and gets the whole
-        batch's loss, with the gradient of its part of the sum.
+        Each of several processes has its own pairs, scores its images against all captions, and returns the whole
+        batch's loss, with the gradient of its share of the sum.
         """
         batch = distributed.Batch(len(embeddings[0]))
-        images, captions = embeddings[: self.image_parts], embeddings[self.image_parts :]
+        images, captions = embeddings[: self.n_image_embeddings], embeddings[self.n_image_embeddings :]
         embeddings = (*images, *batch.gather_captions(*captions))
-        return distributed.sum_over_processes(
-            (self.hardest_negatives if self.max_violation else self.negatives)(batch, embeddings)
-        )
+        loss = self.hardest_negatives if self.max_violation else self.all_negatives
+        return distributed.sum_over_processes(loss(batch, embeddings))
 
-    def negatives(self, batch, embeddings):
-        scores = self.score(*embeddings)  # (n, B): this process's images, all captions; their own begin at batch.first
+    def all_negatives(self, batch, embeddings):
+        scores = self.score(*embeddings)  # (n, B): column batch.first + i belongs to row i
         right = scores.diagonal(batch.first)
         cost_s = (self.margin + scores - right[:, None]).clamp(min=0)
-        cost_im = (self.margin + scores - batch.gather(right)[None, :]).clamp(min=0)
-        others = torch.ones_like(scores, dtype=torch.bool)
-        others.diagonal(batch.first).fill_(False)
-        return ((cost_s + cost_im) * others).sum()
+        cost_im = (self.margin + scores - batch.gather(right)).clamp(min=0)
+        negatives = torch.ones_like(scores)
+        negatives.diagonal(batch.first).zero_()
+        return ((cost_s + cost_im) * negatives).sum()
 
     def hardest_negatives(self, batch, embeddings):
         with torch.no_grad():
-            scores = self.score(*embeddings)
-            right = scores.diagonal(batch.first).clone()
-            scores.diagonal(batch.first).fill_(-torch.inf)
-            caption_score, caption = scores.max(1)  # the hardest caption of each image
-            image_score, image = batch.hardest(scores)  # the hardest image of each caption, in the whole batch
-            own = torch.arange(len(right), device=scores.device)
-            costs = ~(self.margin + caption_score - right <= 0)  # NaN counts
-            of_images = torch.stack([own, caption], 1)[costs]
-            costs = ~(self.margin + image_score - batch.gather(right) <= 0)
-            row = image - batch.first
-            costs &= (row >= 0) & (row < len(own))  # each pair is scored where its image is
-            of_captions = torch.stack([row, torch.arange(len(row), device=row.device)], 1)[costs]
-            anchors = torch.cat([of_images[:, 0] + batch.first, of_captions[:, 1]])
-            pairs = torch.cat([torch.stack([own, own + batch.first], 1), of_images, of_captions]).cpu()
+            pairs, anchors = hardest_pairs(self.score(*embeddings), self.margin, batch)
+        n = len(embeddings[0])
         scores = self.score(*embeddings, pairs=pairs)
-        right, wrong = scores[: len(own)], scores[len(own) :]
-        return (self.margin + wrong - batch.gather(right)[anchors]).clamp(min=0).sum()
+        right, wrong = batch.gather(scores[:n]), scores[n:]
+        return (self.margin + wrong - right[anchors]).clamp(min=0).sum()
+
+
+# ---------------------------------------------------------------- the model
 
 
 class SCAN:
@@ -287,26 +405,36 @@ class SCAN:
     def step(self, *batch):
         """One training step on what forward_emb takes. Returns the loss.
 
-        Where several processes train, all call this for every batch, each with its own pairs; without arguments one
-        that has none. Raises FloatingPointError, the parameters untouched, for a loss or gradient that is no number.
+        Where several processes train, all take every step together, each with its own pairs, one that has none with
+        step_without_pairs. Raises FloatingPointError, the parameters untouched, where the loss or its gradient is NaN
+        or infinite.
         """
+        self.start_step()
+        loss = self.forward_loss(*self.forward_emb(*batch))
+        loss.backward()
+        return self.update(loss)
+
+    def step_without_pairs(self):
+        """The step of one of several processes that has no pair of the batch. Returns the loss."""
+        self.start_step()
+        distributed.Batch(0)
+        return self.update(distributed.sum_over_processes(self.params[0].new_zeros(())))
+
+    def start_step(self):
         self.Eiters += 1
         if self.logger is not None:
             self.logger.update("Eit", self.Eiters)
             self.logger.update("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
-        if batch:
-            loss = self.forward_loss(*self.forward_emb(*batch))
-            loss.backward()
-        else:
-            distributed.Batch(0)
-            loss = distributed.sum_over_processes(self.params[0].new_zeros(()))
+
+    def update(self, loss):
+        """Let the optimizer make its step with all processes' gradients. Returns the loss."""
         distributed.all_reduce_gradients(self.params)
-        norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or torch.inf)
+        gradient_norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or torch.inf)
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss.item()}")
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"the loss is {loss.item()}, its gradient's norm {norm.item()}")
+        if not torch.isfinite(gradient_norm):
+            raise FloatingPointError(f"the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}")
         self.optimizer.step()
         return loss.detach()
 

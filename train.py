@@ -318,7 +318,7 @@ def train_step(opt: Any, model: Any, batch: Sequence, place: str, prefix: str, s
     """One step on this process's share of a batch. Raises InputError that names place, pairs and the last good
     checkpoint where the loss or its gradient is no number, or the loss far beyond what scores between -1 and 1 give."""
     try:
-        loss = (model.train_emb(*batch) if batch else model.step()).item()
+        loss = (model.train_emb(*batch) if batch else model.step_without_pairs()).item()
         if loss > EXPLODED * (1 + opt.margin) * opt.batch_size**2:
             raise FloatingPointError(f"the loss is {loss}")
     except FloatingPointError as error:

@@ -9,10 +9,10 @@ import torch
 from torch.nn.utils.rnn import pad_packed_sequence
 
 import model
-from lib.cross_attention import EPS, l1norm, l2norm, xattn_pairs, xattn_score  # noqa: F401 (SCAN's names)
 from lib.errors import InputError
 from lib.options import option
-from model import LINEAR, full
+from lib.tensors import EPS, at_least_float32
+from model import LINEAR, Attention, l1norm, l2norm, xattn_score  # noqa: F401 (l1norm: one of SCAN's names)
 
 
 class EncoderImage(model.EncoderImage):
@@ -36,7 +36,7 @@ class EncoderImage(model.EncoderImage):
 
     def forward(self, images, whole_images, boxes):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""
-        whole = full(self.fc_whole(whole_images))
+        whole = at_least_float32(self.fc_whole(whole_images))
         return super().forward(images, boxes), whole if self.no_imgnorm else l2norm(whole, dim=1)
 
 
@@ -46,7 +46,7 @@ class EncoderText(model.EncoderText):
     def forward(self, captions, lengths):
         """captions (B, W) ids, lengths (B ints) → (B, W, D), zero behind a caption's end, and (B, D)."""
         words, state = self.run_gru(captions, lengths)
-        final = full(state[-2:]).mean(0) if self.use_bi_gru else full(state[-1])
+        final = at_least_float32(state[-2:]).mean(0) if self.use_bi_gru else at_least_float32(state[-1])
         return pad_packed_sequence(words, batch_first=True)[0], final if self.no_txtnorm else l2norm(final, dim=1)
 
 
@@ -70,9 +70,7 @@ def split_box_whole(images, opt, t2i):
 def region_score(images, captions, cap_lens, opt, t2i, pairs=None):
     """Cross attention of regions and words: all scores (I, C), or those of the pairs only, (P,)."""
     regions, _ = split_box_whole(images, opt, t2i)
-    if pairs is not None:
-        return xattn_pairs(regions, captions, cap_lens, pairs.cpu(), opt, attention_term=True)
-    return xattn_score(regions, captions, cap_lens, opt, t2i, attention_term=True)
+    return xattn_score(regions, captions, cap_lens, Attention(opt, t2i, max_term=True), pairs)
 
 
 def whole_score(images, whole_images, final_captions, opt, t2i, pairs=None):
@@ -107,7 +105,7 @@ XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
 class ContrastiveLoss(model.ContrastiveLoss):
     """The root's hinge loss over the whole-image scores; its arguments are what forward_emb returns."""
 
-    image_parts = 2
+    n_image_embeddings = 2
 
     def score(self, im, whole_im, s, s_l, final_s, pairs=None):
         return score(im, whole_im, s, s_l, final_s, self.opt, self.opt.cross_attn == "t2i", pairs)

@@ -36,11 +36,17 @@ def recording(make_model, dtype, stop_at, steps):
             return super().encode_images(*(x.to(dtype) for x in parts))
 
         def step(self, *batch):
+            return self.record(len(batch[0]), super().step, *batch)
+
+        def step_without_pairs(self):
+            return self.record(0, super().step_without_pairs)
+
+        def record(self, n_pairs, step, *batch):
             if self.Eiters + 1 == stop_at and distributed.rank() == distributed.world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            loss = super().step(*batch)
+            loss = step(*batch)
             gradient = torch.cat([p.grad.flatten() for p in self.params])
-            steps.append((len(batch[0]) if batch else 0, loss.item(), gradient if not steps else None))
+            steps.append((n_pairs, loss.item(), gradient if not steps else None))
             return loss
 
     return Model

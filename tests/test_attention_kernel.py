@@ -6,19 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from lib import cross_attention
-from lib.cross_attention import attend, xattn_score
+from lib import kernels
 from lib.kernels import amx, attention_kernel
+from lib.kernels.blocks import attend
+from model import Attention, xattn_score
 
 
-def options(norm="clipped_l2norm", **kwargs):
-    return Namespace(raw_feature_norm=norm, lambda_softmax=9.0, agg_func="Mean", lambda_lse=6.0, **kwargs)
+def cross_attention(t2i=True, max_term=True, **changes):
+    """A model.Attention; changes: options that differ from the published ones."""
+    opt = {"raw_feature_norm": "clipped_l2norm", "lambda_softmax": 9.0, "agg_func": "Mean", "lambda_lse": 6.0}
+    return Attention(Namespace(**{**opt, **changes}), t2i, max_term)
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch):
-    monkeypatch.setattr(cross_attention, "KERNEL_FROM", 0)
-    monkeypatch.setattr(cross_attention, "TILES_FROM", 0)
+    monkeypatch.setattr(kernels, "COMPILED_FROM", 0)
+    monkeypatch.setattr(kernels, "TILES_FROM", 0)
 
 
 @pytest.fixture
@@ -39,15 +42,14 @@ def parts(rng, N, L, K, M, D=24):
 @pytest.mark.parametrize("shape", [(5, 36, 7, 3), (1, 1, 1, 1), (3, 4, 2, 700), (4, 37, 80, 6)])
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_agrees_with_the_torch_form(norm, smooth, shape, threads, calls):
-    opt = options(norm)
-    opt.lambda_softmax = smooth
+    attention = cross_attention(raw_feature_norm=norm, lambda_softmax=smooth)
     S, gram, norms = parts(np.random.default_rng(0), *shape)
-    plain = attend(S.clone(), gram, norms, opt, True)
+    plain = attend(S.clone(), gram, norms, attention)
     assert not calls  # float64 has no compiled form
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        scores = attend(S.float(), gram.float(), norms.float(), opt, True)
+        scores = attend(S.float(), gram.float(), norms.float(), attention)
     finally:
         torch.set_num_threads(before)
     assert calls
@@ -57,15 +59,14 @@ def test_agrees_with_the_torch_form(norm, smooth, shape, threads, calls):
 @pytest.mark.parametrize("agg_func", ["LogSumExp", "Mean", "Max", "Sum"])
 @pytest.mark.parametrize("attention_term", [True, False])
 def test_every_agg_func(agg_func, attention_term, calls):
-    opt = options()
-    opt.agg_func = agg_func
+    attention = cross_attention(agg_func=agg_func, max_term=attention_term)
     S, gram, norms = parts(np.random.default_rng(7), 4, 5, 6, 33)
-    plain = attend(S.clone(), gram, norms, opt, attention_term)
-    scores = attend(S.float(), gram.float(), norms.float(), opt, attention_term)
+    plain = attend(S.clone(), gram, norms, attention)
+    scores = attend(S.float(), gram.float(), norms.float(), attention)
     np.testing.assert_allclose(scores, plain, rtol=0, atol=4e-6)
     assert calls
     S[1, 2, 3, 4] = float("nan")
-    scores = attend(S.float(), gram.float(), norms.float(), opt, attention_term)
+    scores = attend(S.float(), gram.float(), norms.float(), attention)
     assert scores.isnan().nonzero().tolist() == [[1, 4]]
 
 
@@ -73,7 +74,7 @@ def test_zeros_and_nan_go_through(calls):
     S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 3, 6, 4, 20))
     S[0], gram[0] = 0, 0
     S[2, 3, 1, 5] = float("nan")
-    scores = attend(S, gram, norms, options(), True)
+    scores = attend(S, gram, norms, cross_attention())
     assert torch.isfinite(scores[:2]).all()
     assert scores[2].isnan().nonzero().flatten().tolist() == [5]
     assert calls
@@ -84,17 +85,17 @@ def test_scores_of_both_ways(t2i, calls):
     rng = np.random.default_rng(1)
     images, captions = (torch.from_numpy(rng.standard_normal(shape)) for shape in ((9, 36, 24), (20, 12, 24)))
     lens = rng.integers(1, 13, 20).tolist()
-    opt = options(position="attention", cross_attn="")
-    plain = xattn_score(images, captions, lens, opt, t2i)
-    np.testing.assert_allclose(xattn_score(images.float(), captions.float(), lens, opt, t2i), plain, rtol=0, atol=2e-6)
+    attention = cross_attention(t2i, max_term=t2i)
+    plain = xattn_score(images, captions, lens, attention)
+    np.testing.assert_allclose(xattn_score(images.float(), captions.float(), lens, attention), plain, rtol=0, atol=2e-6)
     assert calls
 
 
 def test_training_and_other_norms_take_the_torch_form(calls):
     S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 2, 3, 4, 5))
-    attend(S.clone().requires_grad_(), gram, norms, options(), True).sum().backward()
+    attend(S.clone().requires_grad_(), gram, norms, cross_attention()).sum().backward()
     for norm in ("softmax", "l1norm", "clipped_l1norm", "clipped", "no_norm"):
-        attend(S.clone(), gram, norms, options(norm), True)
+        attend(S.clone(), gram, norms, cross_attention(raw_feature_norm=norm))
     assert not calls
 
 
@@ -136,11 +137,11 @@ def tiles(monkeypatch):
 @pytest.mark.parametrize("images, D", [(40, 64), (17, 1024), (9, 160)])
 def test_tiles_agree_with_the_torch_form(t2i, name, images, D, tiles, precision):
     regions, words, lens = embeddings(np.random.default_rng(2), images, D=D)
-    opt = options(position="attention", cross_attn="")
-    plain = xattn_score(regions, words, lens, opt, t2i)
+    attention = cross_attention(t2i, max_term=t2i)
+    plain = xattn_score(regions, words, lens, attention)
     assert not tiles
     precision(name)
-    scores = xattn_score(regions.float(), words.float(), lens, opt, t2i)
+    scores = xattn_score(regions.float(), words.float(), lens, attention)
     assert tiles
     np.testing.assert_allclose(scores, plain, rtol=0, atol=ACCURACY[name])
 
@@ -149,14 +150,14 @@ def test_tiles_agree_with_the_torch_form(t2i, name, images, D, tiles, precision)
 @pytest.mark.parametrize("t2i", [True, False])
 def test_tiles_give_a_pair_the_same_score_in_any_company_and_thread_count(t2i, tiles):
     regions, words, lens = embeddings(np.random.default_rng(3))
-    regions, words, opt = regions.float(), words.float(), options(position="none", cross_attn="")
-    scores = xattn_score(regions, words, lens, opt, t2i)
-    first = xattn_score(regions[:11], words[: sum(lens[:70])], lens[:70], opt, t2i)
+    regions, words, attention = regions.float(), words.float(), cross_attention(t2i, max_term=False)
+    scores = xattn_score(regions, words, lens, attention)
+    first = xattn_score(regions[:11], words[: sum(lens[:70])], lens[:70], attention)
     np.testing.assert_allclose(first, scores[:11, :70], rtol=0, atol=3e-7)  # the products are the same bits
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert torch.equal(xattn_score(regions, words, lens, opt, t2i), scores)
+        assert torch.equal(xattn_score(regions, words, lens, attention), scores)
     finally:
         torch.set_num_threads(before)
     assert len(tiles) > 2
@@ -168,18 +169,18 @@ def test_nan_and_zeros_go_through_the_tiles(tiles):
     regions, words = regions.float(), words.float()
     regions[3], words[0] = 0, 0
     regions[5, 7, 9] = float("nan")
-    scores = xattn_score(regions, words, lens, options(position="attention", cross_attn=""), t2i=True)
+    scores = xattn_score(regions, words, lens, cross_attention())
     assert scores[5].isnan().all() and torch.isfinite(scores[torch.arange(40) != 5]).all()
     assert tiles
 
 
 def test_without_tiles_or_for_other_sizes_the_product_is_a_matrix(tiles, monkeypatch):
     regions, words, lens = embeddings(np.random.default_rng(5), D=40)  # no multiple of 32
-    opt = options(position="attention", cross_attn="")
-    xattn_score(regions.float(), words.float(), lens, opt, t2i=True)
+    attention = cross_attention()
+    xattn_score(regions.float(), words.float(), lens, attention)
     monkeypatch.setattr(amx, "available", lambda: False)
     regions, words, lens = embeddings(np.random.default_rng(5))
-    xattn_score(regions.float(), words.float(), lens, opt, t2i=True)
+    xattn_score(regions.float(), words.float(), lens, attention)
     assert not tiles
 
 
@@ -203,9 +204,9 @@ def test_the_parts_of_a_number_add_up_to_it(right, name, error):
 def test_long_captions_and_other_numbers_of_regions(t2i, R, lens, tiles):
     rng = np.random.default_rng(8)
     regions, words = unit(rng, 60 if R < 700 else 1, R, 64), unit(rng, sum(lens), 64)
-    opt = options(position="attention", cross_attn="")
-    plain = xattn_score(regions, words, lens, opt, t2i)
-    scores = xattn_score(regions.float(), words.float(), lens, opt, t2i)
+    attention = cross_attention(t2i, max_term=t2i)
+    plain = xattn_score(regions, words, lens, attention)
+    scores = xattn_score(regions.float(), words.float(), lens, attention)
     assert tiles
     np.testing.assert_allclose(scores, plain, rtol=0, atol=4e-6)
 
@@ -216,7 +217,6 @@ def test_contexts_that_cancel_give_finite_scores(in_tiles, tiles, monkeypatch):
     rng = np.random.default_rng(9)
     half = torch.from_numpy(rng.standard_normal((40, 18, 64), dtype=np.float32)) * 100
     words, lens = torch.from_numpy(rng.standard_normal((600, 64), dtype=np.float32)), [12] * 50
-    opt = options(position="attention", cross_attn="")
-    opt.lambda_softmax, opt.agg_func = 0.0, "LogSumExp"  # the mean of v and -v is zero, but for rounding
-    assert torch.isfinite(xattn_score(torch.cat([half, -half], 1), words, lens, opt, t2i=True)).all()
+    attention = cross_attention(lambda_softmax=0.0, agg_func="LogSumExp")  # the mean of v and -v is nearly zero
+    assert torch.isfinite(xattn_score(torch.cat([half, -half], 1), words, lens, attention)).all()
     assert bool(tiles) == in_tiles

@@ -11,8 +11,7 @@ import torch
 
 from data import PrecompDataset, get_precomp_loader, pad
 from evaluation import encode_data, rank_rows
-from lib.cross_attention import XATTN_SCORE
-from model import SCAN
+from model import SCAN, XATTN_SCORE
 from position import position_grid
 from scripts import benchmark
 from scripts.bench import (
@@ -111,7 +110,7 @@ def test_a_sampled_score_times_every_nth_block_and_fills_the_others(s):
 
 
 def test_a_tiny_run_prints_the_table_and_writes_results_and_plot(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("lib.cross_attention.TILES_FROM", 0)  # a measurement sets it, in a process of its own
+    monkeypatch.setattr("lib.kernels.TILES_FROM", 0)  # a measurement sets it, in a process of its own
     out, plot = tmp_path / "out" / "benchmark.json", tmp_path / "growth.png"
     words = ["--quick", "--device", "cpu", "--sizes", json.dumps(TINY), "--out", str(out), "--plot", str(plot)]
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *words])

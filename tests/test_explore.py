@@ -27,9 +27,9 @@ from PIL import Image
 from test_evaluation import save_model
 
 from evaluation import encode_data, load_split, shard_xattn
-from lib.cross_attention import pair_attention
 from lib.errors import InputError, run
 from lib.web import listen, make_server
+from model import pair_attention
 from scripts import explore
 from scripts.explorer.answers import Explorer, first_rank
 from scripts.explorer.app import make_app

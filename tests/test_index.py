@@ -346,8 +346,7 @@ def test_long_sentences_are_scored_without_the_compiled_attention(built, monkeyp
     """Compiling takes a second, which would be a query's."""
     model, loader, folder = built
     collection = open_collection(folder, model, loader.dataset.vocab)
-    monkeypatch.setattr("lib.cross_attention.KERNEL_FROM", 2000)
-    monkeypatch.setattr("scripts.search.collection.KERNEL_FROM", 2000)
+    monkeypatch.setattr("lib.kernels.COMPILED_FROM", 2000)
     monkeypatch.setattr("lib.kernels.attention_kernel.attend", lambda *args: pytest.fail("compiled"))
     words = collection.embed("a red ball " * 10)
     one_by_one = [collection.score_images(words, np.array([i]))[0] for i in range(N)]

@@ -33,6 +33,7 @@ CONFIGURATION = np.frombuffer(bytes([1, *[0] * 15, *[64, 0] * 8, *[0] * 16, *[16
 
 # fastmath: no flag that assumes there is no NaN, because it must reach the scores
 compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
+compiled_inline = njit(fastmath={"contract"}, inline="always")
 
 
 @cache
@@ -162,7 +163,7 @@ def in_threads(work: Callable[[int, int], Any], count: int, shares: int = 1) -> 
 
 
 @compiled
-def pack(X: Array, index: Array, right: bool, blocks: Array, first: int, last: int) -> None:  # pragma: no cover
+def pack(X: Array, index: Array, right: bool, blocks: Array, first: int, last: int) -> None:
     """Blocks first to last of one side of a product: rows index (32 · blocks) of X (rows, D), zeros for -1.
 
     blocks (parts, blocks, D/32, 2, 16, 16) uint32: pairs of bfloat16 numbers that follow each other in a row of X, as
@@ -196,7 +197,7 @@ def pack(X: Array, index: Array, right: bool, blocks: Array, first: int, last: i
 
 
 @compiled
-def multiply(  # pragma: no cover
+def multiply(
     left: int,
     left_part: int,
     right: int,
@@ -244,10 +245,10 @@ def side(wanted: Sequence[tuple[torch.Tensor, Array]], parts: int, right: bool) 
     D = wanted[0][0].shape[1]
     ends = np.cumsum([len(index) // BLOCK for _, index in wanted]).tolist()
     blocks = torch.empty((parts, ends[-1], D // STEP, 2, 16, 16), dtype=torch.int32)
-    numbers, jobs = blocks.numpy().view(np.uint32), []
+    bits, jobs = blocks.numpy().view(np.uint32), []
     for (X, index), end in zip(wanted, ends, strict=True):
-        rows, own = X.detach().contiguous().numpy(), numbers[:, end - len(index) // BLOCK : end]
-        for first in range(0, own.shape[1], PACKED):
-            jobs.append((rows, index, right, own, first, min(first + PACKED, own.shape[1])))
+        rows, X_blocks = X.detach().contiguous().numpy(), bits[:, end - len(index) // BLOCK : end]
+        for first in range(0, X_blocks.shape[1], PACKED):
+            jobs.append((rows, index, right, X_blocks, first, min(first + PACKED, X_blocks.shape[1])))
     in_threads(lambda first, last: [pack(*job) for job in jobs[first:last]], len(jobs))
     return blocks

@@ -1,7 +1,8 @@
-"""cross_attention.attend for scoring on CPUs, compiled by numba.
+"""blocks.attend for scoring on CPUs, compiled by numba.
 
-What attend does in passes over the whole of S happens here to one context at a time, while it is in the processor's
-cache. For the L2 norms only: they bound the softmax's exponents, so that its maximum need not be known beforehand.
+blocks.attend passes over the whole of S several times; here each context goes through all steps while it is in the
+processor's cache. For the L2 norms only: they bound the softmax's exponents, so that its maximum need not be known
+beforehand.
 """
 
 import math
@@ -10,11 +11,12 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from lib.constants import LEAK
 from lib.kernels import amx
-from lib.kernels.amx import compiled
+from lib.kernels.amx import compiled, compiled_inline
+from lib.tensors import EPS, norm
 
 Float: TypeAlias = np.float32
 Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous
@@ -28,8 +30,8 @@ LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # ln 
 EXP = tuple(np.float32(c) for c in (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
 
 
-@njit(fastmath={"contract"}, inline="always")
-def exp(x: Float) -> Float:  # pragma: no cover
+@compiled_inline
+def exp(x: Float) -> Float:
     """e^x in float32 for -87 < x < 88, in operations that vectorise: 2ⁿ · e^r with |r| <= ln 2 / 2 by a polynomial."""
     n = np.floor(x * LOG2_E + HALF)
     r = x - n * LN_2_HIGH - n * LN_2_LOW
@@ -39,7 +41,7 @@ def exp(x: Float) -> Float:  # pragma: no cover
 
 
 @compiled
-def fold(values: Array, K: int, M: int, most: bool) -> None:  # pragma: no cover
+def fold(values: Array, K: int, M: int, most: bool) -> None:
     """values[:M] = the sum, or the largest, over the first axis of values (K·M), which are lost.
 
     The lower half takes in the upper one until one row is left: loops that are long, and so vectorise, for any M.
@@ -57,9 +59,7 @@ def fold(values: Array, K: int, M: int, most: bool) -> None:  # pragma: no cover
 
 
 @compiled
-def scales(  # pragma: no cover
-    S: Array, K: int, M: int, slope: Float, smooth: Float, eps: Float, scale: Array
-) -> None:
+def scales(S: Array, K: int, M: int, slope: Float, smooth: Float, eps: Float, scale: Array) -> None:
     """scale (K·M) = λ / L2 norm over K of a context element's leaky similarities S (K·M)."""
     for i in range(K * M):
         s = S[i] if S[i] > 0 else S[i] * slope
@@ -76,7 +76,7 @@ def scales(  # pragma: no cover
 
 
 @compiled
-def exponentials(  # pragma: no cover
+def exponentials(
     row: Array, scale: Array, slope: Float, smooth: Float, total: Array, dots: Array, strongest: Array
 ) -> None:
     """One context element's similarities become e^(λ·normalised - λ), and join its context's sums and maximum."""
@@ -90,21 +90,19 @@ def exponentials(  # pragma: no cover
 
 
 @compiled
-def add_row(sum: Array, a: Array, g: Float) -> None:  # pragma: no cover
+def add_row(sum: Array, a: Array, g: Float) -> None:
     for i in range(len(sum)):
         sum[i] += g * a[i]
 
 
 @compiled
-def add_products(sum: Array, a: Array, b: Array) -> None:  # pragma: no cover
+def add_products(sum: Array, a: Array, b: Array) -> None:
     for i in range(len(sum)):
         sum[i] += a[i] * b[i]
 
 
 @compiled
-def add_four_rows(  # pragma: no cover
-    p: Array, q: Array, r: Array, s: Array, a: Array, b: Array, c: Array, d: Array, gram: Array
-) -> None:
+def add_four_rows(p: Array, q: Array, r: Array, s: Array, a: Array, b: Array, c: Array, d: Array, gram: Array) -> None:
     """(p, q, r, s) += gram (4, 4) · (a, b, c, d): with sixteen numbers at hand a row is read once for four products."""
     p0, p1, p2, p3 = gram[0, 0], gram[0, 1], gram[0, 2], gram[0, 3]
     q0, q1, q2, q3 = gram[1, 0], gram[1, 1], gram[1, 2], gram[1, 3]
@@ -119,7 +117,7 @@ def add_four_rows(  # pragma: no cover
 
 
 @compiled
-def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) -> None:  # pragma: no cover
+def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) -> None:
     """squares (columns) += e G eᵀ, columns start to stop of e (L, columns); gram is doubled(G)."""
     # e[row][start:stop], not e[row, start:stop]: only of the first numba knows that it is contiguous, and vectorises
     products = np.empty((4, stop - start), np.float32)
@@ -141,9 +139,7 @@ def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) ->
 
 
 @compiled
-def aggregate(  # pragma: no cover
-    values: Array, K: int, M: int, how: int, smooth: Float, factor: Float, scores: Array
-) -> None:
+def aggregate(values: Array, K: int, M: int, how: int, smooth: Float, factor: Float, scores: Array) -> None:
     """scores (M) += factor · AGG_FUNC how, with λ_lse smooth, over the first axis of values (K·M), which are lost."""
     if how == LOG_SUM_EXP:
         for i in range(K * M):  # within ±λ_lse, but that the cosine of a context that cancels may be anything
@@ -160,7 +156,7 @@ def aggregate(  # pragma: no cover
 
 
 @compiled
-def contexts(  # pragma: no cover
+def score_contexts(
     rows: Array,
     gram: Array,
     norms: Array,
@@ -172,15 +168,19 @@ def contexts(  # pragma: no cover
 ) -> None:
     """attend's scores of some contexts and M queries, from first_row and first_column on.
 
-    rows (N, L, K·M or more, the rest not looked at): of S; gram as doubled makes it; norms (K·M); options: numbers'.
+    rows (N, L, K·M or more, the rest not read): of S; gram as doubled makes it; norms (K·M); options: kernel_args'.
     """
     slope, smooth, eps, how, lse, term = options
     N, L, columns = len(rows), rows.shape[1], len(norms)
     K = columns // M
     scale, total, dots = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
-    strongest, squares, own = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(M, np.float32)
+    strongest, squares, row_scores = (
+        np.empty(columns, np.float32),
+        np.empty(columns, np.float32),
+        np.empty(M, np.float32),
+    )
     for n in range(N):
-        total[:], dots[:], strongest[:], squares[:], own[:] = 0, 0, 0, 0, 0
+        total[:], dots[:], strongest[:], squares[:], row_scores[:] = 0, 0, 0, 0, 0
         for row in range(L):
             S = rows[n, row][:columns]
             scales(S, K, M, slope, smooth, eps, scale)
@@ -193,15 +193,15 @@ def contexts(  # pragma: no cover
             both = norms[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
             dots[i] *= share / (eps if both < eps else both)
             strongest[i] *= share
-        aggregate(dots, K, M, how, lse, ONE, own)
+        aggregate(dots, K, M, how, lse, ONE, row_scores)
         if term:
-            aggregate(strongest, K, M, how, lse, term, own)
+            aggregate(strongest, K, M, how, lse, term, row_scores)
         for m in range(M):
-            scores[first_row + n, first_column + m] = own[m]
+            scores[first_row + n, first_column + m] = row_scores[m]
 
 
 @compiled
-def products_and_contexts(  # pragma: no cover
+def multiply_and_score(
     jobs: Array,
     left: Array,
     groups: Array,
@@ -216,7 +216,8 @@ def products_and_contexts(  # pragma: no cover
 ) -> None:
     """attend's scores for jobs (n, 2), each a group's number and a piece's.
 
-    The next six arrays are as left_side and right_side make them. S: memory for a group and a piece. options: numbers'.
+    The next six arrays are as left_side and right_side make them. S: memory for a group and a piece. options: as
+    kernel_args returns them.
     """
     stride = S.shape[1]
     amx.configure(configuration.ctypes.data)
@@ -235,10 +236,9 @@ def products_and_contexts(  # pragma: no cover
             -(-columns // amx.BLOCK),
             S.strides[0],
         )
-        own = S.reshape(S.size)[: rows * stride].reshape(N, L, stride)
-        own_gram = gram[at : at + N * L * L].reshape(N, L, L)
-        own_norms = norms[start : start + columns]
-        contexts(own, own_gram, own_norms, M, options, scores, context, query)
+        group_S = S.reshape(S.size)[: rows * stride].reshape(N, L, stride)
+        group_gram = gram[at : at + N * L * L].reshape(N, L, L)
+        score_contexts(group_S, group_gram, norms[start : start + columns], M, options, scores, context, query)
     amx.release()
 
 
@@ -247,36 +247,37 @@ def doubled(gram: Tensor) -> Tensor:
     return gram.triu() + gram.triu(1)
 
 
-def numbers(options: Any) -> tuple:
-    """attend's options as the compiled functions take them."""
-    slope, smooth, eps, agg_func, lse, term = options
-    return *(np.float32(x) for x in (slope, smooth, eps)), HOW[agg_func], np.float32(lse), np.float32(term)
+def kernel_args(attention: Any) -> tuple:
+    """The options of a model.Attention as the compiled functions take them.
+
+    Slope of leaky values below 0; λ, 0 to 20 (e^-4λ is still a float32); what is added to norms; the aggregation; its
+    λ_lse, to 80; factor of the largest attention's term.
+    """
+    opt = attention.opt
+    slope = LEAK if opt.raw_feature_norm == "clipped_l2norm" else 1
+    lse = opt.lambda_lse if opt.agg_func == "LogSumExp" else 0
+    floats = (np.float32(x) for x in (slope, opt.lambda_softmax, EPS))
+    return *floats, HOW[opt.agg_func], np.float32(lse), np.float32(0.5 * attention.max_term)
 
 
-def attend(S: Tensor, gram: Tensor, norms: Tensor, *options: Any) -> Tensor:
-    """cross_attention.attend: scores (N, M) of S (N, L, K, M), gram (N, L, L) and query norms (K, M).
+def attend(S: Tensor, gram: Tensor, query_norms: Tensor, attention: Any) -> Tensor:
+    """blocks.attend: scores (N, M) of S (N, L, K, M), gram (N, L, L) and query norms (K, M).
 
-    All float32 on the CPU; S is contiguous, and overwritten. options: slope of leaky values below 0; λ, 0 to 20 (e^-4λ
-    is still a float32); what is added to norms; AGG_FUNC's name; λ_lse, to 80; what the largest attention counts.
-    Contexts are divided among torch.get_num_threads() threads.
+    All float32 on the CPU; S is contiguous, and overwritten. The N contexts are divided among
+    torch.get_num_threads() threads.
     """
     N, L, K, M = S.shape
-    rows, matrices, lengths = S.view(N, L, K * M).numpy(), doubled(gram).numpy(), norms.flatten().numpy()
-    scores = np.empty((N, M), np.float32)
+    rows, grams, norms = S.view(N, L, K * M).numpy(), doubled(gram).numpy(), query_norms.flatten().numpy()
+    args, scores = kernel_args(attention), np.empty((N, M), np.float32)
 
-    def part(first, last):
-        contexts(rows[first:last], matrices[first:last], lengths, M, numbers(options), scores, first, 0)
+    def share(first: int, last: int) -> None:
+        score_contexts(rows[first:last], grams[first:last], norms, M, args, scores, first, 0)
 
-    amx.in_threads(part, N)
+    amx.in_threads(share, N)
     return torch.from_numpy(scores)
 
 
 # ---------------------------------------------------------------- with the product
-
-
-def has_tiles(contexts: int, queries: int, D: int) -> bool:
-    """Whether attend_products pays for this many elements of D values: where it can be had, and for not too few."""
-    return min(contexts, queries) >= ROWS and D % amx.STEP == 0 and amx.available()
 
 
 def group_size(count: int, length: int, room: int) -> int:
@@ -293,41 +294,41 @@ def left_side(contexts: Sequence[Tensor], parts: int) -> tuple[Tensor, Array, Ar
     """
     wanted, groups = [], []
     block = context = at = 0
-    for own in contexts:
-        N, L, _ = own.shape
+    for X in contexts:
+        N, L, _ = X.shape
         size, index = group_size(N, L, ROWS), []
         for first in range(0, N, size):
             count = min(size, N - first)
             groups.append((block, count * L, count, L, context + first, at + first * L * L))
             index.append(whole_blocks(np.arange(first * L, (first + count) * L)))
             block += len(index[-1]) // amx.BLOCK
-        wanted.append((own.flatten(0, 1), np.concatenate(index)))
+        wanted.append((X.flatten(0, 1), np.concatenate(index)))
         context, at = context + N, at + N * L * L
-    gram = torch.cat([doubled(own @ own.mT).flatten() for own in contexts])
+    gram = torch.cat([doubled(X @ X.mT).flatten() for X in contexts])
     return amx.side(wanted, parts, right=False), np.array(groups), gram.numpy()
 
 
-def right_side(queries: Sequence[Tensor], norms: Sequence[Tensor], parts: int) -> tuple[Tensor, Array, Array]:
-    """Queries (M, K, D), several of them, with the norms (M, K) of their elements, in pieces of some COLUMNS columns.
+def right_side(queries: Sequence[Tensor], parts: int) -> tuple[Tensor, Array, Array]:
+    """Queries (M, K, D), several of them, in pieces of some COLUMNS columns.
 
     Returns what amx.side makes of them, the M first elements of a piece first; pieces (n, 5): first block in it,
-    columns, M, first query, first norm; and the norms in the order of the columns.
+    columns, M, first query, first norm; and the norms of the queries' elements in the order of the columns.
     """
-    wanted, pieces, lengths = [], [], []
+    wanted, pieces, norms = [], [], []
     block = query = start = 0
-    for own, own_norms in zip(queries, norms, strict=True):
-        M, K, _ = own.shape
-        size, index = group_size(M, K, COLUMNS), []
+    for X in queries:
+        M, K, _ = X.shape
+        size, index, X_norms = group_size(M, K, COLUMNS), [], norm(X, 2).flatten().numpy()
         for first in range(0, M, size):
             count = min(size, M - first)
             columns = (np.arange(first, first + count) * K + np.arange(K)[:, None]).ravel()
             pieces.append((block, len(columns), count, query + first, start))
             index.append(whole_blocks(columns))
-            lengths.append(own_norms.flatten().numpy()[columns])
+            norms.append(X_norms[columns])
             block, start = block + len(index[-1]) // amx.BLOCK, start + len(columns)
-        wanted.append((own.flatten(0, 1), np.concatenate(index)))
+        wanted.append((X.flatten(0, 1), np.concatenate(index)))
         query += M
-    return amx.side(wanted, parts, right=True), np.array(pieces), np.concatenate(lengths)
+    return amx.side(wanted, parts, right=True), np.array(pieces), np.concatenate(norms)
 
 
 def whole_blocks(index: Array) -> Array:
@@ -335,31 +336,29 @@ def whole_blocks(index: Array) -> Array:
     return np.pad(index, (0, -len(index) % amx.BLOCK), constant_values=-1)
 
 
-def in_order(n_groups: int, pieces: Array) -> Array:
-    """The jobs of products_and_contexts: some COLUMNS columns of pieces, which stay near, for one group at a time."""
-    runs = np.cumsum(pieces[:, 1]) // COLUMNS
+def job_order(n_groups: int, pieces: Array) -> Array:
+    """The jobs of multiply_and_score: a run of pieces of some COLUMNS columns stays in the cache for all groups."""
+    run_of_piece = np.cumsum(pieces[:, 1]) // COLUMNS
     groups = np.arange(n_groups)
-    own = [np.flatnonzero(runs == run) for run in np.unique(runs)]
-    return np.concatenate([np.stack([groups.repeat(len(run)), np.tile(run, n_groups)], 1) for run in own])
+    runs = [np.flatnonzero(run_of_piece == run) for run in np.unique(run_of_piece)]
+    return np.concatenate([np.stack([groups.repeat(len(run)), np.tile(run, n_groups)], 1) for run in runs])
 
 
-def attend_products(
-    contexts: Sequence[Tensor], queries: Sequence[Tensor], norms: Sequence[Tensor], *options: Any
-) -> Tensor:
-    """attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each, S never being whole.
+def attend_products(contexts: Sequence[Tensor], queries: Sequence[Tensor], attention: Any) -> Tensor:
+    """attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each; S is never whole in memory.
 
-    norms: of the queries' elements, (M, K) each; options: attend's.
+    Precision is that of torch.get_float32_matmul_precision().
     """
     parts = amx.PARTS[torch.get_float32_matmul_precision()]
-    (left, groups, gram), (right, pieces, lengths) = left_side(contexts, parts), right_side(queries, norms, parts)
-    scores = np.empty((sum(len(own) for own in contexts), sum(len(own) for own in queries)), np.float32)
-    sides = left.numpy(), groups, gram, right.numpy(), pieces, lengths, amx.CONFIGURATION
-    jobs = in_order(len(groups), pieces)
-    most = [int(-(-table[:, 1].max() // amx.BLOCK)) * amx.BLOCK for table in (groups, pieces)]
+    (left, groups, gram), (right, pieces, norms) = left_side(contexts, parts), right_side(queries, parts)
+    scores = np.empty((sum(map(len, contexts)), sum(map(len, queries))), np.float32)
+    sides = left.numpy(), groups, gram, right.numpy(), pieces, norms, amx.CONFIGURATION
+    jobs, args = job_order(len(groups), pieces), kernel_args(attention)
+    rows, columns = (int(-(-table[:, 1].max() // amx.BLOCK)) * amx.BLOCK for table in (groups, pieces))
 
-    def part(first, last):
-        S = torch.empty(most[0], most[1] + 16).numpy()  # rows of 2ⁿ bytes would compete for places in the cache
-        products_and_contexts(jobs[first:last], *sides, S, numbers(options), scores)
+    def share(first: int, last: int) -> None:
+        S = torch.empty(rows, columns + 16).numpy()  # rows of 2ⁿ bytes would compete for places in the cache
+        multiply_and_score(jobs[first:last], *sides, S, args, scores)
 
-    amx.in_threads(part, len(jobs), shares=8)
+    amx.in_threads(share, len(jobs), shares=8)
     return torch.from_numpy(scores)

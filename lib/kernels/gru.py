@@ -67,8 +67,13 @@ class Direction(torch.autograd.Function):
         return d_words, None, None, d_in.T @ words, d_hidden.T @ previous, d_in.sum(0), d_hidden.sum(0)
 
 
+def applies(rnn: torch.nn.GRU, packed: PackedSequence) -> bool:
+    """True where packed_gru computes what rnn would: on a CPU, without autocast and dropout."""
+    return packed.data.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not rnn.dropout
+
+
 def packed_gru(rnn: torch.nn.GRU, packed: PackedSequence) -> tuple[PackedSequence, Tensor]:
-    """What rnn(packed) gives, for an nn.GRU without dropout and a PackedSequence.
+    """rnn(packed), for an nn.GRU without dropout and a PackedSequence on the CPU.
 
     Returns the outputs, a PackedSequence, and the final states (layers · directions, B, H) in the captions' order.
     """

@@ -23,11 +23,10 @@ if not __package__:
 
 from data import PrecompDataset, collate_fn, get_precomp_loader, pad
 from evaluation import SHARD_SIZE, encode_data, i2t, shard_xattn, t2i
-from lib import cross_attention
+from lib import kernels
 from lib.constants import N_REGIONS, N_SLOTS
-from lib.cross_attention import XATTN_SCORE
 from lib.distributed import pick_device
-from model import SCAN
+from model import SCAN, XATTN_SCORE
 from position import position_grid
 from scripts.bench import inputs, published_way
 
@@ -158,7 +157,7 @@ def score(s, cross_attn="t2i", n_images=None, precision="highest", every=1):
 
 def score_published(s, cross_attn="t2i"):
     """A part of the pairs in the published way, scaled by pairs, and ranking all of them."""
-    cross_attention.TILES_FROM = 0  # the part is scored as the whole is
+    kernels.TILES_FROM = 0  # the part is scored as the whole is
     opt, device = inputs.flags(s, cross_attn), pick_device(s.device)
     images, words, lens = inputs.embeddings(s, s.images)
     lens = lens[: s.plain_captions]

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from evaluation import encode_data
-from lib.cross_attention import KERNEL_FROM, XATTN_SCORE, pair_attention
+from lib import kernels
+from model import XATTN_SCORE, pair_attention
 
 IMAGE_BLOCK = 1024  # pictures that are scored at once, at most
 CAPTION_BLOCK = 4096  # captions that are scored at once
@@ -57,8 +58,7 @@ class Collection:
     def score_images(self, words, rows=None):
         """Exact scores float32 of a sentence's words (W, D) with all pictures (n,), or with rows (len(rows),)."""
         rows = range(len(self.images)) if rows is None else rows
-        # blocks below the compiled attention's size: it is slower for a single sentence, and compiling takes a second
-        step = max(1, min(IMAGE_BLOCK, (KERNEL_FROM - 1) // (self.images.shape[1] * len(words))))
+        step = min(IMAGE_BLOCK, kernels.images_before_compiling(self.images.shape[1], len(words)) or IMAGE_BLOCK)
         scores = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), step):
             block = rows[start : start + step]
