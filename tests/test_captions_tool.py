@@ -121,3 +121,70 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     args = ("--tsv", tmp_path / "caps.tsv", "--split", "train", "--out", tmp_path / "o")
     assert f"{tmp_path}/o/train_caps.txt" in fails("captions_to_dataset", *args, preexec_fn=no_file_grows, env=env)
     assert not [path for path in (tmp_path / "o").iterdir() if path.suffix != ".part"]
+
+
+FIVE = ("A dog , running", 'A "big" dog runs .', "Two dogs", "Dogs run ; fast", "It runs .")
+
+
+def quoted(caption):
+    """A cell of a CSV file as Kaggle's captions.txt has it."""
+    return '"' + caption.replace('"', '""') + '"' if "," in caption or '"' in caption else caption
+
+
+TEXT_FORMS = {
+    "token file of Flickr8k and Flickr30K": [f"{i}.jpg#{j}\t{FIVE[j]}" for i in (7, 8) for j in range(5)],
+    "Flickr8k-CN": [f"{i}.jpg#zhc#{j} {FIVE[j]}" for i in (7, 8) for j in range(5)],
+    "Kaggle's results.csv": ["image_name| comment_number| comment"]
+    + [
+        f"{i}.jpg| {j}| {FIVE[j]}" if (i, j) != (8, 4) else f"{i}.jpg| {j}   {FIVE[j]}"
+        for i in (7, 8)
+        for j in range(5)
+    ],
+    "Kaggle's captions.txt": ["image,caption"] + [f"{i}.jpg,{quoted(FIVE[j])}" for i in (7, 8) for j in range(5)],
+    "commas that nobody quoted": ["image,caption"] + [f"{i}.jpg,{FIVE[j]}" for i in (7, 8) for j in range(5)],
+    "more columns": ["image_name,comment_number,comment"]
+    + [f"{i}.jpg,{j},{quoted(FIVE[j])}" for i in (7, 8) for j in range(5)],
+    "caption first": ["caption\timage"] + [f"{FIVE[j]}\t{i}.jpg" for i in (7, 8) for j in range(5)],
+}
+
+
+@pytest.mark.parametrize("form", TEXT_FORMS)
+def test_a_text_file_is_read_in_the_form_that_its_first_line_shows(tmp_path, form):
+    (tmp_path / "captions.txt").write_bytes(
+        "\r\n".join(["\ufeff" + TEXT_FORMS[form][0], *TEXT_FORMS[form][1:]]).encode()
+    )
+    args = ("--tsv", tmp_path / "captions.txt", "--split", "test", "--out", tmp_path / "o")
+    assert f"{tmp_path}/captions.txt: " in ok("captions_to_dataset", *args)
+    assert (tmp_path / "o/test_ids.txt").read_text().splitlines() == ["7.jpg", "8.jpg"]
+    assert (tmp_path / "o/test_caps.txt").read_text().splitlines() == [*FIVE, *FIVE]
+
+
+def test_malformed_lines_of_a_table_are_named_and_can_be_skipped(tmp_path):
+    lines = ["image,caption"] + [f"{i}.jpg,caption {j}" for i in (7, 8) for j in range(5)]
+    lines[7:7] = ['8.jpg,"a quote that does not end', "8.jpg", ",no name"]
+    write_lines(tmp_path / "captions.txt", lines)
+    args = ("--tsv", tmp_path / "captions.txt", "--split", "test", "--out", tmp_path / "o")
+    assert "3 malformed" in fails("captions_to_dataset", *args)
+    listed = (tmp_path / "o/caption_problems.txt").read_text().splitlines()
+    where = tmp_path / "captions.txt"
+    assert listed == [f"{where}, line {n}: malformed: expected: image, caption separated by commas" for n in (8, 9, 10)]
+    assert "test: 2 pictures, 10 captions" in ok("captions_to_dataset", *args, "--skip_bad")
+
+
+def test_a_split_that_the_source_lacks_is_cut_from_train(tmp_path):
+    images = [
+        {"filename": f"{i}.jpg", "split": "test" if i > 7 else "train", "sentences": [{"raw": f"{i}"}] * 5}
+        for i in range(10)
+    ]
+    (tmp_path / "k.json").write_text(json.dumps({"images": images}))
+    args = ("captions_to_dataset", "--karpathy", tmp_path / "k.json", "--out", tmp_path / "o")
+    assert "no dev split in the source" in ok(*args)
+    ok(*args, "--sizes", "dev=3")
+    ids = {split: (tmp_path / f"o/{split}_ids.txt").read_text().split() for split in ("train", "dev", "test")}
+    assert ids["test"] == ["8.jpg", "9.jpg"] and len(ids["dev"]) == 3 and len(ids["train"]) == 5
+    assert sorted(ids["train"] + ids["dev"]) == [f"{i}.jpg" for i in range(8)]
+    assert (tmp_path / "o/dev_caps.txt").read_text().split() == [i[0] for i in ids["dev"] for _ in range(5)]
+    assert "leave some to train" in fails(*args, "--sizes", "dev=8")
+    said = ok(*args, "--sizes", "dev=3", "test=1")  # the source has a test split
+    assert "note: the source's splits (train, test) are not used" in said
+    assert len((tmp_path / "o/train_ids.txt").read_text().split()) == 6

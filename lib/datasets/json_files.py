@@ -1,9 +1,11 @@
 """JSON files: small ones read whole, the arrays of large ones item by item."""
 
+import codecs
 import json
 import os
+import re
 
-import ijson
+import msgspec
 from tqdm import tqdm
 
 from lib.errors import InputError, brief
@@ -27,25 +29,35 @@ def read_json(path, fits, expected, text=None):
 
 
 def json_items(path, name):
-    """Yield the items of the array called name in the object that a JSON file holds, one by one however large it is.
+    """Yield the items of the array called name in the object that a JSON file holds; none where there is no such array.
 
-    name "": the file holds an array itself. Raises InputError where it is not JSON.
+    name "": the file holds an array itself.
+    Memory: the size of the file and 64 bytes an item; the items become Python objects one by one.
+    Raises InputError where the file is truncated or not JSON.
     """
-    shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
-    with open(path, "rb") as file, tqdm.wrapattr(file, "read", total=os.path.getsize(path), **shown) as source:
-        events = _shallow(ijson.parse(source, use_float=True, buf_size=8192))
+    with open(path, "rb") as file:
+        text = file.read().removeprefix(codecs.BOM_UTF8)
+    array = list[msgspec.Raw]
+    container = msgspec.defstruct("Container", [("items", array, [])], rename={"items": name})
+    try:
+        items = msgspec.json.decode(text, type=container).items if name else msgspec.json.decode(text, type=array)
+    except msgspec.ValidationError:
+        return  # JSON of another form
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise InputError(f"{path}: truncated or not JSON ({_describe(error, text)})") from None
+    decode = msgspec.json.Decoder().decode
+    for number, item in enumerate(tqdm(items, os.path.basename(path), leave=False, disable=None), 1):
         try:
-            yield from ijson.items(events, f"{name}.item" if name else "item")
-        except (ijson.JSONError, ValueError, RecursionError) as error:
-            said = error.args[0].decode(errors="replace") if isinstance(error.args[0], bytes) else str(error)
-            what, place = [*said.strip().splitlines(), "", ""][:2]  # the second line shows the text around it
-            place = f" near {place.strip()}" if place.strip() else ""
-            raise InputError(f"{path}: truncated or not JSON ({what.strip(' .')}{place})") from None
+            yield decode(item)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise InputError(f"{path}: item {number} of {name} is not JSON ({_describe(error, item)})") from None
 
 
-def _shallow(events):
-    """ijson's events, up to where what they describe is nested too deeply to be real (and costs ijson minutes)."""
-    for event in events:
-        if len(event[0]) > 1000:
-            raise ValueError("nested too deeply")
-        yield event
+def _describe(error, text):
+    """The reason of a failed decoding, and the text around the byte that it names."""
+    reason = str(error).splitlines()[0]
+    place = re.search(r"\(byte (\d+)\)", reason)
+    if place is None:
+        return reason[:200]
+    start = max(0, int(place[1]) - 20)
+    return f"{reason} near {brief(bytes(text)[start : start + 40])}"

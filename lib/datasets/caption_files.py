@@ -1,0 +1,149 @@
+"""Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
+
+import csv
+import os
+import re
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from lib.datasets.ids import canonical_id
+from lib.datasets.json_files import json_items
+from lib.datasets.problems import Problems
+from lib.errors import InputError, brief
+from lib.files import read_lines
+
+KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test", "dev": "dev", "valid": "dev"}
+LINE_END = re.compile(r"\s*[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+\s*")
+IMAGE_COLUMNS = {"image", "image_name", "image_id", "filename", "file_name"}
+CAPTION_COLUMNS = {"caption", "comment", "sentence", "text"}
+PAIR_FORM = "file name, tab, caption"
+CAPTION_NUMBER = re.compile(r"((?<=\.jpg)#\w+)?#\d+$", re.IGNORECASE)  # NAME.jpg#0; NAME.jpg#zhc#0 in Flickr8k-CN
+NUMBERED_NAME = re.compile(r"(\S+#\d+)\s+(.*)")
+ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.csv has a line "NAME.jpg| 4   A dog …"
+
+
+class Captions:
+    """Captions by picture, in the order of the source: ids, texts and splits are {canonical id: …}."""
+
+    def __init__(self):
+        self.ids, self.texts, self.splits = {}, {}, {}
+
+    def add(self, image_id: str | int, captions: list[str], split: str | None = None) -> None:
+        """Append captions of a picture. Raises TypeError where image_id is neither int nor str."""
+        if not isinstance(image_id, (int, str)):
+            raise TypeError(f"{brief(image_id)} is no name")
+        name = canonical_id(image_id)
+        self.ids.setdefault(name, str(image_id))
+        self.splits.setdefault(name, split)
+        self.texts.setdefault(name, []).extend(LINE_END.sub(" ", text).strip() for text in captions)
+
+
+def read_karpathy(path: str) -> Captions:
+    """Karpathy's dataset_NAME.json, and JSON of that form: images with filename, sentences with raw, and mostly split.
+
+    MS-COCO's test pictures (those with a cocoid) are testall. Raises InputError naming the picture that lacks a field.
+    """
+    captions = Captions()
+    for number, item in enumerate(json_items(path, "images"), 1):
+        try:
+            split = KARPATHY_SPLITS.get(item.get("split"))
+            if split is None and "split" in item:
+                expected = ", ".join(KARPATHY_SPLITS)
+                raise InputError(f"{path}: picture {number}: split {brief(item['split'])}, expected {expected}")
+            image_id, texts = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
+            captions.add(image_id, texts, "testall" if split == "test" and "cocoid" in item else split)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: picture {number} lacks filename or sentences ({error})") from None
+    return captions
+
+
+def read_coco(paths: list[str]) -> Captions:
+    """MS-COCO's captions_*.json. Pictures and their captions are in the order of their ids; no split is known."""
+    captions = Captions()
+    for path in paths:
+        try:
+            texts = {image["id"]: [] for image in json_items(path, "images")}
+            for annotation in json_items(path, "annotations"):
+                texts[annotation["image_id"]].append((annotation["id"], annotation["caption"]))
+            for image_id in sorted(texts):
+                captions.add(image_id, [text for _, text in sorted(texts[image_id])])
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:100]}"
+            raise InputError(f"{path}: not an official captions file ({reason})") from None
+    return captions
+
+
+def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
+    """Captions of a text file with a caption a line, and the form that was found.
+
+    A first line with names of columns (image and caption, image_name and comment …) makes it a table, separated by
+    tabs, by "|" (Kaggle's results.csv) or by commas with quotes (Kaggle's captions.txt). Without one, a line is a file
+    name, a tab and a caption; after NAME.jpg#0 or NAME.jpg#zhc#0 a space may stand for the tab.
+    Lines of another form are reported to problems.
+    """
+    lines = read_lines(path)
+    table = _find_table(lines[0]) if lines else None
+    parse, form, first = (_parse_pair, PAIR_FORM, 0) if table is None else (table.parse, str(table), 1)
+    captions = Captions()
+    shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
+    for number, line in enumerate(tqdm(lines[first:], **shown), first + 1):
+        name, text = parse(line)
+        if name and text:
+            captions.add(CAPTION_NUMBER.sub("", name), [text])
+        elif line:
+            problems.add("malformed", f"{path}, line {number}", f"expected: {form}")
+    return captions, form
+
+
+def _parse_pair(line):
+    name, tab, text = line.partition("\t")
+    if not tab and (numbered := NUMBERED_NAME.fullmatch(line)):
+        name, text = numbered.groups()
+    return name.strip(), text.strip()
+
+
+@dataclass
+class _Table:
+    """A table of captions: its separator, names of columns, and the indices of the columns of names and captions."""
+
+    delimiter: str
+    columns: list[str]
+    image: int
+    caption: int
+
+    def parse(self, line):
+        """(file name, caption) of a line; both empty where it is malformed."""
+        quoting = csv.QUOTE_MINIMAL if self.delimiter == "," else csv.QUOTE_NONE
+        try:
+            cells = next(csv.reader([line], delimiter=self.delimiter, quoting=quoting, strict=True), [])
+        except csv.Error:
+            return "", ""
+        n = len(self.columns)
+        if self.delimiter == "|" and n == 3 and (repaired := ONE_PIPE_LOST.fullmatch(line)):
+            cells = list(repaired.groups())
+        if self.caption == n - 1:  # a separator within the caption
+            cells[n - 1 :] = [self.delimiter.join(cells[n - 1 :])]
+        if len(cells) != n:
+            return "", ""
+        return cells[self.image].strip(), cells[self.caption].strip()
+
+    def __str__(self):
+        separator = {"\t": "tabs", "|": '"|"', ",": "commas"}[self.delimiter]
+        return f"{', '.join(self.columns)} separated by {separator}"
+
+
+def _find_table(first_line):
+    """The _Table that the first line of a file announces, or None."""
+    for delimiter in "\t|,":
+        columns = [name.strip().strip('"') for name in first_line.split(delimiter)]
+        names = [name.lower() for name in columns]
+        image, caption = (
+            next((i for i, name in enumerate(names) if name in known), None)
+            for known in (IMAGE_COLUMNS, CAPTION_COLUMNS)
+        )
+        if image is not None and caption is not None:
+            return _Table(delimiter, columns, image, caption)
+    return None
