@@ -7,8 +7,9 @@ import argparse
 import logging
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +27,13 @@ from evaluation import SHARD_SIZE, AverageMeter, LogCollector, encode_data, i2t,
 from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
 from lib.errors import InputError, run
-from lib.options import TRAIN, add_options, check_options, option
+from lib.options import TRAIN, add_options, check_options, option, to_namespace
 from lib.workers import watched_workers
 from model import SCAN
 
 log = logging.getLogger(__name__)
 
-EXPLODED = 1000  # a loss this many times the square of the batch has left what cosines can give far behind
+IMPOSSIBLE = 1000  # cosine scores cannot produce a loss this many times (1 + margin) · batch²
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -75,174 +76,216 @@ class Events(tensorboard_logger.Logger):
             super().__del__()
 
 
-@dataclass
-class Progress:
-    """How far training is: epochs done, steps done of the epoch after them, the best rsum, the last good checkpoint."""
+class StopTraining(KeyboardInterrupt):
+    """Raised between two steps; its argument is the signal's number. The state at this point can be resumed."""
 
+
+class GracefulStop:
+    """In its context Ctrl-C and SIGTERM are noted in `signal`, and training ends after the current step.
+
+    In `resting` training ends at once, and a second signal always ends it at once. Several processes must end at the
+    same step, so they always finish it. Python handles signals in the main thread only: elsewhere this does nothing.
+    """
+
+    def __init__(self):
+        self.signal, self.model_rests, self.handlers = None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def note(self, number, frame):
+        second, self.signal = self.signal, number
+        if distributed.world_size() == 1 and (self.model_rests or second):
+            raise (StopTraining if self.model_rests else KeyboardInterrupt)(number)
+
+    @contextmanager
+    def resting(self):
+        """The context in which the model does not change."""
+        self.model_rests = True
+        try:
+            yield
+        finally:
+            self.model_rests = False
+
+    def check(self):
+        """Raise StopTraining in all processes where a signal came to one of them."""
+        if distributed.any_process(self.signal):
+            raise StopTraining(self.signal or signal.SIGTERM)
+
+
+@dataclass
+class Run:
+    """One training run.
+
+    loaders: of the train and the dev split. validation(opt, dev loader, model, tb) → rsum.
+    epoch: finished epochs. step: finished steps of the epoch after them. saved: path of the last good checkpoint.
+    """
+
+    opt: Any
+    model: Any
+    loaders: tuple
+    validation: Callable
     epoch: int = 0
     step: int = 0
     best_rsum: float = -1.0
     saved: str = ""
 
+    def train(self) -> None:
+        """Train the epochs that are left."""
+        opt, dataset = self.opt, self.loaders[0].dataset
+        is_first = distributed.rank() == 0  # the process that logs and saves
+        if is_first:
+            os.makedirs(opt.model_name, exist_ok=True)
+        self.tb, self.stop = Events(opt.logger_name, is_dummy=not is_first), GracefulStop()
+        log.info("%s on %s: %d pairs, %d words", opt.data_name, self.model.device, len(dataset), opt.vocab_size)
+        if self.epoch >= opt.num_epochs:
+            log.warning("%s: has %d epochs, --num_epochs %d trains no more", self.saved, self.epoch, opt.num_epochs)
+        with self.stop, watched_workers(dataset):
+            try:
+                while self.epoch < opt.num_epochs:
+                    self.train_one_epoch()
+            except StopTraining:
+                self.save(LAST)
+                log.info("stopped after step %d; --resume %s continues, as auto does", self.model.Eiters, self.saved)
+                raise
+        best = os.path.join(opt.model_name, BEST)
+        where = best if os.path.exists(best) else "the run that was resumed"
+        log.info("best rsum on dev %.1f, in %s", self.best_rsum, where)
 
-class Stopped(KeyboardInterrupt):
-    """Raised between two steps, the signal's number its argument: what is saved then can be gone on from."""
+    def train_one_epoch(self) -> None:
+        """Train the steps that are left of an epoch, validate, save."""
+        adjust_learning_rate(self.opt, self.model.optimizer, self.epoch)
+        choose_negatives(self.opt, self.model.criterion, self.epoch)
+        self.train_steps()
+        rsum = self.validate()
+        name, is_best = f"checkpoint_{self.epoch}.pth.tar", rsum > self.best_rsum
+        self.epoch, self.step, self.best_rsum = self.epoch + 1, 0, max(rsum, self.best_rsum)
+        self.save(name, is_best)
+        if distributed.rank() == 0:
+            remove_older(self.opt.model_name, self.opt.keep_last)
 
+    def train_steps(self) -> None:
+        opt, model = self.opt, self.model
+        batch_time, data_time = AverageMeter(), AverageMeter()
+        model.logger = LogCollector()
+        end = time.time()
+        with logging_redirect_tqdm():
+            for batch in self.batches():
+                data_time.update(time.time() - end, 1)
+                self.train_step(batch)
+                batch_time.update(time.time() - end, 1)
+                self.log_step(batch_time, data_time)
+                if model.Eiters % opt.val_step == 0:
+                    self.validate()
+                if opt.save_step and model.Eiters % opt.save_step == 0:
+                    self.save(LAST)
+                self.stop.check()
+                end = time.time()
 
-class Stop:
-    """While this lasts, Ctrl-C and SIGTERM are noted in asked; training ends after the step at hand.
+    def batches(self) -> Iterable:
+        """The batches that are left of an epoch, with a progress bar."""
+        loader, desc = self.loaders[0], f"epoch {self.epoch}"
+        loader.batch_sampler.epoch, loader.batch_sampler.first = self.epoch, self.step
+        silent = distributed.rank() > 0 or None
+        return tqdm(loader, desc, len(loader), initial=self.step, unit="step", leave=False, disable=silent)
 
-    Where the model rests, it ends at once; a second Ctrl-C or SIGTERM does not wait for the step either. Several
-    processes have to end at the same step, so there they always wait for it.
-    """
+    def train_step(self, batch: Sequence) -> None:
+        """One step on this process's share of a batch.
 
-    def __init__(self):
-        self.asked, self.resting = None, False
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def ask(self, number, frame):
-        again, self.asked = self.asked, number
-        if distributed.world_size() == 1 and (self.resting or again):
-            raise (Stopped if self.resting else KeyboardInterrupt)(number)
-
-    @contextmanager
-    def rest(self):
-        """The model does not change in here."""
-        self.resting = True
+        Raises InputError that names the step, the pairs and the last good checkpoint where the loss is NaN, infinite
+        or impossible, or its gradient NaN or infinite.
+        """
+        opt, model = self.opt, self.model
+        model.train_start()
         try:
-            yield
-        finally:
-            self.resting = False
+            loss = (model.train_emb(*batch) if batch else model.step_without_pairs()).item()
+            if loss > IMPOSSIBLE * (1 + opt.margin) * opt.batch_size**2:
+                raise FloatingPointError(f"the loss is {loss}, which cosine scores cannot produce")
+        except FloatingPointError as error:
+            place, prefix = f"epoch {self.epoch}, step {self.step}", self.loaders[0].dataset.prefix
+            ids = distributed.gather_ints(batch[-1] if batch else ())
+            last = f"the last good checkpoint is {self.saved}" if self.saved else "there is no checkpoint yet"
+            raise InputError(f"{place}: {error}, training cannot go on; pairs {ids} of {prefix}; {last}") from None
+        self.step += 1
 
-    def check(self):
-        """Raise Stopped in all processes where an end was asked for in one of them."""
-        if distributed.any_process(self.asked):
-            raise Stopped(self.asked or signal.SIGTERM)
+    def log_step(self, batch_time: AverageMeter, data_time: AverageMeter) -> None:
+        model, index = self.model, self.step - 1
+        if model.Eiters % self.opt.log_step == 0:
+            place = self.epoch, index, len(self.loaders[0])
+            log.info("Epoch: [%d][%d/%d]\t%s\tTime %s\tData %s", *place, model.logger, batch_time, data_time)
+        times = {"batch_time": batch_time.val, "data_time": data_time.val}
+        for name, value in {"epoch": self.epoch, "step": index, **times}.items():
+            self.tb.log_value(name, value, step=model.Eiters)
+        model.logger.tb_log(self.tb, step=model.Eiters)
 
+    def validate(self) -> float:
+        """rsum on the dev split. Several processes save first: torchrun ends those that do not end soon after it."""
+        if distributed.world_size() > 1:
+            self.save(LAST)
+        with self.stop.resting():
+            return self.validation(self.opt, self.loaders[1], self.model, self.tb)
 
-def fit(
-    opt: Any,
-    make_model: Callable = SCAN,
-    make_loaders: Callable = get_loaders,
-    vocab: Any = None,
-    validate: Callable | None = None,
-) -> float:
-    """Train as opt says; make_model, make_loaders and validate are what a variant replaces. Returns the best rsum."""
-    distributed.start(opt.device)
-    check(opt)
-    validate = validate or validation
-    if opt.resume == "auto":
-        path, checkpoint = last_checkpoint(opt.model_name)
-    else:
-        path, checkpoint = opt.resume, load_checkpoint(opt.resume) if opt.resume else None
-    vocab = vocab or read_vocab(opt)
-    opt.vocab_size = len(vocab)
-    train_loader, val_loader = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
-    torch.manual_seed(opt.seed)
-    model = make_model(opt)
-    progress = resume(model, checkpoint, opt, str(path)) if checkpoint else Progress()
-    if not distributed.same_in_all_processes(model.Eiters):
-        raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
-    first = distributed.rank() == 0  # the process that logs and saves
-    if first:
-        os.makedirs(opt.model_name, exist_ok=True)
-    tb = Events(opt.logger_name, is_dummy=not first)
-    log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
-    with Stop() as stop, watched_workers(train_loader.dataset):
+    def save(self, name: str, is_best: bool = False) -> None:
+        """The first process writes all that a run needs to be resumed to opt.model_name/name; the others wait."""
+        model = self.model
+        state = {
+            "epoch": self.epoch,
+            "step": self.step,
+            "model": model.state_dict(),
+            "best_rsum": self.best_rsum,
+            "opt": self.opt,
+            "Eiters": model.Eiters,
+            "optimizer": model.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+        }
+        if model.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(model.device)
+        if distributed.rank() == 0:
+            save_checkpoint(state, is_best, name, prefix=self.opt.model_name)
+        distributed.barrier()
+        self.saved = os.path.join(self.opt.model_name, name)
+
+    def resume(self, checkpoint: dict, path: str) -> None:
+        """Go on from a checkpoint: its parameters, optimizer, step count, random state and best score.
+
+        Raises InputError naming path where it does not fit this run.
+        """
+        opt, model = self.opt, self.model
+        words = len(checkpoint["model"][1]["embed.weight"])
+        if words != opt.vocab_size:
+            raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {opt.vocab_size}")
+        self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
+        self.best_rsum, self.saved = float(checkpoint["best_rsum"]), path
+        for name in ("batch_size", "seed") if self.step else ():
+            found, then = getattr(opt, name), option(checkpoint["opt"], name)
+            if found != then:
+                raise InputError(f"{path}: saved within an epoch with --{name} {then}, found --{name} {found}")
         try:
-            while progress.epoch < opt.num_epochs:
-                train_epoch(opt, train_loader, model, progress, val_loader, tb, validate, stop)
-        except Stopped:
-            save(opt, model, progress, LAST)
-            log.info("stopped after step %d; --resume %s goes on there, as auto does", model.Eiters, progress.saved)
-            raise
-    best = os.path.join(opt.model_name, BEST)
-    where = best if os.path.exists(best) else "the run that was resumed"
-    log.info("best rsum on dev %.1f, in %s", progress.best_rsum, where)
-    distributed.stop()
-    return progress.best_rsum
-
-
-def train_epoch(
-    opt: Any,
-    train_loader: Any,
-    model: Any,
-    progress: Progress,
-    val_loader: Any,
-    tb: Any,
-    validate: Callable,
-    stop: Stop,
-) -> None:
-    """What is left of an epoch, its validation, its checkpoint."""
-    adjust_learning_rate(opt, model.optimizer, progress.epoch)
-    choose_negatives(opt, model.criterion, progress.epoch)
-    train(opt, train_loader, model, progress, val_loader, tb, validate, stop)
-    rsum = rank_dev(opt, val_loader, model, progress, tb, validate, stop)
-    name, is_best = f"checkpoint_{progress.epoch}.pth.tar", rsum > progress.best_rsum
-    progress.epoch, progress.step, progress.best_rsum = progress.epoch + 1, 0, max(rsum, progress.best_rsum)
-    save(opt, model, progress, name, is_best)
-    if distributed.rank() == 0:
-        remove_older(opt.model_name, opt.keep_last)
-
-
-def save(opt: Any, model: Any, progress: Progress, name: str, is_best: bool = False) -> None:
-    """The first process writes all that a run needs to go on, to opt.model_name/name; the others wait for it."""
-    state = {
-        "epoch": progress.epoch,
-        "step": progress.step,
-        "model": model.state_dict(),
-        "best_rsum": progress.best_rsum,
-        "opt": opt,
-        "Eiters": model.Eiters,
-        "optimizer": model.optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
-    if model.device.type == "cuda":
-        state["random_cuda"] = torch.cuda.get_rng_state(model.device)
-    if distributed.rank() == 0:
-        save_checkpoint(state, is_best, name, prefix=opt.model_name)
-    distributed.barrier()
-    progress.saved = os.path.join(opt.model_name, name)
-
-
-def resume(model: Any, checkpoint: dict, opt: Any, path: str) -> Progress:
-    """Put a checkpoint's parameters, optimizer, step count and random state into model. Returns its Progress."""
-    words = len(checkpoint["model"][1]["embed.weight"])
-    if words != opt.vocab_size:
-        raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {opt.vocab_size}")
-    progress = Progress(checkpoint["epoch"], checkpoint.get("step", 0), float(checkpoint["best_rsum"]), path)
-    for name in ("batch_size", "seed") if progress.step else ():
-        found, then = getattr(opt, name), option(checkpoint["opt"], name)
-        if found != then:
-            raise InputError(f"{path}: saved within an epoch with --{name} {then}, found --{name} {found}")
-    try:
-        model.load_state_dict(checkpoint["model"])
-        if "optimizer" in checkpoint:
-            load_moments(model, checkpoint["optimizer"])
-        else:
-            log.warning("%s holds no optimizer state: Adam starts afresh", path)
-        if "random" in checkpoint:
-            torch.set_rng_state(checkpoint["random"])
-        if "random_cuda" in checkpoint and model.device.type == "cuda":
-            torch.cuda.set_rng_state(checkpoint["random_cuda"], model.device)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-    model.Eiters = checkpoint["Eiters"]
-    log.info("%s: %d epochs and %d steps done, best rsum %.1f", path, progress.epoch, progress.step, progress.best_rsum)
-    return progress
+            model.load_state_dict(checkpoint["model"])
+            if "optimizer" in checkpoint:
+                load_moments(model, checkpoint["optimizer"])
+            else:
+                log.warning("%s holds no optimizer state: Adam starts afresh", path)
+            if "random" in checkpoint:
+                torch.set_rng_state(checkpoint["random"])
+            if "random_cuda" in checkpoint and model.device.type == "cuda":
+                torch.cuda.set_rng_state(checkpoint["random_cuda"], model.device)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            raise InputError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+        model.Eiters = checkpoint["Eiters"]
+        log.info("%s: %d epochs and %d steps done, best rsum %.1f", path, self.epoch, self.step, self.best_rsum)
 
 
 def load_moments(model: Any, state: dict) -> None:
     """Put Adam's moments of each parameter from an optimizer's state_dict into model's; the settings stay this run's.
 
-    Raises ValueError where they do not fit the parameters, and whatever a state of another form leads to.
+    Raises ValueError where they do not fit the parameters, and other exceptions for a state of another form.
     """
     groups = model.optimizer.state_dict()["param_groups"]
     if len(state["param_groups"][0]["params"]) != len(model.params):
@@ -256,85 +299,40 @@ def load_moments(model: Any, state: dict) -> None:
     model.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def train(
+def fit(
     opt: Any,
-    train_loader: Any,
-    model: Any,
-    progress: Progress,
-    val_loader: Any,
-    tb: Any,
-    validate: Callable,
-    stop: Stop,
-) -> None:
-    """The steps that are left of an epoch."""
-    batch_time, data_time = AverageMeter(), AverageMeter()
-    model.logger = LogCollector()
-    epoch, order = progress.epoch, train_loader.batch_sampler
-    order.epoch, order.first = epoch, progress.step
-    bar = tqdm(
-        train_loader,
-        f"epoch {epoch}",
-        len(train_loader),
-        initial=progress.step,
-        unit="step",
-        leave=False,
-        disable=distributed.rank() > 0 or None,
-    )
-    end = time.time()
-    with logging_redirect_tqdm():
-        for i, batch in enumerate(bar, progress.step):
-            model.train_start()
-            data_time.update(time.time() - end, 1)
-            train_step(opt, model, batch, f"epoch {epoch}, step {i}", train_loader.dataset.prefix, progress.saved)
-            progress.step = i + 1
-            batch_time.update(time.time() - end, 1)
-            if model.Eiters % opt.log_step == 0:
-                log.info(
-                    "Epoch: [%d][%d/%d]\t%s\tTime %s\tData %s",
-                    epoch,
-                    i,
-                    len(train_loader),
-                    model.logger,
-                    batch_time,
-                    data_time,
-                )
-            for name, value in (
-                ("epoch", epoch),
-                ("step", i),
-                ("batch_time", batch_time.val),
-                ("data_time", data_time.val),
-            ):
-                tb.log_value(name, value, step=model.Eiters)
-            model.logger.tb_log(tb, step=model.Eiters)
-            if model.Eiters % opt.val_step == 0:
-                rank_dev(opt, val_loader, model, progress, tb, validate, stop)
-            if opt.save_step and model.Eiters % opt.save_step == 0:
-                save(opt, model, progress, LAST)
-            stop.check()
-            end = time.time()
-
-
-def train_step(opt: Any, model: Any, batch: Sequence, place: str, prefix: str, saved: str) -> None:
-    """One step on this process's share of a batch. Raises InputError that names place, pairs and the last good
-    checkpoint where the loss or its gradient is no number, or the loss far beyond what scores between -1 and 1 give."""
-    try:
-        loss = (model.train_emb(*batch) if batch else model.step_without_pairs()).item()
-        if loss > EXPLODED * (1 + opt.margin) * opt.batch_size**2:
-            raise FloatingPointError(f"the loss is {loss}")
-    except FloatingPointError as error:
-        ids = distributed.gather_ints(batch[-1] if batch else ())
-        last = f"the last good checkpoint is {saved}" if saved else "there is no checkpoint yet"
-        raise InputError(f"{place}: {error}, training cannot go on; pairs {ids} of {prefix}; {last}") from None
-
-
-def rank_dev(
-    opt: Any, val_loader: Any, model: Any, progress: Progress, tb: Any, validate: Callable, stop: Stop
+    make_model: Callable = SCAN,
+    make_loaders: Callable = get_loaders,
+    vocab: Any = None,
+    validate: Callable | None = None,
 ) -> float:
-    """What validate returns. Several processes save first: they end after it, and torchrun may not wait so long."""
-    if distributed.world_size() > 1:
-        save(opt, model, progress, LAST)
-    with stop.rest():
-        return validate(opt, val_loader, model, tb)
+    """Train as opt says; a variant replaces make_model, make_loaders and validate. Returns the best rsum.
+
+    opt: any object with flags as attributes; those that it lacks have their defaults.
+    """
+    opt = to_namespace(opt)
+    distributed.start(opt.device)
+    check(opt)
+    path, checkpoint = checkpoint_to_resume(opt)
+    vocab = vocab or read_vocab(opt)
+    opt.vocab_size = len(vocab)
+    loaders = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
+    torch.manual_seed(opt.seed)
+    run = Run(opt, make_model(opt), loaders, validate or validation)
+    if checkpoint:
+        run.resume(checkpoint, path)
+    if not distributed.same_in_all_processes(run.model.Eiters):
+        raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
+    run.train()
+    distributed.stop()
+    return run.best_rsum
+
+
+def checkpoint_to_resume(opt: Any) -> tuple[str, dict | None]:
+    """Path and contents of the checkpoint that --resume asks for; "", None without one."""
+    if opt.resume == "auto":
+        return last_checkpoint(opt.model_name)
+    return opt.resume, load_checkpoint(opt.resume) if opt.resume else None
 
 
 def validation(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:

@@ -49,13 +49,13 @@ def epoch_checkpoints(folder: str) -> list[str]:
     return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
 
 
-def last_checkpoint(folder: str) -> tuple[str, dict] | tuple[None, None]:
-    """Path of the checkpoint in folder that holds the most training, and its contents; None, None where there is none.
+def last_checkpoint(folder: str) -> tuple[str, dict | None]:
+    """Path of the checkpoint in folder that holds the most training, and its contents; "", None where there is none.
 
     One that cannot be read is passed over with a warning.
     """
     if not os.path.isdir(folder):
-        return None, None
+        return "", None
     found = []
     for paths in ([os.path.join(folder, LAST)], epoch_checkpoints(folder)):
         for path in filter(os.path.isfile, paths):
@@ -64,7 +64,7 @@ def last_checkpoint(folder: str) -> tuple[str, dict] | tuple[None, None]:
                 break
             except InputError as error:
                 log.warning("passed over: %s", error)
-    return max(found, key=lambda one: (one[1]["epoch"], one[1].get("step", 0)), default=(None, None))
+    return max(found, key=lambda one: (one[1]["epoch"], one[1].get("step", 0)), default=("", None))
 
 
 def remove_older(folder: str, keep: int) -> None:

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lib.errors import InputError, brief
 
 NOT_NEGATIVE, COUNT, SEED = (0, 2**31), (1, 2**31), (0, 2**32 - 1)
@@ -34,7 +36,6 @@ class Option(NamedTuple):
         if isinstance(self.default, bool):
             return isinstance(value, bool)
         if isinstance(self.default, str):
-            value = os.fspath(value) if isinstance(value, os.PathLike) else value
             one_line = isinstance(value, str) and len(value) < LONGEST_TEXT and value.splitlines() in ([value], [])
             return one_line and "\0" not in value and (not self.allowed or value in self.allowed)
         kinds = (int,) if isinstance(self.default, int) else (int, float)
@@ -123,6 +124,21 @@ def option(opt: Any, name: str) -> Any:
     Raises AttributeError for an option that every checkpoint has.
     """
     return getattr(opt, name) if name in REQUIRED else getattr(opt, name, OPTIONS[name].default)
+
+
+def to_namespace(opt: Any) -> argparse.Namespace:
+    """A Namespace of opt's options (any object with flags as attributes), as a checkpoint can hold them.
+
+    A flag of training that opt lacks has its default; a path is text, a NumPy number is Python's.
+    """
+    values = {row.name: getattr(opt, row.name, row.default) for row in TRAIN}
+    values |= vars(opt)
+    for name, value in values.items():
+        if isinstance(value, os.PathLike):
+            values[name] = os.fspath(value)
+        elif isinstance(value, np.generic):
+            values[name] = value.item()
+    return argparse.Namespace(**values)
 
 
 def add_options(parser: argparse.ArgumentParser, options: Iterable[Option | str], **defaults: Any) -> None:

@@ -70,7 +70,7 @@ def train_job(flags, variant="root", dtype="float64", stop_at=None):
 
     try:
         train.fit(opt, lambda opt: models.append(make_model(opt)) or models[0], validate=validation, **more)
-    except train.Stopped:
+    except train.StopTraining:
         stopped = True
     shares, losses, gradients = zip(*steps, strict=True)
     weights = torch.cat([p.detach().flatten() for p in models[0].params])

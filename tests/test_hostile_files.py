@@ -96,7 +96,7 @@ def read_checkpoint(path):
     words = len(load_checkpoint(str(path))["model"][1]["embed.weight"])
     opt = make_opt(resume=str(path), vocab_size=words, batch_size=4, seed=0, device="cpu", **SIZES)
     model = SCAN(opt)
-    train.resume(model, load_checkpoint(str(path)), opt, str(path))
+    train.Run(opt, model, (), None).resume(load_checkpoint(str(path)), str(path))
     model.step(torch.rand(2, 3, 8), torch.zeros(2, 3, 31), torch.tensor([[1, 4, 2]] * 2), [3, 3])
 
 

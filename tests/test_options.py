@@ -1,13 +1,15 @@
 """The table of flags: what the parsers, the checks and older checkpoints take from it."""
 
 import argparse
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import model
 import train
 from lib.errors import InputError
-from lib.options import CHOICES, OPTIONS, REQUIRED, Option, add_options, check_options, option
+from lib.options import CHOICES, OPTIONS, REQUIRED, Option, add_options, check_options, option, to_namespace
 from Tencent_PFAN import train_whole
 
 
@@ -83,3 +85,18 @@ def test_a_value_fits_where_it_is_of_the_options_kind_and_range(name, right, wro
 def test_a_warm_up_without_max_violation_is_refused():
     with pytest.raises(InputError, match="--mean_warmup_epochs 2: .*without --max_violation"):
         train.check(train.get_parser().parse_args(["--mean_warmup_epochs", "2"]))
+
+
+def test_any_object_becomes_options_that_a_checkpoint_can_hold():
+    class Settings:
+        margin = np.float64(0.1)
+
+        def __init__(self):
+            self.data_path, self.batch_size, self.note = Path("data"), np.int64(8), "more"
+
+    opt = to_namespace(Settings())
+    found = {name: (value, type(value)) for name, value in vars(opt).items()}
+    assert found["data_path"] == ("data", str) and found["batch_size"] == (8, int) and found["note"] == ("more", str)
+    assert (
+        found["margin"] == (0.1, float) and found["save_step"] == (0, int) and found["agg_func"] == ("LogSumExp", str)
+    )

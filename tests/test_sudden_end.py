@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_validation_is_interrupted_at_once_and_made_up_for(fit, straight, monkey
         raise AssertionError("the signal should have ended this")
 
     monkeypatch.setattr(train, "validation", interrupted)
-    with pytest.raises(train.Stopped):
+    with pytest.raises(train.StopTraining):
         fit("stopped")
     saved = load(straight.parent / "stopped", "checkpoint_last")
     assert (saved["epoch"], saved["step"], saved["Eiters"]) == (0, 4, 4)
@@ -124,8 +125,8 @@ def test_a_second_ctrl_c_does_not_wait_and_does_not_save_half_a_step(fit, tmp_pa
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         fit("impatient", "", Impatient)
-    assert not isinstance(stopped.value, train.Stopped)
-    assert last_checkpoint(str(tmp_path / "impatient")) == (None, None)
+    assert not isinstance(stopped.value, train.StopTraining)
+    assert last_checkpoint(str(tmp_path / "impatient")) == ("", None)
 
 
 def test_sigterm_from_the_shell_saves_says_where_and_exits_with_143(toy, tmp_path):
@@ -137,8 +138,17 @@ def test_sigterm_from_the_shell_saves_says_where_and_exits_with_143(toy, tmp_pat
     os.killpg(run.pid, signal.SIGTERM)  # as a service manager does: to the loading processes as well
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 143, errors
-    path = re.search(r"stopped after step \d+; --resume (\S+) goes on there, as auto does\ninterrupted\n$", errors)[1]
+    path = re.search(r"stopped after step \d+; --resume (\S+) continues, as auto does\ninterrupted\n$", errors)[1]
     assert load_checkpoint(path)["epoch"] >= 1
+
+
+def test_a_thread_trains_too_and_leaves_the_signals_alone(fit, straight):
+    """Notebooks and web back ends train in threads, where Python sets no signal handlers."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as pool:
+        folder = pool.submit(fit, "thread", "--workers 1").result()
+    assert_same(load(folder, "checkpoint_1"), load(straight, "checkpoint_1"))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
 # ---------------------------------------------------------------- not asked
@@ -156,7 +166,7 @@ def test_killed_at_random_moments_every_checkpoint_loads_and_training_goes_on(to
 
 
 def test_the_last_checkpoint_is_the_one_with_the_most_training_that_loads(tmp_path, fit, caplog):
-    assert last_checkpoint(str(tmp_path / "none")) == (None, None)
+    assert last_checkpoint(str(tmp_path / "none")) == ("", None)
     folder = fit("run", "--num_epochs 3")
     assert last_checkpoint(str(folder))[0] == str(folder / "checkpoint_2.pth.tar")
     state = load(folder, "checkpoint_1")
