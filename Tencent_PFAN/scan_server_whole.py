@@ -2,8 +2,8 @@
 
 python -m Tencent_PFAN.scan_server_whole ./runs/sentence_t2i.pth.tar 5091
 
-A request is admitted (or refused before its body is read), read, parsed in a thread, and queued. Whatever waits in the
-queue is scored as one batch while the next requests are read. Nothing is written to disk.
+A request is refused before its body is read, or read; a body that is there takes a place in the queue and is parsed in
+a thread. Whatever waits is scored as one batch while the next requests are read. Nothing is written to disk.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
-from starlette.requests import ClientDisconnect
 
 if not __package__:
     import _root  # noqa: F401
@@ -28,6 +27,7 @@ if not __package__:
 from lib import web
 from lib.errors import run
 from lib.web import Answer, Refused
+from Tencent_PFAN.bodies import Bodies, unpack, unpacked_size
 from Tencent_PFAN.demo_page import add_demo
 from Tencent_PFAN.scoring import BadRequest, Scorer
 from Tencent_PFAN.web import PATH, Counting, json_of, request_schema, responses
@@ -43,7 +43,8 @@ class Service:
 
     def __init__(self, scorer, opt):
         self.scorer, self.opt = scorer, opt
-        self.waiting, self.waiting_bytes = 0, 0  # requests admitted and not answered, and their bodies
+        self.bodies = Bodies(opt)
+        self.waiting, self.waiting_bytes = 0, 0  # requests whose bodies are there and that are not answered
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.registry = registry = prometheus.CollectorRegistry()
@@ -62,68 +63,59 @@ class Service:
             for what in ("requests", "pictures")
         )
         self.pictures = prometheus.Counter("pfan_pictures", "Pictures, by where from", ["source"], registry=registry)
-        prometheus.Gauge("pfan_waiting", "Requests not answered yet", registry=registry).set_function(
-            lambda: self.waiting
-        )
+        for name, what, count in (
+            ("pfan_waiting", "Requests not answered yet", self.unanswered),
+            ("pfan_bodies", "Bodies that arrive", self.bodies.__len__),
+        ):
+            prometheus.Gauge(name, what, registry=registry).set_function(count)
+
+    def unanswered(self):
+        return len(self.bodies) + self.waiting
 
     async def score(self, request):
         """A request's answer. Raises Refused."""
-        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
-            raise Refused(415, "Content-Type: expected application/json")
+        packed = check_content(request.headers)
         announced = int(request.headers.get("content-length", 0))
-        self.check_size(announced)
-        if self.waiting >= self.opt.queue or (
-            self.waiting and self.waiting_bytes + announced > self.opt.queue_mb << 20
-        ):
-            raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
-        self.waiting += 1
-        admitted = [announced]  # bytes that this request is counted with
-        self.waiting_bytes += announced
+        self.bodies.check_size(announced)
+        self.check_queue(announced)
+        body = await self.bodies.read(request)
         try:
-            async with asyncio.timeout(self.opt.timeout):
-                body = await self.read_body(request, admitted)
-            async with asyncio.timeout(self.opt.timeout):
-                return await self.score_body(body)
-        except TimeoutError:
-            if request.scope.get("body_read"):
-                raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
-            reason = f"body: not complete after {self.opt.timeout:g} seconds"
-            raise Refused(408, reason, Connection="close") from None
-        except ClientDisconnect:
-            raise Refused(400, "body: the connection ended before it was complete") from None
-        finally:
-            self.waiting -= 1
-            self.waiting_bytes -= admitted[0]
-
-    def check_size(self, size):
-        if size > self.opt.max_body_mb << 20:
-            raise Refused(413, f"body: over {self.opt.max_body_mb} MB (--max_body_mb)", Connection="close")
-
-    async def read_body(self, request, admitted):
-        chunks, size = [], 0  # a growing bytearray would be copied again and again
-        async for chunk in request.stream():
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > admitted[0]:  # sent in chunks, without a Content-Length
-                self.waiting_bytes += size - admitted[0]
-                admitted[0] = size
-                self.check_size(size)
-                if self.waiting > 1 and self.waiting_bytes > self.opt.queue_mb << 20:
-                    raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
-        request.scope["body_read"] = True
-        return b"".join(chunks)
-
-    async def score_body(self, body):
-        loop = asyncio.get_running_loop()
-        try:
-            job = await loop.run_in_executor(self.parsers, self.scorer.read, body)
-            self.pictures.labels("cache").inc(len(job.embeddings))
-            self.pictures.labels("new").inc(len(job.new))
-            future = loop.create_future()
-            await self.queue.put((job, future))
-            return Answer(await future)
+            size = unpacked_size(body) if packed else None
+            self.bodies.check_size(size or 0)
+            return await self.score_in_turn(body, size)
         except BadRequest as error:
             raise Refused(400, str(error)) from None
+
+    def check_queue(self, size):
+        """Raises Refused where a body of so many bytes has no place in the queue."""
+        if self.waiting >= self.opt.queue or (self.waiting and self.waiting_bytes + size > self.opt.queue_mb << 20):
+            raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
+
+    async def score_in_turn(self, body, unpacked):
+        """The answer to a body that is there; unpacked: size of what is in it where it is gzip, or None."""
+        size = len(body) + (unpacked or 0)
+        self.check_queue(size)
+        self.waiting += 1
+        self.waiting_bytes += size
+        try:
+            async with asyncio.timeout(self.opt.timeout):
+                return await self.score_body(body, unpacked)
+        except TimeoutError:
+            raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
+        finally:
+            self.waiting -= 1
+            self.waiting_bytes -= size
+
+    async def score_body(self, body, unpacked):
+        loop = asyncio.get_running_loop()
+        if unpacked is not None:
+            body = await loop.run_in_executor(self.parsers, unpack, body, unpacked)
+        job = await loop.run_in_executor(self.parsers, self.scorer.read, body)
+        self.pictures.labels("cache").inc(len(job.embeddings))
+        self.pictures.labels("new").inc(len(job.new))
+        future = loop.create_future()
+        await self.queue.put((job, future))
+        return Answer(await future)
 
     async def score_batches(self):
         """Take what waits, score it as one batch, hand out the results; forever."""
@@ -154,11 +146,21 @@ class Service:
         return [self.score_jobs([job])[0] for job in jobs]
 
 
+def check_content(headers):
+    """Whether a request's headers say that its body is gzip. Raises Refused where it is not JSON."""
+    if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+        raise Refused(415, "Content-Type: expected application/json")
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip"):
+        raise Refused(415, f"Content-Encoding: {encoding[:40]}, expected gzip or none")
+    return encoding != "identity"
+
+
 # ---------------------------------------------------------------- the app
 
 
 def make_app(scorer, opt):
-    """The FastAPI app of a Scorer. opt: queue, queue_mb, max_body_mb, timeout, api_key, demo_path."""
+    """The FastAPI app of a Scorer. opt: the command line's options."""
     service = Service(scorer, opt)
 
     @asynccontextmanager
@@ -182,6 +184,7 @@ def make_app(scorer, opt):
         exception_handlers={**web.REFUSALS, RequestValidationError: web.refuse_parameters},
     )
     app.state.service = service
+    web.check_host_names(app, opt.host, opt.allowed_hosts)
     app.add_middleware(Counting, service=service)
     keyed = [Depends(check_key)]
 
@@ -197,7 +200,7 @@ def make_app(scorer, opt):
 
     @app.get("/health")
     async def health():
-        return {"status": "ok", "waiting": service.waiting}
+        return {"status": "ok", "waiting": service.unanswered()}
 
     @app.get("/metrics", dependencies=keyed, response_class=PlainTextResponse)
     async def metrics():
@@ -222,10 +225,14 @@ def get_parser():
     add("port", type=int, help="to listen on, 1 to 65535")
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
     add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
+    add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
     add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY, as others can read command lines")
     add("--timeout", type=float, default=60, help="seconds for a body to arrive, and again for its scores")
     add("--max_body_mb", type=int, default=256, help="largest body; 8 pictures have about 3.5 MB")
-    add("--queue", type=int, default=64, help="requests that may wait; a further one gets 429")
+    add("--bodies", type=int, default=256, help="bodies that may arrive at a time; for one more the slowest gives way")
+    add("--bodies_mb", type=int, default=512, help="size of what has arrived of them")
+    add("--min_rate", type=float, default=8, help="KB a second at which a body must arrive, 0 for any rate")
+    add("--queue", type=int, default=64, help="requests with their bodies there that may wait; a further one gets 429")
     add("--queue_mb", type=int, default=1024, help="size of the bodies of the requests that wait")
     add("--cache_mb", type=int, default=256, help="memory for embeddings of pictures that may come again, 0 for none")
     add("--threads", type=int, default=os.cpu_count(), help="of the matrix products")
@@ -238,8 +245,14 @@ def main():
     parser = get_parser()
     opt = parser.parse_args()
     opt.api_key = opt.api_key or os.environ.get("PFAN_API_KEY")
-    if min(opt.queue, opt.max_body_mb, opt.queue_mb, opt.threads) < 1 or opt.cache_mb < 0 or not opt.timeout > 0:
-        parser.error("expected --queue, --max_body_mb, --queue_mb, --threads, --timeout above 0, --cache_mb 0 or more")
+    counts = ("queue", "queue_mb", "bodies", "bodies_mb", "max_body_mb", "threads")
+    for name, fine in {
+        **{name: getattr(opt, name) >= 1 for name in counts},
+        **{name: getattr(opt, name) >= 0 for name in ("cache_mb", "min_rate")},
+        "timeout": opt.timeout > 0,
+    }.items():
+        if not fine:
+            parser.error(f"--{name}: {getattr(opt, name)}, expected a larger number")
     if not 0 < opt.port < 65536:
         parser.error(f"port: {opt.port}, expected 1 to 65535")
     torch.set_num_threads(opt.threads)

@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 from lib.errors import InputError
 
-LINGER_SECONDS, LINGER_BYTES = 2, 64 << 20  # how long a refused request is still read, so that its client hears why
+LINGER_SECONDS, LINGER_BYTES = 2, 16 << 20  # how long a refused request is still read, so that its client hears why
 HOST = re.compile(r"(\[[^\[\]]*\]|[^:\[\]]*)(:\d*)?")  # of a Host header: a name or an address, and a port
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
@@ -33,20 +33,34 @@ class Answer(Response):
 
 class Refusal(Answer):
     """{"error": reason}. What the client still sends is read and dropped, within bounds: closing at once would reset
-    the connection, and many clients would then see that instead of the reason."""
+    the connection, and many clients would then see that instead of the reason. The connection ends with it: else one
+    could go on sending for ever."""
 
     def __init__(self, reason, status, headers=None):
         super().__init__({"error": reason}, status, headers)
 
     async def __call__(self, scope, receive, send):
+        headers = Headers(scope=scope)
+        unread = not scope.get("body_read") and (
+            headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+        )
+        if unread:
+            self.headers["connection"] = "close"
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        await send({"type": "http.response.body", "body": self.body, "more_body": True})
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LINGER_SECONDS):
-                left = 0 if scope.get("body_read") else LINGER_BYTES
-                while left > 0 and (message := await receive()).get("more_body"):
-                    left -= len(message["body"])
-        await send({"type": "http.response.body", "body": b""})
+        await send({"type": "http.response.body", "body": self.body, "more_body": unread})
+        if unread:
+            if "expect" not in headers:  # else the client waits for this answer, and sends no body
+                await linger(receive)
+            await send({"type": "http.response.body", "body": b""})
+
+
+async def linger(receive):
+    """Read what still comes, within bounds."""
+    left = LINGER_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while left > 0 and (message := await receive()).get("more_body"):
+                left -= len(message["body"])
 
 
 class Refused(HTTPException):

@@ -1,5 +1,6 @@
 """The scoring server: the published contract, many clients at once, refusals, limits, the end."""
 
+import contextlib
 import gzip
 import json
 import os
@@ -17,6 +18,7 @@ import pytest
 from conftest import ROOT
 from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, post, scorer_of, serve
 
+from Tencent_PFAN import bodies
 from Tencent_PFAN.scan_server_whole import get_parser
 from Tencent_PFAN.scoring import Scorer, caption
 
@@ -295,7 +297,7 @@ def raw(port, head, body=b"", size=65536):
         return connection.recv(size)
 
 
-HEAD = f"POST {PATH} HTTP/1.1\nHost: x\nContent-Type: application/json\n"
+HEAD = f"POST {PATH} HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_read(port):
@@ -310,12 +312,122 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(port):
     assert (status, answer) == (413, {"error": "body: over 2 MB (--max_body_mb)"})
 
 
+def test_gzip_bodies_are_unpacked(port):
+    body = json.dumps(make_request()).encode()
+    status, answer, _ = post(port, gzip.compress(body), {"Content-Encoding": "gzip"})
+    assert (status, answer) == (200, post(port, body)[1])
+
+
+@pytest.mark.parametrize(
+    "body, encoding, expected",
+    [
+        (gzip.compress(b" " * (3 << 20)), "gzip", (413, "body: over 2 MB (--max_body_mb)")),
+        (gzip.compress(b" " * (3 << 20))[:-4] + b"\0\1\0\0", "gzip", (400, "body: gzip that is cut off, or more")),
+        (gzip.compress(b"{") * 2, "gzip", (400, "body: gzip that is cut off, or more than one file")),
+        (gzip.compress(b"{"), "x-gzip", (400, "body: not JSON")),
+        (gzip.compress(b"{")[:-9] + b"\0" * 9, "gzip", (400, "body: ")),
+        (b"{}", "gzip", (400, "body: not gzip, though Content-Encoding says so")),
+        (b"{}", "br", (415, "Content-Encoding: br, expected gzip or none")),
+    ],
+)
+def test_packed_bodies_have_the_limit_of_others_and_a_reason(port, body, encoding, expected):
+    status, answer, _ = post(port, body, {"Content-Encoding": encoding})
+    assert status == expected[0] and answer["error"].startswith(expected[1])
+
+
+def test_a_client_that_waits_before_it_sends_its_body_hears_why_not(port):
+    head = f"POST {PATH} HTTP/1.1\nHost: localhost\nContent-Length: 9\nExpect: 100-continue\n"
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n")
+        answer = connection.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 415 ") and answer.endswith(
+        b'{"error":"Content-Type: expected application/json"}'
+    )
+
+
+def test_only_local_names_reach_a_server_on_a_local_address(scorer, port):
+    status, answer, _ = post(port, make_request(), {"Host": "elsewhere.example"})
+    assert status == 400 and answer["error"].startswith("Host: elsewhere.example, expected 127.0.0.1, ")
+    for path in ("/", "/health", "/metrics", "/demo/items"):
+        assert get(port, path, {"Host": "elsewhere.example:5091"})[0] == 400
+    for host in ("localhost", "LOCALHOST:5091", "127.0.0.1:5091", "[::1]:5091"):
+        assert get(port, "/health", {"Host": host})[0] == 200
+    for host in ("localhost@elsewhere.example", "localhost.elsewhere.example", "127.0.0.1.", "[::1", "a:b:c"):
+        assert get(port, "/health", {"Host": host})[0] == 400
+    with serve(scorer, "--allowed_hosts", "Scores.example", "b.example") as port:
+        assert get(port, "/health", {"Host": "scores.example"})[0] == 200
+        assert get(port, "/health", {"Host": "c.example"})[0] == 400
+    with serve(scorer, "--host", "0.0.0.0") as port:  # of a network: its names are not known here
+        assert get(port, "/health", {"Host": "elsewhere.example"})[0] == 200
+
+
 def test_a_body_that_stops_coming_is_given_up(scorer):
     with serve(scorer, "--timeout", "0.3") as port:
         assert raw(port, HEAD + "Content-Length: 1000\n", b"{").startswith(b"HTTP/1.1 408 ")
         with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(HEAD.replace("\n", "\r\n").encode() + b"Content-Length: 1000\r\n\r\n{")
         assert scores(port, make_request()).shape == (2, 2)
+
+
+@contextlib.contextmanager
+def unfinished_bodies(port, n, begun=b"{"):
+    """n connections over which a body has begun to arrive, as sockets."""
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for _ in range(n):
+            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60)))
+            head = HEAD + f"Content-Length: {len(begun) + 1000}\n"
+            connections[-1].sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + begun)
+        wait_for(lambda: arriving(port) == n)
+        yield connections
+
+
+def arriving(port):
+    return float(re.search(r"^pfan_bodies (\S+)$", get(port, "/metrics")[1], re.M)[1])
+
+
+def test_bodies_that_do_not_come_take_no_place_in_the_queue(scorer):
+    with serve(scorer, "--queue", "1") as port, unfinished_bodies(port, 8):
+        for seed in range(3):
+            assert scores(port, make_request(seed=seed)).shape == (2, 2)
+        assert (waiting(port), arriving(port)) == (8, 8)
+
+
+def test_where_no_more_bodies_may_arrive_the_slowest_gives_way(scorer, monkeypatch):
+    monkeypatch.setattr(bodies, "YOUNG_SECONDS", 0)
+    with serve(scorer, "--bodies", "2") as port, unfinished_bodies(port, 2) as connections:
+        connections[0].sendall(b" " * 500)
+        assert scores(port, make_request()).shape == (2, 2)
+        answer = connections[1].recv(1000)
+        assert answer.startswith(b"HTTP/1.1 429 ") and b"the slowest; others needed its place" in answer
+        assert arriving(port) == 1
+
+
+def test_bodies_whose_rates_are_not_known_yet_are_not_given_up_for_another(scorer, monkeypatch):
+    monkeypatch.setattr(bodies, "YOUNG_SECONDS", 1000)
+    with serve(scorer, "--bodies", "2") as port, unfinished_bodies(port, 2):
+        status, answer, headers = post(port, make_request())
+        assert (status, headers["Retry-After"]) == (429, "1")
+        assert answer == {"error": "2 bodies arrive, come back later"}
+
+
+def test_bodies_of_too_many_bytes_together_give_way(scorer, monkeypatch):
+    monkeypatch.setattr(bodies, "YOUNG_SECONDS", 0)
+    with (
+        serve(scorer, "--bodies_mb", "1", "--timeout", "1000") as port,
+        unfinished_bodies(port, 1, b"{" + b" " * 300_000) as slow,
+        unfinished_bodies(port, 1, b"{" + b" " * 900_000),
+    ):
+        assert slow[0].recv(1000).startswith(b"HTTP/1.1 429 ")
+        assert scores(port, make_request()).shape == (2, 2)
+
+
+def test_a_body_slower_than_the_least_rate_is_given_up(scorer, monkeypatch):
+    monkeypatch.setattr(bodies, "FREE_SECONDS", 0.1)
+    with serve(scorer, "--min_rate", "50") as port, unfinished_bodies(port, 1) as (connection,):
+        answer = connection.makefile("rb").read()  # to the connection's end
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b'{"error":"body: slower than 50 KB a second (--min_rate)"}' in answer
 
 
 class Slow:
