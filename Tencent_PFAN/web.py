@@ -4,10 +4,7 @@ import time
 
 import msgspec
 
-from lib.web import Answer, Refused, refuse, refuse_parameters, refuse_unexpected  # noqa: F401
 from Tencent_PFAN.scoring import Body, Scores
-
-Protocol = "h11"
 
 PATH = "/scan_sentence_image_score"
 REASONS = {
