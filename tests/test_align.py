@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from dataset_commands import D, R, fails, ok, tool
 from folders import make_folder, write_lines
+from regions import boxes_with_features
 
 
 def folders_to_align(tmp_path, order, ids=True):
@@ -92,3 +93,71 @@ def test_arrays_that_are_no_rows_or_not_there_are_named(tmp_path):
     assert "train_boxes.npy: found (), expected a row for each picture" in fails("align", *folders)
     os.remove(tmp_path / "source/train_boxes.npy")
     assert "train_ims.npy: no such file" in fails("align", *folders, "--arrays", "ims")
+
+
+# ---------------------------------------------------------------- by regions
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """reference/ (features) and source/ (grids) of the same 40 + 20 pictures in other orders; the grids by split."""
+    grids = {}
+    for name in ("reference", "source"):
+        (tmp_path / name).mkdir()
+    for seed, (split, n) in enumerate({"train": 40, "dev": 20}.items()):
+        grids[split], features = boxes_with_features(n, seed=seed)
+        np.save(tmp_path / f"reference/{split}_ims.npy", features)
+        np.save(tmp_path / f"source/{split}_boxes.npy", grids[split][np.random.default_rng(seed).permutation(n)])
+    return grids
+
+
+def regions(tmp_path, *more):
+    return ("align", "--reference", tmp_path / "reference", "--source", tmp_path / "source", *more)
+
+
+def test_boxes_find_their_features_without_ids_and_captions(tmp_path, photographs):
+    out = ok(*regions(tmp_path, "--out", tmp_path / "reference"))
+    assert "40 of 40 paired" in out and "regions that overlap look alike" in out
+    for split, grids in photographs.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"reference/{split}_boxes.npy"), grids)
+
+
+def test_a_picture_without_boxes_is_named(tmp_path, photographs):
+    boxes = np.load(tmp_path / "source/train_boxes.npy")
+    np.save(tmp_path / "source/train_boxes.npy", boxes[1:])
+    assert "1 without a partner" in fails(*regions(tmp_path, "--by", "regions", "--out", tmp_path / "out"))
+    lost = int(np.flatnonzero((photographs["train"] == boxes[0]).all((1, 2)))[0])
+    assert f"train, picture {lost}: without a partner" in (tmp_path / "out/align_problems.txt").read_text()
+    ok(*regions(tmp_path, "--out", tmp_path / "out", "--skip_bad"))
+    kept = np.delete(np.arange(40), lost)
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_boxes.npy"), photographs["train"][kept])
+
+
+@pytest.mark.parametrize("what", ["fixed windows", "random features", "other pictures"])
+def test_regions_that_do_not_tell_pictures_apart_are_refused(tmp_path, photographs, what):
+    if what == "fixed windows":
+        np.save(tmp_path / "source/train_boxes.npy", np.repeat(photographs["train"][:1], 40, axis=0))
+    elif what == "random features":
+        features = np.random.default_rng(0).standard_normal((40, R, 256)).astype(np.float32)
+        np.save(tmp_path / "reference/train_ims.npy", features)
+    else:
+        np.save(tmp_path / "source/train_boxes.npy", boxes_with_features(40, seed=9)[0])
+    message = fails(*regions(tmp_path, "--out", tmp_path / "out"))
+    assert "of 40 pictures fit no boxes" in message and "train_ims.npy" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_regions(tmp_path, photographs):
+    for split, grids in photographs.items():
+        for name in ("reference", "source"):  # the captions agree, the order of the boxes is another
+            lines = [f"{split} {i} {j}" for i in range(len(grids)) for j in range(5)]
+            write_lines(tmp_path / f"{name}/{split}_caps.txt", lines)
+    done = tool(*regions(tmp_path, "--out", tmp_path / "out"))
+    assert done.returncode == 2 and "2 of other regions" in done.stderr.splitlines()[-1]
+    assert "captions agree in 40 of 40" in done.stdout and not list((tmp_path / "out").glob("*.npy"))
+
+
+def test_without_anything_to_pair_by_it_says_what_is_missing(tmp_path, photographs):
+    os.remove(tmp_path / "reference/dev_ims.npy")
+    write_lines(tmp_path / "reference/dev_ids.txt", range(20))
+    assert "nothing to pair the pictures by" in fails(*regions(tmp_path, "--out", tmp_path / "out"))

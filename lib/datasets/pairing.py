@@ -1,0 +1,231 @@
+"""Pictures of two dataset folders paired by ids, by captions or by regions, for align.py."""
+
+import glob
+import hashlib
+import os
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lib.datasets import region_match
+from lib.datasets.arrays import ArrayReader
+from lib.datasets.checks import rows_per_image, same_as_previous
+from lib.datasets.ids import canonical_id
+from lib.errors import InputError
+from lib.files import open_npy, read_lines
+
+WORD = re.compile(r"\w+")
+PICTURES_AT_ONCE = 64  # read for their regions
+MOST_UNPROVED = 0.1  # share of pictures without a proved partner above which regions do not tell pictures apart
+
+
+class Split:
+    """One split of a folder. n: its pictures. ids: list of n canonical ids, or None. names: the ids as they stand.
+
+    arrays: {name: (ArrayReader, rows per picture)}. captions: list of lines, or None. digests: n tuples of digests of
+    the pictures' captions, or None.
+    """
+
+    def __init__(self, folder, split):
+        self.folder, self.split, self.prefix = folder, split, os.path.join(folder, split)
+        readers = {}
+        for path in sorted(glob.glob(glob.escape(self.prefix) + "_*.npy")):
+            reader = readers[path[len(self.prefix) + 1 : -len(".npy")]] = ArrayReader(path)
+            if 0 in (reader.shape or (0,)):
+                raise InputError(f"{path}: found {reader.shape}, expected a row for each picture")
+        captions, ids = self._lines("caps.txt"), self._lines("ids.txt")
+        self.n = self._count(readers, captions, ids)
+        for name, lines in (("caps.txt", captions), ("ids.txt", ids), *((f"{n}.npy", r) for n, r in readers.items())):
+            if lines is not None and len(lines) % self.n:
+                raise InputError(f"{self.prefix}_{name}: {len(lines)} rows do not divide by {self.n} pictures")
+        self.arrays = {name: (reader, len(reader) // self.n) for name, reader in readers.items()}
+        self.names = ids[:: len(ids) // self.n] if ids else None
+        self.ids = [canonical_id(name) for name in self.names] if ids else None
+        self.captions, self.digests = captions, None
+        if captions:
+            self.per_picture = len(captions) // self.n
+            self.digests = [tuple(map(caption_digest, self.captions_of(row))) for row in range(self.n)]
+
+    def _lines(self, name):
+        path = f"{self.prefix}_{name}"
+        return read_lines(path) if os.path.isfile(path) else None
+
+    def _count(self, readers, captions, ids):
+        """How many pictures there are: rows of the arrays, unless these repeat a picture once per caption."""
+        n = min((len(reader) for reader in readers.values()), default=0)
+        if readers and captions and n == len(captions):
+            reader = readers.get("ims") or next(iter(readers.values()))
+            n //= rows_per_image(same_as_previous(open_npy(reader.path)))
+        n = n or len(dict.fromkeys(ids or ())) or len(captions or ()) // 5
+        if not n:
+            raise InputError(f"{self.prefix}: neither arrays nor ids nor captions")
+        return n
+
+    def captions_of(self, row):
+        return self.captions[row * self.per_picture : (row + 1) * self.per_picture]
+
+    def read(self, name, row, n=1):
+        """The rows (n, …) of the pictures row … row+n-1 in array name."""
+        reader, step = self.arrays[name]
+        return reader.read(row * step, n * step)[::step]
+
+    def title(self, row):
+        return f"{self.split}, picture {row}" + (f" (id {self.names[row]})" if self.names else "")
+
+
+class Partner(NamedTuple):
+    """A picture of the source: its Split and row there."""
+
+    split: Split
+    row: int
+
+    def read(self, name):
+        return self.split.read(name, self.row)[0]
+
+
+def caption_digest(caption):
+    """A digest of a caption's words: the same for "A dog ." and "a dog"."""
+    return hashlib.blake2b(" ".join(WORD.findall(caption.lower())).encode(), digest_size=16).digest()
+
+
+def load(folder, splits):
+    """[Split] of the given splits of a folder that are there."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder")
+    found = [split for split in splits if glob.glob(glob.escape(os.path.join(folder, split)) + "_*.*")]
+    if not found:
+        raise InputError(f"{folder}: none of the splits {', '.join(splits)}")
+    return [Split(folder, split) for split in tqdm(found, desc=folder, unit="split", disable=None)]
+
+
+def choose(by, reference, source):
+    """What both folders have to pair by: ids, captions or regions; by asks for one of them, or "auto"."""
+    splits = [*reference, *source]
+    possible = {
+        "ids": all(split.ids for split in splits),
+        "captions": all(split.digests for split in splits),
+        "regions": all("ims" in s.arrays for s in reference) and all("boxes" in s.arrays for s in source),
+    }
+    for way in possible if by == "auto" else [by]:
+        if possible[way]:
+            return way
+    raise InputError(
+        "nothing to pair the pictures by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
+        "in the reference and SPLIT_boxes.npy in the source"
+    )
+
+
+def pair(reference, source, by, problems):
+    """{split: [Partner or None, for each reference picture]}. What has no partner goes to problems."""
+    finder = {"ids": ById, "captions": ByCaptions, "regions": ByRegions}[by](source)
+    pairs, used = {}, set()
+    for split in reference:
+        partners = pairs[split.split] = []
+        finder.prepare(split)
+        for row in tqdm(range(split.n), desc=f"{split.split}: pairing by {by}", unit="picture", disable=None):
+            hits = nearest(finder.find(split, row), split)
+            partners.append(hits[0] if len(hits) == 1 else None)
+            used.update(hits)
+            if not hits:
+                problems.add("without a partner", split.title(row), f"nothing like it in {source[0].folder}")
+            elif len(hits) > 1:
+                others = "; ".join(hit.split.title(hit.row) for hit in hits[:3])
+                problems.add("ambiguous", split.title(row), f"{len(hits)} partners: {others}")
+    for split in source:
+        left = sum((split, row) not in used for row in range(split.n))
+        if left:
+            print(f"note: {left} of {split.n} pictures of {split.prefix} are in no split of {reference[0].folder}")
+    return pairs
+
+
+def nearest(hits, split):
+    """Of partners in several splits those in the split's namesake, else those in the first of the splits.
+
+    A picture that stands in test and in testall is one picture.
+    """
+    same = [hit for hit in hits if hit.split.split == split.split]
+    return same or [hit for hit in hits if hit.split is hits[0].split]
+
+
+class ById:
+    """Finds partners by the ids."""
+
+    def __init__(self, source):
+        self.index = index_of(source, lambda split: [[name] for name in split.ids])
+
+    def prepare(self, split):
+        pass
+
+    def find(self, split, row):
+        """[Partner] of a reference picture: one, or none, or more if that cannot be told."""
+        return self.index.get(split.ids[row], [])
+
+
+class ByCaptions:
+    """Finds partners by the captions: all the same in any order, or else more than half."""
+
+    def __init__(self, source):
+        self.by_all = index_of(source, lambda split: [[tuple(sorted(digests))] for digests in split.digests])
+        self.by_one = index_of(source, lambda split: map(set, split.digests))
+
+    def prepare(self, split):
+        pass
+
+    def find(self, split, row):
+        """As ById.find."""
+        digests = split.digests[row]
+        hits = self.by_all.get(tuple(sorted(digests)), [])
+        if not hits:
+            votes = Counter(hit for digest in set(digests) for hit in self.by_one.get(digest, ()))
+            hits = [hit for hit, count in votes.items() if 2 * count > len(digests)]
+        return hits
+
+
+class ByRegions:
+    """Finds partners by which boxes fit the features, see lib/datasets/region_match.py."""
+
+    def __init__(self, source):
+        self.source = source
+        self.overlaps = {split: signatures(split, "boxes", region_match.overlaps) for split in source}
+
+    def prepare(self, split):
+        """Match a whole split. Raises InputError where regions do not tell its pictures apart."""
+        same = [other for other in self.source if other.split == split.split] or self.source
+        candidates = [Partner(other, row) for other in same for row in range(other.n)]
+        overlaps = np.concatenate([self.overlaps[other] for other in same])
+        likeness = signatures(split, "ims", region_match.likeness)
+        if likeness.shape[1] != overlaps.shape[1]:
+            raise InputError(f"{split.prefix}_ims.npy: not as many regions as in {same[0].prefix}_boxes.npy")
+        rows = region_match.match(likeness, overlaps)
+        missing = int((rows < 0).sum())
+        if missing > MOST_UNPROVED * split.n:
+            raise InputError(
+                f"{split.prefix}_ims.npy: {missing} of {split.n} pictures fit no boxes of {self.source[0].folder} "
+                f"better than all others: these features do not tell (fixed windows, random values?), or the boxes "
+                "are of other pictures"
+            )
+        self.partners = [candidates[row] if row >= 0 else None for row in rows]
+
+    def find(self, split, row):
+        """As ById.find."""
+        return [self.partners[row]] if self.partners[row] else []
+
+
+def index_of(splits, names):
+    """{name: [Partner]}; names(split) gives, for each picture, the names it goes by."""
+    index = {}
+    for split in splits:
+        for row, names_of_picture in enumerate(names(split)):
+            for name in names_of_picture:
+                index.setdefault(name, []).append(Partner(split, row))
+    return index
+
+
+def signatures(split, name, signature):
+    """The pairs (n, P) of all pictures of a split: signature, a function of region_match, of its array name."""
+    rows = range(0, split.n, PICTURES_AT_ONCE)
+    bar = tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{PICTURES_AT_ONCE} pictures", disable=None)
+    return np.concatenate([signature(split.read(name, row, PICTURES_AT_ONCE)).pairs for row in bar])

@@ -1,0 +1,169 @@
+"""Do these boxes belong to these features? Regions of a picture that overlap look alike.
+
+Of each picture, over all pairs of its regions: the overlap of their position grids, and the likeness of their
+features. With its boxes the two correlate (0.68 on photographs with a detector's boxes, 0.00 with the boxes of another
+picture or with the regions in another order), so boxes in a wrong order are noticed, and found their pictures again.
+Regions without area, and padded ones (features all 0), do not count.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.constants import N_CELLS, N_SLOTS
+
+FEWEST_PICTURES = 8  # that a judgement needs
+N_OTHERS = 10  # pictures whose boxes are tried on each picture
+LEAST_SPREAD = 0.15  # standard deviation of the likeness; measured: detector's boxes 0.48, windows 0.22
+RANDOM_FACTOR = 2  # random features of D values have 1 / √D
+LEAST_OVERLAP_SPREAD = 0.05  # measured: detector's boxes 0.22
+SAME_BOXES = 0.5  # correlation of the overlaps in two pictures; measured: detector's boxes 0.00, windows 1
+MOST_MISSES = 0.25  # share of pictures that another picture's boxes fit better; measured: right 0, wrong 0.9
+LEAST_SCORE = 0.2  # of a pair found by match; measured: right ones 0.27 and more
+LEAST_LEAD = 0.1  # over the next best; measured: wrong ones have less in 997 of 1,000 cases
+BLOCK = 256  # rows scored at once
+
+
+class Signature(NamedTuple):
+    """A value for each pair of regions, of n pictures, as unit vectors of mean 0.
+
+    pairs: (n, R (R - 1) / 2) float32; two pictures' correlation is their product. spread: (n,) standard deviations.
+    """
+
+    pairs: np.ndarray
+    spread: np.ndarray
+
+
+class Judgement(NamedTuple):
+    """own, other, shuffled: mean correlation with the boxes given, another picture's, and the regions in another order.
+
+    wrong: whether the boxes belong to other pictures or regions; None where that cannot be told, for the reason.
+    """
+
+    own: float
+    other: float
+    shuffled: float
+    misses: int
+    n_pictures: int
+    wrong: bool | None
+    reason: str
+
+    def __str__(self):
+        if self.wrong is None:
+            return f"whether the boxes belong to the features cannot be told: {self.reason}"
+        said = f"{self.own:.2f} with its boxes, {self.other:.2f} with another picture's, {self.shuffled:.2f} shuffled"
+        if not self.misses:
+            return f"regions that overlap look alike: {said}"
+        better = f"in {self.misses} of {self.n_pictures} pictures others fit better"
+        return f"regions that overlap look alike: {said}; {better}"
+
+
+def overlaps(grids: np.ndarray) -> Signature:
+    """How much regions overlap: the cosine of the area weights in all cells. grids: (n, R, 30 | 31)."""
+    cells = np.clip(np.nan_to_num(grids[..., :N_SLOTS]), 0, N_CELLS).astype(np.int64)
+    area = np.zeros((*cells.shape[:2], N_CELLS + 1), dtype=np.float32)
+    np.put_along_axis(area, cells, np.nan_to_num(grids[..., N_SLOTS : 2 * N_SLOTS]).astype(np.float32), axis=2)
+    return _signature(area[..., :N_CELLS])
+
+
+def likeness(features: np.ndarray) -> Signature:
+    """How alike regions are: the cosine of their features (n, R, D) less the picture's mean."""
+    features = np.nan_to_num(np.asarray(features, dtype=np.float32), posinf=0, neginf=0)
+    there = features.any(axis=2, keepdims=True)
+    mean = features.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
+    return _signature((features - mean) * there)
+
+
+def _signature(vectors):
+    """Cosines of all pairs of vectors (n, R, D), standardised in each picture; a pair with a zero vector counts not."""
+    length = np.linalg.norm(vectors, axis=2, keepdims=True)
+    there = length[..., 0] > 0
+    vectors = vectors / np.where(length > 0, length, 1)
+    first, second = np.triu_indices(vectors.shape[1], 1)
+    pairs = (vectors @ vectors.transpose(0, 2, 1))[:, first, second]
+    valid = there[:, first] & there[:, second]
+    count = np.maximum(valid.sum(1, keepdims=True), 1)
+    pairs = (pairs - (pairs * valid).sum(1, keepdims=True) / count) * valid
+    norm = np.linalg.norm(pairs, axis=1, keepdims=True)
+    return Signature(pairs / np.where(norm > 1e-6, norm, 1), (norm / np.sqrt(count))[:, 0])
+
+
+def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
+    """Judge whether grids (n, R, 30 | 31) belong to features (n, R, D), from a sample of pictures.
+
+    The boxes are wrong if in more than MOST_MISSES of the pictures another one's fit as well or better, and if
+    likeness and overlaps vary so that right boxes would have shown.
+    """
+    n_regions = min(features.shape[1], grids.shape[1])  # the whole image may follow as a region without a box
+    features, grids = features[:, :n_regions], grids[:, :n_regions]
+    alike, overlap = likeness(features), overlaps(grids)
+    n = len(features)
+    shifts = range(1, min(N_OTHERS, n - 1) + 1)
+    own = (alike.pairs * overlap.pairs).sum(1)
+    others = np.array([(alike.pairs * np.roll(overlap.pairs, shift, axis=0)).sum(1) for shift in shifts])
+    order = np.random.default_rng(0).permutation(n_regions)
+    shuffled = (alike.pairs * overlaps(grids[:, order]).pairs).sum(1)
+
+    misses = int((own <= others.max(0)).sum()) if len(others) else n
+    wrong, reason = misses > MOST_MISSES * n, ""
+    if wrong:  # unless it could not be otherwise
+        reason = _why_untold(alike, overlap, features.shape)
+    means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
+    if n < FEWEST_PICTURES:
+        reason = f"{n} pictures are too few"
+    return Judgement(means[0], means[1], means[2], misses, n, None if reason else wrong, reason)
+
+
+def _why_untold(alike, overlap, shape):
+    """Why features (of this shape) and boxes could not fit even if they belonged together; "" if they could."""
+    least_spread = max(LEAST_SPREAD, RANDOM_FACTOR / np.sqrt(shape[2]))
+    spread = alike.spread.mean()
+    if spread < least_spread:
+        spread = f"standard deviation {spread:.2f}, expected {least_spread:.2f}"
+        return f"no regions are more alike than others ({spread})"
+    if overlap.spread.mean() < LEAST_OVERLAP_SPREAD:
+        return "all regions overlap alike"
+    if (overlap.pairs * np.roll(overlap.pairs, 1, axis=0)).sum(1).mean() > SAME_BOXES:
+        return "all pictures have the same boxes"
+    return ""
+
+
+def match(alike: np.ndarray, overlap: np.ndarray) -> np.ndarray:
+    """Find the boxes of each picture: row of overlap (m, P) that belongs to each row of alike (n, P), -1 for none.
+
+    alike, overlap: the pairs of likeness and overlaps. A pair is proved where its correlation is at least LEAST_SCORE
+    and leads by LEAST_LEAD over that of the picture with any other boxes and of the boxes with any other picture.
+    What is proved is taken out, and the rest compared again, until nothing more is proved.
+    """
+    partner = np.full(len(alike), -1)
+    pictures, boxes = np.arange(len(alike)), np.arange(len(overlap))
+    while len(pictures) and len(boxes):
+        best, lead = _leads(alike[pictures], overlap[boxes])
+        proved = lead >= LEAST_LEAD
+        if not proved.any():
+            break
+        partner[pictures[proved]] = boxes[best[proved]]
+        pictures, boxes = pictures[~proved], np.delete(boxes, best[proved])
+    return partner
+
+
+def _leads(alike, overlap):
+    """For each picture (n,): the boxes that fit best, and their lead over the next best (0 where the score is low)."""
+    best, score, second = np.empty(len(alike), dtype=np.int64), np.empty(len(alike)), np.zeros(len(alike))
+    rival = np.zeros(len(overlap))  # of each boxes, the highest score of a picture that they are not the best for
+    for start in range(0, len(alike), BLOCK):
+        block = slice(start, start + BLOCK)
+        scores = alike[block] @ overlap.T
+        rows = np.arange(len(scores))
+        best[block] = scores.argmax(1)
+        score[block] = scores[rows, best[block]]
+        scores[rows, best[block]] = 0  # what is left are the rivals; nobody needs to lead over less than 0
+        second[block] = scores.max(1)
+        np.maximum(rival, scores.max(0), out=rival)
+    by_score = np.argsort(-score, kind="stable")
+    _, first = np.unique(best[by_score], return_index=True)  # the picture that each boxes fit best
+    claims = np.ones(len(alike), dtype=bool)
+    claims[by_score[first]] = False  # True: others have these boxes for their best, and a higher score
+    np.maximum.at(rival, best[claims], score[claims])
+    lead = score - np.maximum(second, rival[best])
+    return best, np.where(claims | (score < LEAST_SCORE), 0, lead)

@@ -1,0 +1,86 @@
+"""Boxes that belong to their features are told from others, and found again."""
+
+import numpy as np
+import pytest
+from regions import boxes_with_features
+
+from lib.datasets.region_match import judge, likeness, match, overlaps
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return boxes_with_features(60)
+
+
+def test_the_boxes_of_the_features_are_right(pictures):
+    grids, features = pictures
+    judgement = judge(features, grids)
+    assert judgement.wrong is False and judgement.own > 0.3 > abs(judgement.other) + abs(judgement.shuffled)
+    assert "alike" in str(judgement) and f"{judgement.own:.2f} with its boxes" in str(judgement)
+
+
+@pytest.mark.parametrize(
+    "order",
+    [lambda g: np.roll(g, 1, axis=0), lambda g: g[::-1], lambda g: g[:, ::-1], lambda g: np.r_[g[:25], g[26:], g[:1]]],
+    ids=["shifted", "reversed", "regions in another order", "one picture missing"],
+)
+def test_boxes_in_another_order_are_wrong(pictures, order):
+    grids, features = pictures
+    judgement = judge(features, order(grids))
+    assert judgement.wrong is True and judgement.misses > 15
+
+
+@pytest.mark.parametrize("img_dim", [4, 16, 64, 2048])
+def test_random_features_raise_no_alarm(pictures, img_dim):
+    rng = np.random.default_rng(0)
+    for features in (rng.standard_normal((60, 36, img_dim)), rng.random((60, 36, img_dim))):
+        judgement = judge(features, pictures[0])
+        assert judgement.wrong is None and "no regions are more alike than others" in str(judgement)
+
+
+def test_fixed_windows_raise_no_alarm(pictures):
+    grids, features = pictures
+    judgement = judge(features, np.repeat(grids[:1], 60, axis=0))
+    assert judgement.wrong is None and "the same boxes" in str(judgement)
+
+
+def test_what_cannot_be_judged_is_said(pictures):
+    grids, features = pictures
+    assert "7 pictures are too few" in str(judge(features[:7], grids[:7]))
+    assert judge(features[:0], grids[:0]).wrong is None
+    assert judge(features, np.tile([0] * 15 + [1] + [0] * 15, (60, 36, 1))).wrong is None
+    assert judge(features * 0, grids).wrong is None
+    assert judge(features * np.nan, grids).wrong is None
+
+
+def test_padded_regions_do_not_count(pictures):
+    grids, features = pictures
+    n_regions = np.random.default_rng(0).integers(10, 37, 60)
+    padded = np.arange(36) >= n_regions[:, None]
+    features, grids = np.where(padded[..., None], 0, features), grids.copy()
+    grids[padded] = [256] * 15 + [0] * 16
+    assert judge(features, grids).wrong is False
+    assert judge(features, np.roll(grids, 1, axis=0)).wrong is True
+
+
+def test_boxes_find_their_pictures_again(pictures):
+    grids, features = pictures
+    order = np.random.default_rng(0).permutation(60)
+    found = match(likeness(features).pairs, overlaps(grids[order]).pairs)
+    np.testing.assert_array_equal(order[found], np.arange(60))
+
+
+def test_pictures_without_boxes_find_none(pictures):
+    grids, features = pictures
+    found = match(likeness(features[:40]).pairs, overlaps(grids[20:]).pairs)
+    np.testing.assert_array_equal(found, [*[-1] * 20, *range(20)])
+    assert (match(likeness(features).pairs, overlaps(np.repeat(grids[:1], 9, axis=0)).pairs) == -1).all()
+    assert match(likeness(features).pairs, overlaps(grids[:0]).pairs).tolist() == [-1] * 60
+
+
+def test_blocks_leave_no_trace(pictures, monkeypatch):
+    grids, features = pictures
+    alike, overlap = likeness(features).pairs, overlaps(grids[::-1][:50]).pairs
+    whole = match(alike, overlap)
+    monkeypatch.setattr("lib.datasets.region_match.BLOCK", 7)
+    np.testing.assert_array_equal(match(alike, overlap), whole)
