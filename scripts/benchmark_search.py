@@ -3,7 +3,7 @@
 python scripts/benchmark_search.py --model_path M --data_path D --split test --sizes 1000 10000 --out search.png
 
 A size is that many of the split's first pictures; --drawn FOLDER searches among pictures drawn as the demo's instead.
-Writes a figure and the numbers behind it as JSON. A JSON that is there is added to: recall does not mind what else
+Writes a figure and the rows behind it as JSON. A JSON that is there is added to: recall does not mind what else
 the machine does and times do, so they can be measured one after the other with --parts.
 """
 
@@ -59,12 +59,13 @@ class Stage:
 
 
 class MeanRegion:
-    """The plain first stage to compare with: a faiss index of the mean region of each picture, and the mean word."""
+    """The usual first stage, to compare with: a faiss index of the mean region of each picture, and the mean word."""
 
     def __init__(self, images):
         self.means = np.empty((len(images), images.shape[2]), dtype=np.float32)
-        for at in range(0, len(images), TABLE_BLOCK):
-            self.means[at : at + TABLE_BLOCK] = images[at : at + TABLE_BLOCK].astype(np.float32).mean(1)
+        for start in range(0, len(images), TABLE_BLOCK):
+            block = slice(start, start + TABLE_BLOCK)
+            self.means[block] = images[block].astype(np.float32).mean(1)
 
     def first(self, n):
         index = faiss.IndexFlatIP(self.means.shape[1])
@@ -72,14 +73,14 @@ class MeanRegion:
         return Stage(lambda words, count: np.sort(index.search(words.mean(0, keepdim=True).numpy(), count)[1][0]))
 
 
-def first_pictures(stage, n):
+def cut_stage(stage, n):
     """A FirstStage of the collection's first n pictures."""
     if stage.t2i:
         return FirstStage(True, stage.centroids, stage.nearest, stage.starts, stage.table[:, :n])
     return FirstStage(False, stage.centroids, stage.nearest[: stage.starts[n]], stage.starts[: n + 1], stage.table)
 
 
-def part_of(collection, n, stage):
+def cut_collection(collection, n, stage):
     """The collection of the first n pictures, with another first stage."""
     return Collection(collection.model, collection.vocab, collection.images[:n], [], [], stage)
 
@@ -111,11 +112,11 @@ def measure_times(collection, queries, stages, sizes, exhaustive):
     """Rows {KEY…, "median_ms", "p95_ms", "timed"} of whole queries: sentence in, ten pictures out."""
     for n in sizes:
         for name, make in {"exhaustive": lambda n: None, **stages}.items():
-            part, alone = part_of(collection, n, make(n)), name == "exhaustive"
-            for count in [n] if alone else [c for c in CANDIDATES if c < n and c <= TIMED_UP_TO]:
-                some = queries[:exhaustive] if alone else queries
+            part, exact = cut_collection(collection, n, make(n)), name == "exhaustive"
+            for count in [n] if exact else [c for c in CANDIDATES if c < n and c <= TIMED_UP_TO]:
+                timed = queries[:exhaustive] if exact else queries
                 part.search(queries[-1], TOP, count)  # what only a first query pays
-                times = [1000 * seconds(part.search, query, TOP, count) for query in some]
+                times = [1000 * seconds(part.search, query, TOP, count) for query in timed]
                 median, p95 = (round(float(np.percentile(times, share)), 1) for share in (50, 95))
                 yield {
                     "pictures": n,
@@ -152,7 +153,7 @@ def measure(opt):
     chosen = np.random.default_rng(1).permutation(known)[: opt.queries]
     queries = [dataset.captions[i] for i in chosen]
     stage, means = collection.first_stage, MeanRegion(collection.images[: sizes[-1]])
-    stages = {"anchors": lambda n: first_pictures(stage, n), "mean region": means.first}
+    stages = {"anchors": lambda n: cut_stage(stage, n), "mean region": means.first}
     rows = []
     if "recall" in opt.parts:
         rows.append(measure_recall(collection, queries, stages, sizes))
@@ -169,7 +170,7 @@ def is_measured(rows):
 
 
 def merge(rows, found):
-    """Rows with those found added, or their numbers where there is a row of the same key already."""
+    """Rows with those found added; a row of the same key is updated."""
     known = {tuple(row[name] for name in KEY): row for row in rows}
     for row in found:
         known.setdefault(tuple(row[name] for name in KEY), {}).update(row)
@@ -185,31 +186,34 @@ def draw(rows, path):
 
     ways = sorted({row["cross_attn"] for row in rows}, reverse=True)
     figure, axes = plt.subplots(len(ways), 2, figsize=(10, 3.9 * len(ways)), squeeze=False, layout="constrained")
-    for (left, right), way in zip(axes, ways, strict=True):
-        own = [row for row in rows if row["cross_attn"] == way]
-        for i, n in enumerate(sorted({row["pictures"] for row in own})):
-            for stage, style in (("anchors", "o-"), ("mean region", "x:")):
-                some = [row for row in own if (row["pictures"], row["stage"]) == (n, stage)]
-                for axis, name, scale in ((left, "recall", 100), (right, "median_ms", 1)):
-                    points = [(row["candidates"], scale * row[name]) for row in some if name in row]
-                    if points and (axis is left or stage == "anchors"):
-                        label = f"{n:,} pictures" + (f", {stage}" if axis is left else "")
-                        axis.plot(*zip(*points, strict=True), style, color=f"C{i}", ms=4, label=label)
-            for row in own:
-                if (row["pictures"], row["stage"]) == (n, "exhaustive"):
-                    right.plot(n, row["median_ms"], "*", color=f"C{i}", ms=9)
-        left.set(title=f"{way}: share of the exhaustive top {TOP} that is found, percent", ylim=(0, 102))
-        right.set(title=f"{way}: median milliseconds of a query (star: all pictures)", yscale="log")
-        for axis in (left, right):
+    for (recalls, times), way in zip(axes, ways, strict=True):
+        draw_direction(recalls, times, [row for row in rows if row["cross_attn"] == way])
+        recalls.set(title=f"{way}: share of the exhaustive top {TOP} that is found, percent", ylim=(0, 102))
+        times.set(title=f"{way}: median milliseconds of a query (star: all pictures)", yscale="log")
+        for axis in (recalls, times):
             axis.set(xlabel="pictures that are scored exactly", xscale="log")
             axis.grid(alpha=0.3)
             if axis.lines:
                 axis.legend(fontsize=7)
+    replace(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
-    def save(file):
-        figure.savefig(file, format="png", dpi=100)
 
-    replace(path, save)
+def draw_direction(recalls, times, rows):
+    """The lines of one direction's rows in an axis of recalls and one of times."""
+    for i, n in enumerate(sorted({row["pictures"] for row in rows})):
+        style, by_stage = {"color": f"C{i}", "ms": 4}, {}
+        for row in rows:
+            if row["pictures"] == n:
+                by_stage.setdefault(row["stage"], []).append(row)
+        for stage, line in (("anchors", "o-"), ("mean region", "x:")):
+            points = [(row["candidates"], 100 * row["recall"]) for row in by_stage.get(stage, ()) if "recall" in row]
+            if points:
+                recalls.plot(*zip(*points, strict=True), line, label=f"{n:,} pictures, {stage}", **style)
+        for stage, line in (("anchors", "o-"), ("exhaustive", "*")):
+            points = [(row["candidates"], row["median_ms"]) for row in by_stage.get(stage, ()) if "median_ms" in row]
+            if points:
+                label = f"{n:,} pictures" if stage == "anchors" else None
+                times.plot(*zip(*points, strict=True), line, label=label, **{**style, "ms": 9 if line == "*" else 4})
 
 
 def get_parser():
@@ -227,11 +231,11 @@ def get_parser():
     add("--collection", metavar="DIR", help="the collection's folder (default: beside the checkpoint)")
     add("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000], help="pictures (default: %(default)s)")
     add("--queries", type=int, default=50, help="captions that search (default: %(default)s)")
-    add("--exhaustive", type=int, default=5, help="of these, how many time a full ranking (default: %(default)s)")
-    add("--anchors", type=int, help="directions that stand for words (default: what the collection has)")
+    add("--exhaustive", type=int, default=5, help="how many of these time a ranking of all (default: %(default)s)")
+    add("--anchors", type=int, help="centroids of the collection (default: what it has)")
     add("--parts", nargs="+", choices=("recall", "times"), default=["recall", "times"], help="what is measured")
     add("--threads", type=int, default=os.cpu_count(), help="of the computations (default: %(default)s)")
-    add("--out", default="search.png", help="the figure; the numbers go to the same name with .json")
+    add("--out", default="search.png", help="the figure; the rows go to the same name with .json")
     return parser
 
 
@@ -244,15 +248,15 @@ def main():
         raise InputError(f"{opt.out}: no such folder")
     torch.set_num_threads(opt.threads)
     faiss.omp_set_num_threads(opt.threads)
-    numbers, found = os.path.splitext(opt.out)[0] + ".json", []
-    rows = read_json(numbers, is_measured, "the rows of an earlier run; delete it to begin anew") or []
+    results, found = os.path.splitext(opt.out)[0] + ".json", []
+    rows = read_json(results, is_measured, "the rows of an earlier run; delete it to begin anew") or []
     for row in measure(opt):
         found.append(row)
         print(json.dumps(row), flush=True)
     rows = merge(rows, found)
-    replace(numbers, lambda file: file.write(json.dumps(rows, indent=1).encode()))
+    replace(results, lambda file: file.write(json.dumps(rows, indent=1).encode()))
     draw(rows, opt.out)
-    print(f"{opt.out}, {numbers}")
+    print(f"{opt.out}, {results}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from position import position_grid
-from scripts.demo import make_demo_data as demo
+from scripts.demo import regions, scenes, sentences
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 
@@ -53,11 +53,11 @@ def test_files_have_the_format_of_f30k_precomp(made, split):
     n = COUNTS[split]
     features, grids = np.load(made / f"{split}_ims.npy"), np.load(made / f"{split}_boxes.npy")
     boxes = np.load(made / f"{split}_pixel_boxes.npy")
-    assert (features.dtype, features.shape) == (np.float32, (n, 36, demo.IMG_DIM))
+    assert (features.dtype, features.shape) == (np.float32, (n, 36, regions.IMG_DIM))
     assert (grids.dtype, grids.shape) == (np.float32, (n, 36, 31))
     assert (boxes.dtype, boxes.shape) == (np.float32, (n, 36, 4))
-    assert (boxes[..., :2] >= 0).all() and (boxes[..., 2:] <= (demo.WIDTH, demo.HEIGHT)).all()
-    np.testing.assert_array_equal(grids, position_grid(boxes, np.tile([demo.HEIGHT, demo.WIDTH], (n, 1))))
+    assert (boxes[..., :2] >= 0).all() and (boxes[..., 2:] <= (scenes.WIDTH, scenes.HEIGHT)).all()
+    np.testing.assert_array_equal(grids, position_grid(boxes, np.tile([scenes.HEIGHT, scenes.WIDTH], (n, 1))))
     captions, ids = lines(made / f"{split}_caps.txt"), lines(made / f"{split}_ids.txt")
     assert len(captions) == 5 * n and all(captions)
     assert all(len(set(captions[i : i + 5])) == 5 for i in range(0, 5 * n, 5))
@@ -71,19 +71,19 @@ def test_features_are_those_of_the_pictures_pixels(made):
     features, boxes = np.load(made / "test_ims.npy"), np.load(made / "test_pixel_boxes.npy")
     for i, name in enumerate(lines(made / "test_ids.txt")):
         picture = np.asarray(Image.open(made / "test_images" / f"{name}.png"))
-        assert picture.shape == (demo.HEIGHT, demo.WIDTH, 3)
-        np.testing.assert_array_equal(demo.region_features(picture, boxes[i]), features[i])
+        assert picture.shape == (scenes.HEIGHT, scenes.WIDTH, 3)
+        np.testing.assert_array_equal(regions.region_features(picture, boxes[i]), features[i])
     assert (features >= 0).all() and np.isfinite(features).all()
 
 
 def test_a_feature_does_not_know_where_its_crop_lies():
     rng = np.random.default_rng(0)
     crop = rng.integers(0, 256, (50, 40, 3), dtype=np.uint8)
-    picture = rng.integers(0, 256, (demo.HEIGHT, demo.WIDTH, 3), dtype=np.uint8)
-    corners = [(0, 0), (100, 120), (demo.WIDTH - 40, demo.HEIGHT - 50)]
+    picture = rng.integers(0, 256, (scenes.HEIGHT, scenes.WIDTH, 3), dtype=np.uint8)
+    corners = [(0, 0), (100, 120), (scenes.WIDTH - 40, scenes.HEIGHT - 50)]
     for x, y in corners:
         picture[y : y + 50, x : x + 40] = crop
-    first, *others = demo.region_features(picture, [(x, y, x + 40, y + 50) for x, y in corners])
+    first, *others = regions.region_features(picture, [(x, y, x + 40, y + 50) for x, y in corners])
     for other in others:
         np.testing.assert_array_equal(other, first)
 
@@ -114,18 +114,18 @@ def test_groups_show_the_same_shapes_in_different_places(made):
     assert mirrored
     for first, mirror in mirrored:
         for a, b in zip(first["objects"], mirror["objects"], strict=True):
-            assert b["centre"] == [demo.WIDTH - a["centre"][0], a["centre"][1]]
+            assert b["centre"] == [scenes.WIDTH - a["centre"][0], a["centre"][1]]
 
 
 # What captions say, read back from their text
 
 WORDS = {
-    "colour": {w: names[0] for names in demo.COLOURS for w in names},
-    "kind": {w: names[0] for names in demo.KINDS for w in names},
-    "size": {w: names[0] for names in demo.SIZES for w in names},
+    "colour": {w: names[0] for names in scenes.COLOURS for w in names},
+    "kind": {w: names[0] for names in scenes.KINDS for w in names},
+    "size": {w: names[0] for names in scenes.SIZES for w in names},
 }
-PLACE = {text: list(place) for place, texts in demo.PLACES.items() for text in texts}
-RELATION = {text: relation for relation, texts in demo.RELATIONS.items() for text in texts}
+PLACE = {text: list(place) for place, texts in sentences.PLACES.items() for text in texts}
+RELATION = {text: relation for relation, texts in sentences.RELATIONS.items() for text in texts}
 
 
 def longest_first(texts):

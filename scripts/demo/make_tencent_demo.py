@@ -22,7 +22,9 @@ if not __package__:
 from lib.constants import N_REGIONS
 from lib.errors import InputError, run
 from position import position_grid
-from scripts.demo.make_demo_data import HEIGHT, IMG_DIM, WIDTH, make_group, propose, region_features, render
+from scripts.demo.drawing import render
+from scripts.demo.regions import IMG_DIM, propose, region_features
+from scripts.demo.scenes import HEIGHT, WIDTH, make_group
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..")
 

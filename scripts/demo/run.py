@@ -10,10 +10,10 @@ import sys
 if not __package__:
     import _root  # noqa: F401
 
-from data import get_test_loader
-from evaluation import SHARD_SIZE, encode_data, evalrank, read_vocab, shard_xattn
+from evaluation import evalrank, load_split
 from lib.errors import run
-from model import load_model
+from lib.files import read_lines, replace
+from scripts.search.collection import Collection
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.chdir(ROOT)
@@ -35,30 +35,19 @@ def command(*words):
         sys.exit(status)
 
 
-def train_and_rank(position, seed, data_path, vocab_path, out, flags):
-    """One model: train it, rank the test split. Returns {"i2t": [R@1, R@5, R@10], "t2i": […], "rsum": …}."""
-    folder = os.path.join(out, f"{position}_seed{seed}")
-    command(
-        "train.py",
-        "--data_path",
-        data_path,
-        "--data_name",
-        NAME,
-        "--vocab_path",
-        vocab_path,
-        "--logger_name",
-        folder,
-        "--model_name",
-        folder,
-        "--position",
-        position,
-        "--seed",
-        str(seed),
-        *shlex.split(flags),
-    )
+def train_and_rank(position, opt):
+    """Train a model with this position and rank the test split.
+
+    Returns the checkpoint and {"i2t": [R@1, R@5, R@10], "t2i": […], "rsum": …}.
+    """
+    folder = os.path.join(opt.out, f"{position}_seed{opt.seed}")
+    paths = ("--data_path", opt.data_path, "--data_name", NAME, "--vocab_path", opt.vocab_path)
+    outputs = ("--logger_name", folder, "--model_name", folder)
+    flags = shlex.split(f"{TRAIN_FLAGS} {opt.train_flags}")
+    command("train.py", *paths, *outputs, "--position", position, "--seed", str(opt.seed), *flags)
     best = os.path.join(folder, "model_best.pth.tar")
-    print(f'+ evaluation.evalrank("{best}", "{data_path}", split="test")', flush=True)
-    result = evalrank(best, data_path, split="test")
+    print(f'+ evaluation.evalrank("{best}", "{opt.data_path}", split="test")', flush=True)
+    result = evalrank(best, opt.data_path, split="test")
     return best, {"i2t": list(result["i2t"][:3]), "t2i": list(result["t2i"][:3]), "rsum": result["rsum"]}
 
 
@@ -77,24 +66,15 @@ def table(results):
 
 def search(model_path, data_path, n=3):
     """Print what the first captions of n pictures, spread over the test split, find among all its pictures."""
-    model = load_model(model_path)
-    vars(model.opt).update(data_path=data_path)
-    loader = get_test_loader("test", NAME, read_vocab(model.opt), 128, 0, model.opt)
-    images, words, lens = encode_data(model, loader, packed=True)
-    dataset = loader.dataset
-    with open(dataset.prefix + "_ids.txt") as file:
-        ids = file.read().split()
-    starts = [sum(lens[:i]) for i in range(len(lens))]
+    model, loader = load_split(model_path, data_path, None, "test")
+    collection, dataset = Collection.encode(model, loader), loader.dataset
+    ids = read_lines(dataset.prefix + "_ids.txt")
     for image in range(0, dataset.n_images, dataset.n_images // n)[:n]:
-        i = image * dataset.im_div
-        scores = shard_xattn(images, words[starts[i] : starts[i] + lens[i]], lens[i : i + 1], model.opt, SHARD_SIZE)[
-            :, 0
-        ]
-        best = scores.argsort()[::-1][:3]
-        print(f"\n“{dataset.captions[i]}”")
-        for k in best:
-            mark = "← its picture" if k == image else ""
-            print(f"  {scores[k]:.3f}  {dataset.prefix}_images/{ids[k]}.png {mark}")
+        caption = dataset.captions[image * dataset.im_div]
+        print(f"\n“{caption}”")
+        for found, score in zip(*collection.search(caption, 3), strict=True):
+            mark = "← its picture" if found == image else ""
+            print(f"  {score:.3f}  {dataset.prefix}_images/{ids[found]}.png {mark}")
 
 
 def main():
@@ -117,13 +97,9 @@ def main():
     command("vocab.py", *paths, "--vocab_path", opt.vocab_path)
     results, models = {}, {}
     for position, name in MODELS.items() if opt.ablation else [("attention", "PFAN-A")]:
-        models[name], results[name] = train_and_rank(
-            position, opt.seed, opt.data_path, opt.vocab_path, opt.out, f"{TRAIN_FLAGS} {opt.train_flags}"
-        )
+        models[name], results[name] = train_and_rank(position, opt)
     path = os.path.join(opt.out, "results.json")
-    with open(path + ".part", "w") as file:
-        json.dump(results, file, indent=1)
-    os.replace(path + ".part", path)
+    replace(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
     search(models["PFAN-A"], opt.data_path)
     print(table(results))
     print(f"\nresults  {path}\nmodels   {', '.join(models.values())}")

@@ -1,0 +1,108 @@
+"""Scenes of the demo's pictures: coloured shapes, and where they lie.
+
+A scene is a dict: background, lightness, arrangement (original, mirror, shuffle, scatter) and objects, each with kind,
+colour, rgb, size, pixels (its width), tilt (degrees), place (row, column) and centre (x, y).
+"""
+
+import colorsys
+
+import numpy as np
+
+WIDTH, HEIGHT = 288, 216  # pixels; 3×3 places of 96×72
+
+# What there is to see, and its names; the first of each tuple is the one in SPLIT_scenes.json.
+KINDS = (
+    ("circle", "disc", "dot"),
+    ("square", "box", "block"),
+    ("triangle",),
+    ("star",),
+    ("cross", "plus"),
+    ("diamond", "rhombus"),
+    ("ring", "hoop"),
+    ("heart",),
+)
+COLOURS = {  # hue in degrees, saturation, value
+    ("red",): (0, 0.85, 0.85),
+    ("orange",): (27, 0.9, 0.97),
+    ("yellow",): (54, 0.85, 0.95),
+    ("green",): (125, 0.75, 0.65),
+    ("turquoise", "teal"): (178, 0.8, 0.8),
+    ("blue",): (222, 0.8, 0.85),
+    ("purple", "violet"): (273, 0.65, 0.75),
+    ("pink", "magenta"): (322, 0.6, 0.97),
+}
+SIZES = {("small", "little", "tiny"): (30, 35), ("large", "big", "huge"): (52, 59)}  # pixels across
+GROUNDS = {("white", "bright"): 235, ("grey", "gray"): 165, ("dark",): 70}
+
+
+def one_of(rng, options):
+    return options[rng.integers(len(options))]
+
+
+def make_group(rng, n_pictures):
+    """Scenes of n_pictures pictures that show the same three or four shapes, each time arranged differently."""
+    objects = choose_objects(rng)
+    ground = one_of(rng, list(GROUNDS))
+    background = {"background": ground[0], "lightness": GROUNDS[ground] + int(rng.integers(-8, 9))}
+    scenes, seen = [], set()
+    while len(scenes) < n_pictures:
+        arrangement = ("original", "mirror", "shuffle", "scatter")[min(len(scenes), 3)]
+        arrangement, places, poses = arrange(rng, arrangement, scenes[:1], objects, seen)
+        if places in seen:
+            continue
+        seen.add(places)
+        placed = [
+            o | {"place": list(place), "centre": centre, "tilt": tilt}
+            for o, place, (centre, tilt) in zip(objects, places, poses, strict=True)
+        ]
+        scenes.append({**background, "arrangement": arrangement, "objects": placed})
+    return scenes
+
+
+def choose_objects(rng):
+    """Three or four shapes, without their places."""
+    n, colours, objects = int(rng.integers(3, 5)), list(COLOURS), []
+    for pick in rng.choice(len(colours), n, replace=False):  # no colour twice, so every mention is unambiguous
+        hue, saturation, value = COLOURS[colours[pick]]
+        rgb = colorsys.hsv_to_rgb((hue + rng.uniform(-5, 5)) / 360 % 1, saturation, value + rng.uniform(-0.03, 0.03))
+        size = one_of(rng, list(SIZES))
+        objects.append(
+            {
+                "kind": one_of(rng, KINDS)[0],
+                "colour": colours[pick][0],
+                "rgb": [round(255 * c) for c in rgb],
+                "size": size[0],
+                "pixels": int(rng.integers(*SIZES[size], endpoint=True)),
+            }
+        )
+    return objects
+
+
+def arrange(rng, arrangement, first, objects, seen):
+    """The arrangement, places ((row, column), …) and poses of the objects of a group's next scene.
+
+    first: the group's first scene in a list. A mirror or a shuffle whose places were seen becomes a scatter.
+    """
+    n, places, poses = len(objects), None, None
+    before = first[0]["objects"] if first else []
+    if arrangement == "mirror":
+        places = tuple((o["place"][0], 2 - o["place"][1]) for o in before)
+        poses = [([WIDTH - o["centre"][0], o["centre"][1]], -o["tilt"]) for o in before]
+    elif arrangement == "shuffle":
+        order = np.roll(np.arange(n), int(rng.integers(1, n)))
+        places = tuple(tuple(before[i]["place"]) for i in order)
+    if arrangement in ("mirror", "shuffle") and places in seen:
+        arrangement, poses = "scatter", None
+    if arrangement in ("original", "scatter"):
+        places = tuple(divmod(int(s), 3) for s in rng.choice(9, n, replace=False))
+        if places in seen:
+            return arrangement, places, None
+    return arrangement, places, poses or [pose(rng, *pair) for pair in zip(places, objects, strict=True)]
+
+
+def pose(rng, place, o):
+    """Centre (x, y) and tilt of an object in a place (row, column)."""
+    room_x, room_y = WIDTH // 6 - o["pixels"] // 2 - 4, max(HEIGHT // 6 - o["pixels"] // 2 - 4, 1)
+    x = WIDTH // 6 * (2 * place[1] + 1) + int(rng.integers(-room_x, room_x, endpoint=True))
+    y = HEIGHT // 6 * (2 * place[0] + 1) + int(rng.integers(-room_y, room_y, endpoint=True))
+    return [x, y], int(rng.integers(-8, 9))
