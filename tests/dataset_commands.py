@@ -44,7 +44,7 @@ def tsv_line(image_id, boxes, features, width=500, height=375, *more):
 
 
 def no_leftovers(folder):
-    return not [path.name for path in folder.iterdir() if path.name.endswith((".part", "_commit"))]
+    return not [path.name for path in folder.iterdir() if path.name.endswith(".part")]
 
 
 def no_file_grows():

@@ -213,8 +213,8 @@ def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
 
 def test_a_command_ends_with_that_line_and_status_2(tmp_path, parts):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/train_commit").write_text("[" * 100_000)
-    assert f"error: {tmp_path / 'out/train_commit'}: not JSON" in fails("tsv_to_dataset", *tsv_args(tmp_path))
+    (tmp_path / "out/train_made.json").write_text("[" * 100_000)
+    assert f"error: {tmp_path / 'out/train_made.json'}: not JSON" in fails("tsv_to_dataset", *tsv_args(tmp_path))
 
 
 def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
