@@ -17,13 +17,20 @@ LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 SUFFIX = "_sent_vocab.json"
 
 
+def lower_ascii(text):
+    """Lower-case A…Z only: the published vocabulary holds words such as Φ and Ⅲ."""
+    return text.translate(LOWER)
+
+
 def tokenize(caption):
-    """The root's tokenize with only A…Z lower-cased: the published vocabulary holds words such as Φ and Ⅲ."""
-    return root.tokenize(caption, lower=lambda text: text.translate(LOWER))
+    """The root's tokenize with only A…Z lower-cased."""
+    return root.tokenize(caption, lower_ascii)
 
 
 class Vocabulary(root.Vocabulary):
     """The root's Vocabulary as the published models were trained with it: an unknown word gets id 0, <pad>."""
+
+    lower = staticmethod(lower_ascii)
 
     def __init__(self):
         super().__init__(unknown="<pad>")
@@ -32,12 +39,8 @@ class Vocabulary(root.Vocabulary):
     def of(cls, vocab):
         """The words of any vocabulary under the rules of this one."""
         new = cls()
-        new.word2idx, new.idx2word, new.idx = vocab.word2idx, vocab.idx2word, vocab.idx
+        new.word2idx, new.idx2word, new.idx, new.segment = vocab.word2idx, vocab.idx2word, vocab.idx, vocab.segment
         return new
-
-    def encode(self, caption, tokenize=tokenize):
-        """Ids (list of int) of `<start>` tokens `<end>` for a caption (str)."""
-        return super().encode(caption, tokenize)
 
 
 def deserialize_vocab(src):
@@ -45,7 +48,7 @@ def deserialize_vocab(src):
     if not os.path.isfile(src):
         name, folder = os.path.basename(src).removesuffix(SUFFIX), os.path.dirname(src) or "."
         command = f"python Tencent_PFAN/vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
-        raise InputError(f"{src}: no such vocabulary, make it with: {command}")
+        raise InputError(f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}")
     return Vocabulary.of(root.deserialize_vocab(src))
 
 
@@ -74,12 +77,14 @@ def main():
     opt = parser.parse_args()
     files = [caption_file(os.path.join(opt.data_path, opt.data_name), split) for split in root.SPLITS]
     vocab = root.build_vocab(
-        opt.data_path, opt.data_name, files, opt.threshold, tokenize=tokenize, allow_empty=opt.allow_empty_captions
+        opt.data_path,
+        opt.data_name,
+        files,
+        opt.threshold,
+        tokenize=tokenize,
+        allow_empty=opt.allow_empty_captions,
     )
-    os.makedirs(opt.vocab_path, exist_ok=True)
-    dest = os.path.join(opt.vocab_path, opt.data_name + SUFFIX)
-    root.serialize_vocab(vocab, dest)
-    print(f"{dest}: {len(vocab)} words that occur at least {opt.threshold} times")
+    root.write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + SUFFIX), opt.threshold)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,6 @@ from scripts.explorer.names import name_models
 from scripts.explorer.pictures import SIDE, Pictures
 from scripts.search.collection import Collection
 from train import tensorboard_logger  # with what its protobuf needs
-from vocab import tokenize
 
 Event = tensorboard_logger.tf_protobuf.event_pb2.Event
 HEAT, RIGHT, FRAME = "#ff7a00", "#1a7a3c", "#e7eaee"
@@ -99,7 +98,7 @@ def shown_words(tokens):
 def draw_search(opt):
     """The best pictures for a sentence, a row each: the picture, then what each of its words attends to."""
     collection, dataset, pictures = open_split(opt)
-    tokens = tokenize(opt.sentence)
+    tokens = collection.vocab.tokenize(opt.sentence)
     if not tokens:
         raise InputError("--sentence: expected at least one word")
     images, scores = collection.search(opt.sentence, min(opt.top, dataset.n_images))

@@ -22,6 +22,7 @@ from vocab import (
     split_sentences,
     split_words,
     tokenize,
+    warn_unknown,
 )
 
 
@@ -75,7 +76,25 @@ def test_any_text_has_tokens_without_spaces(caption):
     assert bool(tokens) == bool(caption.strip())
 
 
-PIECES = ["a", "dog", "mr", "can", "not", "cannot", "gon", "na", "wanna", "gotta", "lemme", " ", "  ", "."]
+PIECES = [
+    "a",
+    "dog",
+    "mr",
+    "can",
+    "not",
+    "cannot",
+    "gon",
+    "na",
+    "wanna",
+    "gotta",
+    "lemme",
+    " ",
+    "  ",
+    ".",
+    ",",
+    ", ",
+    "-",
+]
 
 
 @settings(max_examples=300)
@@ -256,3 +275,41 @@ def test_the_command_reports_a_missing_folder_in_one_line(tmp_path):
     captions = tmp_path / "nowhere" / "train_caps.txt"
     assert done.stderr == f"error: {captions}: no such file\n"
     assert not (tmp_path / "v").exists()
+
+
+def test_a_vocabulary_without_words_is_refused_with_a_way_out(tmp_path):
+    data_path, name = write_captions(tmp_path, ["一个男人在跑步", "两只狗", "红色的球", "女孩"])
+    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab"]
+    done = run_vocab(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "mine_vocab.json: no words but <pad> <start> <end> <unk>; --threshold" in done.stderr
+    assert "--segment" in done.stderr and not (tmp_path / "vocab").exists()
+    path = tmp_path / "special_vocab.json"
+    path.write_text(json.dumps({"word2idx": WORDS}))
+    with pytest.raises(InputError, match="special_vocab.json: no words but"):
+        deserialize_vocab(str(path))
+
+
+def test_segmented_chinese_is_read_as_it_was_counted(tmp_path):
+    """The vocabulary's file says that its words were cut with jieba, so that whoever reads it cuts captions alike."""
+    data_path, name = write_captions(tmp_path, ["一个男人在跑步", "男人跑步", "A red 球"])
+    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab", "--threshold", 1]
+    assert run_vocab(*flags).returncode == 0
+    whole = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
+    assert not whole.segment and "一个男人在跑步" in whole.word2idx
+    assert run_vocab(*flags, "--segment").returncode == 0
+    vocab = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
+    assert vocab.segment and {"男人", "跑步", "red", "球"} <= set(vocab.word2idx)
+    assert vocab.tokenize("一个男人在跑步 red") == ["一个", "男人", "在", "跑步", "red"]
+    assert vocab.encode("男人跑步 quickly") == [1, vocab("男人"), vocab("跑步"), 3, 2]
+
+
+def test_words_in_the_order_of_their_ids_make_the_vocabulary_again(tmp_path):
+    vocab = build_vocab(*write_captions(tmp_path, ["b a c"]), threshold=1)
+    again = Vocabulary.from_words(list(vocab.word2idx))
+    assert again.word2idx == vocab.word2idx and again.idx2word == vocab.idx2word and again("zebra") == 3
+
+
+def test_mostly_unknown_words_are_worth_a_warning():
+    assert warn_unknown("dev_caps.txt", 5, 10) is None and warn_unknown("dev_caps.txt", 0, 0) is None
+    assert warn_unknown("dev_caps.txt", 93, 100).startswith("dev_caps.txt: 93 % of the words are not in the vocabulary")

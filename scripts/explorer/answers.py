@@ -193,7 +193,7 @@ def check_sentence(sentence):
 
 def read_tokens(collection, sentence):
     """[{"text", "known"}] of the tokens that a model reads, <start> and <end> included."""
-    words = [{"text": word, "known": word in collection.vocab.word2idx} for word in tokenize(sentence)]
+    words = [{"text": word, "known": word in collection.vocab.word2idx} for word in collection.vocab.tokenize(sentence)]
     return [{"text": "<start>", "known": True}, *words, {"text": "<end>", "known": True}]
 
 
