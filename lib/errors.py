@@ -8,11 +8,11 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """A file, flag or array that does not fit. The message is one line: what was found, where, what was expected."""
+    """A file, flag or array that does not fit. The message is one line: where, what was found, what was expected."""
 
 
 def brief(value: Any) -> str:
-    """What a file holds, in a few characters of one line."""
+    """A value as ASCII text of at most 40 characters on one line."""
     try:
         return " ".join(ascii(value)[:40].split())
     except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
@@ -20,7 +20,7 @@ def brief(value: Any) -> str:
 
 
 def is_worker_crash(error: RuntimeError) -> bool:
-    """Whether a loading process has died: PyTorch raises that in the process that trains, wherever it is just then."""
+    """True for PyTorch's RuntimeError when a DataLoader worker dies; a signal handler raises it, so from any line."""
     return str(error).startswith("DataLoader worker")
 
 
@@ -33,10 +33,8 @@ def report(message: str) -> None:
 def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
-    An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C becomes 130,
-    SIGTERM in training 143.
-    An InputError raised in a DataLoader worker arrives with the worker's traceback around it;
-    its own text is the last line.
+    An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
+    An InputError of a DataLoader worker arrives with the worker's traceback before it; its text is the last line.
     """
     try:
         main()

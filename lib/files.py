@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, and read with a plain word about what is wrong with them."""
+"""Files: written whole or not at all; read with an error that names the file and what is wrong with it."""
 
 import contextlib
 import os
@@ -27,7 +27,10 @@ def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
 
 
 def replace(path: str | os.PathLike, write: Callable) -> None:
-    """Have write(file) fill a temporary file, then give it its name, on disk before it replaces what was there."""
+    """Write a file whole or not at all: write(file) fills path.part, which is synced to disk and then renamed to path.
+
+    Raises InputError or OSError naming path where it cannot be written; what was there before stays.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
     part = os.fspath(path) + ".part"
