@@ -35,6 +35,7 @@ from scripts.explorer.groups import Groups
 from scripts.explorer.names import name_models
 from scripts.explorer.pictures import SIDE, Pictures
 from scripts.search.collection import Collection
+from scripts.search.queries import check_query, unknown_note
 from train import tensorboard_logger  # with what its protobuf needs
 
 Event = tensorboard_logger.tf_protobuf.event_pb2.Event
@@ -99,8 +100,8 @@ def draw_search(opt):
     """The best pictures for a sentence, a row each: the picture, then what each of its words attends to."""
     collection, dataset, pictures = open_split(opt)
     tokens = collection.vocab.tokenize(opt.sentence)
-    if not tokens:
-        raise InputError("--sentence: expected at least one word")
+    if unknown := check_query(collection.vocab, opt.sentence, "--sentence"):
+        print(unknown_note(unknown))
     images, scores = collection.search(opt.sentence, min(opt.top, dataset.n_images))
     words, columns = collection.embed(opt.sentence), shown_words(tokens)
     figure, axes = grid_of_axes(len(images), 1 + len(columns))

@@ -34,6 +34,7 @@ from scripts import explore
 from scripts.explorer.answers import Explorer, first_rank
 from scripts.explorer.app import make_app
 from scripts.explorer.pictures import Pictures, find_files
+from vocab import SPECIAL, Vocabulary
 
 N_PICTURES = 12
 
@@ -124,6 +125,17 @@ def test_words_that_a_model_does_not_know_are_said(address):
     assert answer["right"] == [] and answer["models"][0]["rank"] is None
 
 
+def test_a_model_that_knows_no_word_shows_nothing_beside_one_that_does(made, explorer, monkeypatch):
+    vocab = Vocabulary()
+    for word in (*SPECIAL, "unicorn"):
+        vocab.add_word(word)
+    monkeypatch.setattr(explorer.collections[1], "vocab", vocab)
+    first, second = explorer.search("a red ring", 3)["models"]
+    assert len(first["results"]) == 3 and first["scored"] == N_PICTURES
+    assert (second["results"], second["rank"], second["scored"]) == ([], None, 0)
+    assert not any(token["known"] for token in second["tokens"][1:-1])
+
+
 def test_a_picture_ranks_the_captions(made, explorer, address):
     _, answer = get(address, "pictures/3/captions", k=60)
     for path, found in zip(made[1], answer["models"], strict=True):
@@ -201,6 +213,14 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, ad
         ("search", {"sentence": " ", "k": 5}, 400, "Type a sentence"),
         ("search", {"sentence": "a " * 240, "k": 5}, 400, "over 100 words"),
         ("search", {"sentence": "a" * 501, "k": 5}, 400, "The sentence has 501 characters: shorten it to 500."),
+        ("search", {"sentence": "...", "k": 5}, 400, "Type a word first."),
+        (
+            "search",
+            {"sentence": "Xyzzy, plugh!", "k": 5},
+            400,
+            "None of these words is one that a model knows: xyzzy, plugh.",
+        ),
+        ("pictures/3/attention", {"sentence": "xyzzy"}, 400, "None of these words is one that a model knows: xyzzy."),
         ("search", {"sentence": "a", "k": 101}, 400, "100"),
         ("search", {"k": 5}, 400, "sentence"),
         ("pictures/12", {}, 404, "expected 0 to 11"),

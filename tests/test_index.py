@@ -11,7 +11,7 @@ from folders import make_folder
 from test_evaluation import save_model
 
 from evaluation import load_split
-from lib.errors import InputError
+from lib.errors import InputError, run
 from scripts import benchmark_search, build_index
 from scripts.search import build as building
 from scripts.search.build import build, open_or_build
@@ -351,3 +351,40 @@ def test_long_sentences_are_scored_without_the_compiled_attention(built, monkeyp
     words = collection.embed("a red ball " * 10)
     one_by_one = [collection.score_images(words, np.array([i]))[0] for i in range(N)]
     assert collection.score_images(words) == pytest.approx(one_by_one, abs=1e-6)
+
+
+# ---------------------------------------------------------------- words that the vocabulary lacks
+
+
+def query(monkeypatch, path, out, sentence):
+    """Run build_index.py --query as a command."""
+    line = ["build_index.py", "--model_path", path, "--out", str(out), "--query", sentence]
+    monkeypatch.setattr("sys.argv", line)
+    run(build_index.main)
+
+
+@pytest.mark.parametrize(
+    "sentence, said",
+    [
+        ("xyzzy plugh", "--query: none of its words is in the vocabulary (xyzzy, plugh), expected at least one"),
+        ("xyzzy, xyzzy.", "--query: none of its words is in the vocabulary (xyzzy), expected at least one"),
+        ("", "--query '': expected at least one word"),
+        (" ", "--query ' ': expected at least one word"),
+        ("…!", "--query '…!': expected at least one word"),
+    ],
+)
+def test_a_query_without_a_known_word_is_refused_before_anything_is_built(
+    toy, tmp_path, monkeypatch, capsys, sentence, said
+):
+    with pytest.raises(SystemExit) as left:
+        query(monkeypatch, toy[1]["t2i"], tmp_path / "made", sentence)
+    assert left.value.code == 2 and capsys.readouterr().err == f"error: {said}\n"
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_unknown_words_of_a_query_are_named(toy, built, monkeypatch, capsys):
+    query(monkeypatch, toy[1]["t2i"], built[2], "a red xyzzy, plugh and xyzzy")
+    printed = capsys.readouterr().out
+    assert "not in the vocabulary, read as <unk>: xyzzy, plugh\n" in printed and printed.count("  picture ") == 10
+    query(monkeypatch, toy[1]["t2i"], built[2], "a red ball")
+    assert "not in the vocabulary" not in capsys.readouterr().out

@@ -75,10 +75,11 @@ def test_a_command_loads_only_what_it_needs(command, unneeded):
     assert loaded.stdout.split() == []
 
 
-def test_search_draws_the_attention_of_each_word(toy):
+def test_search_draws_the_attention_of_each_word(toy, capsys):
     figure = draw("search", "--model_path", toy / "attention.pth.tar", "--sentence", "a red xyzzy", "--top", "2")
     titles = [axis.get_title() for axis in figure.axes]
     assert [title for title in titles if title] == ["a", "red", "xyzzy (unknown)"]
+    assert capsys.readouterr().out == "not in the vocabulary, read as <unk>: xyzzy\n"
     assert len(figure.axes) == 2 * 4
     assert all(len(axis.patches) == 4 for axis in figure.axes)  # regions on a blank frame
 
@@ -127,6 +128,7 @@ def test_position_maps_compare_cells_by_what_fc_makes_of_them(toy):
         (("captions", "--model_path", "{}/none.pth.tar", "--picture", "8"), "--picture 8: expected 0 to 7"),
         (("curves", "{}/vocab"), "vocab: no TensorBoard files"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", " "), "expected at least one word"),
+        (("search", "--model_path", "{}/none.pth.tar", "--sentence", "xyzzy!"), "is in the vocabulary (xyzzy)"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", "a", "--top", "99"), "expected --top 1 to 10"),
     ],
 )

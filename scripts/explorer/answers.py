@@ -13,6 +13,7 @@ from scripts.explorer.names import name_models
 from scripts.explorer.pictures import Pictures
 from scripts.search.build import open_or_build
 from scripts.search.collection import Collection
+from scripts.search.queries import knows_a_word, words_of
 from vocab import tokenize
 
 MAX_CHARACTERS, MAX_WORDS = 500, 100  # of a sentence
@@ -88,22 +89,40 @@ class Explorer:
 
         Raises BadSentence.
         """
-        check_sentence(sentence)
+        self._check_sentence(sentence)
         groups = {self.groups.of_caption(i) for i in self.by_text.get(normalize(sentence), ())}
         right = {image for group in groups for image in self.groups.images(group)}
         found = [self._search_one(collection, sentence, k, right) for collection in self.collections]
         return {"sentence": sentence, "right": sorted(right), "models": found}
 
+    def _check_sentence(self, sentence):
+        """Raise BadSentence for a sentence that is empty, too long, or of words that no model knows."""
+        if not sentence.strip():
+            raise BadSentence("Type a sentence first.")
+        if len(sentence) > MAX_CHARACTERS:
+            raise BadSentence(f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
+        if len(tokenize(sentence)) > MAX_WORDS:
+            raise BadSentence(f"The sentence has over {MAX_WORDS} words: shorten it.")
+        vocabs = [collection.vocab for collection in self.collections]
+        if not any(knows_a_word(vocab, sentence) for vocab in vocabs):
+            words = ", ".join(dict.fromkeys(words_of(vocabs[0], sentence)))
+            model = "the model knows" if len(vocabs) == 1 else "a model knows"
+            raise BadSentence(f"None of these words is one that {model}: {words}." if words else "Type a word first.")
+
     def _search_one(self, collection, sentence, k, right):
+        tokens = read_tokens(collection, sentence)
+        if not knows_a_word(collection.vocab, sentence):
+            return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
         # a rank counts what was scored exactly: all pictures, or the first stage's candidates
         n_scored = self.dataset.n_images if collection.first_stage is None else self.opt.candidates
         images, scores = collection.search(sentence, n_scored, self.opt.candidates)
         cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
         rank = first_rank(images, right)
-        return {"tokens": read_tokens(collection, sentence), "results": cards, "rank": rank, "scored": len(scores)}
+        return {"tokens": tokens, "results": cards, "rank": rank, "scored": len(scores)}
 
     def _card(self, image, score, right):
-        caption = self.captions[self._captions_of(image)[0]]
+        captions = self._captions_of(image)
+        caption = self.captions[captions[0]] if captions else ""
         return {"image": image, "score": score, "right": right, "caption": caption, **self.look(image)}
 
     # ---- one picture
@@ -150,7 +169,7 @@ class Explorer:
 
         Raises BadSentence.
         """
-        check_sentence(sentence)
+        self._check_sentence(sentence)
         answer = []
         for collection in self.collections:
             words = collection.embed(sentence)
@@ -179,16 +198,6 @@ class Explorer:
             ]
             answer.append({"results": results, "rank": first_rank(order, right), "scored": len(order)})
         return {"image": image, "models": answer}
-
-
-def check_sentence(sentence):
-    """Raise BadSentence for a sentence that is empty or too long."""
-    if not sentence.strip():
-        raise BadSentence("Type a sentence first.")
-    if len(sentence) > MAX_CHARACTERS:
-        raise BadSentence(f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
-    if len(tokenize(sentence)) > MAX_WORDS:
-        raise BadSentence(f"The sentence has over {MAX_WORDS} words: shorten it.")
 
 
 def read_tokens(collection, sentence):

@@ -2,11 +2,14 @@
 
 
 class Groups:
-    """Equal consecutive groups of a split's pictures and captions, as many as the shorter side is long."""
+    """Equal consecutive groups of a split's pictures and captions, as many as the shorter side is long.
+
+    Without captions each picture is a group.
+    """
 
     def __init__(self, n_images, n_captions):
         self.n_images, self.n_captions = n_images, n_captions
-        self.n = min(n_images, n_captions)
+        self.n = min(n_images, n_captions or n_images)
 
     def __len__(self):
         return self.n

@@ -83,7 +83,8 @@ def build(folder, made_from, model, loader, n_centroids):
     lens = fill_embeddings(files, model, loader)
     images, words = (open_npy(files.path(name)) for name in ("images.npy", "words.npy"))
     (queries, _), contexts = roles(model.opt.cross_attn, images, words, lens)
-    centroids = make_centroids(files, queries, n_centroids)
+    # without captions a t2i collection has no words: regions, which lie in the same space, give the centroids
+    centroids = make_centroids(files, queries if len(queries) else contexts[0], n_centroids)
     fill_nearest(files, queries, centroids)
     fill_table(files, *contexts, torch.from_numpy(centroids.reconstruct_n(0, centroids.ntotal)))
     write_json(files.path("collection.json"), made_from)

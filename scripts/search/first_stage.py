@@ -54,4 +54,4 @@ class FirstStage:
 def top(scores: np.ndarray, count: int) -> np.ndarray:
     """Indices of the largest count scores (n,), in ascending order."""
     count = min(count, len(scores))
-    return np.sort(np.argpartition(-scores, count - 1)[:count])
+    return np.sort(np.argpartition(-scores, count - 1)[:count]) if count else np.arange(0)

@@ -80,12 +80,14 @@ async function search(sentence) {
 }
 
 function truth({right}) {
+  if (!about.captions) return ''
   if (!right.length) return 'The sentence is no caption of this split, so no picture counts as right.'
   return right.length === 1 ? 'Its own picture is marked.' : `The ${right.length} pictures that it describes are marked.`
 }
 
 function column(model, i) {
-  const place = model.rank ? `its picture at rank ${number(model.rank)} of ${number(model.scored)}`
+  const place = !model.scored ? 'The model knows none of these words.'
+    : model.rank ? `its picture at rank ${number(model.rank)} of ${number(model.scored)}`
     : shown.right.length ? `its picture is not among the ${number(model.scored)} that were scored` : ' '
   const unknown = model.tokens.filter(token => !token.known).length
   return h('section', {className: 'model'},
@@ -134,9 +136,9 @@ async function showHard() {
 }
 
 function listHard(cases) {
-  for (const [title, some] of [['Sentences that look for their picture', cases.filter(entry => entry.sentence)],
-                               ['Pictures that look for one of their captions', cases.filter(entry => !entry.sentence)]])
-    if (some.length) $('hard-list').append(h('li', {}, h('h2', {}, title), h('ol', {}, ...some.map(hardCase))))
+  for (const [title, list] of [['Sentences that look for their picture', cases.filter(entry => entry.sentence)],
+                                ['Pictures that look for one of their captions', cases.filter(entry => !entry.sentence)]])
+    if (list.length) $('hard-list').append(h('li', {}, h('h2', {}, title), h('ol', {}, ...list.map(hardCase))))
 }
 
 function hardCase(entry) {
@@ -197,9 +199,10 @@ addEventListener('hashchange', show)
 try {
   about = await ask('api/about')
   const files = about.files ? '' : ' No picture files: the regions are drawn on a blank frame.'
-  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} pictures, `
-    + `${number(about.captions)} captions.${files}`
-  $('tab-hard').hidden = about.models.length < 2
+  const captions = about.captions ? `${number(about.captions)} captions` : 'no captions'
+  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} pictures, ${captions}.${files}`
+  $('tab-hard').hidden = about.models.length < 2 || !about.captions
+  $('example').hidden = !about.captions
   document.documentElement.style.setProperty('--models', about.models.length)
   show()
 } catch (error) { $('about').textContent = ''; say('status', error.message, true) }

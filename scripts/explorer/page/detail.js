@@ -4,14 +4,14 @@ import {$, ask, drawn, h, number, percent, say, svg} from './dom.js'
 const SIDE = 16, NO_CELL = 256, CAPTIONS = 10, UNIT = 10  // of the grid's squares
 
 export class Detail {
-  // turn: {step(±1), neighbours(), search(sentence), closed()}, what only the page around can do
-  constructor(turn) {
-    Object.assign(this, {turn, image: null, sentence: '', pinned: null})
+  // page: {step(±1), neighbours(), search(sentence), closed()} of the page around the dialog
+  constructor(page) {
+    Object.assign(this, {page, image: null, sentence: '', pinned: null})
     $('close').onclick = () => $('detail').close()
-    $('previous').onclick = () => turn.step(-1)
-    $('next').onclick = () => turn.step(1)
-    $('find').onclick = () => turn.search(this.sentence)
-    $('detail').onclose = () => { this.image = null; turn.closed() }
+    $('previous').onclick = () => page.step(-1)
+    $('next').onclick = () => page.step(1)
+    $('find').onclick = () => page.search(this.sentence)
+    $('detail').onclose = () => { this.image = null; page.closed() }
     $('detail').onclick = event => { if (event.target === $('detail')) $('detail').close() }
     $('detail').onkeydown = event => this.key(event)
     $('region').oninput = () => this.pin(Number($('region').value) ? {region: $('region').value - 1} : null)
@@ -23,7 +23,7 @@ export class Detail {
   async open(about, image, query) {
     if (this.image === image && $('detail').open) return
     Object.assign(this, {about, image, pinned: null})
-    const [before, after] = this.turn.neighbours()
+    const [before, after] = this.page.neighbours()
     $('previous').disabled = before === undefined
     $('next').disabled = after === undefined
     if (!$('detail').open) $('detail').showModal()
@@ -191,7 +191,7 @@ export class Detail {
     const step = {ArrowLeft: -1, ArrowRight: 1}[event.key]
     if (!step || event.target === $('region') || event.ctrlKey || event.metaKey || event.altKey) return
     event.preventDefault()
-    if (!event.target.classList.contains('word')) return this.turn.step(step)
+    if (!event.target.classList.contains('word')) return this.page.step(step)
     const words = [...event.target.parentElement.children]
     words[words.indexOf(event.target) + step]?.focus()
   }
