@@ -243,6 +243,7 @@ def test_damaged_files_are_an_error_that_names_them(toy, built, tmp_path):
         ("lens", arrays["lens"].astype(float)),
         ("lens", arrays["lens"][None]),
         ("lens", arrays["lens"][:0]),
+        ("lens", arrays["lens"] * 0),
         ("nearest", arrays["nearest"].astype(float)),
     ):
         np.save(tmp_path / f"{name}.npy", array)
@@ -383,7 +384,7 @@ def test_a_query_without_a_known_word_is_refused_before_anything_is_built(
 
 
 def test_the_unknown_words_of_a_query_are_named(toy, built, monkeypatch, capsys):
-    query(monkeypatch, toy[1]["t2i"], built[2], "a red xyzzy, plugh and xyzzy")
+    query(monkeypatch, toy[1]["t2i"], built[2], "a red xyzzy plugh xyzzy")
     printed = capsys.readouterr().out
     assert "not in the vocabulary, read as <unk>: xyzzy, plugh\n" in printed and printed.count("  picture ") == 10
     query(monkeypatch, toy[1]["t2i"], built[2], "a red ball")

@@ -2,7 +2,7 @@
 
 images.npy (n, R, D) and words.npy (ΣW, D), float16, memory-mapped by the search; lens.npy (captions,)
 anchors.faiss   a faiss index of K directions, the k-means centroids of the queries' elements: words (t2i) or
-                regions (i2t)
+                regions (i2t, and t2i without captions)
 nearest.npy     uint16: the nearest centroid of each query element, words (ΣW,) or regions (nR,)
 table.npy       float16: the largest dot product of a centroid with each picture's regions (K, n), in i2t with each
                 caption's words (K, captions)
@@ -104,7 +104,7 @@ def open_collection(folder, model, vocab):
     centroids = read_centroids(os.path.join(folder, "anchors.faiss"))
     mismatch = InputError(f"{folder}: its files do not fit together, make it anew with --overwrite")
     fit = (images.ndim, words.ndim, lens.ndim) == (3, 2, 1) and {lens.dtype.kind, nearest.dtype.kind} <= {*"iu"}
-    fit = fit and images.size and lens.size and lens.min() > 0 and lens.sum() == len(words)
+    fit = fit and images.size and (lens > 0).all() and lens.sum() == len(words)
     if not fit or {images.shape[2], words.shape[1], centroids.d} != {model.opt.embed_size}:
         raise mismatch
     (queries, starts), (_, context_starts) = roles(model.opt.cross_attn, images, words, lens)

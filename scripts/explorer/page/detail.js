@@ -34,7 +34,10 @@ export class Detail {
       if (this.image !== image) return
       Object.assign(this, {picture, captions})
       $('region').max = picture.boxes?.length ?? 0
-      await this.read(query || picture.captions[0])
+      $('captions').parentElement.hidden = !about.captions
+      const sentence = query || picture.captions[0]
+      if (!sentence) throw Error('This split has no captions: type a sentence, and open a picture that it finds.')
+      await this.read(sentence)
     } catch (error) { this.fail(error) }
   }
 
