@@ -31,8 +31,10 @@ def verify(split, partners, problems):
     """Compare the captions of all pairs, and features and regions of a sample. Prints what agrees."""
     pairs = [(row, partner) for row, partner in enumerate(partners) if partner]
     with_captions = [(row, partner) for row, partner in pairs if split.digests and partner.split.digests]
-    agree = sum(check_captions(split, row, partner, problems) for row, partner in with_captions)
-    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {agree} of {len(with_captions)}"
+    shared = np.array([check_captions(split, row, partner, problems) for row, partner in with_captions])
+    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {(shared > 0).sum()} of {len(shared)}"
+    if ((shared > 0) & (shared < 1)).any():
+        said += f", in {((shared > 0) & (shared < 1)).sum()} of them not all"
     with_features = [(row, other) for row, other in pairs if "ims" in split.arrays and "ims" in other.split.arrays]
     if with_features:
         sample = with_features[:: max(1, len(with_features) // SAMPLE)]
@@ -45,12 +47,13 @@ def verify(split, partners, problems):
 
 
 def check_captions(split, row, partner, problems):
-    """Whether a picture and its partner have a caption in common."""
-    shared = set(split.digests[row]) & set(partner.split.digests[partner.row])
+    """The share of a picture's different captions that its partner has as well."""
+    captions = set(split.digests[row])
+    shared = captions & set(partner.split.digests[partner.row])
     if not shared:
         title = partner.split.title(partner.row)
         problems.add("in disagreement", split.title(row), f"no caption in common with {title}")
-    return bool(shared)
+    return len(shared) / len(captions)
 
 
 def check_features(split, row, partner, problems):

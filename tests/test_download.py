@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, urlparse
 
 import numpy as np
 import pytest
-
-pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+from folders import write_lines
+from regions import boxes_with_features
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download_data.sh"
 F30K = "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO"
@@ -74,7 +74,7 @@ def download(tmp_path, drive):
 
     def run(*args, url=drive.url):
         env = {**os.environ, "PFAN_DRIVE_URL": url, "PATH": f"{commands}:{os.environ['PATH']}", "no_proxy": "*"}
-        done = subprocess.run(["sh", SCRIPT, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(["sh", SCRIPT, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line]
 
     return run
@@ -128,8 +128,8 @@ def test_zip_and_tar_gz_are_unpacked_into_place(tmp_path, drive, download):
     drive.files[COCO] = "application/octet-stream", tarred(coco)
     status, out, errors = download("f30k", "coco")
     assert (status, errors) == (0, [])
-    assert np.load(tmp_path / "data/f30k_precomp/dev_boxes.npy").shape == (3, 36, 30)
-    assert np.load(tmp_path / "data/coco_precomp/testall_boxes.npy").shape == (3, 36, 31)
+    assert np.load(tmp_path / "data/pfan/f30k_precomp/dev_boxes.npy").shape == (3, 36, 30)
+    assert np.load(tmp_path / "data/pfan/coco_precomp/testall_boxes.npy").shape == (3, 36, 31)
     assert "3×36×31" in out and "missing" in out
     assert "some/README: left in" in out and (tmp_path / "data/downloads/f30k.unpacked/some/README").exists()
     assert not list(tmp_path.glob("data/downloads/*.part"))
@@ -212,7 +212,7 @@ def test_http_errors_and_a_server_that_is_down_name_the_way_by_hand(tmp_path, dr
     drive.files[COCO] = "application/zip", zipped(boxes(splits=("train", "dev", "test", "testall")))
     status, _, errors = download("f30k", "coco")  # the second is fetched although the first fails
     assert status == 2 and len(errors) == 1 and "404" in errors[0] and F30K in errors[0]
-    assert (tmp_path / "data/coco_precomp/train_boxes.npy").exists()
+    assert (tmp_path / "data/pfan/coco_precomp/train_boxes.npy").exists()
     status, _, errors = download("f30k", url="http://127.0.0.1:1/download")
     assert status == 2 and len(errors) == 1 and "cannot reach" in errors[0] and F30K in errors[0]
 
@@ -240,8 +240,8 @@ def test_faulty_arrays_are_named(drive, download):
 @pytest.mark.parametrize(
     "body, told",
     [
-        (zipped(boxes(splits=["train"])), "has no f30k_precomp/dev_boxes.npy, f30k_precomp/test_boxes.npy"),
-        (zipped(boxes("a/") | boxes("b/")), "has no f30k_precomp/train_boxes.npy"),
+        (zipped(boxes(splits=["train"])), "has no pfan/f30k_precomp/dev_boxes.npy, pfan/f30k_precomp/test_boxes.npy"),
+        (zipped(boxes("a/") | boxes("b/")), "has no pfan/f30k_precomp/train_boxes.npy"),
         (zipped(boxes())[:-30], "cannot be unpacked"),
         (tarred(boxes(width=31))[:-30], "cannot be unpacked"),
         (zipped(boxes())[:100] + b"x" * 400 + zipped(boxes())[500:], "f30k: cannot be unpacked"),
@@ -273,7 +273,7 @@ def test_scan_features_come_through_kaggle_or_by_hand(tmp_path, download):
     (tmp_path / "kaggle.zip").write_bytes(zipped({"data.zip": zipped(members)}))
     status, out, errors = download("scan")
     assert (status, errors) == (0, [])
-    assert "1×36×2048" in out and "3 lines" in out
+    assert "1×36×2048" in out and "3 lines" in out and "3 missing: sh scripts/download_data.sh f30k scan" in out
     assert (tmp_path / "data/coco_precomp/testall_ims.npy").exists()
     assert (tmp_path / "vocab/f30k_precomp_vocab.json").exists()
 
@@ -293,3 +293,109 @@ def test_without_items_nothing_is_fetched(drive, download):
     assert download("--help")[0] == 0
     status, _, errors = download("flickr")
     assert status == 2 and "flickr" in errors[0]
+
+
+# ---------------------------------------------------------------- positions in the features' order
+
+N = {"train": 14, "dev": 10, "test": 12}
+
+
+@pytest.fixture(scope="module")
+def published():
+    """{split: (grids (n, 36, 31), features (n, 36, 2048), captions: n lists of five)} of pictures drawn by chance."""
+    pictures = {}
+    for seed, (split, n) in enumerate(N.items()):
+        captions = [[f"A {split} picture, number {i}, caption {j}." for j in range(5)] for i in range(n)]
+        pictures[split] = *boxes_with_features(n, img_dim=2048, seed=seed), captions
+    return pictures
+
+
+def scan_data(folder, published):
+    """SCAN's features and captions of Flickr30K and MS-COCO under folder/data."""
+    for name in ("f30k_precomp", "coco_precomp"):
+        (folder / "data" / name).mkdir(parents=True)
+        for split, (_, features, captions) in published.items():
+            np.save(folder / f"data/{name}/{split}_ims.npy", features)
+            write_lines(folder / f"data/{name}/{split}_caps.txt", sum(captions, []))
+    for kind in ("ims.npy", "caps.txt"):
+        shutil.copy(folder / f"data/coco_precomp/test_{kind}", folder / f"data/coco_precomp/testall_{kind}")
+
+
+def positions(published, kinds, order=lambda n: np.arange(n)[::-1]):
+    """Members of PFAN's archive: positions, and what else is asked for, of the pictures in another order."""
+    members = {}
+    for split, (grids, features, captions) in published.items():
+        rows = order(len(grids))
+        for kind in kinds:
+            if kind == "caps.txt":
+                content = "".join(f"{line}\n" for row in rows for line in captions[row]).encode()
+            else:
+                file = io.BytesIO()
+                np.save(file, (grids[..., :30] if kind == "boxes.npy" else features)[rows])
+                content = file.getvalue()
+            members[f"positions/{split}_{kind}"] = content
+    return members
+
+
+@pytest.mark.parametrize("kinds", [["boxes.npy", "caps.txt"], ["boxes.npy"], ["boxes.npy", "ims.npy", "caps.txt"]])
+@pytest.mark.parametrize("order", [lambda n: np.arange(n)[::-1], lambda n: np.roll(np.arange(n), 1), np.arange])
+def test_positions_arrive_in_the_order_of_the_features(tmp_path, drive, download, published, kinds, order):
+    scan_data(tmp_path, published)
+    drive.files[COCO] = "application/zip", zipped(positions(published, kinds, order))
+    status, out, errors = download("coco")
+    assert (status, errors) == (0, [])
+    for split, (grids, _, _) in published.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"data/coco_precomp/{split}_boxes.npy"), grids[..., :30])
+        assert len(np.load(tmp_path / f"data/pfan/coco_precomp/{split}_boxes.npy")) == len(grids)
+    assert ("which train as they are" in out) == ("ims.npy" in kinds)
+    assert not (tmp_path / "data/coco_precomp/testall_boxes.npy").exists()
+    assert download("coco")[::2] == (0, []) and len(drive.ranges) == 1  # all is in place
+
+
+def test_features_that_come_later_get_their_positions(tmp_path, drive, download, published):
+    drive.files[F30K] = "application/zip", zipped(positions(published, ["boxes.npy", "caps.txt"]))
+    assert download("f30k")[0] == 0
+    assert not (tmp_path / "data/f30k_precomp").exists()  # no boxes lie where features will
+    scan_data(tmp_path, published)
+    assert download("f30k")[::2] == (0, [])
+    for split, (grids, _, _) in published.items():
+        np.testing.assert_array_equal(np.load(tmp_path / f"data/f30k_precomp/{split}_boxes.npy"), grids[..., :30])
+
+
+@pytest.mark.parametrize("kinds", [["boxes.npy", "caps.txt"], ["boxes.npy"]])
+def test_a_picture_without_positions_stops_the_alignment(tmp_path, drive, download, published, kinds):
+    scan_data(tmp_path, published)
+    drive.files[F30K] = "application/zip", zipped(positions(published, kinds, lambda n: np.arange(n)[:0:-1]))
+    status, out, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "3 without a partner" in errors[0] and "not put beside" in errors[0]
+    assert "train, picture 0: without a partner" in out
+    assert not list((tmp_path / "data/f30k_precomp").glob("*boxes*"))
+    assert len(list((tmp_path / "data/pfan/f30k_precomp").glob("*_boxes.npy"))) == 3
+
+
+def test_a_changed_caption_does_not_part_a_picture_from_its_positions(tmp_path, drive, download, published):
+    scan_data(tmp_path, published)
+    members = positions(published, ["boxes.npy", "caps.txt"])
+    members["positions/dev_caps.txt"] = members["positions/dev_caps.txt"].replace(b"number 3, caption 2", b"other")
+    drive.files[F30K] = "application/zip", zipped(members)
+    status, out, errors = download("f30k")
+    assert (status, errors) == (0, []) and "captions agree in 10 of 10, in 1 of them not all" in out
+    np.testing.assert_array_equal(np.load(tmp_path / "data/f30k_precomp/dev_boxes.npy"), published["dev"][0][..., :30])
+
+
+def test_captions_of_other_pictures_do_not_bring_boxes_to_features(tmp_path, drive, download, published):
+    """The captions of the archive pair all pictures, but its boxes are in another order than its captions."""
+    scan_data(tmp_path, published)
+    members = positions(published, ["boxes.npy", "caps.txt"])
+    drive.files[F30K] = "application/zip", zipped(members | positions(published, ["boxes.npy"], np.arange))
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "of other regions" in errors[0]
+    assert not list((tmp_path / "data/f30k_precomp").glob("*boxes*"))
+
+
+def test_boxes_of_unknown_order_are_not_taken_for_aligned_ones(tmp_path, drive, download, published):
+    scan_data(tmp_path, published)
+    np.save(tmp_path / "data/f30k_precomp/train_boxes.npy", published["train"][0][::-1])
+    drive.files[F30K] = "application/zip", zipped(positions(published, ["boxes.npy", "caps.txt"]))
+    status, _, errors = download("f30k")
+    assert status == 2 and len(errors) == 1 and "train_boxes.npy: not put there by align.py" in errors[0]
