@@ -299,13 +299,29 @@ def cut_folds(dataset: Any, n_folds: int) -> list:
 
 
 def score_split(
-    model_path: Any, data_path: str | None, vocab_path: str | None, split: str, n_folds: int, **overrides: Any
+    model_path: Any,
+    data_path: str | None,
+    vocab_path: str | None,
+    split: str,
+    n_folds: int,
+    load_split: Callable = load_split,
+    encode_data: Callable = encode_data,
+    shard_xattn: Callable = shard_xattn,
+    **overrides: Any,
 ) -> list[np.ndarray]:
-    """Similarities of one checkpoint on a split: a list with one (n_images, n_captions) matrix for each fold."""
+    """Similarities of one checkpoint on a split: a list with one (n_images, n_captions) matrix for each fold.
+
+    load_split, encode_data, shard_xattn: what a variant replaces. overrides: other options of the checkpoint to set.
+    """
     model, loader = load_split(model_path, data_path, vocab_path, split, **overrides)
     folds = cut_folds(loader.dataset, n_folds)
-    images, words, lens = encode_data(model, loader, packed=True)
-    return [shard_xattn(images[i], words_of(words, lens, c), lens[c], model.opt, SHARD_SIZE) for i, c in folds]
+    embeddings, n = encode_data(model, loader, packed=True), model.criterion.n_image_embeddings
+    images, (words, lens, *sentences) = embeddings[:n], embeddings[n:]
+    sims = []
+    for i, c in folds:
+        captions = words_of(words, lens, c), lens[c], *(x[c] for x in sentences)
+        sims.append(shard_xattn(*(x[i] for x in images), *captions, model.opt, SHARD_SIZE))
+    return sims
 
 
 def words_of(words: Tensor, lens: list, captions: slice) -> Tensor:

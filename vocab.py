@@ -20,6 +20,7 @@ from lib.files import read_lines, write_lines
 from lib.segmentation import segment
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0…3
+SUFFIX = "_vocab.json"  # of a vocabulary's file name, after the data set's
 SPLITS = ("train", "dev")  # what a vocabulary is built from
 
 # nltk.word_tokenize finds sentence ends with a downloaded model. These abbreviations, which do not end a sentence,
@@ -198,29 +199,41 @@ def build_vocab(
     return vocab
 
 
-def main() -> None:
+def main(
+    command: str = "vocab.py",
+    data_name: str = "f30k_precomp",
+    suffix: str = SUFFIX,
+    caption_files: Callable[[str], Sequence[str] | None] = lambda folder: None,
+    tokenize: Callable = tokenize,
+) -> None:
+    """Write a data set's vocabulary as the flags say. The arguments are what a variant replaces.
+
+    data_name: the flag's default. suffix: of the vocabulary's file name. caption_files: folder of the data set →
+    build_vocab's caption_file.
+    """
     parser = argparse.ArgumentParser(
         description="Build the vocabulary of a data set from its train and dev captions.",
-        epilog="example: python vocab.py --data_path ./data --data_name f30k_precomp",
+        epilog=f"example: python {command} --data_path ./data --data_name {data_name}",
     )
     parser.add_argument("--data_path", default="./data/", help="folder of the data sets (default: %(default)s)")
-    parser.add_argument("--data_name", default="f30k_precomp", help="data set, a folder there (default: %(default)s)")
-    parser.add_argument("--vocab_path", default="./vocab/", help="where NAME_vocab.json goes (default: %(default)s)")
+    parser.add_argument("--data_name", default=data_name, help="data set, a folder there (default: %(default)s)")
+    parser.add_argument("--vocab_path", default="./vocab/", help=f"where NAME{suffix} goes (default: %(default)s)")
     parser.add_argument("--threshold", type=int, default=4, help="least count of a word (default: %(default)s)")
     parser.add_argument("--stop_words", metavar="FILE", help="words to drop, one a line (none are dropped without it)")
     parser.add_argument("--segment", action="store_true", help="cut Chinese text into words with jieba")
     parser.add_argument("--allow_empty_captions", action="store_true", help="accept empty caption lines")
     opt = parser.parse_args()
-    drop = read_captions(opt.stop_words) if opt.stop_words else ()
     vocab = build_vocab(
         opt.data_path,
         opt.data_name,
-        threshold=opt.threshold,
-        drop=drop,
-        allow_empty=opt.allow_empty_captions,
-        segment=opt.segment,
+        caption_files(os.path.join(opt.data_path, opt.data_name)),
+        opt.threshold,
+        read_captions(opt.stop_words) if opt.stop_words else (),
+        tokenize,
+        opt.allow_empty_captions,
+        opt.segment,
     )
-    write_vocab(vocab, os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"), opt.threshold)
+    write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + suffix), opt.threshold)
 
 
 def write_vocab(vocab: Vocabulary, dest: str, threshold: int) -> None:

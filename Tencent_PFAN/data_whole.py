@@ -1,6 +1,7 @@
 """Dataset folders with whole-image features → batches: the root's data.py with SPLIT_who_ims.npy."""
 
 import os
+from functools import partial
 
 import data
 from lib.errors import InputError
@@ -70,11 +71,5 @@ def get_precomp_dataset(data_name, data_split, vocab, opt):
     )
 
 
-def get_loaders(data_name, vocab, batch_size, workers, opt):
-    """Loaders of the train split (shuffled) and the whole dev split (in order)."""
-    return data.get_loaders(data_name, vocab, batch_size, workers, opt, get_precomp_dataset)
-
-
-def get_test_loader(split_name, data_name, vocab, batch_size, workers, opt):
-    """Loader of a split, in order."""
-    return data.get_test_loader(split_name, data_name, vocab, batch_size, workers, opt, get_precomp_dataset)
+get_loaders = partial(data.get_loaders, make_dataset=get_precomp_dataset)
+get_test_loader = partial(data.get_test_loader, make_dataset=get_precomp_dataset)

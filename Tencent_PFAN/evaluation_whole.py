@@ -6,6 +6,8 @@ python Tencent_PFAN/evaluation_whole.py --model_path runs/tencent_data/t2i/model
 if not __package__:
     import _root  # noqa: F401
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -88,17 +90,8 @@ def t2i(images, captions, sims, npts=None, return_ranks=False):
     return root.t2i(images, captions, None, square(sims), npts, return_ranks)
 
 
-def score_split(model_path, data_path, vocab_path, split, n_folds, **overrides):
-    """Similarities of one checkpoint on a split: a list with one (n, n) matrix for each fold."""
-    model, loader = root.load_split(
-        model_path, data_path, vocab_path, split, SCAN, read_vocab, get_test_loader, **overrides
-    )
-    folds = cut_folds(loader.dataset, n_folds)
-    images, whole, words, lens, final = encode_data(model, loader, packed=True)
-    return [
-        shard_xattn(images[i], whole[i], root.words_of(words, lens, c), lens[c], final[c], model.opt, SHARD_SIZE)
-        for i, c in folds
-    ]
+load_split = partial(root.load_split, make_model=SCAN, read_vocab=read_vocab, get_test_loader=get_test_loader)
+score_split = partial(root.score_split, load_split=load_split, encode_data=encode_data, shard_xattn=shard_xattn)
 
 
 def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, **overrides):

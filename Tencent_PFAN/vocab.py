@@ -3,7 +3,6 @@
 python Tencent_PFAN/vocab.py --data_path ./data --data_name tencent_data   writes ./vocab/tencent_data_sent_vocab.json
 """
 
-import argparse
 import os
 import string
 
@@ -63,28 +62,13 @@ def caption_file(folder, split):
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), names[0])
 
 
+def caption_files(folder):
+    """Names of the caption files from which a vocabulary is built."""
+    return [caption_file(folder, split) for split in root.SPLITS]
+
+
 def main():
-    parser = argparse.ArgumentParser(
-        description="Build the vocabulary of a whole-image data set from its train and dev captions.",
-        epilog="example: python Tencent_PFAN/vocab.py --data_path ./data --data_name tencent_data",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("--data_path", default="./data/", help="folder of the data sets")
-    parser.add_argument("--data_name", default="tencent_data", help="data set, a folder there")
-    parser.add_argument("--vocab_path", default="./vocab/", help=f"where NAME{SUFFIX} goes")
-    parser.add_argument("--threshold", type=int, default=4, help="least count of a word")
-    parser.add_argument("--allow_empty_captions", action="store_true", help="accept empty caption lines")
-    opt = parser.parse_args()
-    files = [caption_file(os.path.join(opt.data_path, opt.data_name), split) for split in root.SPLITS]
-    vocab = root.build_vocab(
-        opt.data_path,
-        opt.data_name,
-        files,
-        opt.threshold,
-        tokenize=tokenize,
-        allow_empty=opt.allow_empty_captions,
-    )
-    root.write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + SUFFIX), opt.threshold)
+    root.main("Tencent_PFAN/vocab.py", "tencent_data", SUFFIX, caption_files, tokenize)
 
 
 if __name__ == "__main__":

@@ -309,14 +309,10 @@ def test_a_vocabulary_of_another_size_is_an_error_that_names_both_sizes(toy, tmp
 
 def test_batch_size_replaces_the_checkpoints(toy, monkeypatch):
     sizes = []
-    real = evaluation.encode_data
-    monkeypatch.setattr(
-        evaluation,
-        "encode_data",
-        lambda model, loader, **kw: sizes.append(loader.batch_size) or real(model, loader, **kw),
-    )
+    real = evaluation.my_batches
+    monkeypatch.setattr(evaluation, "my_batches", lambda starts, desc: sizes.append(starts.step) or real(starts, desc))
     result = evalrank(str(toy[0] / "t2i.pth.tar"), split="test", batch_size=9)
-    assert sizes == [9]
+    assert sizes == [9, 9], "captions and images"
     check_result(result, expected_lines(direct_scores(toy)))
 
 
