@@ -131,10 +131,10 @@ class Pictures:
         """folder holds img_id.txt, test_own.tsv.0 and test_features.json; urls are those that will be asked for."""
         self.ids = {url: i for url, i in read_ids(os.path.join(folder, "img_id.txt")).items() if url in urls}
         wanted = set(self.ids.values())
-        regions, wholes = os.path.join(folder, "test_own.tsv.0"), os.path.join(folder, "test_features.json")
-        self.regions, self.rows_without_id = index_regions(regions, wanted)
-        self.wholes = index_wholes(wholes, wanted)
-        self.region_file, self.whole_file = os.open(regions, os.O_RDONLY), os.open(wholes, os.O_RDONLY)
+        self.region_file = os.path.join(folder, "test_own.tsv.0")
+        self.whole_file = os.path.join(folder, "test_features.json")
+        self.regions, self.rows_without_id = index_regions(self.region_file, wanted)
+        self.wholes = index_wholes(self.whole_file, wanted)
 
     def missing(self, url):
         """Why a picture cannot be scored, or None where it can."""
@@ -148,8 +148,14 @@ class Pictures:
 
     def read(self, url):
         """One entry of a request's "boxes" and one of its "whole_items"."""
-        offset, length = self.regions[self.ids[url]]
-        row = os.pread(self.region_file, length, offset).decode().rstrip("\r\n").split("\t")
+        row = _read_line(self.region_file, *self.regions[self.ids[url]]).decode().rstrip("\r\n").split("\t")
         box = dict(zip(("image_id", "image_w", "image_h", "num_boxes"), map(int, row[:4]), strict=True))
-        offset, length = self.wholes[self.ids[url]]
-        return {**box, "boxes": row[4], "features": row[5]}, json.loads(os.pread(self.whole_file, length, offset))[1]
+        whole = json.loads(_read_line(self.whole_file, *self.wholes[self.ids[url]]))[1]
+        return {**box, "boxes": row[4], "features": row[5]}, whole
+
+
+def _read_line(path, offset, length):
+    """The bytes of a line. Threads read at once, so each opens the file for itself."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(length)

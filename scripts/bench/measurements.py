@@ -7,7 +7,6 @@ JSON; sizes are those at the top of scripts/benchmark.py, and folder, device and
 import json
 import os
 import platform
-import resource
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -20,6 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 if not __package__:
     import _root  # noqa: F401
+
+try:
+    import resource
+except ImportError:  # Windows: no memory is measured there
+    resource = None
 
 from data import PrecompDataset, collate_fn, get_precomp_loader, pad
 from evaluation import SHARD_SIZE, encode_data, i2t, shard_xattn, t2i
@@ -265,7 +269,9 @@ def start_training(s, n_images):
 
 
 def anonymous_memory():
-    """Anonymous memory of this process in GB: without the pages of files, which the kernel can drop."""
+    """Anonymous memory of this process in GB, without the pages of files. NaN where there is no /proc."""
+    if not os.path.exists("/proc/self/status"):
+        return float("nan")
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024 / 1e9
 
@@ -298,7 +304,8 @@ def run_measurement(name, sizes, arguments):
     """One of the functions above, and the peak of this process's memory in GB."""
     result = globals()[name](Namespace(**sizes), **arguments)
     unit_bytes = 1 if sys.platform == "darwin" else 1024
-    result["peak_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else float("nan")
+    result["peak_gb"] = peak * unit_bytes / 1e9
     if torch.cuda.is_available():
         result["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return result
