@@ -3,6 +3,7 @@
 A folder holds for each split SPLIT_ims.npy (features), SPLIT_boxes.npy (position grids) and SPLIT_caps.txt.
 """
 
+import logging
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib import distributed
 from lib.constants import N_CELLS, N_SLOTS
-from lib.datasets.checks import bad_cells, bad_weights, rows_per_image, same_as_previous
+from lib.datasets.checks import bad_cells, bad_weights, rows_per_image, same_as_previous, unequal_repeats
 from lib.errors import InputError
-from lib.files import open_npy
+from lib.files import open_npy, read_lines
 from lib.options import option
 from lib.workers import WorkerLog, start_worker
-from vocab import read_captions
+from vocab import read_captions, warn_unknown
+
+log = logging.getLogger(__name__)
+
+SAMPLED_CAPTIONS = 1000  # looked at for unknown words
 
 
 class PrecompDataset(Dataset):
@@ -28,15 +33,26 @@ class PrecompDataset(Dataset):
     images, boxes: memory-mapped files. captions: list of str. n_images: different images.
     im_div: captions per image. repeats: rows of the files per image (1, or im_div where they repeat each image).
     With need_boxes False (position none) SPLIT_boxes.npy is not read and items have boxes of shape (R, 0).
+    With captions_optional a split without a caption file has images only: it can be encoded, and has no items.
     Raises InputError where files are missing or do not fit together.
     """
 
     worker_log = None  # a WorkerLog, where loading processes read the data set
 
-    def __init__(self, data_path, data_split, vocab, img_dim=None, need_boxes=True, allow_empty_captions=False):
+    def __init__(
+        self,
+        data_path,
+        data_split,
+        vocab,
+        img_dim=None,
+        need_boxes=True,
+        allow_empty_captions=False,
+        captions_optional=False,
+    ):
         self.vocab = vocab
         self.prefix = os.path.join(data_path, data_split)
-        self.captions = read_captions(self._caption_path(), allow_empty_captions)
+        without_captions = captions_optional and not os.path.exists(self._caption_path())
+        self.captions = [] if without_captions else read_captions(self._caption_path(), allow_empty_captions)
         self.need_boxes = need_boxes
         self._open()
         path, shape = self.prefix + "_ims.npy", self.images.shape
@@ -45,6 +61,7 @@ class PrecompDataset(Dataset):
         self._count()
         if need_boxes:
             self._check_boxes()
+        self._warn_unknown()
 
     def _caption_path(self):
         return self.prefix + "_caps.txt"
@@ -62,14 +79,40 @@ class PrecompDataset(Dataset):
 
     def _count(self):
         rows, n_captions = len(self.images), len(self.captions)
-        if max(rows, n_captions) % min(rows, n_captions):
+        if n_captions and max(rows, n_captions) % min(rows, n_captions):
             raise InputError(
                 f"{self.prefix}: {rows} images in _ims.npy and {n_captions} captions, expected one to be a multiple "
                 "of the other"
             )
-        self.repeats = rows_per_image(same_as_previous(self.images)) if rows == n_captions else 1
+        self.repeats = 1
+        if rows == n_captions:
+            same = same_as_previous(self.images)
+            if fault := unequal_repeats(same):
+                raise InputError(f"{self.prefix}_ims.npy: {fault}")
+            self.repeats = rows_per_image(same)
         self.n_images = rows // self.repeats
         self.im_div = max(1, n_captions // self.n_images)
+
+    def _warn_unknown(self):
+        """Log a warning where most words of a sample of the captions are not in the vocabulary."""
+        sample = self.captions[:: len(self.captions) // SAMPLED_CAPTIONS + 1]
+        ids = [i for caption in sample for i in self.vocab.encode(caption)[1:-1]]
+        unknown = ids.count(self.vocab.word2idx[self.vocab.unknown])
+        if warning := warn_unknown(self._caption_path(), unknown, len(ids)):
+            log.warning(warning)
+
+    def read_ids(self):
+        """Ids (list of str), one an image, of SPLIT_ids.txt; None where there is no such file.
+
+        The file has a line for each image, or for each caption. Raises InputError for another number of lines.
+        """
+        path = self.prefix + "_ids.txt"
+        if not os.path.exists(path):
+            return None
+        ids = read_lines(path)
+        if len(ids) not in (self.n_images, len(self.images), len(self.captions)):
+            raise InputError(f"{path}: {len(ids)} ids for {self.n_images} images, expected as many")
+        return ids[:: len(ids) // self.n_images]
 
     def _box_counts(self):
         """Boxes that an image may have: one for each region."""
@@ -129,7 +172,7 @@ class PrecompDataset(Dataset):
         return *image, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
 
     def __len__(self):
-        return max(self.n_images, len(self.captions))
+        return max(self.n_images, len(self.captions)) if self.captions else 0
 
     def describe_item(self, index):
         """Item index in words: its pair, image and caption line."""
@@ -176,8 +219,11 @@ class EpochBatches(Sampler):
         return -(-self.n // self.batch_size)
 
 
-def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any) -> PrecompDataset:
-    """The PrecompDataset of a split under opt.data_path/data_name, as opt's flags ask for."""
+def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any, **more: Any) -> PrecompDataset:
+    """The PrecompDataset of a split under opt.data_path/data_name, as opt's flags ask for.
+
+    more: other arguments of PrecompDataset.
+    """
     return PrecompDataset(
         os.path.join(opt.data_path, data_name),
         data_split,
@@ -185,6 +231,7 @@ def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any) -
         img_dim=opt.img_dim,
         need_boxes=option(opt, "position") != "none",
         allow_empty_captions=option(opt, "allow_empty_captions"),
+        **more,
     )
 
 
@@ -226,6 +273,7 @@ def get_test_loader(
     workers: int,
     opt: Any,
     make_dataset: Callable = get_precomp_dataset,
+    **more: Any,
 ) -> DataLoader:
-    """Loader of a split, in order."""
-    return get_precomp_loader(make_dataset(data_name, split_name, vocab, opt), batch_size, workers)
+    """Loader of a split, in order. more: other arguments of make_dataset."""
+    return get_precomp_loader(make_dataset(data_name, split_name, vocab, opt, **more), batch_size, workers)

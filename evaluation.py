@@ -79,7 +79,12 @@ def encode_data(
     model.val_start()
     words, cap_lens = embed_captions(model, data_loader)
     (img_embs,) = embed_images(model, data_loader)
-    return img_embs, words if packed else pad(words.split(cap_lens)), cap_lens
+    return img_embs, words if packed else pad_words(words, cap_lens), cap_lens
+
+
+def pad_words(words: Tensor, lens: list[int]) -> Tensor:
+    """Captions' words one after the other (ΣW_i, D) → (n_captions, W, D), padded with 0."""
+    return pad(list(words.split(lens))) if lens else words.reshape(0, 0, words.shape[1])
 
 
 def embed_captions(model: Any, data_loader: Any, n_more: int = 0) -> tuple:
@@ -272,12 +277,14 @@ def load_split(
     make_model: Callable = SCAN,
     read_vocab: Callable = read_vocab,
     get_test_loader: Callable = get_test_loader,
+    captions_optional: bool = False,
     **overrides: Any,
 ) -> tuple:
     """A checkpoint's model and a loader of the split.
 
     data_path, vocab_path: instead of the checkpoint's. make_model, read_vocab, get_test_loader: what a variant
-    replaces. overrides: other options of the checkpoint to set.
+    replaces. captions_optional: a split without a caption file has images only. overrides: other options of the
+    checkpoint to set.
     """
     opt = load_checkpoint(model_path)["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
@@ -285,7 +292,8 @@ def load_split(
     check_options(opt, ("batch_size", "matmul_precision"))
     vocab = read_vocab(opt)
     model = load_model(model_path, len(vocab), make_model, **overrides)
-    return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt)
+    more = {"captions_optional": True} if captions_optional else {}
+    return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)
 
 
 def cut_folds(dataset: Any, n_folds: int) -> list:

@@ -107,6 +107,44 @@ def test_files_that_repeat_every_image_for_each_caption_hold_fewer_images(toy, b
     assert torch.equal(images[1], once[15][0])
 
 
+def test_features_that_repeat_their_pictures_unequally_often_are_refused_with_the_rows(toy):
+    toy.save("test_ims", toy.load("test_ims").repeat([4, 6, 5, 5, 5, 5], axis=0))
+    with pytest.raises(InputError, match="test_ims.npy: rows 0 to 3 are one image and rows 4 to 9 another, 4 and 6"):
+        toy.dataset()
+
+
+def test_captions_of_other_words_than_the_vocabularys_are_warned_of(toy, caplog):
+    toy.dataset()
+    assert not caplog.text
+    write_lines(toy.folder / "test_caps.txt", ["ein Mann läuft im Gras"] * 29 + ["a man"])
+    toy.dataset()
+    assert "test_caps.txt: 99 % of the words are not in the vocabulary" in caplog.text
+
+
+def test_a_split_without_captions_has_images_only_where_that_is_asked_for(toy):
+    (toy.folder / "test_caps.txt").unlink()
+    with pytest.raises(InputError, match="test_caps.txt: no such file"):
+        toy.dataset()
+    dataset = toy.dataset(captions_optional=True)
+    assert (len(dataset), dataset.n_images, dataset.captions) == (0, 6, [])
+    np.testing.assert_array_equal(dataset.read_images(2, 4)[0], toy.load("test_ims")[2:4])
+    loader = get_test_loader("test", NAME, toy.vocab, 8, 0, toy.opt, captions_optional=True)
+    assert loader.dataset.n_images == 6
+    write_lines(toy.folder / "test_caps.txt", ["a man"] * 30)
+    assert len(toy.dataset(captions_optional=True)) == 30
+
+
+def test_ids_are_one_an_image_whether_the_file_repeats_them_or_not(toy):
+    assert toy.dataset().read_ids() == list("012345")
+    write_lines(toy.folder / "test_ids.txt", [f"{i}.jpg" for i in range(6) for _ in range(5)])
+    assert toy.dataset().read_ids() == [f"{i}.jpg" for i in range(6)]
+    write_lines(toy.folder / "test_ids.txt", range(7))
+    with pytest.raises(InputError, match="test_ids.txt: 7 ids for 6 images"):
+        toy.dataset().read_ids()
+    (toy.folder / "test_ids.txt").unlink()
+    assert toy.dataset().read_ids() is None
+
+
 def test_two_equal_pictures_side_by_side_lengthen_no_others_run(toy):
     ims = toy.load("test_ims")
     ims[3] = ims[2]

@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 import evaluation
 from data import get_test_loader
-from evaluation import AverageMeter, LogCollector, encode_data, evalrank, i2t, shard_xattn_i2t, shard_xattn_t2i, t2i
+from evaluation import (
+    AverageMeter,
+    LogCollector,
+    encode_data,
+    evalrank,
+    i2t,
+    load_split,
+    shard_xattn_i2t,
+    shard_xattn_t2i,
+    t2i,
+)
 from lib.errors import InputError
 from model import SCAN, XATTN_SCORE
 from vocab import deserialize_vocab
@@ -181,6 +191,21 @@ def test_encode_data_packed_holds_the_same_words_without_padding(toy):
     images_too, words, lens_too = encode_data(toy[1]["t2i"], toy_loader(toy), packed=True)
     assert torch.equal(images, images_too) and lens == lens_too
     assert torch.equal(words, torch.cat([caption[:n] for caption, n in zip(captions, lens, strict=True)]))
+
+
+def test_a_split_without_captions_is_encoded(toy, tmp_path):
+    opt = toy[1]["t2i"].opt
+    os.symlink(os.path.join(opt.data_path, "toy_precomp"), tmp_path / "all")
+    os.makedirs(tmp_path / "toy_precomp")
+    for name in ("test_ims.npy", "test_boxes.npy"):
+        os.symlink(tmp_path / "all" / name, tmp_path / "toy_precomp" / name)
+    path = str(toy[0] / "t2i.pth.tar")
+    with pytest.raises(InputError, match="test_caps.txt: no such file"):
+        load_split(path, str(tmp_path), None, "test")
+    model, loader = load_split(path, str(tmp_path), None, "test", captions_optional=True)
+    images, captions, lens = encode_data(model, loader)
+    assert torch.equal(images, encode_data(model, toy_loader(toy))[0]) and len(captions) == len(lens) == 0
+    assert encode_data(model, loader, packed=True)[1].shape == (0, 16)
 
 
 @pytest.mark.parametrize(("way", "shard"), [("t2i", shard_xattn_t2i), ("i2t", shard_xattn_i2t)])

@@ -4,6 +4,8 @@ import numpy as np
 
 from lib.constants import N_CELLS, N_SLOTS
 
+MANY_EQUAL = 0.1  # share of images that equal the one before, from which they are repeats of it
+
 
 def bad_cells(grids: np.ndarray) -> np.ndarray:
     """Slots (n, R, 15) bool of position grids (n, R, 30 | 31) whose cell index is no whole number from 0 to 256."""
@@ -42,3 +44,22 @@ def rows_per_image(same: np.ndarray) -> int:
     """
     starts = np.flatnonzero(~np.asarray(same, dtype=bool)) + 1
     return int(np.gcd.reduce(np.diff([0, *starts, len(same) + 1])))
+
+
+def unequal_repeats(same: np.ndarray) -> str | None:
+    """A sentence that names rows where features repeat their images, but not equally often; else None.
+
+    same: which rows equal the row before (n - 1,). Where more than a tenth of what rows_per_image takes for images
+    equal the image before, the rows are repeats, one for each caption of an image. Fewer, or one, are equal images.
+    """
+    k, n = rows_per_image(same), len(same) + 1
+    starts = np.flatnonzero(np.concatenate([[True], ~np.asarray(same, dtype=bool)]))
+    lengths = np.diff([*starts, n])
+    if (lengths // k - 1).sum() <= max(1, MANY_EQUAL * (n // k)):
+        return None
+    first = int((lengths != lengths[0]).argmax())
+    shown = [f"{starts[i]} to {starts[i] + lengths[i] - 1}" for i in (first - 1, first)]
+    return (
+        f"rows {shown[0]} are one image and rows {shown[1]} another, {lengths[first - 1]} and {lengths[first]} times "
+        "the same: expected each image once, or all equally often"
+    )
