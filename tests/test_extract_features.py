@@ -25,6 +25,7 @@ from lib.errors import InputError
 from position import position_grid
 from scripts import extract_features
 from scripts.features import given_boxes, region_networks
+from scripts.features.pictures import read_picture
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (235, 235, 235)}
@@ -275,22 +276,22 @@ def test_greyscale_palette_cmyk_16_bit_and_transparent_pictures_are_read(tmp_pat
     for mode in ("L", "P", "CMYK", "1", "LA", "RGBA"):
         path = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
         draw(path, "green", "white", mode=mode)
-        pixels, size = extract_features.read_picture(path, 64, 96)
+        pixels, size = read_picture(path, 64, 96)
         assert pixels.shape == (64, 96, 3) and size == (64, 96)
         if mode in ("P", "CMYK", "RGBA"):
             apart = np.abs(pixels[50, 80].astype(int) - COLOURS["green"]).max()
             assert apart < (48 if mode == "P" else 12), mode  # a palette has few colours
     Image.fromarray(np.full((64, 96), 51400, np.uint16)).save(tmp_path / "deep.png")
-    assert (extract_features.read_picture(tmp_path / "deep.png", 64, 96)[0] == 200).all()
+    assert (read_picture(tmp_path / "deep.png", 64, 96)[0] == 200).all()
     Image.new("RGBA", (96, 64), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    assert (extract_features.read_picture(tmp_path / "clear.png", 64, 96)[0] == 255).all()
+    assert (read_picture(tmp_path / "clear.png", 64, 96)[0] == 255).all()
 
 
 def test_exif_orientation_turns_the_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     draw(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels, size = extract_features.read_picture(tmp_path / "turned.jpg", 64, 96)
+    pixels, size = read_picture(tmp_path / "turned.jpg", 64, 96)
     assert size == (96, 64) and pixels.shape == (96, 64, 3)
     red = (pixels[..., 0] > 150) & (pixels[..., 1] < 100)
     rows, columns = np.nonzero(red)

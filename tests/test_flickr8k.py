@@ -1,14 +1,22 @@
 """scripts/flickr8k.sh on 60 photographs of Flickr8k: from files as they are published to recalls."""
 
+import csv
+import io
 import os
 import re
 import subprocess
+import sys
 import tarfile
+from contextlib import redirect_stdout
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from conftest import ROOT, SHARED
 from folders import write_lines
+
+from evaluation import evalrank
+from scripts.features import place_words, record_result
 
 SPLITS = {"train": 40, "dev": 10, "test": 10}
 SMALL = "--embed_size 64 --word_dim 64 --batch_size 40 --num_epochs 30 --lr_update 25 --mean_warmup_epochs 15".split()
@@ -71,16 +79,36 @@ def test_the_chain_goes_from_photographs_to_recalls_with_intervals(trained):
         assert features.shape == (n, 36, 1280) and features.dtype == np.float16 and np.isfinite(features).all()
 
 
+def printed(main, *args):
+    """What a command prints, called in this process."""
+    with patch.object(sys, "argv", ["command", *map(str, args)]), redirect_stdout(io.StringIO()) as out:
+        main()
+    return out.getvalue()
+
+
 def test_training_photographs_are_found_far_above_chance(trained):
     folder, _ = trained
     model = folder / "runs/flickr8k/t2i_attention_seed0/model_best.pth.tar"
-    args = ["--model_path", model, "--split", "train"]
-    done = subprocess.run(
-        [ROOT / ".venv/bin/python", ROOT / "evaluation.py", *args], capture_output=True, text=True, timeout=120
-    )
-    assert "Images: 40, Captions: 200" in done.stdout, done.stderr
-    for way in ("Image to text", "Text to image"):
-        assert float(re.search(rf"{way}: ([\d.]+)", done.stdout)[1]) > 40  # chance is 2.5
+    result = evalrank(str(model), split="train")
+    assert result["n_images"] == 40 and result["n_captions"] == 200
+    assert result["i2t"][0] > 40 and result["t2i"][0] > 40  # R@1, chance is 2.5
+
+
+def test_a_run_becomes_one_row_of_the_table_of_results(trained):
+    folder, _ = trained
+    run, table = folder / "runs/flickr8k/t2i_attention_seed0", folder / "results.csv"
+    for minutes in ("1", "2"):
+        said = printed(record_result.main, run, "--features", "boxes", "--out", table, "--minutes", minutes)
+    with open(table, newline="") as file:
+        (row,) = csv.DictReader(file)
+    expected = {"model": "PFAN-A", "features": "boxes", "cross_attn": "t2i", "seed": "0", "embed_size": "64"}
+    assert row.items() >= {**expected, "epochs": "30", "mean_warmup_epochs": "15", "minutes": "2"}.items()
+    recalls = [row[f"{way}_r{k}"] for way in ("i2t", "t2i") for k in (1, 5, 10)]
+    assert f"Image to text: {' '.join(recalls[:3])} " in said and f"Text to image: {' '.join(recalls[3:])} " in said
+    assert float(row["rsum_low"]) <= float(row["rsum"]) <= float(row["rsum_high"])
+    ranks = run / "test_ranks.pth.tar"
+    said = printed(place_words.main, folder / "data/flickr8k/test_caps.txt", ranks, ranks)
+    assert "captions all: 50 of 50" in said and said.count("difference +0.0 [+0.0, +0.0]") == 9
 
 
 def test_a_run_is_not_continued_with_other_flags(trained):
@@ -98,3 +126,22 @@ def test_what_is_missing_is_named(flickr8k, tmp_path, missing):
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and error.startswith("error: ") and missing in error
     assert not (tmp_path / "data").exists()
+
+
+def test_captions_are_split_by_words_of_place():
+    captions = ["A dog LEFT of a ball .", "a leftover meal", "two men behind a table", "a dog in the grass"]
+    assert place_words.speaks_of_place(captions).tolist() == [True, False, True, False]
+
+
+def test_the_difference_on_some_captions_is_that_of_their_recalls():
+    rng = np.random.default_rng(0)
+    ranks, others = rng.integers(0, 12, (2, 500))
+    chosen = rng.random(500) < 0.2
+    first, second, mean, low, high = place_words.compare(ranks, others, chosen, 100)
+    for i, k in enumerate((1, 5, 10)):
+        np.testing.assert_allclose(first[i], 100 * (ranks[chosen] < k).mean())
+        np.testing.assert_allclose(second[i], 100 * (others[chosen] < k).mean())
+    np.testing.assert_allclose(mean, first - second, atol=1e-9)
+    assert (low < mean).all() and (mean < high).all()
+    *_, low_of_all, high_of_all = place_words.compare(ranks, others, np.ones(500, dtype=bool), 100)
+    assert (high - low > high_of_all - low_of_all).all()  # fewer captions, a wider interval

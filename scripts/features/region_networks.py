@@ -20,6 +20,7 @@ from lib.constants import N_REGIONS
 from lib.errors import InputError
 
 BACKBONES = {"resnet50": 2048, "resnet101": 2048, "resnet152": 2048, "efficientnet_lite0": 1280}  # feature size
+STRIDE = 32  # pixels of the input per cell of every backbone's last map
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's networks
 LITE = (127 / 255,) * 3, (128 / 255,) * 3  # and of EfficientNet-Lite
 WINDOWS = (  # columns, rows, width and height as shares of the picture's
