@@ -204,12 +204,12 @@ def main(
     data_name: str = "f30k_precomp",
     suffix: str = SUFFIX,
     caption_files: Callable[[str], Sequence[str] | None] = lambda folder: None,
-    tokenize: Callable = tokenize,
+    tokenize: Callable | None = None,
 ) -> None:
     """Write a data set's vocabulary as the flags say. The arguments are what a variant replaces.
 
     data_name: the flag's default. suffix: of the vocabulary's file name. caption_files: folder of the data set →
-    build_vocab's caption_file.
+    build_vocab's caption_file. tokenize: build_vocab's.
     """
     parser = argparse.ArgumentParser(
         description="Build the vocabulary of a data set from its train and dev captions.",
