@@ -1,10 +1,10 @@
-"""Several processes that train or evaluate as one, over PyTorch's own engine: gloo between CPUs, NCCL between GPUs.
+"""Several processes that train or evaluate as one, over torch.distributed: gloo between CPUs, NCCL between GPUs.
 
-torchrun --nproc_per_node 4 train.py --batch_size 128 …     128 is the whole batch, each process encodes 32 pairs of it
+torchrun --nproc_per_node 4 train.py --batch_size 128 …     128 is the whole batch; each process encodes 32 pairs of it
 
-The loss is that of the whole batch. Captions travel and images stay: a process gets the words of every caption of the
-batch and scores its own images against them, so that the score matrix is divided by rows. Gradients are then added up.
-In a process that torchrun did not start, every function here returns what it was given.
+The loss is that of the whole batch. Each process gathers the words of all captions of the batch and scores its own
+images against them, so that the score matrix is divided by rows. Then gradients are summed over the processes.
+In a process that torchrun did not start, every function here returns its argument.
 """
 
 import logging
@@ -21,7 +21,7 @@ from lib.errors import InputError, is_worker_crash
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """A torch.device: the one named, or for auto CUDA where there is one, the CPU otherwise."""
+    """The torch.device of this name; auto means CUDA where it is available, else the CPU. Raises InputError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -32,9 +32,10 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def start(device: str) -> None:
-    """Join the other processes, where torchrun started several. All but the first are silent from then on.
+    """Join the other processes that torchrun started; all but the first print and log nothing from then on.
 
-    device: the --device flag. With CUDA each process takes the GPU of its own number on its machine.
+    device: the --device flag. With CUDA a process takes the GPU of its LOCAL_RANK, or the only one that it can see
+    (schedulers such as SLURM can show each process one GPU). Raises InputError where there are too few GPUs.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
@@ -42,10 +43,7 @@ def start(device: str) -> None:
         raise InputError(f"--device {device}: expected auto, cpu or cuda where there are several processes")
     backend = "gloo"
     if device != "cpu" and torch.cuda.is_available():
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= there:
-            raise InputError(f"--nproc_per_node: more processes than GPUs on this machine, which has {there}")
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(pick_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
         backend = "cpu:gloo,cuda:nccl"
     with report_lost_peer():
         dist.init_process_group(backend)
@@ -54,8 +52,16 @@ def start(device: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays for the life of the process)
 
 
+def pick_gpu(local_rank: int, n_visible: int) -> int:
+    """Index of this process's GPU among those that it can see. Raises InputError where there are too few."""
+    one_for_each = n_visible == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+    if local_rank >= n_visible and not one_for_each:
+        raise InputError(f"--nproc_per_node: more processes than GPUs on this machine, which has {n_visible}")
+    return 0 if one_for_each else local_rank
+
+
 def stop() -> None:
-    """Leave the other processes; for a run's orderly end."""
+    """Leave the other processes at the end of a run."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -66,17 +72,20 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes there are."""
+    """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def report_lost_peer() -> Iterator[None]:
-    """Say in one line that another process is gone, wherever processes wait for each other."""
+    """Turn errors of communication into an InputError that says that another process has ended.
+
+    Crashes of a loading process and CUDA's own errors, out of memory among them, are raised as they are.
+    """
     try:
         yield
     except RuntimeError as error:
-        if is_worker_crash(error):
+        if is_worker_crash(error) or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
             raise
         where = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         reason = str(error).strip().splitlines()[0]
@@ -84,14 +93,14 @@ def report_lost_peer() -> Iterator[None]:
 
 
 def local_slice(n: int) -> slice:
-    """Which of a batch's n pairs are this process's. Too few for all of them to have one are the first process's."""
+    """This process's share of a batch of n pairs. With fewer pairs than processes the first process has them all."""
     if n < world_size():
         return slice(0, n if rank() == 0 else 0)
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def my_indices(n: int, done: int = 0) -> range:
-    """Which of n equal pieces of work, after done others, are this process's: every size-th."""
+    """This process's share of n equal pieces of work, which follow done others: one in every world_size."""
     return range((rank() - done) % world_size(), n, world_size())
 
 
@@ -99,7 +108,7 @@ def my_indices(n: int, done: int = 0) -> range:
 
 
 def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
-    """x of all processes added up, in place."""
+    """The sum of all processes' x, in place."""
     if world_size() > 1:
         with report_lost_peer():
             dist.all_reduce(x)
@@ -107,39 +116,39 @@ def all_reduce_sum(x: torch.Tensor) -> torch.Tensor:
 
 
 def any_process(condition: Any) -> bool:
-    """Whether condition holds in any process."""
+    """True in all processes where condition is true in any of them."""
     return bool(all_reduce_sum(torch.tensor(int(bool(condition)))))
 
 
 def barrier() -> None:
-    """Until all processes are here."""
+    """Wait until all processes are here."""
     any_process(False)
 
 
 def same_in_all_processes(number: int) -> bool:
-    """Whether all processes have the same number."""
+    """True where all processes have the same number."""
     return len(set(gather_ints([number]))) == 1
 
 
 class SumOverProcesses(torch.autograd.Function):
-    """The parts of a sum added up, in every process; each part's gradient is the sum's."""
+    """The sum of all processes' terms, in every process; each term's gradient is the sum's."""
 
     @staticmethod
-    def forward(ctx, part):
-        return all_reduce_sum(part.clone())
+    def forward(ctx, term):
+        return all_reduce_sum(term.clone())
 
     @staticmethod
     def backward(ctx, gradient):
         return gradient
 
 
-def sum_over_processes(part: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' parts, with gradient."""
-    return SumOverProcesses.apply(part) if world_size() > 1 else part
+def sum_over_processes(term: torch.Tensor) -> torch.Tensor:
+    """The sum of all processes' terms, with gradient."""
+    return SumOverProcesses.apply(term) if world_size() > 1 else term
 
 
 def all_reduce_gradients(parameters: list) -> None:
-    """Give every process the sum of all processes' gradients, in one message."""
+    """Replace each gradient by the sum of all processes', in one message."""
     if world_size() > 1:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -152,12 +161,12 @@ def all_reduce_gradients(parameters: list) -> None:
 
 
 class GatherRows(torch.autograd.Function):
-    """Every process's rows x (n, …), one after the other: (Σ counts, …). counts: how many rows each process has."""
+    """All processes' rows x (n, …), in the order of ranks: (Σ counts, …). counts: number of rows of each process."""
 
     @staticmethod
     def forward(ctx, x, counts):
         ctx.counts = counts
-        padded = x.new_zeros(max(counts), *x.shape[1:])  # messages of one size are what every backend can send
+        padded = x.new_zeros(max(counts), *x.shape[1:])  # NCCL sends messages of one size only
         padded[: len(x)] = x
         blocks = [torch.empty_like(padded) for _ in counts]
         with report_lost_peer():
@@ -170,19 +179,19 @@ class GatherRows(torch.autograd.Function):
 
 
 def gather_ints(numbers: Iterable[int]) -> list:
-    """Every process's integers, however many, one after the other."""
-    own = torch.tensor(list(numbers), dtype=torch.int64)
+    """All processes' integers, in the order of ranks; each process may have another number of them."""
+    mine = torch.tensor(list(numbers), dtype=torch.int64)
     if world_size() == 1:
-        return own.tolist()
-    counts = GatherRows.apply(torch.tensor([len(own)]), [1] * world_size()).tolist()
-    return GatherRows.apply(own, counts).tolist()
+        return mine.tolist()
+    counts = GatherRows.apply(torch.tensor([len(mine)]), [1] * world_size()).tolist()
+    return GatherRows.apply(mine, counts).tolist()
 
 
 class Batch:
-    """How a batch is divided: counts, the pairs of each process; first, how many come before this process's.
+    """The division of a batch among the processes; all of them construct it at once, each with the number of its pairs.
 
-    Made by all processes at once, each from the number of its pairs. A batch that lies with one process alone is not
-    shared: there, as where there is one process only, the methods return what they are given.
+    counts: pairs of each process. first: index in the batch of this process's first pair. shared: whether every process
+    has pairs; where one has none, the first has all, and the methods return their arguments, as with a single process.
     """
 
     def __init__(self, n: int):
@@ -191,7 +200,7 @@ class Batch:
         self.first = sum(self.counts[: rank()]) if self.shared else 0
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows (n, …) of this process's pairs → of the whole batch's (B, …), with gradient."""
+        """This process's rows (n, …) → the whole batch's (B, …), with gradient."""
         return GatherRows.apply(x, self.counts) if self.shared else x
 
     def gather_captions(self, words: torch.Tensor, lengths, *more: torch.Tensor) -> tuple:
@@ -210,7 +219,10 @@ class Batch:
         return words, lengths, *map(self.gather, more)
 
     def hardest(self, scores: torch.Tensor) -> tuple:
-        """Largest score of each column in the whole batch, and its row there; scores (n, B) are this process's rows."""
+        """Largest score (B,) of each column in the whole batch, and its row's index in the batch (B,).
+
+        scores (n, B): this process's rows.
+        """
         best, row = scores.max(0)
         if not self.shared:
             return best, row

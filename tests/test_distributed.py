@@ -184,6 +184,28 @@ def test_flags_that_do_not_go_with_several_processes_are_named(monkeypatch):
         train.check(train.get_parser().parse_args(["--batch_size", "2"]))
 
 
+def test_errors_of_the_device_are_not_taken_for_another_process(monkeypatch):
+    for error in (
+        torch.AcceleratorError("CUDA error: device-side assert"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ):
+        with pytest.raises(type(error)), distributed.report_lost_peer():
+            raise error
+    with pytest.raises(InputError, match="another process has ended"), distributed.report_lost_peer():
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_process_takes_the_gpu_of_its_number_or_the_only_one_it_can_see(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [distributed.pick_gpu(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(InputError, match="more processes than GPUs on this machine, which has 1"):
+        distributed.pick_gpu(1, 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")  # as SLURM sets it for the third of a machine's processes
+    assert distributed.pick_gpu(2, 1) == 0
+    with pytest.raises(InputError, match="which has 2"):
+        distributed.pick_gpu(2, 2)
+
+
 def test_skipped_batches_leave_the_others_as_they_are():
     batches = EpochBatches(23, 4, seed=5)
     batches.epoch = 3

@@ -29,6 +29,14 @@ shapes = st.fixed_dictionaries(
 )
 
 
+@pytest.fixture(scope="module", params=["amx", "none"], autouse=True)
+def ways(request):
+    """Every test runs with the fast ways of lib/kernels, and with the formulas of model.py alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PFAN_KERNELS", request.param)
+        yield
+
+
 def embeddings(n_images, n_regions, lens, seed, dim=8):
     """Unit region and word vectors, float32: (I, R, D) and (C, W, D), zero behind a caption's end."""
     rng = torch.Generator().manual_seed(seed)
