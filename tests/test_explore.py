@@ -283,10 +283,48 @@ def test_more_pictures_than_index_above_are_searched_in_two_stages(made, explore
     assert first_rank(np.array([4, 7, 2]), {2, 7}) == 2 and first_rank(np.array([4]), {2}) is None
 
 
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("test_ids.txt", lambda rows: rows[::-1], "other pictures than"),
+        ("test_pixel_boxes.npy", lambda rows: rows[:, ::-1], "other regions than"),
+        ("test_pixel_boxes.npy", lambda rows: rows[::-1], "not the regions of"),
+        ("test_pixel_boxes.npy", lambda rows: rows * 1.7, "% of the boxes reach outside the pictures in"),
+        ("test_boxes.npy", lambda rows: rows[::-1], "not the regions of"),
+        ("test_caps.txt", lambda rows: rows[::-1], "other captions than"),
+    ],
+)
+def test_models_whose_splits_differ_in_more_than_shapes_are_refused(made, tmp_path, name, change, said):
+    """The second model reads a copy of the data in which one file belongs to other pictures."""
+    shutil.copytree(made[0] / "data" / "demo", tmp_path / "data" / "other")
+    path = tmp_path / "data" / "other" / name
+    if name.endswith(".npy"):
+        np.save(path, change(np.load(path)))
+    else:
+        write_lines(path, change(path.read_text().splitlines()))
+    shutil.copyfile(made[0] / "vocab" / "demo_vocab.json", made[0] / "vocab" / "other_vocab.json")
+    where = (str(tmp_path / "data"), str(made[0] / "vocab"))
+    save_model(tmp_path / "other.pth.tar", *where, data_name="other", img_dim=128, position="none")
+    with pytest.raises(InputError, match=said):
+        Explorer(options(made[1][0], tmp_path / "other.pth.tar"))
+
+
+def test_models_of_one_split_in_two_folders_are_shown_side_by_side(made, tmp_path):
+    """The other folder has features of another extractor; each model's position weights come from its own features."""
+    shutil.copytree(made[0] / "data" / "demo", tmp_path / "data" / "other")
+    features = tmp_path / "data" / "other" / "test_ims.npy"
+    np.save(features, np.load(features)[..., :64])
+    shutil.copyfile(made[0] / "vocab" / "demo_vocab.json", made[0] / "vocab" / "other_vocab.json")
+    where = (str(tmp_path / "data"), str(made[0] / "vocab"))
+    save_model(tmp_path / "other.pth.tar", *where, data_name="other", img_dim=64, seed=2)
+    learned = Explorer(options(made[1][0], tmp_path / "other.pth.tar")).picture(4)["learned"]
+    assert np.shape(learned) == (2, 36, 15) and not np.allclose(learned[0], learned[1])
+
+
 def test_models_of_different_captions_are_refused(made, tmp_path):
     where = make_folder(tmp_path, splits={"dev": 6, "test": 6}, n_regions=4)
     save_model(tmp_path / "other.pth.tar", *where)
-    with pytest.raises(InputError, match="other.pth.tar: its test split is not that of"):
+    with pytest.raises(InputError, match="other.pth.tar: its test split has other captions than that of"):
         Explorer(options(made[1][0], tmp_path / "other.pth.tar"))
 
 

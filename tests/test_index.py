@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import faiss
 import numpy as np
 import pytest
 import torch
-from folders import make_folder
+from folders import make_folder, write_lines
 from test_evaluation import save_model
 
 from evaluation import load_split
@@ -207,6 +208,46 @@ def test_a_collection_of_another_model_is_refused(toy, built):
         open_or_build(toy[1]["i2t"], load(toy[1]["i2t"])[0], loader, "test", folder)
 
 
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("test_boxes.npy", lambda rows: rows[::-1], "grids"),
+        ("test_ims.npy", lambda rows: rows + 1, "features"),
+        ("test_caps.txt", lambda lines: lines[::-1], "captions"),
+    ],
+)
+def test_a_collection_of_other_data_of_the_same_shape_is_refused(toy, built, tmp_path, name, change, said):
+    shutil.copytree(toy[0] / "data", tmp_path / "data")
+    path = tmp_path / "data" / "toy_precomp" / name
+    if name.endswith(".npy"):
+        np.save(path, change(np.load(path)))
+    else:
+        write_lines(path, change(path.read_text().splitlines()))
+    model, loader = load_split(toy[1]["t2i"], str(tmp_path / "data"), None, "test")
+    with pytest.raises(InputError, match=f"made from other {said}, --overwrite"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", built[2])
+
+
+def test_a_collection_of_another_vocabulary_of_the_same_size_is_refused(toy, built):
+    model, loader = load(toy[1]["t2i"])
+    words = loader.dataset.vocab.word2idx
+    words["ball"], words["red"] = words["red"], words["ball"]
+    with pytest.raises(InputError, match="made from other vocabulary, --overwrite"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", built[2])
+
+
+def test_a_collection_made_before_vocabulary_and_grids_were_noted_is_opened(toy, built, tmp_path):
+    model, loader, folder = built
+    shutil.copytree(folder, tmp_path / "old")
+    note = json.loads((tmp_path / "old" / "collection.json").read_text())
+    old = {name: note[name] for name in ("checkpoint", "captions", "features", "anchors")}
+    (tmp_path / "old" / "collection.json").write_text(json.dumps(old))
+    open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path / "old"))
+    (tmp_path / "old" / "collection.json").write_text(json.dumps({"anchors": 32}))
+    with pytest.raises(InputError, match="made from other checkpoint"):
+        open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path / "old"))
+
+
 def test_files_that_are_no_collections_are_left_alone(toy, built, tmp_path):
     model, loader, _ = built
     (tmp_path / "thesis.txt").write_text("mine")
@@ -245,6 +286,7 @@ def test_damaged_files_are_an_error_that_names_them(toy, built, tmp_path):
         ("lens", arrays["lens"][:0]),
         ("lens", arrays["lens"] * 0),
         ("nearest", arrays["nearest"].astype(float)),
+        ("nearest", arrays["nearest"] + 32),
     ):
         np.save(tmp_path / f"{name}.npy", array)
         with pytest.raises(InputError, match="do not fit together"):

@@ -28,17 +28,17 @@ class Explorer:
     """Models, each with its embeddings of one split.
 
     opt: explore.py's flags. Raises InputError where a checkpoint, the split or the pictures cannot be read, or where
-    the models' splits differ.
+    the models' splits are not of the same pictures, regions and captions.
     """
 
     def __init__(self, opt):
         self.opt = opt
-        self.collections = []
+        self.collections, self.datasets = [], []
         for path in opt.model_path:
             self._add_model(path)
         self.names = name_models(opt.model_path, [collection.model.opt for collection in self.collections])
-        self.captions = self.dataset.captions
-        self.groups = Groups(self.dataset.n_images, len(self.captions))
+        self.captions, self.n_images = self.datasets[0].captions, self.datasets[0].n_images
+        self.groups = Groups(self.n_images, len(self.captions))
         self.by_text = {}
         for index, caption in enumerate(self.captions):
             self.by_text.setdefault(normalize(caption), []).append(index)
@@ -48,16 +48,17 @@ class Explorer:
         opt = self.opt
         model, loader = load_split(path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
         if not self.collections:
-            self.dataset, self.data_name = loader.dataset, model.opt.data_name
-            self.pictures = Pictures(self.dataset, opt.images)
-        elif loader.dataset.captions != self.dataset.captions:
-            raise InputError(f"{path}: its {opt.split} split is not that of {opt.model_path[0]}")
+            self.data_name = model.opt.data_name
+            self.pictures = Pictures(loader.dataset, opt.images)
+        elif fault := mismatch(self.datasets[0], self.pictures, loader.dataset, opt.images):
+            raise InputError(f"{path}: its {opt.split} split has {fault} that of {opt.model_path[0]}")
+        self.datasets.append(loader.dataset)
         if loader.dataset.n_images > opt.index_above:
             collection = open_or_build(path, model, loader, opt.split)
         else:
             collection = Collection.encode(model, loader)
         self.collections.append(collection)
-        print(f"{path}: {self.dataset.n_images} pictures, {len(self.dataset.captions)} captions", flush=True)
+        print(f"{path}: {loader.dataset.n_images} pictures, {len(loader.dataset.captions)} captions", flush=True)
 
     def about(self):
         """The models, the split and some of its captions."""
@@ -75,7 +76,7 @@ class Explorer:
             ],
             "data": self.data_name,
             "split": self.opt.split,
-            "pictures": self.dataset.n_images,
+            "pictures": self.n_images,
             "captions": len(self.captions),
             "files": len(self.pictures.files),
             "candidates": self.opt.candidates,
@@ -114,7 +115,7 @@ class Explorer:
         if not knows_a_word(collection.vocab, sentence):
             return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
         # a rank counts what was scored exactly: all pictures, or the first stage's candidates
-        n_scored = self.dataset.n_images if collection.first_stage is None else self.opt.candidates
+        n_scored = self.n_images if collection.first_stage is None else self.opt.candidates
         images, scores = collection.search(sentence, n_scored, self.opt.candidates)
         cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
         rank = first_rank(images, right)
@@ -147,21 +148,20 @@ class Explorer:
             "captions": [self.captions[i] for i in self._captions_of(image)],
             "cells": None if grid is None else grid[0].tolist(),
             "area": None if grid is None else np.round(grid[1], 4).tolist(),
-            "learned": [self._learned_weights(collection, image) for collection in self.collections],
+            "learned": [self._learned_weights(i, image) for i in range(len(self.collections))],
         }
 
     def _captions_of(self, image):
         return self.groups.captions(self.groups.of_image(image))
 
     @torch.no_grad()
-    def _learned_weights(self, collection, image):
-        """Weights (R, 15) that position attention gives the cells of a picture's regions; None without it."""
-        model = collection.model
+    def _learned_weights(self, number, image):
+        """Weights (R, 15) that a model's position attention gives the cells of a picture's regions; None without it."""
+        model = self.collections[number].model
         if option(model.opt, "position") != "attention":
             return None
-        grid = torch.from_numpy(self.pictures.row(self.pictures.grids, image))
-        features = self.dataset.read_features(self.dataset.images, "_ims.npy", image, image + 1)
-        weights = model.img_enc.cell_weights(features.to(model.device), grid[None].to(model.device))
+        features, grids = (x.to(model.device) for x in self.datasets[number].read_images(image, image + 1))
+        weights = model.img_enc.cell_weights(features, grids)
         return np.round(weights[1][0].float().cpu().numpy(), 5).tolist()
 
     def attention(self, image, sentence):
@@ -198,6 +198,22 @@ class Explorer:
             ]
             answer.append({"results": results, "rank": first_rank(order, right), "scored": len(order)})
         return {"image": image, "models": answer}
+
+
+def mismatch(dataset, pictures, other, folder):
+    """Why another split is not of the first one's pictures, regions and captions; "" where it is."""
+    if other.prefix == dataset.prefix:
+        return ""
+    if other.captions != dataset.captions:
+        return "other captions than"
+    shown = Pictures(other, folder)
+    if other.n_images != dataset.n_images or shown.ids != pictures.ids:
+        return "other pictures than"
+    if not (other.captions or (pictures.has_ids and shown.has_ids)):
+        return "neither captions nor ids to compare with"
+    pairs = [(pictures.boxes(i), shown.boxes(i)) for i in pictures.sample]
+    same = all(a is None or b is None or (a.shape == b.shape and np.allclose(a, b, atol=0.1)) for a, b in pairs)
+    return "" if same else "other regions than"
 
 
 def read_tokens(collection, sentence):

@@ -35,7 +35,7 @@ def add_routes(app, explorer):
 
     def existing(number):
         """A picture's index (int) from the text in an address."""
-        n = explorer.dataset.n_images
+        n = explorer.n_images
         if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < n):
             raise Refused(404, f"There is no picture {number[:20]}: expected 0 to {n - 1}.")
         return int(number)

@@ -1,4 +1,4 @@
-"""What there is to look at in a split: its picture files, and where in a picture its regions lie."""
+"""The picture files of a split, and where in a picture its regions lie."""
 
 import os
 import re
@@ -8,11 +8,17 @@ from PIL import Image
 
 from lib.constants import N_CELLS, N_SLOTS
 from lib.errors import InputError
-from lib.files import open_npy
+from lib.files import open_npy, read_lines
 
 FILES = (".png", ".jpg", ".jpeg", ".webp")
 FRAME = (4, 3)  # width and height of the frame of a picture of which nothing is known
 SIDE = round(N_CELLS**0.5)  # cells of the grid in a row
+SAMPLE = 16  # pictures, spread over the split, of which boxes are compared
+SMALL = 0.02  # share of the picture that a region covers whose cells are all listed
+MIN_SMALL = 20  # small regions in the sample, below which nothing is compared
+MIN_IOU = 0.1  # of small regions by pixels and by cells; in drawn pictures 0.45, with another picture's cells 0.02
+MAX_OUTSIDE = 0.1  # of the boxes may reach more than OUTSIDE pixels beyond their picture
+OUTSIDE = 2
 
 
 class Pictures:
@@ -20,27 +26,74 @@ class Pictures:
 
     dataset: its PrecompDataset. folder: of the picture files, named ID.png, ID.jpg or as COCO does; where None,
     SPLIT_images beside the data, and no pictures where there is no such folder either.
+    Raises InputError where arrays have other shapes, where no file in folder has an id's name, and where boxes, grids
+    and picture files are not of the same pictures.
     """
 
     def __init__(self, dataset, folder=None):
-        prefix, self.n, self.repeats = dataset.prefix, dataset.n_images, dataset.repeats
+        self.prefix, self.n = dataset.prefix, dataset.n_images
         self.n_regions = dataset.images.shape[1]
         if folder is not None and not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder of pictures")
-        self.folder = folder or prefix + "_images"
-        self.ids = self._every_image(read_ids(prefix + "_ids.txt")) or [str(i) for i in range(self.n)]
+        self.folder = folder or self.prefix + "_images"
+        self.ids = self._read_ids(dataset)
         self.files = find_files(self.folder, self.ids)
-        self.pixel_boxes, self.grids = (
-            open_npy(path) if os.path.isfile(path) else None
-            for path in (prefix + "_pixel_boxes.npy", prefix + "_boxes.npy")
-        )
-        for name, array in (("_pixel_boxes.npy", self.pixel_boxes), ("_boxes.npy", self.grids)):
-            if array is not None and (array.ndim != 3 or len(array) % self.n or array.shape[1] < self.n_regions):
-                raise InputError(f"{prefix}{name}: found {array.shape}, expected ({self.n}, {self.n_regions}, …)")
+        if folder is not None and not self.files:
+            raise InputError(f"{folder}: no file of the pictures, expected names such as {self.ids[0]}.jpg")
+        self.pixel_boxes, self.grids = self._open("_pixel_boxes.npy"), self._open("_boxes.npy")
+        self.sample = np.unique(np.linspace(0, self.n - 1, min(self.n, SAMPLE)).astype(int)).tolist()
+        self._check_files()
+        self._check_grids()
 
-    def _every_image(self, rows):
-        """One row of each picture, where the rows repeat each picture equally often; else None."""
-        return rows[:: len(rows) // self.n] if rows and len(rows) % self.n == 0 else None
+    def _read_ids(self, dataset):
+        """An id for each picture: those of SPLIT_ids.txt, else the pictures' indices."""
+        path = self.prefix + "_ids.txt"
+        self.has_ids = os.path.isfile(path)
+        if not self.has_ids:
+            return [str(i) for i in range(self.n)]
+        ids = read_lines(path)
+        if not ids or len(ids) % self.n or len(ids) not in (self.n, len(dataset.images), len(dataset.captions)):
+            raise InputError(f"{path}: {len(ids)} ids for {self.n} pictures, expected as many")
+        return ids[:: len(ids) // self.n]
+
+    def _open(self, suffix):
+        path = self.prefix + suffix
+        if not os.path.isfile(path):
+            return None
+        array = open_npy(path)
+        if array.ndim != 3 or len(array) % self.n or array.shape[1] < self.n_regions:
+            raise InputError(f"{path}: found {array.shape}, expected ({self.n}, {self.n_regions}, …)")
+        return array
+
+    def _check_files(self):
+        """Pixel boxes lie in their picture files."""
+        if self.pixel_boxes is None:
+            return
+        outside = [
+            self.row(self.pixel_boxes, i)[:, 2:] > np.array(self.size(i)) + OUTSIDE
+            for i in self.sample
+            if self.ids[i] in self.files
+        ]
+        if outside and (share := np.concatenate(outside).any(1).mean()) > MAX_OUTSIDE:
+            raise InputError(
+                f"{self.prefix}_pixel_boxes.npy: {100 * share:.0f} % of the boxes reach outside the pictures in "
+                f"{self.folder}, expected boxes of these pictures at their size"
+            )
+
+    def _check_grids(self):
+        """Pixel boxes and grids describe the same regions."""
+        if self.pixel_boxes is None or self.grids is None:
+            return
+        overlaps = []
+        for i in self.sample:
+            by_pixels, by_cells = self._boxes_by_pixels(i), self._boxes_by_cells(i)
+            small = np.prod(by_pixels[:, 2:] - by_pixels[:, :2], axis=1) < SMALL
+            overlaps += iou(by_pixels[small], by_cells[small]).tolist()
+        if len(overlaps) >= MIN_SMALL and np.mean(overlaps) < MIN_IOU:
+            raise InputError(
+                f"{self.prefix}_pixel_boxes.npy: not the regions of {self.prefix}_boxes.npy "
+                f"(overlap {np.mean(overlaps):.2f}), expected boxes of the same pictures in the same order"
+            )
 
     def row(self, array, number):
         return np.array(array[number * (len(array) // self.n)][: self.n_regions], dtype=np.float32)
@@ -71,23 +124,27 @@ class Pictures:
         large region shows smaller than it is).
         """
         if self.pixel_boxes is not None:
-            return np.clip(self.row(self.pixel_boxes, number) / np.tile(self.size(number), 2), 0, 1)
-        if self.grids is None:
-            return None
+            return self._boxes_by_pixels(number)
+        return None if self.grids is None else self._boxes_by_cells(number)
+
+    def _boxes_by_pixels(self, number):
+        return np.clip(self.row(self.pixel_boxes, number) / np.tile(self.size(number), 2), 0, 1)
+
+    def _boxes_by_cells(self, number):
         cells, weights = self.grid(number)
-        seen = (weights > 0) & (cells < N_CELLS)
+        listed = (weights > 0) & (cells < N_CELLS)
         corners = np.stack([cells // SIDE, cells % SIDE], 2) / SIDE  # column, row
-        first = np.where(seen[..., None], corners, 1).min(1)
-        last = np.where(seen[..., None], corners + 1 / SIDE, 0).max(1)
+        first = np.where(listed[..., None], corners, 1).min(1)
+        last = np.where(listed[..., None], corners + 1 / SIDE, 0).max(1)
         return np.concatenate([np.minimum(first, last), last], 1)  # a region without cells has no extent
 
 
-def read_ids(path):
-    """The lines of an id file, [] where there is none."""
-    if not os.path.isfile(path):
-        return []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        return file.read().split("\n")[:-1] or []
+def iou(a, b):
+    """Intersection over union of boxes a (n, 4) and b (n, 4): (n,)."""
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+    both = np.prod(np.maximum(sides, 0), axis=1)
+    areas = np.prod(a[:, 2:] - a[:, :2], axis=1) + np.prod(b[:, 2:] - b[:, :2], axis=1)
+    return both / np.maximum(areas - both, 1e-12)
 
 
 def find_files(folder, ids):

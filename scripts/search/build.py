@@ -17,6 +17,7 @@ from scripts.search.store import (
     collection_folder,
     fingerprint,
     open_collection,
+    other_input,
     read_centroids,
     read_json,
     roles,
@@ -201,8 +202,7 @@ def open_or_build(model_path, model, loader, split, folder=None, n_centroids=Non
         before = {}
     n_centroids = n_centroids or (before or {}).get("anchors", N_CENTROIDS)
     made_from = fingerprint(model_path, loader.dataset, n_centroids)
-    if before is not None and not overwrite and before != made_from:
-        found = next((name for name in made_from if before.get(name) != made_from[name]), "things")
+    if before is not None and not overwrite and (found := other_input(before, made_from)):
         raise InputError(f"{folder}: made from other {found}, --overwrite of build_index.py makes it anew")
     if before is None or overwrite:
         check_folder(folder)

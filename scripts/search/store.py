@@ -23,6 +23,7 @@ from scripts.search.collection import Collection
 from scripts.search.first_stage import FirstStage
 
 N_CENTROIDS = 4096
+ADDED = ("vocabulary", "grids")  # to the notes of what a collection was made from
 FILES = {
     "images.npy",
     "words.npy",
@@ -45,13 +46,34 @@ def fingerprint(model_path, dataset, n_centroids):
     """What a collection is made from, as a dict that collection.json keeps."""
     with open(model_path, "rb") as file:
         checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
-    sample = np.ascontiguousarray(dataset.images[:: len(dataset.images) // 8 + 1])
     return {
         "checkpoint": checkpoint,
-        "captions": hashlib.sha256("\n".join(dataset.captions).encode()).hexdigest(),
-        "features": [*dataset.images.shape, hashlib.sha256(sample).hexdigest()],
+        "captions": digest("\n".join(dataset.captions).encode()),
+        "features": [*dataset.images.shape, sample_digest(dataset.images, 8)],
         "anchors": n_centroids,
+        "vocabulary": digest(json.dumps(sorted(dataset.vocab.word2idx.items())).encode()),
+        "grids": sample_digest(dataset.boxes, 1024) if dataset.need_boxes else None,
     }
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def sample_digest(array, count):
+    """The digest of count rows at most, spread over an array."""
+    return digest(np.ascontiguousarray(array[:: len(array) // count + 1]))
+
+
+def other_input(before, made_from):
+    """The name of an input from which a collection with the note before was not made; None where there is none.
+
+    Notes of older collections have no vocabulary and no grids.
+    """
+    known = {name: before.get(name) for name in made_from if name in before or name not in ADDED}
+    if set(before) - set(made_from):
+        return "things"
+    return next((name for name in known if known[name] != made_from[name]), None)
 
 
 # ---------------------------------------------------------------- notes
@@ -108,6 +130,8 @@ def open_collection(folder, model, vocab):
     if not fit or {images.shape[2], words.shape[1], centroids.d} != {model.opt.embed_size}:
         raise mismatch
     (queries, starts), (_, context_starts) = roles(model.opt.cross_attn, images, words, lens)
+    if len(nearest) and nearest.max() >= centroids.ntotal:
+        raise mismatch
     if table.shape != (centroids.ntotal, len(context_starts) - 1) or nearest.shape != queries.shape[:1]:
         raise mismatch
     first_stage = FirstStage(model.opt.cross_attn == "t2i", centroids, nearest, starts, table)
