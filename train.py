@@ -26,6 +26,7 @@ from data import get_loaders
 from evaluation import SHARD_SIZE, AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
+from lib.datasets.region_match import judge_dataset
 from lib.errors import InputError, run
 from lib.options import TRAIN, add_options, check_options, option, to_namespace
 from lib.workers import watched_workers
@@ -317,6 +318,7 @@ def fit(
     vocab = vocab or read_vocab(opt)
     opt.vocab_size = len(vocab)
     loaders = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
+    warn_of_boxes(loaders[0].dataset)
     torch.manual_seed(opt.seed)
     run = Run(opt, make_model(opt), loaders, validate or validation)
     if checkpoint:
@@ -326,6 +328,14 @@ def fit(
     run.train()
     distributed.stop()
     return run.best_rsum
+
+
+def warn_of_boxes(dataset: Any) -> None:
+    """Log a warning where the boxes of a data set's first pictures do not belong to their features."""
+    judgement = judge_dataset(dataset) if distributed.rank() == 0 else None
+    if judgement and judgement.wrong:
+        message = "%s_boxes.npy: of other pictures or regions than the features: %s. scripts/align.py orders them."
+        log.warning(message, dataset.prefix, judgement)
 
 
 def checkpoint_to_resume(opt: Any) -> tuple[str, dict | None]:

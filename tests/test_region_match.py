@@ -41,7 +41,13 @@ def test_random_features_raise_no_alarm(pictures, img_dim):
 def test_fixed_windows_raise_no_alarm(pictures):
     grids, features = pictures
     judgement = judge(features, np.repeat(grids[:1], 60, axis=0))
-    assert judgement.wrong is None and "the same boxes" in str(judgement)
+    assert judgement.wrong is None and "have the same boxes" in str(judgement)
+
+
+def test_pictures_that_stand_twice_are_no_fault(pictures):
+    grids, features = (np.repeat(array, 2, axis=0) for array in pictures)
+    assert judge(features, grids).wrong is False
+    assert judge(features, grids[::-1]).wrong is True
 
 
 def test_what_cannot_be_judged_is_said(pictures):

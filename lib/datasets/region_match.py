@@ -6,18 +6,20 @@ picture or with the regions in another order), so boxes in a wrong order are not
 Regions without area, and padded ones (features all 0), do not count.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from lib.constants import N_CELLS, N_SLOTS
 
 FEWEST_PICTURES = 8  # that a judgement needs
+FIRST_PICTURES = 32  # of a data set: under a second
 N_OTHERS = 10  # pictures whose boxes are tried on each picture
 LEAST_SPREAD = 0.15  # standard deviation of the likeness; measured: detector's boxes 0.48, windows 0.22
 RANDOM_FACTOR = 2  # random features of D values have 1 / √D
 LEAST_OVERLAP_SPREAD = 0.05  # measured: detector's boxes 0.22
-SAME_BOXES = 0.5  # correlation of the overlaps in two pictures; measured: detector's boxes 0.00, windows 1
+SAME_BOXES = 0.9  # correlation of the overlaps in two pictures; measured: detector's boxes 0.00, windows 1
+MOST_SAME = 0.5  # share of pictures with the same boxes
 MOST_MISSES = 0.25  # share of pictures that another picture's boxes fit better; measured: right 0, wrong 0.9
 LEAST_SCORE = 0.2  # of a pair found by match; measured: right ones 0.27 and more
 LEAST_LEAD = 0.1  # over the next best; measured: wrong ones have less in 997 of 1,000 cases
@@ -98,34 +100,44 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     features, grids = features[:, :n_regions], grids[:, :n_regions]
     alike, overlap = likeness(features), overlaps(grids)
     n = len(features)
-    shifts = range(1, min(N_OTHERS, n - 1) + 1)
     own = (alike.pairs * overlap.pairs).sum(1)
-    others = np.array([(alike.pairs * np.roll(overlap.pairs, shift, axis=0)).sum(1) for shift in shifts])
+    rolled = [np.roll(overlap.pairs, shift, axis=0) for shift in range(1, min(N_OTHERS, n - 1) + 1)]
+    others = np.array([(alike.pairs * pairs).sum(1) for pairs in rolled])
+    same = np.array([(overlap.pairs * pairs).sum(1) > SAME_BOXES for pairs in rolled])
     order = np.random.default_rng(0).permutation(n_regions)
     shuffled = (alike.pairs * overlaps(grids[:, order]).pairs).sum(1)
 
-    misses = int((own <= others.max(0)).sum()) if len(others) else n
-    wrong, reason = misses > MOST_MISSES * n, ""
-    if wrong:  # unless it could not be otherwise
-        reason = _why_untold(alike, overlap, features.shape)
-    means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
+    misses = int((own <= np.where(same, -1, others).max(0)).sum()) if n > 1 else 0
+    wrong = misses > MOST_MISSES * n
+    reason = ""
     if n < FEWEST_PICTURES:
         reason = f"{n} pictures are too few"
+    elif same.mean() > MOST_SAME:
+        reason = "most pictures have the same boxes"
+    elif wrong:
+        reason = _why_untold(alike, overlap, features.shape[2])
+    means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
     return Judgement(means[0], means[1], means[2], misses, n, None if reason else wrong, reason)
 
 
-def _why_untold(alike, overlap, shape):
-    """Why features (of this shape) and boxes could not fit even if they belonged together; "" if they could."""
-    least_spread = max(LEAST_SPREAD, RANDOM_FACTOR / np.sqrt(shape[2]))
+def _why_untold(alike, overlap, img_dim):
+    """Why boxes could not fit features of img_dim values even if they belonged together; "" if they could."""
+    least_spread = max(LEAST_SPREAD, RANDOM_FACTOR / np.sqrt(img_dim))
     spread = alike.spread.mean()
     if spread < least_spread:
         spread = f"standard deviation {spread:.2f}, expected {least_spread:.2f}"
         return f"no regions are more alike than others ({spread})"
     if overlap.spread.mean() < LEAST_OVERLAP_SPREAD:
         return "all regions overlap alike"
-    if (overlap.pairs * np.roll(overlap.pairs, 1, axis=0)).sum(1).mean() > SAME_BOXES:
-        return "all pictures have the same boxes"
     return ""
+
+
+def judge_dataset(dataset: Any) -> Judgement | None:
+    """Judge the boxes of a data.PrecompDataset's first pictures; None where it has no boxes."""
+    if not dataset.need_boxes:
+        return None
+    features, *_, grids = dataset.read_images(0, min(FIRST_PICTURES, dataset.n_images))
+    return judge(features.numpy(), grids.numpy())
 
 
 def match(alike: np.ndarray, overlap: np.ndarray) -> np.ndarray:
