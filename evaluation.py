@@ -21,7 +21,7 @@ from lib.files import replace
 from lib.intervals import RECALL_AT, group_hits, print_summary
 from lib.options import add_options, check_options, option
 from model import SCAN, XATTN_SCORE, load_model
-from vocab import deserialize_vocab
+from vocab import checkpoint_vocab, deserialize_vocab
 
 SHARD_SIZE = 512  # of a split's evaluation: what one side of a shard needs is computed four times less than with 128
 
@@ -286,11 +286,12 @@ def load_split(
     replaces. captions_optional: a split without a caption file has images only. overrides: other options of the
     checkpoint to set.
     """
-    opt = load_checkpoint(model_path)["opt"]
+    checkpoint = load_checkpoint(model_path)
+    opt = checkpoint["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
+    vocab = checkpoint_vocab(model_path, checkpoint, opt, read_vocab)
     vars(opt).update(overrides)
     check_options(opt, ("batch_size", "matmul_precision"))
-    vocab = read_vocab(opt)
     model = load_model(model_path, len(vocab), make_model, **overrides)
     more = {"captions_optional": True} if captions_optional else {}
     return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)

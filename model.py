@@ -454,6 +454,8 @@ def load_model(path: str, vocab_size: int | None = None, make_model: Callable = 
     try:
         model = make_model(opt)
         model.load_state_dict(checkpoint["model"])
+        if "fc_whole.bias" in checkpoint["model"][0] and not hasattr(model.img_enc, "fc_whole"):
+            raise InputError("a whole-image model, expected to be evaluated by Tencent_PFAN/evaluation_whole.py")
     except (InputError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
     model.val_start()

@@ -28,9 +28,11 @@ from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
 from lib.datasets.region_match import judge_dataset
 from lib.errors import InputError, run
-from lib.options import TRAIN, add_options, check_options, option, to_namespace
+from lib.options import TRAIN, add_options, check_options, to_namespace
+from lib.resume import caption_digests, check_same_data, check_same_options, load_training_state, take_weights
 from lib.workers import watched_workers
 from model import SCAN
+from vocab import NoVocabularyError, Vocabulary, checkpoint_vocab, word_list
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ def get_parser() -> argparse.ArgumentParser:
 def check(opt: Any) -> None:
     """Raise InputError for flags that cannot be trained with."""
     check_options(opt)
+    if opt.init_from and opt.resume not in ("", "auto"):
+        raise InputError(f"--init_from {opt.init_from}: expected no --resume {opt.resume} beside it, only auto")
     least = max(2, distributed.world_size())
     if opt.batch_size < least:
         raise InputError(f"--batch_size {opt.batch_size}: expected at least {least}")
@@ -125,6 +129,7 @@ class Run:
     """One training run.
 
     loaders: of the train and the dev split. validation(opt, dev loader, model, tb) → rsum.
+    vocab: its words go into the checkpoints.
     epoch: finished epochs. step: finished steps of the epoch after them. saved: path of the last good checkpoint.
     """
 
@@ -132,6 +137,7 @@ class Run:
     model: Any
     loaders: tuple
     validation: Callable
+    vocab: Any = None
     epoch: int = 0
     step: int = 0
     best_rsum: float = -1.0
@@ -245,6 +251,9 @@ class Run:
             "optimizer": model.optimizer.state_dict(),
             "random": torch.get_rng_state(),
         }
+        if isinstance(self.vocab, Vocabulary):
+            state |= {"words": word_list(self.vocab), "segment": self.vocab.segment}
+        state["captions"] = caption_digests(self.loaders)
         if model.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(model.device)
         if distributed.rank() == 0:
@@ -253,61 +262,31 @@ class Run:
         self.saved = os.path.join(self.opt.model_name, name)
 
     def resume(self, checkpoint: dict, path: str) -> None:
-        """Go on from a checkpoint: its parameters, optimizer, step count, random state and best score.
+        """Continue from a checkpoint: its parameters, optimizer, step count, random state and best score.
 
         Raises InputError naming path where it does not fit this run.
         """
-        opt, model = self.opt, self.model
-        words = len(checkpoint["model"][1]["embed.weight"])
-        if words != opt.vocab_size:
-            raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {opt.vocab_size}")
+        check_same_data(path, checkpoint, self.opt.vocab_size, caption_digests(self.loaders))
+        load_training_state(path, checkpoint, self.model)
         self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
         self.best_rsum, self.saved = float(checkpoint["best_rsum"]), path
-        for name in ("batch_size", "seed") if self.step else ():
-            found, then = getattr(opt, name), option(checkpoint["opt"], name)
-            if found != then:
-                raise InputError(f"{path}: saved within an epoch with --{name} {then}, found --{name} {found}")
-        try:
-            model.load_state_dict(checkpoint["model"])
-            if "optimizer" in checkpoint:
-                load_moments(model, checkpoint["optimizer"])
-            else:
-                log.warning("%s holds no optimizer state: Adam starts afresh", path)
-            if "random" in checkpoint:
-                torch.set_rng_state(checkpoint["random"])
-            if "random_cuda" in checkpoint and model.device.type == "cuda":
-                torch.cuda.set_rng_state(checkpoint["random_cuda"], model.device)
-        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            raise InputError(f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
-        model.Eiters = checkpoint["Eiters"]
         log.info("%s: %d epochs and %d steps done, best rsum %.1f", path, self.epoch, self.step, self.best_rsum)
 
-
-def load_moments(model: Any, state: dict) -> None:
-    """Put Adam's moments of each parameter from an optimizer's state_dict into model's; the settings stay this run's.
-
-    Raises ValueError where they do not fit the parameters, and other exceptions for a state of another form.
-    """
-    groups = model.optimizer.state_dict()["param_groups"]
-    if len(state["param_groups"][0]["params"]) != len(model.params):
-        raise ValueError(f"optimizer: not of {len(model.params)} parameters")
-    for number, moments in state["state"].items():
-        if number not in range(len(model.params)):
-            raise ValueError(f"optimizer: moments of a parameter {number!r:.20}, there are {len(model.params)}")
-        shape = model.params[number].shape
-        if {name: x.shape for name, x in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
-            raise ValueError(f"optimizer: moments of parameter {number} do not fit its shape {tuple(shape)}")
-    model.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+    def start_from(self, path: str, read_vocab: Callable) -> None:
+        """Take over the parameters of the checkpoint at path, nothing else. read_vocab: as in fit."""
+        checkpoint = load_checkpoint(path)
+        n = take_weights(path, checkpoint, self.model, words_of(self.opt, checkpoint, read_vocab), self.vocab.word2idx)
+        log.info("%s: weights taken over, embeddings of %d of %d words", path, n, len(self.vocab))
 
 
 def fit(
     opt: Any,
     make_model: Callable = SCAN,
     make_loaders: Callable = get_loaders,
-    vocab: Any = None,
+    read_vocab: Callable = read_vocab,
     validate: Callable | None = None,
 ) -> float:
-    """Train as opt says; a variant replaces make_model, make_loaders and validate. Returns the best rsum.
+    """Train as opt says; a variant replaces the other arguments. Returns the best rsum.
 
     opt: any object with flags as attributes; those that it lacks have their defaults.
     """
@@ -315,14 +294,18 @@ def fit(
     distributed.start(opt.device)
     check(opt)
     path, checkpoint = checkpoint_to_resume(opt)
-    vocab = vocab or read_vocab(opt)
+    if checkpoint:
+        check_same_options(path, checkpoint, opt)
+    vocab = checkpoint_vocab(path, checkpoint, opt, read_vocab) if checkpoint else read_vocab(opt)
     opt.vocab_size = len(vocab)
     loaders = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
     warn_of_boxes(loaders[0].dataset)
     torch.manual_seed(opt.seed)
-    run = Run(opt, make_model(opt), loaders, validate or validation)
+    run = Run(opt, make_model(opt), loaders, validate or validation, vocab)
     if checkpoint:
         run.resume(checkpoint, path)
+    elif opt.init_from:
+        run.start_from(opt.init_from, read_vocab)
     if not distributed.same_in_all_processes(run.model.Eiters):
         raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
     run.train()
@@ -343,6 +326,24 @@ def checkpoint_to_resume(opt: Any) -> tuple[str, dict | None]:
     if opt.resume == "auto":
         return last_checkpoint(opt.model_name)
     return opt.resume, load_checkpoint(opt.resume) if opt.resume else None
+
+
+def words_of(opt: Any, checkpoint: dict, read_vocab: Callable) -> list[str]:
+    """The words of the checkpoint that --init_from names; an older one's are in the vocabulary of its data set.
+
+    Raises InputError where there is no such file under --vocab_path or the checkpoint's, or none of the right size.
+    """
+    if checkpoint.get("words") is not None:
+        return checkpoint["words"]
+    name, n = checkpoint["opt"].data_name, len(checkpoint["model"][1]["embed.weight"])
+    for folder in (opt.vocab_path, checkpoint["opt"].vocab_path):
+        with suppress(NoVocabularyError):
+            vocab = read_vocab(argparse.Namespace(vocab_path=folder, data_name=name))
+            if len(vocab) == n:
+                return word_list(vocab)
+    raise InputError(
+        f"{opt.init_from}: holds no words, and --vocab_path {opt.vocab_path} has no vocabulary of {name} with {n} words"
+    )
 
 
 def validation(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:

@@ -15,11 +15,11 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 from tqdm import tqdm
 
+from lib.constants import SPECIAL
 from lib.errors import InputError, run
 from lib.files import read_lines, write_lines
 from lib.segmentation import segment
 
-SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")  # ids 0…3
 SUFFIX = "_vocab.json"  # of a vocabulary's file name, after the data set's
 SPLITS = ("train", "dev")  # what a vocabulary is built from
 
@@ -70,6 +70,7 @@ class Vocabulary:
         self.idx2word = {}
         self.idx = 0
         self.unknown, self.segment = unknown, segment
+        self.path = ""  # the file that it was read from
 
     @classmethod
     def from_words(cls, words, segment=False):
@@ -99,6 +100,47 @@ class Vocabulary:
     def encode(self, caption):
         """Ids (list of int) of `<start>` tokens `<end>` for a caption (str)."""
         return [self(word) for word in ("<start>", *self.tokenize(caption), "<end>")]
+
+
+class NoVocabularyError(InputError):
+    """There is no vocabulary file."""
+
+
+def word_list(vocab: Any) -> list[str]:
+    """The words of a vocabulary in the order of their ids."""
+    return sorted(vocab.word2idx, key=vocab.word2idx.__getitem__)
+
+
+def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, read_vocab: Callable) -> Any:
+    """The vocabulary of a checkpoint, which lies at path.
+
+    read_vocab(opt) reads the file that opt leads to. A checkpoint with words needs no file; where there is one, it
+    must hold the same words. Raises InputError that names the checkpoint, the file and the first word that differs.
+    """
+    words, segment = checkpoint.get("words"), checkpoint.get("segment", False)
+    try:
+        vocab = read_vocab(opt)
+    except NoVocabularyError:
+        if words is None:
+            raise
+        return Vocabulary.from_words(words, segment)
+    if words is None:
+        return vocab
+    found = word_list(vocab)
+    if len(found) != len(words):
+        raise InputError(
+            f"{path}: made with a vocabulary of {len(words)} words, found one of {len(found)}: {vocab.path}"
+        )
+    differ = [i for i, pair in enumerate(zip(words, found, strict=True)) if pair[0] != pair[1]]
+    if differ:
+        i = differ[0]
+        raise InputError(
+            f"{path}: made with another vocabulary of {len(words)} words than {vocab.path}: "
+            f"id {i} is {words[i]!r:.40}, found {found[i]!r:.40}"
+        )
+    if vocab.segment != segment:
+        raise InputError(f"{path}: made with{'' if segment else 'out'} --segment, unlike {vocab.path}")
+    return vocab
 
 
 def warn_unknown(path: str, unknown: int, words: int) -> str | None:
@@ -132,7 +174,7 @@ def deserialize_vocab(src: str) -> Vocabulary:
     except FileNotFoundError:
         name = re.sub(r"_vocab\.json$", "", os.path.basename(src))
         command = f"python vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {os.path.dirname(src) or '.'}"
-        raise InputError(
+        raise NoVocabularyError(
             f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"
         ) from None
     words = stored.get("word2idx") if isinstance(stored, dict) else None
@@ -145,7 +187,9 @@ def deserialize_vocab(src: str) -> Vocabulary:
     if sorted(words.values()) != list(range(len(words))):
         raise InputError(f"{src}: ids with gaps or repeats, expected 0 to {len(words) - 1}")
     check_vocab(src, words)
-    return Vocabulary.from_words(sorted(words, key=words.__getitem__), stored.get("segment") is True)
+    vocab = Vocabulary.from_words(sorted(words, key=words.__getitem__), stored.get("segment") is True)
+    vocab.path = os.fspath(src)
+    return vocab
 
 
 def check_vocab(path: str, words: Collection[str]) -> None:

@@ -5,7 +5,6 @@ Sizes in the docstrings: P pictures of R = 36 regions, S sentences of W words, D
 """
 
 import hashlib
-import os
 import re
 import threading
 from contextlib import suppress
@@ -20,11 +19,13 @@ from cachetools import LRUCache
 from msgspec import UNSET, Meta, UnsetType
 
 from data import pad
+from lib.checkpoint import load_checkpoint
 from lib.constants import N_REGIONS
 from lib.segmentation import segment
 from position import position_grid
 from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
-from Tencent_PFAN.vocab import SUFFIX, deserialize_vocab
+from Tencent_PFAN.vocab import Vocabulary, read_vocab
+from vocab import checkpoint_vocab
 
 MAX_PIXELS = 1e6  # height and width of a picture
 LARGEST = 1e9  # of a feature's values, so that no product of float32 overflows
@@ -175,7 +176,8 @@ class Scorer:
     def __init__(self, model_path, vocab_path=None, cache_bytes=256 << 20, **overrides):
         self.model = load_model(model_path, **overrides)
         opt = self.model.opt
-        self.vocab = deserialize_vocab(os.path.join(vocab_path or opt.vocab_path, opt.data_name + SUFFIX))
+        opt.vocab_path = vocab_path or opt.vocab_path
+        self.vocab = Vocabulary.of(checkpoint_vocab(model_path, load_checkpoint(model_path), opt, read_vocab))
         if len(self.vocab) > opt.vocab_size:
             raise BadRequest(f"{model_path}: knows {opt.vocab_size} words, its vocabulary has {len(self.vocab)}")
         self.img_dim = opt.img_dim

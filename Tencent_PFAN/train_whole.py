@@ -38,7 +38,7 @@ def validation(opt, val_loader, model, tb):
 def main():
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     opt = get_parser().parse_args()
-    root.fit(opt, SCAN, get_loaders, read_vocab(opt), validation)
+    root.fit(opt, SCAN, get_loaders, read_vocab, validation)
 
 
 if __name__ == "__main__":

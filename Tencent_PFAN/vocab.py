@@ -10,7 +10,7 @@ if not __package__:
     import _root  # noqa: F401
 
 import vocab as root
-from lib.errors import InputError, run
+from lib.errors import run
 
 LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 SUFFIX = "_sent_vocab.json"
@@ -39,6 +39,7 @@ class Vocabulary(root.Vocabulary):
         """The words of any vocabulary under the rules of this one."""
         new = cls()
         new.word2idx, new.idx2word, new.idx, new.segment = vocab.word2idx, vocab.idx2word, vocab.idx, vocab.segment
+        new.path = vocab.path
         return new
 
 
@@ -47,7 +48,9 @@ def deserialize_vocab(src):
     if not os.path.isfile(src):
         name, folder = os.path.basename(src).removesuffix(SUFFIX), os.path.dirname(src) or "."
         command = f"python Tencent_PFAN/vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
-        raise InputError(f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}")
+        raise root.NoVocabularyError(
+            f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"
+        )
     return Vocabulary.of(root.deserialize_vocab(src))
 
 

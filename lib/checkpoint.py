@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from lib.constants import SPECIAL
 from lib.errors import InputError, brief
 from lib.files import replace
 from lib.options import MODEL, MODEL_NEWER, REQUIRED, WHOLE_IMAGE
@@ -96,6 +97,7 @@ def load_checkpoint(path: str) -> dict:
         check_keys(checkpoint)
         check_checkpoint_options(checkpoint["opt"])
         check_states(checkpoint["model"], checkpoint["opt"], os.path.getsize(path))
+        check_words(checkpoint)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     if not hasattr(checkpoint["opt"], "position"):
@@ -135,6 +137,18 @@ def check_states(states: Any, opt: argparse.Namespace, n_bytes: int) -> None:
     least = len(words) * opt.word_dim + opt.embed_size * (opt.img_dim + 3 * opt.num_layers * opt.embed_size)
     if least > n_bytes:  # a model that large could not come from here, and need not be made to find out
         raise InputError(f"{n_bytes} bytes, too few for the sizes in its options")
+
+
+def check_words(checkpoint: dict) -> None:
+    """Raise InputError where a checkpoint's words, which older ones lack, are not one text for each word embedding."""
+    words, n = checkpoint.get("words"), len(checkpoint["model"][1]["embed.weight"])
+    if words is None:
+        return
+    texts = isinstance(words, list) and all(isinstance(word, str) for word in words)
+    if not texts or len(set(words)) != n or len(words) != n or words[: len(SPECIAL)] != list(SPECIAL):
+        raise InputError(f"words is {brief(words)}, expected {n} different words that begin with {' '.join(SPECIAL)}")
+    if not isinstance(checkpoint.get("segment", False), bool):
+        raise InputError(f"segment is {brief(checkpoint['segment'])}, expected True or False")
 
 
 def infer_position(image_state: dict) -> str:

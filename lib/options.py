@@ -23,6 +23,7 @@ class Option(NamedTuple):
     """A flag. Its kind is the default's: str, int, float, or bool for a switch that is off by default.
 
     allowed: least and largest value of a number; the choices of a text, none for any line of text.
+    fixed: whether a resumed run must have the same value, because it changes what the model computes or is ranked on.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Option(NamedTuple):
     help: str
     allowed: tuple = ()
     alias: str = ""
+    fixed: bool = False
 
     def fits(self, value: Any) -> bool:
         """Whether value is of this option's kind and allowed."""
@@ -57,43 +59,44 @@ class Option(NamedTuple):
 # The model and its data. Every checkpoint of SCAN and PFAN has these options.
 MODEL = (
     Option("data_path", "./data/", "folder of the data sets"),
-    Option("data_name", "precomp", "data set, a folder there: f30k_precomp, coco_precomp, your own"),
+    Option("data_name", "precomp", "data set, a folder there: f30k_precomp, coco_precomp, your own", fixed=True),
     Option("vocab_path", "./vocab/", "folder of the vocabularies, DATA_NAME_vocab.json"),
     Option("margin", 0.2, "margin of the hinge loss", NOT_NEGATIVE),
     Option("batch_size", 128, "pairs in a batch, of all processes together; evaluation encodes as many at once", COUNT),
-    Option("word_dim", 300, "size of a word's input embedding", COUNT),
-    Option("embed_size", 1024, "size of the joint embedding", COUNT),
+    Option("word_dim", 300, "size of a word's input embedding", COUNT, fixed=True),
+    Option("embed_size", 1024, "size of the joint embedding", COUNT, fixed=True),
     Option("grad_clip", 2.0, "largest norm of the gradient; 0 does not clip", NOT_NEGATIVE),
-    Option("num_layers", 1, "layers of the GRU", COUNT),
+    Option("num_layers", 1, "layers of the GRU", COUNT, fixed=True),
     Option("learning_rate", 0.0002, "learning rate at the start", POSITIVE),
     Option("max_violation", False, "only the hardest negatives in the loss"),
-    Option("img_dim", 2048, "size of a region's feature", COUNT),
-    Option("no_imgnorm", False, "do not normalise image embeddings"),
-    Option("no_txtnorm", False, "do not normalise text embeddings"),
+    Option("img_dim", 2048, "size of a region's feature", COUNT, fixed=True),
+    Option("no_imgnorm", False, "do not normalise image embeddings", fixed=True),
+    Option("no_txtnorm", False, "do not normalise text embeddings", fixed=True),
     Option(
         "raw_feature_norm",
         "clipped_l2norm",
         "normalisation of raw similarities",
         ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm"),
+        fixed=True,
     ),
-    Option("agg_func", "LogSumExp", "aggregation of relevances", ("LogSumExp", "Mean", "Max", "Sum")),
-    Option("cross_attn", "t2i", "words attend to regions, or regions to words", ("t2i", "i2t")),
-    Option("precomp_enc_type", "basic", "image encoder", ("basic", "weight_norm")),
-    Option("bi_gru", False, "bidirectional GRU"),
-    Option("lambda_lse", 6.0, "temperature of LogSumExp", NOT_NEGATIVE),
-    Option("lambda_softmax", 9.0, "temperature of the attention", NOT_NEGATIVE),
+    Option("agg_func", "LogSumExp", "aggregation of relevances", ("LogSumExp", "Mean", "Max", "Sum"), fixed=True),
+    Option("cross_attn", "t2i", "words attend to regions, or regions to words", ("t2i", "i2t"), fixed=True),
+    Option("precomp_enc_type", "basic", "image encoder", ("basic", "weight_norm"), fixed=True),
+    Option("bi_gru", False, "bidirectional GRU", fixed=True),
+    Option("lambda_lse", 6.0, "temperature of LogSumExp", NOT_NEGATIVE, fixed=True),
+    Option("lambda_softmax", 9.0, "temperature of the attention", NOT_NEGATIVE, fixed=True),
 )
 # Of the model and its data as well; a checkpoint without one means the default.
 MODEL_NEWER = (
-    Option("position", "attention", "PFAN-A, PFAN-P, plain SCAN", ("attention", "area", "none")),
+    Option("position", "attention", "PFAN-A, PFAN-P, plain SCAN", ("attention", "area", "none"), fixed=True),
     Option("seed", 0, "seed of start values and data order", SEED),
     Option("allow_empty_captions", False, "take an empty caption line as <start> <end>"),
     Option("amp", False, "mixed precision: encoders in bfloat16"),
     Option("matmul_precision", "highest", "precision of float32 products", ("highest", "high", "medium")),
 )
 WHOLE_IMAGE = (  # the whole-image variant's
-    Option("need_box_whole", False, "the last region of _ims.npy is the whole image"),
-    Option("lambda_whole", 1.0, "weight of the whole-image cosine", NOT_NEGATIVE),
+    Option("need_box_whole", False, "the last region of _ims.npy is the whole image", fixed=True),
+    Option("lambda_whole", 1.0, "weight of the whole-image cosine", NOT_NEGATIVE, fixed=True),
 )
 # How a run proceeds. A checkpoint's are never used.
 RUN = (
@@ -106,6 +109,7 @@ RUN = (
     Option("logger_name", "./runs/runX/log", "folder of the TensorBoard events"),
     Option("model_name", "./runs/runX/checkpoint", "folder of the checkpoints"),
     Option("resume", "", "checkpoint to go on from; auto: the last in --model_name, if any"),
+    Option("init_from", "", "checkpoint whose weights a new run starts from"),
     Option("save_step", 0, "steps between two checkpoints within an epoch; 0 saves none", NOT_NEGATIVE),
     Option("keep_last", 0, "checkpoints of epochs to keep, besides the best; 0 keeps all", NOT_NEGATIVE),
     Option("device", "auto", "cpu, cuda, cuda:1, mps; auto: CUDA if there, else the CPU"),

@@ -282,8 +282,11 @@ def test_captions_that_are_not_utf8_are_named_by_line(place):
 
 def test_a_missing_vocabulary_names_the_command_that_makes_it(place):
     place.vocab.unlink()
-    for message in (place.train(), place.evaluate()):
-        assert str(place.vocab) in message
+    older = load_checkpoint(str(place.model))
+    del older["words"]
+    torch.save(older, place.root / "older.pth.tar")
+    for message in (place.train(), place.evaluate(model=place.root / "older.pth.tar")):
+        assert f"{place.vocab}: no such vocabulary; name its folder with --vocab_path, or" in message
         assert f"python vocab.py --data_path DATA_PATH --data_name {NAME}" in message
 
 

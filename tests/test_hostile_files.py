@@ -32,6 +32,7 @@ from lib.checkpoint import load_checkpoint
 from lib.datasets import news
 from lib.errors import InputError
 from lib.options import MODEL, MODEL_NEWER, WHOLE_IMAGE
+from lib.resume import check_same_options
 from model import SCAN
 from scripts import (
     captions_to_dataset,
@@ -39,7 +40,7 @@ from scripts import (
 )
 from test_server import compute_map
 from test_server import test as client
-from vocab import build_vocab, deserialize_vocab, read_captions
+from vocab import build_vocab, deserialize_vocab, read_captions, word_list
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
@@ -96,6 +97,7 @@ def read_checkpoint(path):
     words = len(load_checkpoint(str(path))["model"][1]["embed.weight"])
     opt = make_opt(resume=str(path), vocab_size=words, batch_size=4, seed=0, device="cpu", **SIZES)
     model = SCAN(opt)
+    check_same_options(str(path), load_checkpoint(str(path)), opt)
     train.Run(opt, model, (), None).resume(load_checkpoint(str(path)), str(path))
     model.step(torch.rand(2, 3, 8), torch.zeros(2, 3, 31), torch.tensor([[1, 4, 2]] * 2), [3, 3])
 
@@ -202,8 +204,8 @@ def valid(tmp_path_factory):
     shutil.copy(Path(vocab_path) / f"{NAME}_vocab.json", folder)
     shutil.copy(folder / "train_caps.txt", folder / "captions.txt")
     torch.manual_seed(0)
-    words = len(deserialize_vocab(str(folder / f"{NAME}_vocab.json")))
-    opt = make_opt(data_path="data", data_name=NAME, vocab_path="vocab", batch_size=4, vocab_size=words, **SIZES)
+    vocab = deserialize_vocab(str(folder / f"{NAME}_vocab.json"))
+    opt = make_opt(data_path="data", data_name=NAME, vocab_path="vocab", batch_size=4, vocab_size=len(vocab), **SIZES)
     model = SCAN(opt)
     for parameter in model.params:
         parameter.grad = torch.ones_like(parameter)
@@ -217,6 +219,9 @@ def valid(tmp_path_factory):
         "Eiters": 4,
         "optimizer": model.optimizer.state_dict(),
         "random": torch.get_rng_state(),
+        "words": word_list(vocab),
+        "segment": False,
+        "captions": {"dev": "0" * 64},
     }
     torch.save(state, folder / "model.pth.tar")
     torch.save(state, folder / "old_model.pth.tar", _use_new_zipfile_serialization=False)
@@ -454,7 +459,8 @@ def change(state, place, value):
     + [["opt", "device"]]
     + [["optimizer", "param_groups", 0, name] for name in ("params", "lr", "betas", "eps", "amsgrad", "fused")]
     + [["optimizer", "state", 0], ["optimizer", "state", 0, "step"], ["optimizer", "state", 0, "exp_avg"]]
-    + [["model", 0, "fc.weight"], ["model", 1, "embed.weight"], ["model", 1, "rnn.weight_hh_l0"], ["random"]],
+    + [["model", 0, "fc.weight"], ["model", 1, "embed.weight"], ["model", 1, "rnn.weight_hh_l0"], ["random"]]
+    + [["words"], ["words", 7], ["segment"], ["captions"], ["captions", "dev"]],
     ids=lambda place: ".".join(map(str, place)),
 )
 def test_a_checkpoint_with_another_value_anywhere_ends_in_success_or_one_line(valid, tmp_path, place):
