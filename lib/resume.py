@@ -50,7 +50,7 @@ def check_same_data(path: str, checkpoint: dict, vocab_size: int, captions: dict
         raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {vocab_size}")
     stored = checkpoint.get("captions")
     for split in ("dev", "train") if checkpoint.get("step", 0) else ("dev",):
-        if isinstance(stored, dict) and stored.get(split, captions.get(split)) != captions.get(split):
+        if isinstance(stored, dict) and split in captions and stored.get(split, captions[split]) != captions[split]:
             raise InputError(f"{path}: trained with other {split} captions; {WAY_OUT}")
 
 
