@@ -39,7 +39,7 @@ class Vocabulary(root.Vocabulary):
         """The words of any vocabulary under the rules of this one."""
         new = cls()
         new.word2idx, new.idx2word, new.idx, new.segment = vocab.word2idx, vocab.idx2word, vocab.idx, vocab.segment
-        new.path = vocab.path
+        new.path = getattr(vocab, "path", "")
         return new
 
 
