@@ -1,5 +1,7 @@
 """Bottom-up-attention TSV files → a dataset folder: order, bad lines, regions, restarts."""
 
+import base64
+import json
 import os
 import signal
 import subprocess
@@ -241,3 +243,86 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, parts):
     message = fails("tsv_to_dataset", *tsv_args(tmp_path), preexec_fn=no_file_grows, env=env)
     assert f"{tmp_path}/out/train_ims.npy" in message
     assert not [path for path in (tmp_path / "out").iterdir() if path.suffix != ".part"]
+
+
+# ---------------------------------------------------------------- other people's columns
+
+
+def base64_of(array, kind="<f4"):
+    return base64.b64encode(np.ascontiguousarray(array, kind)).decode()
+
+
+def lxmert_line(image_id, boxes, features, scores):
+    n = len(boxes)
+    detected = [base64_of(np.arange(n), "<i8"), base64_of(scores), base64_of(np.arange(n), "<i8"), base64_of(scores)]
+    return "\t".join(map(str, (image_id, 375, 500, *detected, n, base64_of(boxes), base64_of(features))))
+
+
+def vinvl_line(image_id, boxes, features, scores):
+    objects = [
+        {"class": "dog", "conf": float(score), "rect": box.tolist(), "feature": base64_of(feature)}
+        for box, feature, score in zip(boxes, features, scores, strict=True)
+    ]
+    return f"{image_id}\t" + json.dumps({"image_h": 375, "image_w": 500, "objects": objects})
+
+
+@pytest.mark.parametrize("line, said", [(lxmert_line, "LXMERT's columns"), (vinvl_line, "VinVL's columns")])
+def test_other_peoples_columns_are_told_by_their_kinds(tmp_path, line, said):
+    rng = np.random.default_rng(3)
+    pictures = [(*picture(rng, n), rng.random(n).astype("<f4")) for n in (50, 10)]
+    header = ["img_id\timg_h\timg_w\tobjects_id\tobjects_conf\tattrs_id\tattrs_conf\tnum_boxes\tboxes\tfeatures"]
+    lines = [line(i, *one) for i, one in enumerate(pictures)]
+    write_lines(tmp_path / "t.tsv", header + lines if line is lxmert_line else lines)
+    args = [tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "test", "--img_dim", D, "--regions", "best"]
+    assert said in ok("tsv_to_dataset", *args)
+    images, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
+    (boxes, features, scores), (few_boxes, few_features, _) = pictures
+    best = np.argsort(-scores, kind="stable")[:R]
+    np.testing.assert_array_equal(images[0], features[best])
+    np.testing.assert_array_equal(grids[0], position_grid(boxes[best], (375, 500)))
+    np.testing.assert_array_equal(images[1, :10], few_features)
+    np.testing.assert_array_equal(grids[1, :10], position_grid(few_boxes, (375, 500)))
+
+
+def test_vinvl_features_that_end_in_their_boxes(tmp_path):
+    boxes, features = picture(np.random.default_rng(4))
+    share = boxes / np.float32([500, 375, 500, 375])
+    sides = share[:, 2:] - share[:, :2]
+    value = {"num_boxes": R, "features": base64_of(np.concatenate([features, share, sides], 1))}
+    write_lines(tmp_path / "t.tsv", ["7\t" + json.dumps(value)])
+    args = [tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "test"]
+    assert "VinVL's columns" in ok("tsv_to_dataset", *args, "--img_dim", D)
+    np.testing.assert_array_equal(np.load(tmp_path / "o/test_ims.npy")[0], features)
+    np.testing.assert_array_equal(np.load(tmp_path / "o/test_boxes.npy")[0], position_grid(share, (1, 1)))
+    assert "1 malformed" in fails("tsv_to_dataset", *args, "--img_dim", D + 1, "--overwrite")
+
+
+def test_two_lines_glued_together_are_not_taken_for_lxmerts_ten_fields(tmp_path, parts):
+    whole = tsv_line(12, *parts[12])
+    glued = "\t".join(tsv_line(11, *parts[11]).split("\t")[:5])[:-3] + whole
+    assert glued.count("\t") == 9
+    write_lines(tmp_path / "a.tsv", [glued, tsv_line(10, *parts[10]), whole])
+    assert "bottom-up-attention's columns" in ok("tsv_to_dataset", *tsv_args(tmp_path))
+
+
+def test_a_file_of_no_known_form_is_refused_at_once(tmp_path, parts):
+    write_lines(tmp_path / "a.tsv", [f"{i}\tno\tfeature" for i in range(200)])
+    message = fails("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "a.tsv, line 100: none of the lines so far is of a known form" in message and "--fields" in message
+
+
+@pytest.mark.parametrize("cut", [20, 400, 800])
+@pytest.mark.parametrize("order", ["cut first", "whole first"])
+@pytest.mark.parametrize("glued", [False, True])
+def test_a_cut_line_is_no_loss_where_its_picture_is_whole_elsewhere(tmp_path, parts, cut, order, glued):
+    line = {i: tsv_line(i, *parts[i]) for i in parts}
+    damaged = line[11][:cut] + (line[14] if glued else "")
+    lines = [line[11], line[13], line[14], line[15]]
+    write_lines(tmp_path / "b.tsv", [damaged, *lines] if order == "cut first" else [*lines, damaged])
+    out = ok("tsv_to_dataset", *tsv_args(tmp_path))
+    assert "notes: 1 (" in out and "train: 4 of 4" in out and "test: 2 of 2" in out
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [parts[i][1] for i in (10, 11, 12, 13)])
+    note = (tmp_path / "out/tsv_problems.txt").read_text()
+    number, whole = (1, 2) if order == "cut first" else (5, 1)
+    assert note.startswith(f"{tmp_path}/b.tsv, line {number}: note: id 11: ")
+    assert note.endswith(f"the picture stands whole in {tmp_path}/b.tsv, line {whole}\n")

@@ -1,0 +1,46 @@
+"""The regions of one picture as feature files hold them, brought to the same number in every picture."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.errors import InputError
+
+REGION_CHOICES = ("fixed", "best", "all")
+
+
+class Regions(NamedTuple):
+    """The regions of a picture.
+
+    boxes (n, 4): x1, y1, x2, y2 in the units of size; None where there are none. features (n, D).
+    size: (height, width), (1, 1) for boxes from 0 to 1; None where there are no boxes.
+    scores (n,): how sure the detector was of each; None where that is not known.
+    """
+
+    boxes: np.ndarray | None
+    features: np.ndarray
+    size: tuple[float, float] | None
+    scores: np.ndarray | None = None
+
+
+def fit(regions: Regions, n_regions: int, choice: str) -> Regions:
+    """Bring a picture to n_regions regions.
+
+    choice: "fixed" takes no other number; "best" keeps the n_regions best (by score where there is one, else the
+    first) and pads with zero features and boxes without area; "all" pads alike and drops none.
+    Raises InputError for a number that it does not take.
+    """
+    n = len(regions.features)
+    if (choice == "fixed" and n != n_regions) or (choice == "all" and n > n_regions):
+        raise InputError(f"{n} regions, expected {n_regions} (--regions {choice})")
+    kept = np.arange(min(n, n_regions))
+    if n > n_regions and regions.scores is not None:
+        kept = np.argsort(-regions.scores, kind="stable")[:n_regions]
+    padding = ((0, n_regions - len(kept)), (0, 0))
+    boxes, scores = regions.boxes, regions.scores
+    return Regions(
+        boxes=None if boxes is None else np.pad(boxes[kept], padding),
+        features=np.pad(regions.features[kept], padding),
+        size=regions.size,
+        scores=None if scores is None else np.pad(scores[kept], padding[0]),
+    )

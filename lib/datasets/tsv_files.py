@@ -1,0 +1,184 @@
+"""Feature files with a picture a line, tab-separated: bottom-up-attention's, LXMERT's and VinVL's."""
+
+import base64
+import binascii
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+from tqdm import tqdm
+
+from lib.datasets.regions import Regions
+from lib.errors import InputError, brief
+
+FIELDS = "image_id,image_w,image_h,num_boxes,boxes,features"
+LXMERT_FIELDS = "image_id,image_h,image_w,objects_id,objects_conf,attrs_id,attrs_conf,num_boxes,boxes,features"
+SCORES = "objects_conf"  # a column of this name says how sure the detector was of each box
+LONGEST_LINE = 1 << 26  # bytes; 100 regions are 1.1 MB
+HEADER = {b"image_id", b"img_id", b"features"}  # names of columns
+LINES_LOOKED_AT = 100  # to tell the form
+BOX_VALUES = 6  # at the end of a VinVL feature: x1, y1, x2, y2, width, height from 0 to 1
+ANYTHING, INTEGER = re.compile(rb".*", re.DOTALL), re.compile(rb"\s*\d+\s*")
+BASE64 = re.compile(rb"\s*(b['\"])?[A-Za-z0-9+/]{6,}=*['\"]?\s*")  # of at least 4 bytes, so that no integer is meant
+JSON = re.compile(rb"\s*[{\[].*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class TsvForm:
+    """The form of a TSV file: its columns' names, a pattern for the values of each, and the decoder of a line.
+
+    decode(values, fields, img_dim) returns Regions and raises InputError saying what is malformed.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    kinds: tuple[re.Pattern[bytes], ...]
+    decode: Callable[[list[bytes], tuple[str, ...], int], Regions]
+
+    def fits(self, values: list[bytes]) -> bool:
+        """Whether the values of a line are of these kinds. A cut line glued to a whole one may have as many fields."""
+        return len(values) == len(self.fields) and all(
+            kind.fullmatch(value) for kind, value in zip(self.kinds, values, strict=True)
+        )
+
+    def __str__(self):
+        return f"{self.name} ({', '.join(self.fields)})"
+
+
+def form_of_fields(names: str) -> TsvForm:
+    """The form of a file with these columns, separated by commas. Raises InputError where a needed one is missing."""
+    fields = tuple(names.replace("img_", "image_").split(","))
+    if not set(FIELDS.split(",")) <= set(fields):
+        raise InputError(f"--fields {names}: expected {FIELDS} among them")
+    return TsvForm("columns of --fields", fields, (ANYTHING,) * len(fields), decode_columns)
+
+
+def find_form(paths: list[str]) -> TsvForm:
+    """The form of TSV files, told by the kinds of the fields in their first lines; by default bottom-up-attention's.
+
+    Raises InputError where the first LINES_LOOKED_AT lines are of no known form.
+    """
+    for number, (where, values) in enumerate(read_lines(paths, progress=False), 1):
+        for form in FORMS:
+            if form.fits(values):
+                return form
+        if number == LINES_LOOKED_AT:
+            known = "; ".join(map(str, FORMS))
+            raise InputError(f"{where}: none of the lines so far is of a known form ({known}); --fields names columns")
+    return FORMS[0]
+
+
+def read_lines(paths: list[str], progress: bool = True) -> Iterator[tuple[str, list[bytes]]]:
+    """Yield ("FILE, line N", fields) for every line except a first one with the columns' names."""
+    total = sum(os.path.getsize(path) for path in paths)
+    with tqdm(total=total, desc="TSV", unit="B", unit_scale=True, disable=None if progress else True) as bar:
+        for path in paths:
+            with open(path, "rb") as file:
+                for number, line in enumerate(iter(functools.partial(file.readline, LONGEST_LINE), b""), 1):
+                    bar.update(len(line))
+                    where = f"{path}, line {number}"
+                    if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                        raise InputError(f"{where}: longer than {LONGEST_LINE} bytes, expected a picture a line")
+                    values = line.rstrip(b"\r\n").split(b"\t")
+                    if number > 1 or not HEADER & set(values):
+                        yield where, values
+
+
+def image_id(values: list[bytes], form: TsvForm) -> str:
+    """The id of a line's picture; "" where the line is too short."""
+    column = form.fields.index("image_id")
+    return values[column].decode("utf-8", "replace").strip() if column < len(values) else ""
+
+
+def decode_columns(values: list[bytes], fields: tuple[str, ...], img_dim: int) -> Regions:
+    """Decode a line with boxes and features in base64 float32: (num_boxes, 4) and (num_boxes, img_dim)."""
+    row = dict(zip(fields, values, strict=True))
+    try:
+        width, height, n = (int(row[name]) for name in ("image_w", "image_h", "num_boxes"))
+    except ValueError:
+        raise InputError("image_w, image_h or num_boxes is no integer") from None
+    if n < 1 or width < 1 or height < 1:
+        raise InputError(f"{n} boxes in a picture of {width}×{height}, expected at least one")
+    boxes = _floats(row["boxes"], "boxes", n, 4)
+    features = _floats(row["features"], "features", n, img_dim)
+    scores = _floats(row[SCORES], SCORES, n, 1)[:, 0] if SCORES in row else None
+    return Regions(boxes, features, (height, width), scores)
+
+
+def decode_json(values: list[bytes], fields: tuple[str, ...], img_dim: int) -> Regions:
+    """Decode a line of VinVL: a key, and an object of either form.
+
+    {"image_h", "image_w", "objects": [{"rect": [x1, y1, x2, y2], "feature": base64, "conf"}, …]}
+    {"num_boxes", "features": base64 of (num_boxes, img_dim + 6)}, the last six values being the box from 0 to 1
+    """
+    try:
+        value = msgspec.json.decode(values[1])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"not JSON ({str(error).splitlines()[0][:100]})") from None
+    try:
+        if "objects" in value:
+            return _decode_objects(value, img_dim)
+        n = _count(value["num_boxes"], "num_boxes")
+        features = _floats(value["features"].encode(), "features", n, img_dim + BOX_VALUES)
+    except (KeyError, TypeError, AttributeError):
+        expected = "expected objects with rect and feature, image_h and image_w, or num_boxes and features"
+        raise InputError(f"found {brief(value)}, {expected}") from None
+    return Regions(features[:, img_dim : img_dim + 4], features[:, :img_dim], (1, 1))
+
+
+def _decode_objects(value, img_dim):
+    objects = value["objects"]
+    size = tuple(_count(value[name], name) for name in ("image_h", "image_w"))
+    _count(len(objects), "number of objects")
+    features = np.concatenate([_floats(item["feature"].encode(), "feature", 1, img_dim) for item in objects])
+    try:
+        boxes = np.array([item["rect"] for item in objects], dtype=np.float32).reshape(len(objects), 4)
+        scores = np.array([item["conf"] for item in objects], dtype=np.float32) if "conf" in objects[0] else None
+    except (ValueError, OverflowError):
+        raise InputError("rect or conf: expected four numbers, and one") from None
+    if scores is not None and scores.shape != (len(objects),):
+        raise InputError("conf: expected a number")
+    return Regions(boxes, features, size, scores)
+
+
+def _count(value, name):
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} is {brief(value)}, expected at least 1")
+    return value
+
+
+def _floats(text, name, n, dim):
+    text = text.strip()
+    if text[:2] in (b"b'", b'b"'):  # bytes that Python 3 printed
+        text = text[2:-1]
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise InputError(f"{name} are not base64") from None
+    if len(data) != 4 * n * dim:
+        raise InputError(f"{name}: {len(data)} bytes, expected {4 * n * dim} ({n} × {dim} float32)")
+    values = np.frombuffer(data, dtype="<f4").reshape(n, dim)
+    if not np.isfinite(values).all():
+        raise InputError(f"{name}: NaN or infinite values")
+    return values
+
+
+FORMS = (
+    TsvForm(
+        "bottom-up-attention's columns",
+        tuple(FIELDS.split(",")),
+        (ANYTHING, INTEGER, INTEGER, INTEGER, BASE64, BASE64),
+        decode_columns,
+    ),
+    TsvForm(
+        "LXMERT's columns",
+        tuple(LXMERT_FIELDS.split(",")),
+        (ANYTHING, INTEGER, INTEGER, BASE64, BASE64, BASE64, BASE64, INTEGER, BASE64, BASE64),
+        decode_columns,
+    ),
+    TsvForm("VinVL's columns", ("image_id", "json"), (ANYTHING, JSON), decode_json),
+)
