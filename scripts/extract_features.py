@@ -120,6 +120,8 @@ def write_dataset(split, ids, paths, opt, regions):
     arrays = {"ims": ((regions.count, regions.img_dim), number), "boxes": ((regions.count, 31), np.float32)}
     if opt.whole:
         arrays["who_ims"] = ((regions.img_dim,), number)
+    if opt.pixel_boxes:
+        arrays["pixel_boxes"] = ((regions.count, 4), np.float32)
     settings = {"tool": "extract_features", **regions.settings}
     with SplitWriter(opt.out, split, ids, arrays, settings, overwrite=opt.overwrite) as out:
         if out.finished:
@@ -130,8 +132,8 @@ def write_dataset(split, ids, paths, opt, regions):
         for row, features, boxes, size, whole in regions.of(items, split):
             grid = position_grid(boxes, size)
             no_area += int((grid[:, -1] == 0).sum())
-            extra = {"who_ims": whole} if opt.whole else {}
-            out.write(row, ims=features, boxes=grid, **extra)
+            values = {"ims": features, "boxes": grid, "who_ims": whole, "pixel_boxes": boxes}
+            out.write(row, **{name: values[name] for name in arrays})
         kept = out.finish()
     shape = f"{regions.count} regions of {regions.img_dim} numbers each"
     print(f"{split}: {kept} of {len(ids)} pictures, {shape}, in {opt.out}")
@@ -211,6 +213,7 @@ def get_parser():
     add("--detector_weights", default="download", help="of the detector: likewise (default: %(default)s)")
     add("--image_size", type=int, help="pixels of the shorter side (default: 600 with proposals, else 448)")
     add("--whole", action="store_true", help="also write the whole picture's feature, SPLIT_who_ims.npy")
+    add("--pixel_boxes", action="store_true", help="also write SPLIT_pixel_boxes.npy, which the explorer draws")
     add("--float16", action="store_true", help="features in half the space")
     add("--batch_size", type=int, help="pictures at once (default: 8 on a GPU; 1 on the CPU, where more are no faster)")
     add("--workers", type=int, default=4, help="threads that read pictures (default: %(default)s)")

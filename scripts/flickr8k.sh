@@ -53,7 +53,7 @@ n_train=$(grep -c . "$train_ids")
 
 echo "$n photographs, $n_train of them to train; on one idle CPU core about"
 echo "  features $((n * 8 / 6000 + 1)) min, captions, vocabulary and check $((n / 4000 + 1)) min,"
-echo "  training $((n_train * 27 / 6000 + 1)) min (5 epochs, embed_size 256), evaluation $((n / 4000 + 1)) min"
+echo "  training $((n_train * 10 / 6000 + 1)) min (4 epochs, embed_size 256), evaluation $((n / 4000 + 1)) min"
 mkdir -p "$data" "$run"
 flags="$cross_attn $position $seed $*"
 [ -f "$run/flags.txt" ] && [ "$(cat "$run/flags.txt")" != "$flags" ] &&
@@ -68,13 +68,13 @@ fi
 [ -f "$data/test_caps.txt" ] || show python scripts/captions_to_dataset.py --tsv "$captions" \
     --ids "train=$train_ids" "dev=$dev_ids" "test=$test_ids" --out "$data"
 show python scripts/extract_features.py --images "$photos" --out "$data" --regions "$boxes" \
-    --backbone efficientnet_lite0 --float16
+    --backbone efficientnet_lite0 --float16 --pixel_boxes
 [ -f "$out/vocab/${name}_vocab.json" ] || show python vocab.py --data_path "$out/data" --data_name "$name" \
     --vocab_path "$out/vocab"
 show python scripts/check_data.py "$data" --vocab_path "$out/vocab"
 show python train.py --data_path "$out/data" --data_name "$name" --vocab_path "$out/vocab" \
     --logger_name "$run" --model_name "$run" --resume auto --save_step 100 --keep_last 1 --log_step 50 --workers 1 \
-    --img_dim 1280 --embed_size 256 --num_epochs 5 --lr_update 3 --learning_rate 0.0005 --batch_size 128 \
+    --img_dim 1280 --embed_size 256 --num_epochs 4 --lr_update 3 --learning_rate 0.0005 --batch_size 128 \
     --mean_warmup_epochs 1 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
     --cross_attn "$cross_attn" --lambda_softmax "$lambda_softmax" --position "$position" --seed "$seed" "$@"
 show python evaluation.py --model_path "$run/model_best.pth.tar" --data_path "$out/data" --vocab_path "$out/vocab" \

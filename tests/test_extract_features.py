@@ -164,14 +164,16 @@ def test_windows_given_as_boxes_of_a_file_have_the_features_and_grids_of_windows
         np.savez(file, ids=ids, boxes=2 * boxes[order], image_sizes=2 * sizes[order])
     else:
         np.savez(file, ids=ids, boxes=(boxes / sides if form == "shares" else boxes)[order])
-    said = extract(*given(pictures, tmp_path / "given", file))
+    said = extract(*given(pictures, tmp_path / "given", file, "--pixel_boxes"))
     relative = form in ("shares", "pixels_and_sizes", "annotations")
     assert f"36 boxes {'from 0 to 1' if relative else 'in pixels'} for each of 12 pictures" in said
     extract(*windows_args(pictures, tmp_path / "windows"))
     for name in ("ims", "boxes"):
         first, second = (np.load(tmp_path / f"{folder}/train_{name}.npy") for folder in ("given", "windows"))
         np.testing.assert_allclose(first[..., -16:], second[..., -16:], rtol=1e-4, atol=1e-4 * np.abs(second).max())
-    assert "train: there already" in extract(*given(pictures, tmp_path / "given", file))
+    pixels = np.load(tmp_path / "given/train_pixel_boxes.npy")
+    np.testing.assert_allclose(pixels, boxes, atol=1e-3)
+    assert "train: there already" in extract(*given(pictures, tmp_path / "given", file, "--pixel_boxes"))
 
 
 def test_any_number_of_boxes_and_pictures_without_boxes_are_named(tmp_path, pictures):
