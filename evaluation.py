@@ -4,6 +4,7 @@ python evaluation.py --model_path runs/f30k/model_best.pth.tar [MORE …] --data
 """
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -16,51 +17,19 @@ from tqdm import tqdm
 from data import get_test_loader, pad
 from lib import distributed
 from lib.checkpoint import load_checkpoint
-from lib.errors import InputError, run
-from lib.files import replace
+from lib.eccv import check_split, print_metrics
+from lib.errors import InputError, brief, run
 from lib.intervals import RECALL_AT, group_hits, print_summary
+from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
 from lib.options import add_options, check_options, option
+from lib.rankings import write_ranks, write_topk
 from model import SCAN, XATTN_SCORE, load_model
 from vocab import checkpoint_vocab, deserialize_vocab
 
+log = logging.getLogger(__name__)
+
+COCO_FOLD = 1000  # pictures of each of the five folds of MS-COCO's published 1K results
 SHARD_SIZE = 512  # of a split's evaluation: what one side of a shard needs is computed four times less than with 128
-
-
-class AverageMeter:
-    """A value and its running average."""
-
-    def __init__(self):
-        self.reset()
-
-    def reset(self):
-        self.val = self.avg = self.sum = 0
-        self.count = 0
-
-    def update(self, val, n=0):
-        self.val = val
-        self.sum += val * n
-        self.count += n
-        self.avg = self.sum / (0.0001 + self.count)
-
-    def __str__(self):
-        return f"{self.val}" if self.count == 0 else f"{self.val:.4f} ({self.avg:.4f})"
-
-
-class LogCollector:
-    """Named meters, printed in one line and written to TensorBoard."""
-
-    def __init__(self):
-        self.meters = {}
-
-    def update(self, k, v, n=0):
-        self.meters.setdefault(k, AverageMeter()).update(v, n)
-
-    def __str__(self):
-        return "  ".join(f"{k} {v}" for k, v in self.meters.items())
-
-    def tb_log(self, tb_logger, prefix="", step=None):
-        for k, v in self.meters.items():
-            tb_logger.log_value(prefix + k, v.val, step=step)
 
 
 # ---------------------------------------------------------------- embeddings and scores
@@ -278,13 +247,14 @@ def load_split(
     read_vocab: Callable = read_vocab,
     get_test_loader: Callable = get_test_loader,
     captions_optional: bool = False,
+    check: Callable | None = None,
     **overrides: Any,
 ) -> tuple:
     """A checkpoint's model and a loader of the split.
 
     data_path, vocab_path: instead of the checkpoint's. make_model, read_vocab, get_test_loader: what a variant
-    replaces. captions_optional: a split without a caption file has images only. overrides: other options of the
-    checkpoint to set.
+    replaces. captions_optional: a split without a caption file has images only. check(model_path, dataset) is called
+    before the model is made. overrides: other options of the checkpoint to set; data_name leaves its vocabulary.
     """
     checkpoint = load_checkpoint(model_path)
     opt = checkpoint["opt"]
@@ -292,9 +262,11 @@ def load_split(
     vocab = checkpoint_vocab(model_path, checkpoint, opt, read_vocab)
     vars(opt).update(overrides)
     check_options(opt, ("batch_size", "matmul_precision"))
-    model = load_model(model_path, len(vocab), make_model, **overrides)
     more = {"captions_optional": True} if captions_optional else {}
-    return model, get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)
+    loader = get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)
+    if check:
+        check(model_path, loader.dataset)
+    return load_model(model_path, len(vocab), make_model, **overrides), loader
 
 
 def cut_folds(dataset: Any, n_folds: int) -> list:
@@ -338,18 +310,50 @@ def words_of(words: Tensor, lens: list, captions: slice) -> Tensor:
     return words[sum(lens[: captions.start]) : sum(lens[: captions.stop])]
 
 
-def mean_sims(paths: Any, *args: Any, score_split: Callable = score_split, **overrides: Any) -> list[np.ndarray]:
-    """score_split's matrices of several checkpoints, averaged. Raises InputError where their shapes differ."""
-    folds: list[np.ndarray] = []
-    for path in paths:
-        sims = score_split(path, *args, **overrides)
-        folds = folds or [np.zeros_like(block) for block in sims]
-        if [block.shape for block in folds] != [block.shape for block in sims]:
+class SharedSplit:
+    """The split that all models of an evaluation score. Call it with each model's path and data set.
+
+    dataset: the first model's. Raises InputError where another's has other images or captions, or in another order.
+    eccv: raise it as well where the split is not MS-COCO's testall.
+    """
+
+    def __init__(self, eccv: bool = False):
+        self.eccv = eccv
+        self.path: Any = None
+        self.dataset: Any = None
+
+    def __call__(self, path: Any, dataset: Any) -> None:
+        if self.dataset is None:
+            self.path, self.dataset = path, dataset
+            if self.eccv:
+                check_split(dataset.prefix, dataset.n_images, len(dataset.captions), dataset.read_ids())
+            return
+        counts, others = ((x.n_images, len(x.captions)) for x in (dataset, self.dataset))
+        if counts != others:
             raise InputError(
-                f"{path}: scores {sims[0].shape[0]} images and {sims[0].shape[1]} captions, {paths[0]} others"
+                f"{path}: ranks {min(counts)} groups of images and captions, {counts[0]} and {counts[1]}, "
+                f"{self.path} {min(others)}, {others[0]} and {others[1]}"
             )
-        for total, block in zip(folds, sims, strict=True):
-            total += block / len(paths)
+        for kind, rows, other_rows in (
+            ("caption", dataset.captions, self.dataset.captions),
+            ("id", dataset.read_ids() or [], self.dataset.read_ids() or []),
+        ):
+            differ = [i for i, (x, y) in enumerate(zip(rows, other_rows, strict=False)) if x != y]
+            if differ:
+                raise InputError(
+                    f"{path}: {kind} {differ[0]} of {dataset.prefix} is {brief(rows[differ[0]])}, that of "
+                    f"{self.dataset.prefix} for {self.path} is {brief(other_rows[differ[0]])}"
+                )
+
+
+def mean_sims(paths: Sequence, *args: Any, score_split: Callable = score_split, **overrides: Any) -> list[np.ndarray]:
+    """score_split's matrices of several checkpoints, averaged."""
+    folds = score_split(paths[0], *args, **overrides)
+    for path in paths[1:]:
+        for total, block in zip(folds, score_split(path, *args, **overrides), strict=True):
+            total += block
+    for total in folds:
+        total /= len(paths)
     return folds
 
 
@@ -366,6 +370,9 @@ def evalrank(
     score_split: Callable = score_split,
     intervals: bool = False,
     versus: Any = None,
+    eccv: bool = False,
+    save_topk: str | None = None,
+    topk: int = 10,
     **overrides: Any,
 ) -> dict:
     """Rank a split both ways and print SCAN's lines.
@@ -374,26 +381,45 @@ def evalrank(
     the checkpoint's. fold5: five folds, each printed, then their means. save_ranks: a file for ranks and top-1
     choices. score_split: what scores a checkpoint, for a variant. intervals: also print 95 % bootstrap intervals.
     versus: another checkpoint (or list), whose intervals and whose paired difference from model_path are printed too.
-    overrides: other options of the checkpoint to set (batch_size, device, matmul_precision).
+    eccv: also the ECCV Caption and CxC metrics of MS-COCO's testall, see lib/eccv.py. save_topk: a file for each
+    query's best topk candidates as JSON lines, see lib/rankings.py. overrides: other options of the checkpoint to set
+    (batch_size, device, matmul_precision, data_name; another data set is read with the checkpoint's vocabulary).
     Returns {"rsum", "ar", "ari", "i2t": (R@1, R@5, R@10, medr, meanr), "t2i": likewise, "n_images", "n_captions"},
     with fold5 the means and "folds", the same for each; "intervals", and with versus "versus" and "difference", are
-    {measure: (mean, low, high)}, see lib/intervals.py. Raises InputError for files that do not fit.
+    {measure: (mean, low, high)}, see lib/intervals.py; with eccv "eccv" as well. Raises InputError for files that do
+    not fit.
     """
-    if save_ranks and not os.path.isdir(os.path.dirname(save_ranks) or "."):
-        raise InputError(f"{save_ranks}: no such folder")
-    paths, others = as_list(model_path), [] if versus is None else as_list(versus)
+    check_outputs(save_ranks, save_topk, topk)
+    if eccv and fold5:
+        raise InputError("--eccv: ranks all 5,000 images of testall, expected no --fold5")
+    shared = SharedSplit(eccv)
 
-    def rank(paths):
-        n_folds = 5 if fold5 else 1
-        return rank_folds(mean_sims(paths, data_path, vocab_path, split, n_folds, score_split=score_split, **overrides))
+    def score(paths):
+        options = {"score_split": score_split, "check": shared, **overrides}
+        return mean_sims(as_list(paths), data_path, vocab_path, split, 5 if fold5 else 1, **options)
 
-    result, ranks = rank(paths)
+    sims = score(model_path)
+    result, ranks = rank_folds(sims)
     print_result(result)
-    if intervals or others:
-        result |= compare(paths, ranks, others, rank(others)[1] if others else None)
-    if save_ranks:
+    if eccv:
+        result["eccv"] = print_metrics(sims[0])
+    if save_topk and distributed.rank() == 0:
+        write_topk(save_topk, sims, topk, shared.dataset.read_ids())
+    del sims
+    if intervals or versus is not None:
+        result |= compare(ranks, None if versus is None else rank_folds(score(versus))[1])
+    if save_ranks and distributed.rank() == 0:
         write_ranks(save_ranks, ranks)
     return result
+
+
+def check_outputs(save_ranks: str | None, save_topk: str | None, topk: int) -> None:
+    """Raise InputError for files that cannot be written and a count of candidates below 1."""
+    for path in filter(None, (save_ranks, save_topk)):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise InputError(f"{path}: no such folder")
+    if topk < 1:
+        raise InputError(f"--topk {topk}: expected at least 1")
 
 
 def rank_folds(folds: list) -> tuple[dict, list]:
@@ -418,8 +444,19 @@ def rank_both(sims: Any) -> tuple[dict, dict]:
 
 
 def print_result(result: dict) -> None:
-    """Print evalrank's result in SCAN's lines: each fold, where there are several, then the recalls."""
+    """Print evalrank's result in SCAN's lines: each fold, where there are several, then the recalls.
+
+    Warns where recalls are not what they are taken for: of few candidates, or of folds other than MS-COCO's.
+    """
     print("Images: {n_images}, Captions: {n_captions}".format(**result))
+    n_folds = len(result.get("folds", [0]))
+    per_fold = min(result["n_images"], result["n_captions"]) // n_folds
+    if n_folds > 1:
+        print(f"{n_folds} folds of {result['n_images'] // n_folds} pictures")
+        if result["n_images"] != n_folds * COCO_FOLD:
+            log.warning("--fold5: %d pictures a fold, published 1K results have 1,000", result["n_images"] // n_folds)
+    if per_fold <= max(RECALL_AT):
+        log.warning("only %d images or captions are ranked: R@10 of so few says nothing", per_fold)
     for fold in result.get("folds", ()):
         print("Image to text: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*fold["i2t"]))
         print("Text to image: {:.1f}, {:.1f}, {:.1f}, {:.1f}, {:.1f}".format(*fold["t2i"]))
@@ -432,7 +469,7 @@ def print_result(result: dict) -> None:
     print("Text to image: {:.1f} {:.1f} {:.1f} {:.1f} {:.1f}".format(*result["t2i"]))
 
 
-def compare(paths: list, ranks: list, other_paths: list, other_ranks: list | None) -> dict:
+def compare(ranks: list, other_ranks: list | None) -> dict:
     """Print the intervals of ranks and, where there are other_ranks, theirs and the paired difference.
 
     Returns {"intervals", "versus", "difference"}, the last two with other_ranks only.
@@ -441,10 +478,6 @@ def compare(paths: list, ranks: list, other_paths: list, other_ranks: list | Non
     found = {"intervals": print_summary("95 % intervals, bootstrap over images", hits)}
     if other_ranks is not None:
         other_hits = all_hits(other_ranks)
-        if len(other_hits) != len(hits):
-            raise InputError(
-                f"{other_paths[0]}: ranks {len(other_hits)} groups of images and captions, {paths[0]} {len(hits)}"
-            )
         found["versus"] = print_summary("The other model", other_hits)
         found["difference"] = print_summary("Paired difference, first minus other", hits - other_hits, signed=True)
     return found
@@ -453,13 +486,6 @@ def compare(paths: list, ranks: list, other_paths: list, other_ranks: list | Non
 def all_hits(ranks: list) -> np.ndarray:
     """group_hits of each fold's ranks as rank_folds returns them, one below the other."""
     return np.concatenate([group_hits(fold["rt"][0], fold["rti"][0]) for fold in ranks])
-
-
-def write_ranks(path: str, ranks: list) -> None:
-    """Write rank_folds' ranks as tensors: a dict, or a list of dicts where there are several folds."""
-    folds = [{key: [torch.as_tensor(x) for x in pair] for key, pair in fold.items()} for fold in ranks]
-    if distributed.rank() == 0:
-        replace(path, lambda file: torch.save(folds if len(folds) > 1 else folds[0], file))
 
 
 def as_list(paths: Any) -> list:
@@ -476,9 +502,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", nargs="+", required=True, help="checkpoints; several are an ensemble")
     add_options(parser, ("data_path", "vocab_path", "batch_size"), data_path=None, vocab_path=None, batch_size=None)
     add_options(parser, ("device", "matmul_precision"))
+    parser.add_argument("--data_name", help="another data set, read with the checkpoint's vocabulary")
     parser.add_argument("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
     parser.add_argument("--fold5", action="store_true", help="mean over five folds, as for MS-COCO 1K")
     parser.add_argument("--save_ranks", metavar="FILE", help="also write the ranks, e.g. to ranks.pth.tar")
+    parser.add_argument("--save_topk", metavar="FILE", help="also write each query's best candidates as JSON lines")
+    parser.add_argument("--topk", type=int, default=10, help="how many of them (default: %(default)s)")
+    parser.add_argument("--eccv", action="store_true", help="ECCV Caption and CxC metrics of MS-COCO's testall as well")
     parser.add_argument("--intervals", action="store_true", help="also 95 %% intervals, bootstrap over images")
     parser.add_argument("--versus", nargs="+", metavar="MODEL", help="other checkpoints: paired difference from these")
     return parser

@@ -17,6 +17,14 @@ from lib.errors import InputError
 
 N_IMAGES, N_CAPTIONS = 5000, 25000
 CXC_RECALL_AT = (1, 5, 10)
+LABELS = {
+    "eccv_map_at_r": "ECCV mAP@R",
+    "eccv_rprecision": "ECCV R-Precision",
+    "eccv_r1": "ECCV R@1",
+    "cxc_r1": "CxC R@1",
+    "cxc_r5": "CxC R@5",
+    "cxc_r10": "CxC R@10",
+}
 
 
 def data_file(name: str) -> str:
@@ -101,6 +109,15 @@ def metrics(sims: np.ndarray) -> dict:
             for scores, pairs in both_ways
         ]
         found |= {key: (100 * float(i2t), 100 * float(t2i)) for key, i2t, t2i in zip(keys, *means, strict=True)}
+    return found
+
+
+def print_metrics(sims: np.ndarray) -> dict:
+    """Print and return the metrics of similarities (5000, 25000)."""
+    found = metrics(sims)
+    print("ECCV Caption and CxC: image to text, text to image")
+    for key, (i2t, t2i) in found.items():
+        print(f"{LABELS[key]}: {i2t:.1f} {t2i:.1f}")
     return found
 
 

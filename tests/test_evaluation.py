@@ -1,8 +1,11 @@
 """Ranks, embedding a split, scoring in shards, and evalrank as a user calls it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -26,9 +29,10 @@ from evaluation import (
     shard_xattn_t2i,
     t2i,
 )
+from lib import eccv
 from lib.errors import InputError
 from model import SCAN, XATTN_SCORE
-from vocab import deserialize_vocab
+from vocab import deserialize_vocab, serialize_vocab
 
 # ---------------------------------------------------------------- ranks
 
@@ -434,3 +438,148 @@ def test_the_command_line_reports_a_missing_checkpoint_in_one_line():
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: missing.pth.tar: no such checkpoint\n"
+
+
+# ---------------------------------------------------------------- other data, and models that do not belong together
+
+
+def copied(toy, tmp_path, name="toy_precomp"):
+    """The toy folder's test split under another root, as (data_path, prefix)."""
+    source = os.path.join(toy[1]["t2i"].opt.data_path, "toy_precomp")
+    shutil.copytree(source, tmp_path / "data" / name)
+    return str(tmp_path / "data"), str(tmp_path / "data" / name / "test")
+
+
+def test_another_data_set_is_ranked_with_the_checkpoints_vocabulary(toy, tmp_path, capsys):
+    """No vocabulary of that data set is needed."""
+    data_path, prefix = copied(toy, tmp_path, "other_precomp")
+    write_lines(prefix + "_caps.txt", open(prefix + "_caps.txt").read().splitlines()[::-1])
+    path = str(toy[0] / "t2i.pth.tar")
+    result = evalrank(path, data_path, "test", data_name="other_precomp")
+    printed = capsys.readouterr().out
+    assert result["n_images"] == 25 and result != evalrank(path, split="test")
+    capsys.readouterr()
+    flags = ["--model_path", path, "--data_path", data_path, "--data_name", "other_precomp", "--split", "test"]
+    done = subprocess.run([sys.executable, ROOT / "evaluation.py", *flags], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
+
+
+def save_moved(toy, path, data_path, vocab_path=None):
+    """A copy of the t2i checkpoint whose data lie elsewhere."""
+    checkpoint = torch.load(toy[0] / "t2i.pth.tar", weights_only=False)
+    checkpoint["opt"].data_path = data_path
+    checkpoint["opt"].vocab_path = vocab_path or checkpoint["opt"].vocab_path
+    torch.save(checkpoint, path)
+    return str(path)
+
+
+@pytest.mark.parametrize("together", ["ensemble", "versus"])
+def test_models_of_other_captions_or_pictures_are_not_ranked_together(toy, tmp_path, together):
+    """Their files have the same shapes: only captions and ids tell that pictures stand in another order."""
+    data_path, prefix = copied(toy, tmp_path)
+    first, other = str(toy[0] / "t2i.pth.tar"), save_moved(toy, tmp_path / "o.pth.tar", data_path)
+
+    def rank():
+        return (
+            evalrank([first, other], split="test")
+            if together == "ensemble"
+            else evalrank(first, split="test", versus=other)
+        )
+
+    assert rank()["n_images"] == 25
+    captions = open(prefix + "_caps.txt").read().splitlines()
+    write_lines(prefix + "_caps.txt", captions[5:] + captions[:5])
+    with pytest.raises(InputError, match="o.pth.tar: caption 0 of .*test is .*, that of .*test for .*t2i.pth.tar is"):
+        rank()
+    write_lines(prefix + "_caps.txt", captions)
+    write_lines(prefix + "_ids.txt", [*range(24), 99])
+    with pytest.raises(InputError, match="o.pth.tar: id 24 of .*test is '99'"):
+        rank()
+
+
+def test_models_with_other_vocabularies_are_ranked_together(toy, tmp_path):
+    opt = toy[1]["t2i"].opt
+    vocab = deserialize_vocab(os.path.join(opt.vocab_path, "toy_precomp_vocab.json"))
+    vocab.add_word("zebra")
+    (tmp_path / "vocab").mkdir()
+    serialize_vocab(vocab, str(tmp_path / "vocab" / "toy_precomp_vocab.json"))
+    save_model(tmp_path / "more.pth.tar", opt.data_path, str(tmp_path / "vocab"))
+    assert evalrank([str(toy[0] / "t2i.pth.tar"), str(tmp_path / "more.pth.tar")], split="test")["n_captions"] == 125
+
+
+# ---------------------------------------------------------------- folds, best candidates, ECCV Caption
+
+
+def test_fold5_says_how_many_pictures_a_fold_has_and_warns_of_other_folds_than_published(toy, capsys, caplog):
+    evalrank(str(toy[0] / "t2i.pth.tar"), split="test", fold5=True)
+    assert "5 folds of 5 pictures\n" in capsys.readouterr().out
+    assert "5 pictures a fold, published 1K results have 1,000" in caplog.text
+    assert "R@10 of so few says nothing" in caplog.text
+
+
+def test_recalls_of_a_handful_of_pictures_are_warned_of(toy, capsys, caplog):
+    evalrank(str(toy[0] / "t2i.pth.tar"), split="test")
+    assert not caplog.text and "folds" not in capsys.readouterr().out
+    evalrank(str(toy[0] / "t2i.pth.tar"), split="dev")
+    assert "only 6 images or captions are ranked" in caplog.text
+
+
+@pytest.mark.parametrize("fold5", [False, True])
+def test_save_topk_writes_every_querys_best(toy, tmp_path, fold5):
+    path = tmp_path / "best.jsonl"
+    evalrank(str(toy[0] / "t2i.pth.tar"), split="test", fold5=fold5, save_topk=path, topk=3)
+    rows = [json.loads(line) for line in open(path)]
+    assert len(rows) == 25 + 125
+    sims = direct_scores(toy)
+    for fold in range(5 if fold5 else 1):
+        n = 5 if fold5 else 25
+        part = sims[fold * n : (fold + 1) * n, 5 * fold * n : 5 * (fold + 1) * n]
+        for i, row in enumerate(rows[fold * n : (fold + 1) * n]):
+            best = np.argsort(-part[i])[:3]
+            assert row["image"] == str(fold * n + i) and row["captions"] == (best + 5 * fold * n).tolist()
+            assert row["scores"] == pytest.approx(part[i][best].tolist(), abs=1e-5)
+        for c, row in enumerate(rows[25 + 5 * fold * n : 25 + 5 * (fold + 1) * n]):
+            best = np.argsort(-part[:, c])[:3]
+            assert row["caption"] == 5 * fold * n + c and row["images"] == [str(fold * n + i) for i in best]
+
+
+def test_without_ids_the_best_candidates_are_named_by_row(toy, tmp_path):
+    data_path, prefix = copied(toy, tmp_path)
+    os.remove(prefix + "_ids.txt")
+    evalrank(str(toy[0] / "t2i.pth.tar"), data_path, "test", save_topk=tmp_path / "best.jsonl")
+    rows = [json.loads(line) for line in open(tmp_path / "best.jsonl")]
+    assert [row["image"] for row in rows[:25]] == list(range(25)) and len(rows[30]["images"]) == 10
+
+
+def test_files_and_counts_that_cannot_be_written_are_refused_before_scoring(toy, tmp_path):
+    for options, message in (
+        ({"save_topk": tmp_path / "no" / "best.jsonl"}, "best.jsonl: no such folder"),
+        ({"save_ranks": tmp_path / "no" / "ranks"}, "ranks: no such folder"),
+        ({"save_topk": tmp_path / "best", "topk": 0}, "--topk 0: expected at least 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evalrank("never.pth.tar", split="test", **options)
+
+
+def test_eccv_is_refused_for_another_split_before_scoring(toy, monkeypatch):
+    monkeypatch.setattr(evaluation, "load_model", lambda *args: pytest.fail("scored"))
+    with pytest.raises(InputError, match="test: 25 images and 125 captions, --eccv expects MS-COCO's testall"):
+        evalrank(str(toy[0] / "t2i.pth.tar"), split="test", eccv=True)
+    with pytest.raises(InputError, match="--eccv: .*expected no --fold5"):
+        evalrank(str(toy[0] / "t2i.pth.tar"), split="testall", eccv=True, fold5=True)
+
+
+def test_eccv_measures_the_mean_similarities_of_an_ensemble(capsys):
+    """Only the scores are made up: encoding and scoring 5,000 × 25,000 takes minutes."""
+    ids = list(map(str, eccv.testall_ids()[0].tolist()))
+    dataset = Namespace(prefix="testall", n_images=5000, captions=["a dog"] * 25000, read_ids=lambda: ids)
+
+    def scores(path, *where, check):
+        check(path, dataset)
+        return [np.random.default_rng(int(path)).random((5000, 25000), dtype=np.float32)]
+
+    result = evalrank(["1", "2"], split="testall", eccv=True, score_split=scores)
+    expected = eccv.metrics((scores("1", check=lambda *seen: None)[0] + scores("2", check=lambda *seen: None)[0]) / 2)
+    assert result["eccv"] == expected
+    printed = capsys.readouterr().out
+    assert "ECCV mAP@R: {:.1f} {:.1f}\n".format(*expected["eccv_map_at_r"]) in printed and "CxC R@10: " in printed
