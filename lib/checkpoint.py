@@ -11,6 +11,7 @@ import shutil
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 
 from lib.constants import SPECIAL
@@ -25,6 +26,7 @@ EPOCH = re.compile(r"checkpoint_(\d+)\.pth\.tar")  # saved after an epoch
 
 KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
 LARGEST = 2**32  # of any count
+MODULE = "module."
 
 
 def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.tar", prefix: str = "") -> None:
@@ -94,6 +96,7 @@ def load_checkpoint(path: str) -> dict:
     except Exception as error:  # torch.load meets broken bytes with many exception types
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
     try:
+        make_plain(checkpoint)
         check_keys(checkpoint)
         check_checkpoint_options(checkpoint["opt"])
         check_states(checkpoint["model"], checkpoint["opt"], os.path.getsize(path))
@@ -103,6 +106,31 @@ def load_checkpoint(path: str) -> dict:
     if not hasattr(checkpoint["opt"], "position"):
         checkpoint["opt"].position = infer_position(checkpoint["model"][0])
     return checkpoint
+
+
+def make_plain(checkpoint: Any) -> None:
+    """Bring what other programs save into the form of train.py's checkpoints, in place, where nothing is lost.
+
+    Options may be a dict, numbers tensors of one value; DataParallel puts `module.` before the names of parameters.
+    """
+    if not isinstance(checkpoint, dict):
+        return
+    if isinstance(checkpoint.get("opt"), dict) and all(isinstance(name, str) for name in checkpoint["opt"]):
+        checkpoint["opt"] = argparse.Namespace(**checkpoint["opt"])
+    options: Any = vars(checkpoint["opt"]) if isinstance(checkpoint.get("opt"), argparse.Namespace) else {}
+    for values in (checkpoint, options):
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and value.dim() == 0:
+                values[name] = value.item()
+    if isinstance(checkpoint.get("model"), (list, tuple)):
+        checkpoint["model"] = [without_module(state) for state in checkpoint["model"]]
+
+
+def without_module(state: Any) -> Any:
+    """An encoder's state without the prefix that DataParallel gives all its keys."""
+    if not isinstance(state, dict) or not all(isinstance(key, str) and key.startswith(MODULE) for key in state):
+        return state
+    return {key.removeprefix(MODULE): value for key, value in state.items()}
 
 
 def check_keys(checkpoint: Any) -> None:
@@ -158,9 +186,41 @@ def infer_position(image_state: dict) -> str:
     return "area" if "position_embedding.weight" in image_state else "none"
 
 
+class NumberType:
+    """Stands in for numpy.dtype while a checkpoint is read: the types of plain numbers and text, no other."""
+
+    def __init__(self, code, *flags):
+        self.code = code
+        if not re.fullmatch(r"b1|[iuf][1248]|U\d{1,4}", code):
+            raise pickle.UnpicklingError(f"GLOBAL numpy.{brief(code)}")
+
+    def __setstate__(self, state):
+        if state[1] in ("<", ">"):  # the byte order
+            self.code = state[1] + self.code
+
+
+def read_scalar(kind: NumberType, data: Any) -> Any:
+    """Stands in for NumPy's function that restores a scalar: returns Python's bool, int, float or str."""
+    data = data if isinstance(data, bytes) else data.encode("latin1")  # Python 2 wrote bytes as text
+    return np.frombuffer(data, kind.code, count=1)[0].item()
+
+
+PLAIN = [
+    argparse.Namespace,
+    (NumberType, "numpy.dtype"),
+    (read_scalar, "numpy.core.multiarray.scalar"),
+    (read_scalar, "numpy._core.multiarray.scalar"),
+    *(
+        (os.path.join, f"{module}.{name}")
+        for module in ("pathlib", "pathlib._local")
+        for name in ("PosixPath", "PurePosixPath")
+    ),
+]
+
+
 def load_plain(path: str) -> Any:
-    """torch.load of nothing but tensors, numbers and an argparse.Namespace."""
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+    """torch.load of nothing but tensors, numbers, text, paths (as text) and an argparse.Namespace."""
+    with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251

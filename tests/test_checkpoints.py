@@ -7,6 +7,7 @@ import struct
 import zipfile
 from argparse import Namespace
 from collections import OrderedDict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,6 +202,78 @@ def test_options_given_to_load_model_replace_the_checkpoints(tmp_path):
     torch.save(make_checkpoint(), tmp_path / "c.pth.tar")
     model = load_model(tmp_path / "c.pth.tar", lambda_softmax=4.0)
     assert model.opt.lambda_softmax == 4.0 and not model.img_enc.training and not model.txt_enc.training
+
+
+# ---------------------------------------------------------------- files of descendants
+
+
+def test_parameters_saved_under_data_parallel_load(tmp_path):
+    checkpoint = make_checkpoint()
+    states = [{f"module.{name}": x for name, x in state.items()} for state in checkpoint["model"]]
+    torch.save({**checkpoint, "model": states}, tmp_path / "c.pth.tar")
+    check_model(load_model(tmp_path / "c.pth.tar", 50), checkpoint)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("module", ["numpy._core", "numpy.core"], ids=["NumPy 2", "NumPy 1"])
+def test_numpy_scalars_are_read_as_pythons_numbers(tmp_path, zipped, module):
+    checkpoint = {**make_checkpoint(), "epoch": np.int64(3), "best_rsum": np.float64(12.5), "Eiters": np.uint8(7)}
+    stored = {
+        "margin": np.float32(0.25),
+        "bi_gru": np.True_,
+        "data_name": np.str_("f30k ü"),
+        "big": np.array(2, ">f8")[()],
+    }
+    vars(checkpoint["opt"]).update(stored)
+    path = tmp_path / "c.pth.tar"
+    with np.errstate(all="ignore"):
+        torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    if module == "numpy.core" and not zipped:  # as NumPy 1 wrote it; a zip archive has checksums
+        path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    loaded = load_checkpoint(path)
+    found = [loaded[key] for key in ("epoch", "best_rsum", "Eiters")] + [
+        getattr(loaded["opt"], name) for name in stored
+    ]
+    assert found == [3, 12.5, 7, 0.25, True, "f30k ü", 2.0]
+    assert [type(x) for x in found] == [int, float, int, float, bool, str, float]
+
+
+@pytest.mark.parametrize(
+    "value", [np.datetime64("2026-01-01"), np.complex64(1), np.zeros(3), np.array(None), np.float64]
+)
+def test_numpys_other_things_are_refused_by_name(tmp_path, value):
+    checkpoint = make_checkpoint()
+    checkpoint["opt"].extra = value
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    assert "it names numpy." in refused(tmp_path / "c.pth.tar")
+
+
+def test_options_and_scores_of_other_forms_load_where_nothing_is_lost(tmp_path):
+    """A dict of options, paths, numbers that are tensors, and options that this project does not know."""
+    checkpoint = make_checkpoint()
+    options = {**vars(checkpoint["opt"]), "data_path": Path("some") / "where", "margin": torch.tensor(0.25)}
+    options |= {"gpo_step": 32, "drop_regions": [0.1, 0.2], "teacher": None, "backbone": OrderedDict(depth=50)}
+    torch.save({**checkpoint, "opt": options, "best_rsum": torch.tensor(1.5)}, tmp_path / "c.pth.tar")
+    loaded = load_checkpoint(tmp_path / "c.pth.tar")
+    assert loaded["best_rsum"] == 1.5 and loaded["opt"].margin == 0.25 and loaded["opt"].gpo_step == 32
+    assert loaded["opt"].data_path == os.path.join("some", "where")
+    check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("agg_func", "GPO", "one of LogSumExp"),
+        ("cross_attn", "both", "one of t2i"),
+        ("embed_size", 32.0, "whole number"),
+    ],
+)
+def test_an_option_of_a_descendant_that_changes_the_model_is_named(tmp_path, option, value, expected):
+    checkpoint = make_checkpoint()
+    setattr(checkpoint["opt"], option, value)
+    torch.save(checkpoint, tmp_path / "c.pth.tar")
+    message = refused(tmp_path / "c.pth.tar")
+    assert f"its option {option} is {value!r}" in message and expected in message
 
 
 # ---------------------------------------------------------------- files that do not fit
