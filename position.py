@@ -111,11 +111,12 @@ def write_grids(opt: argparse.Namespace) -> None:
     """Read opt.boxes, write their grids to opt.out and print how many there are."""
     from tqdm import tqdm
 
-    from lib.datasets.boxes import read_arrays, read_coco, read_rows
+    from lib.datasets.boxes import Reach, read_arrays, read_coco, read_rows
     from lib.datasets.ids import read_ids
     from lib.datasets.problems import Problems
 
-    if opt.boxes.endswith(".json"):
+    of_json = opt.boxes.endswith(".json")
+    if of_json:
         problems = Problems(opt.out + ".problems.txt")
         ids = read_ids(opt.ids, problems) if opt.ids else None
         if problems.total:
@@ -125,6 +126,7 @@ def write_grids(opt: argparse.Namespace) -> None:
         data = read_arrays(opt.boxes, opt.sizes)
     n, n_regions = data.boxes.shape[:2]
     without_area = 0
+    reach = Reach(opt.boxes, opt.sizes or "the image sizes", of_json or opt.xywh)
 
     def write(file):
         nonlocal without_area
@@ -132,17 +134,23 @@ def write_grids(opt: argparse.Namespace) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         for start in tqdm(range(0, n, PICTURES_AT_ONCE), unit=f"{PICTURES_AT_ONCE} pictures", disable=None):
             boxes = np.array(read_rows(data.boxes, start, PICTURES_AT_ONCE), dtype=np.float64)
-            if opt.xywh and not opt.boxes.endswith(".json"):
+            sizes = np.array(read_rows(data.sizes, start, PICTURES_AT_ONCE), dtype=np.float64)
+            if opt.xywh and not of_json:
                 boxes[..., 2:] += boxes[..., :2]
             try:
-                grid = position_grid(boxes, read_rows(data.sizes, start, PICTURES_AT_ONCE))
+                grid = position_grid(boxes, sizes)
             except InputError as error:
                 number, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
                 picture = start + int(number)
                 name = f" (image {brief(data.names[picture])})" if data.names else ""
-                raise InputError(f"{opt.boxes}: picture {picture}{name}{rest}") from None
+                hint = " (x, y, width, height need --xywh)" if "reversed" in rest and not (of_json or opt.xywh) else ""
+                raise InputError(f"{opt.boxes}: picture {picture}{name}{rest}{hint}") from None
             without_area += int((grid[..., -1] == 0).sum())
+            reach.add(boxes, sizes)
             file.write(grid.astype("<f4", copy=False).tobytes())
+        note = reach.check()
+        if note:
+            print(f"note: {opt.boxes}: {note}")
 
     replace(opt.out, write)
     padded = n_regions - data.found

@@ -146,3 +146,74 @@ def test_the_pages_of_a_file_of_boxes_are_given_back(tmp_path):
         assert not read_rows(boxes, start, 1024).any()
     grown = int(Path("/proc/self/statm").read_text().split()[1]) - int(resident)
     assert grown * resource.getpagesize() < 50e6
+
+
+# ---------------------------------------------------------------- boxes outside their images
+
+
+@pytest.fixture
+def detections():
+    """Boxes (20, 36, 4) in pixels, as a detector gives them, in pictures of sizes (20, 2), height, width."""
+    rng = np.random.default_rng(0)
+    sizes = np.stack([rng.integers(200, 300, 20), rng.integers(400, 640, 20)], 1)
+    corners = np.sort(rng.random((20, R, 2, 2)), axis=2) * sizes[:, None, None, ::-1]
+    return corners.reshape(20, R, 4).astype(np.float32), sizes
+
+
+@pytest.mark.parametrize(
+    "mistake, said",
+    [
+        ("swapped", "height and width look swapped"),
+        ("too small", "reach to 2.0 times"),
+        ("pixels for 0 to 1", "1x1 of 1 are for boxes from 0 to 1, these are in pixels"),
+        ("0 to 1 for pixels", "boxes from 0 to 1 need --sizes 1x1"),
+        ("corners for widths", "look like corners x1, y1, x2, y2"),
+        ("widths for corners", "corners are reversed, expected x1 <= x2, y1 <= y2 (x, y, width, height need --xywh)"),
+        ("corners in JSON", "look like corners x1, y1, x2, y2"),
+    ],
+)
+def test_boxes_outside_their_images_are_refused_with_the_likely_mistake(tmp_path, detections, mistake, said):
+    boxes, sizes = detections
+    more, path = [], tmp_path / "b.npz"
+    if mistake == "swapped":
+        sizes = sizes[:, ::-1]
+    elif mistake == "too small":
+        sizes = sizes / 2
+    elif mistake == "pixels for 0 to 1":
+        more = ["--sizes", "1x1"]
+    elif mistake == "0 to 1 for pixels":
+        boxes = boxes / np.tile(sizes[:, None, ::-1], 2)
+    elif mistake == "corners for widths":
+        more = ["--xywh"]
+    elif mistake == "widths for corners":
+        boxes[..., 2:] -= boxes[..., :2]
+    np.savez(path, boxes=boxes, image_sizes=sizes)
+    if mistake == "corners in JSON":
+        path = tmp_path / "b.json"
+        images = [{"id": i, "height": int(height), "width": int(width)} for i, (height, width) in enumerate(sizes)]
+        annotations = [{"image_id": i, "bbox": box.tolist()} for i in range(20) for box in boxes[i]]
+        path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    message = fails("position", path, "--out", tmp_path / "o.npy", *more)
+    assert said in message and message.startswith(f"error: {path}: ")
+    assert not (tmp_path / "o.npy").exists() and not (tmp_path / "o.npy.part").exists()
+
+
+def test_a_few_boxes_outside_are_counted(tmp_path, detections):
+    boxes, sizes = detections
+    boxes[3, 2, 2] = 2000
+    np.savez(tmp_path / "b.npz", boxes=boxes, image_sizes=sizes)
+    out = ok("position", tmp_path / "b.npz", "--out", tmp_path / "o.npy")
+    assert "note: " in out and "1 boxes reach well outside their images" in out
+
+
+def test_a_pixel_beyond_the_edge_is_nothing(tmp_path, detections):
+    boxes, sizes = detections
+    np.savez(tmp_path / "b.npz", boxes=boxes + 1, image_sizes=sizes)
+    assert "note" not in ok("position", tmp_path / "b.npz", "--out", tmp_path / "o.npy")
+
+
+def test_sizes_that_are_too_large_are_noted(tmp_path, detections):
+    boxes, sizes = detections
+    np.savez(tmp_path / "b.npz", boxes=boxes, image_sizes=sizes * 2)
+    out = ok("position", tmp_path / "b.npz", "--out", tmp_path / "o.npy")
+    assert "no box reaches beyond 50% of its image, are the sizes too large?" in out

@@ -12,6 +12,10 @@ from lib.files import open_npy
 
 BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
 SIZE_NAMES = ("image_sizes", "image_size", "sizes")
+WELL_OUTSIDE = 0.05  # of the image's side
+MANY_OUTSIDE = 0.05  # share of the boxes
+NEARLY_ALL = 0.95  # share of the boxes that another reading must bring inside to be named
+SMALL_REACH = 0.7  # share of the images' sides beyond which some box of a detector reaches
 
 
 class PixelBoxes(NamedTuple):
@@ -126,3 +130,60 @@ def _read_annotations(path, ids, n_regions):
             raise InputError(f"{path}: image {image}, box {found[row]}: {what}") from None
         found[row] += 1
     return boxes, found
+
+
+class Reach:
+    """Counts boxes that reach well outside their images, and would under other readings of the same numbers."""
+
+    def __init__(self, path: str, sizes_are: str, read_as_widths: bool):
+        """sizes_are: where the sizes come from, for messages. read_as_widths: the file has x, y, width, height."""
+        self.path, self.sizes_are, self.read_as_widths = path, sizes_are, read_as_widths
+        self.n = self.outside = self.outside_swapped = self.outside_as_corners = 0
+        self.largest, self.largest_side, self.farthest = 0.0, 0.0, 0.0
+
+    def add(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
+        """Count boxes (n, R, 4), x1, y1, x2, y2, of images of sizes (n, 2), height, width; those without area not."""
+        area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
+        sides = sizes[:, None, ::-1].astype(np.float64)
+        self.n += int(area.sum())
+        self.outside += int((_reaches_outside(boxes, sides) & area).sum())
+        self.outside_swapped += int((_reaches_outside(boxes, sides[..., ::-1]) & area).sum())
+        corners = np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
+        reversed_corners = (corners[..., 2:] < corners[..., :2]).any(-1)
+        self.outside_as_corners += int(((_reaches_outside(corners, sides) | reversed_corners) & area).sum())
+        if area.any():
+            self.largest = max(self.largest, float(boxes[area].max()))
+            self.largest_side = max(self.largest_side, float(sizes.max()))
+            self.farthest = max(self.farthest, float((boxes[..., 2:] / sides)[area].max()))
+
+    def check(self) -> str:
+        """A note about the boxes, or "". Raises InputError, naming the likely mistake, where many lie outside."""
+        if self.n and self.largest <= 1 + WELL_OUTSIDE and self.largest_side > 2:
+            mistake = "boxes from 0 to 1 need --sizes 1x1"
+            raise InputError(f"{self.path}: no box reaches beyond 1, in images of {self.largest_side:g}: {mistake}")
+        if self.outside > MANY_OUTSIDE * self.n:
+            found = f"{self.outside} of {self.n} boxes reach well outside their images"
+            raise InputError(f"{self.path}: {found}: {self._mistake()}")
+        if self.outside:
+            return f"{self.outside} boxes reach well outside their images"
+        if self.n and self.farthest < SMALL_REACH:
+            return f"no box reaches beyond {self.farthest:.0%} of its image, are the sizes too large?"
+        return ""
+
+    def _mistake(self):
+        few = (1 - NEARLY_ALL) * self.n
+        if self.read_as_widths and self.outside_as_corners <= few:
+            return "they look like corners x1, y1, x2, y2, and were read as x, y, width, height"
+        if self.outside_swapped <= few:
+            return f"height and width look swapped in {self.sizes_are}, expected height first"
+        if self.largest_side <= 2:
+            return f"{self.sizes_are} of {self.largest_side:g} are for boxes from 0 to 1, these are in pixels"
+        return (
+            f"they reach to {self.farthest:.1f} times {self.sizes_are}, expected sizes in the pixels of the boxes "
+            "(of the images before or after resizing?)"
+        )
+
+
+def _reaches_outside(boxes, sides):
+    slack = WELL_OUTSIDE * sides
+    return (boxes[..., :2] < -slack).any(-1) | (boxes[..., 2:] > sides + slack).any(-1)
