@@ -63,6 +63,7 @@ class Bodies:
                     if arrival in self.under_way:
                         arrival.limit.reschedule(self.deadline(arrival))
         except TimeoutError:
+            request.scope["no_linger"] = True  # to read on what gave way would cost what it was to save
             raise self.refusal(arrival) from None
         except ClientDisconnect:
             raise Refused(400, "body: the connection ended before it was complete") from None

@@ -229,7 +229,7 @@ def get_parser():
     add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY, as others can read command lines")
     add("--timeout", type=float, default=60, help="seconds for a body to arrive, and again for its scores")
     add("--max_body_mb", type=int, default=256, help="largest body; 8 pictures have about 3.5 MB")
-    add("--bodies", type=int, default=256, help="bodies that may arrive at a time; for one more the slowest gives way")
+    add("--bodies", type=int, default=128, help="bodies that may arrive at a time; for one more the slowest gives way")
     add("--bodies_mb", type=int, default=512, help="size of what has arrived of them")
     add("--min_rate", type=float, default=8, help="KB a second at which a body must arrive, 0 for any rate")
     add("--queue", type=int, default=64, help="requests with their bodies there that may wait; a further one gets 429")

@@ -41,26 +41,27 @@ class Refusal(Answer):
 
     async def __call__(self, scope, receive, send):
         headers = Headers(scope=scope)
-        unread = not scope.get("body_read") and (
-            headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        )
+        announced = int(headers.get("content-length", 0))
+        unread = not scope.get("body_read") and (announced > 0 or "transfer-encoding" in headers)
         if unread:
             self.headers["connection"] = "close"
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": unread})
         if unread:
-            if "expect" not in headers:  # else the client waits for this answer, and sends no body
-                await linger(receive)
+            if not ("expect" in headers or scope.get("no_linger")):  # with Expect, no body is sent before an answer
+                await linger(receive, announced)
             await send({"type": "http.response.body", "body": b""})
 
 
-async def linger(receive):
-    """Read what still comes, within bounds."""
-    left = LINGER_BYTES
+async def linger(receive, announced):
+    """Read a body of so many bytes to its end, if that comes soon; else give its client the time to read the answer."""
+    left = LINGER_BYTES if announced <= LINGER_BYTES else 0
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
             while left > 0 and (message := await receive()).get("more_body"):
                 left -= len(message["body"])
+            if left <= 0:
+                await asyncio.sleep(LINGER_SECONDS)
 
 
 class Refused(HTTPException):
@@ -139,4 +140,4 @@ def serve(app, listening, **options):
     """Answer requests on a socket that listens, until SIGINT or SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end
-    make_server(app, log_level="warning", **options).run(sockets=[listening])
+    make_server(app, log_level="error", **options).run(sockets=[listening])

@@ -5,15 +5,12 @@ import contextlib
 import http.client
 import json
 import os
-import socket
-import threading
-import time
 
 import numpy as np
 import torch
+from processes import LIMIT, serve_app
 
 from lib.checkpoint import save_checkpoint
-from lib.web import make_server
 from Tencent_PFAN import train_whole
 from Tencent_PFAN.model_whole import SCAN
 from Tencent_PFAN.scan_server_whole import get_parser, make_app
@@ -49,20 +46,8 @@ def make_options(*flags):
 @contextlib.contextmanager
 def serve(scorer, *flags):
     """A server of scorer on a free port, which is yielded."""
-    app = make_app(scorer, make_options(*flags))
-    server = make_server(app, log_level="error")
-    listening = socket.create_server(("127.0.0.1", 0))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield listening.getsockname()[1]
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
+    with serve_app(make_app(scorer, make_options(*flags))) as port:
+        yield port
 
 
 def scorer_of(folder, **options):
@@ -98,7 +83,7 @@ def make_request(n_pictures=2, seed=0, sentence=("上海", "新闻"), img_dim=IM
 
 def post(port, body, headers=None, path=PATH):
     """(status, object, headers) of a POST; body: bytes, or an object that is sent as JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
     try:
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         connection.request("POST", path, body, {"Content-Type": "application/json", **(headers or {})})
@@ -110,7 +95,7 @@ def post(port, body, headers=None, path=PATH):
 
 def get(port, path, headers=None):
     """(status, text) of a GET."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
     try:
         connection.request("GET", path, headers=headers or {})
         response = connection.getresponse()

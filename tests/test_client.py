@@ -3,16 +3,15 @@
 import base64
 import json
 import os
-import signal
 import socket
 import struct
-import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import processes
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[1] / "test_server" / "test.py"
@@ -33,6 +32,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            self.server.under_way += 1
+        try:
+            self.respond(request)
+        finally:
+            with self.server.lock:
+                self.server.under_way -= 1
+
+    def respond(self, request):
         time.sleep(self.server.delay(request))
         with self.server.lock:
             mishap = self.server.mishaps.pop(0) if self.server.mishaps else None
@@ -86,11 +94,13 @@ def server():
     server.daemon_threads = True
     server.lock, server.delay = threading.Lock(), lambda request: 0
     server.mishaps, server.refuse, server.seen, server.times, server.problems = [], set(), [], [], []
-    server.api_key = None
+    server.api_key, server.under_way = None, 0
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def url(i):
@@ -135,9 +145,7 @@ def command(folder, port, *options, kind="sentence"):
 
 def run(folder, server, *options, **kind):
     port = server if isinstance(server, int) else server.server_port
-    return subprocess.run(
-        command(folder, port, *options, **kind), cwd=SCRIPT.parent, capture_output=True, text=True, timeout=30
-    )
+    return processes.run(command(folder, port, *options, **kind), cwd=SCRIPT.parent)
 
 
 def expect(words, pictures):
@@ -234,16 +242,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, server):
     make_data(tmp_path, items, regions=[i for i in range(30) if i != 2])
     part = tmp_path / "out.json.part"
     server.delay = lambda request: 0.05
-    process = subprocess.Popen(command(tmp_path, server.server_port, "--workers", 2), cwd=SCRIPT.parent)
-    try:
-        deadline = time.monotonic() + 10
-        while not part.exists() or part.read_bytes().count(b"\n") < 8:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    time.sleep(0.2)  # what was under way
+    with processes.started(command(tmp_path, server.server_port, "--workers", 2), cwd=SCRIPT.parent):
+        processes.wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") >= 8)
+    processes.wait_for(lambda: not server.under_way)
     kept = part.read_bytes().count(b"\n")
     assert 8 <= kept < 30 and not (tmp_path / "out.json").exists()
     part.write_bytes(part.read_bytes() + b'{"item": "cut o')

@@ -2,11 +2,11 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
 
+import processes
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,13 +35,7 @@ def write_test_list(path, urls, flags):
 
 
 def run(folder, *args):
-    return subprocess.run(
-        [sys.executable, ROOT / "test_server/compute_map.py", *map(str, args)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return processes.run([sys.executable, ROOT / "test_server/compute_map.py", *map(str, args)], cwd=folder)
 
 
 @pytest.mark.skipif(not (GOLDEN.is_dir() and REAL.is_dir()), reason="../shared with the published scores is absent")
@@ -60,9 +54,7 @@ def test_runs_inside_test_server_with_the_default_files(tmp_path):
     write_test_list(tmp_path / "data/tencent_data_meta/test_list.json", [["a", "b"]], [[1, 0]])
     for name, scores in zip(NAMES, ([0.0, 1.0], [0.0, 0.4], [1.0, 0.0]), strict=True):
         write_scores(tmp_path / "test_server" / name, [["a", "b"]], [scores])
-    done = subprocess.run(
-        [sys.executable, "compute_map.py"], cwd=tmp_path / "test_server", capture_output=True, text=True, timeout=60
-    )
+    done = processes.run([sys.executable, "compute_map.py"], cwd=tmp_path / "test_server")
     assert done.stderr == ""
     # a: 1.5 / 3.5, b: 1.4 / 3.5 – without the weight 1.5 the wrong picture would lead
     assert done.stdout.splitlines()[:3] == ["Len 1 1", f"MAP@1: {1 / 1.0000001} 1", f"Acc@1: {1 / 1.0000001} 1"]

@@ -12,7 +12,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.parse
@@ -24,11 +23,11 @@ import torch
 from conftest import ROOT
 from folders import make_folder, write_lines
 from PIL import Image
+from processes import serve_app
 from test_evaluation import save_model
 
 from evaluation import encode_data, load_split, shard_xattn
 from lib.errors import InputError, run
-from lib.web import listen, make_server
 from model import pair_attention
 from scripts import explore
 from scripts.explorer.answers import Explorer, first_rank
@@ -48,18 +47,8 @@ def options(*flags):
 @contextlib.contextmanager
 def serve(explorer):
     """The address of a server of an Explorer on a free port."""
-    server, listening = make_server(make_app(explorer), log_level="error"), listen("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        while not server.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listening.close()
+    with serve_app(make_app(explorer)) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")

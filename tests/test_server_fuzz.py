@@ -12,6 +12,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from processes import LIMIT
 from serving import IMG_DIM, PATH, encode, get, make_request, post, scorer_of, serve
 
 N_REQUESTS = int(os.environ.get("FUZZ_REQUESTS", "300"))
@@ -145,7 +146,7 @@ def test_requests_made_from_the_openapi_document_get_scores_or_a_reason(port):
     body=st.binary(max_size=40),
 )
 def check_address(port, method, path, body):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
     try:
         connection.request(method, path, body)
         status = connection.getresponse().status

@@ -4,10 +4,10 @@ import json
 import os
 import re
 import socket
-import subprocess
 
 import numpy as np
 from conftest import ROOT
+from processes import run
 
 from scripts.demo.make_tencent_demo import beside_chance
 
@@ -34,7 +34,7 @@ def test_demo_trains_serves_scores_and_ranks_well_above_chance(tmp_path):
     }
     sizes = "--train 512 --dev 32 --items 16 --candidates 10 --img_dim 256".split()
     command = ["sh", str(ROOT / "Tencent_PFAN" / "demo.sh"), *sizes]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = run(command, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("scored 160 of 160 pictures, 16 of 16 items have scores") == 3
     header, *rows = [line.split() for line in done.stdout.splitlines() if re.match(r"  .*chance$|(MAP|A)@\d ", line)]
