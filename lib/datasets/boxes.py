@@ -7,6 +7,7 @@ import numpy as np
 
 from lib.datasets.ids import canonical_id
 from lib.datasets.json_files import json_items
+from lib.datasets.npz_files import read_sizes
 from lib.errors import InputError, brief
 from lib.files import open_npy
 
@@ -33,7 +34,8 @@ class PixelBoxes(NamedTuple):
 def read_arrays(path: str, sizes_path: str | None) -> PixelBoxes:
     """Read the boxes of an .npy or .npz file.
 
-    sizes_path: an .npy of image sizes, or HxW for all images alike; None where the .npz holds them.
+    sizes_path: an .npy of image sizes (numbers, or dicts of image_h and image_w), or HxW for all images alike; None
+    where the .npz holds them.
     """
     boxes, sizes = _read_npz(path) if path.endswith(".npz") else (open_npy(path), None)
     if sizes_path:
@@ -41,7 +43,7 @@ def read_arrays(path: str, sizes_path: str | None) -> PixelBoxes:
         if one_size:
             sizes = np.tile(np.array(one_size.groups(), dtype=np.float64), (len(boxes), 1))
         else:
-            sizes = open_npy(sizes_path)
+            sizes = read_sizes(sizes_path)
     if sizes is None:
         raise InputError(f"{path}: no image sizes in it; --sizes gives them")
     if boxes.ndim != 3 or boxes.shape[2] != 4 or sizes.shape != (len(boxes), 2):

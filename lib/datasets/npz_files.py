@@ -14,6 +14,7 @@ import numpy as np
 from lib.datasets import plain_pickle
 from lib.datasets.regions import Regions
 from lib.errors import InputError, brief
+from lib.files import open_npy
 
 NAMES = {
     "features": ("x", "feat", "features", "image_features"),
@@ -56,6 +57,30 @@ def read_npy(path: str) -> np.ndarray:
         raise InputError(f"{path}: {error}") from None
 
 
+def read_sizes(path: str) -> np.ndarray:
+    """Image sizes (n, 2), height and width, of an .npy file: numbers, or objects that are dicts of image_h and image_w.
+
+    Raises InputError naming the file, and the picture that lacks a size.
+    """
+    try:
+        return open_npy(path)
+    except InputError:
+        array = read_npy(path)
+        if not isinstance(array, np.ndarray) or array.dtype != object:
+            raise
+    sizes = np.empty((array.size, 2))
+    for number, item in enumerate(array.ravel()):
+        for column, field in enumerate(("height", "width")):
+            name = next((name for name in NAMES[field] if isinstance(item, dict) and name in item), None)
+            if name is None:
+                raise InputError(f"{path}: picture {number}: found {brief(item)}, expected image_h and image_w")
+            try:
+                sizes[number, column] = _integer(item[name], name)
+            except InputError as error:
+                raise InputError(f"{path}: picture {number}: {error}") from None
+    return sizes
+
+
 def _read_fields(path):
     """{name in NAMES: value} of a picture's file."""
     if path.endswith(".npz"):
@@ -75,16 +100,20 @@ def _read_fields(path):
 def _read_npz(path):
     """The arrays of an .npz file whose names are known."""
     known = {INFO, *(name for names in NAMES.values() for name in names)}
+    arrays = {}
     try:
-        with zipfile.ZipFile(path) as archive:
-            arrays = {}
+        with open(path, "rb") as zipped, zipfile.ZipFile(zipped) as archive:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
                 if name in known:
                     with archive.open(member) as file:
                         arrays[name] = _read_array(file, member.file_size)
-    except (InputError, OSError):
+    except InputError:
         raise
+    except OSError as error:
+        if error.filename:  # it cannot be opened
+            raise
+        raise InputError(f"damaged .npz file ({error.strerror or error})") from None
     except Exception as error:  # zipfile and zlib each have their own
         reason = str(error).partition("\n")[0][:100]
         raise InputError(f"truncated or not an .npz file ({reason})") from None
@@ -108,10 +137,6 @@ def _read_array(file, n_bytes):
         return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
     except InputError:
         raise
-    except OSError as error:
-        if error.errno:
-            raise
-        raise InputError(f"truncated array ({error})") from None
     except Exception as error:  # a broken header makes NumPy raise SyntaxError, tokenize's errors and more
         reason = str(error).partition("\n")[0][:100]
         raise InputError(f"truncated or not an array ({type(error).__name__}: {reason})") from None

@@ -1,0 +1,326 @@
+"""Folders of .npz and .npy files, one a picture, → a dataset folder; pickles of plain types that run nothing."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from dataset_commands import D, R, fails, no_leftovers, ok, picture
+from folders import write_lines
+
+from lib.datasets import plain_pickle
+from lib.datasets.npz_files import read_npy, read_regions, read_sizes
+from lib.errors import InputError
+from position import position_grid
+
+SIZE = 375, 500
+
+
+def pictures_of(count, n=R, seed=0):
+    """[(boxes (n, 4), features (n, D))]"""
+    rng = np.random.default_rng(seed)
+    return [picture(rng, n) for _ in range(count)]
+
+
+def save(path, **arrays):
+    path.parent.mkdir(exist_ok=True)
+    np.savez_compressed(path, **arrays)
+
+
+def write_one_array_each(folder, pictures):
+    for i, (boxes, features) in enumerate(pictures):
+        size = {"image_h": 375, "image_w": 500, "num_bbox": len(boxes)}
+        save(folder / f"COCO_val2014_{i:012}.jpg.npz", x=features, bbox=boxes, **size, info={"objects": np.arange(R)})
+
+
+def write_info(folder, pictures):
+    for i, (boxes, features) in enumerate(pictures):
+        info = {"bbox": boxes, "num_boxes": len(boxes), "image_h": np.int64(375), "image_w": 500, "image_id": f"{i}"}
+        save(folder / f"{i}.npz", x=features, info=info)
+
+
+def write_transposed(folder, pictures):
+    for i, (boxes, features) in enumerate(pictures):
+        save(folder / f"{i}.npz", x=features.T, bbox=boxes, image_h=375, image_w=500)
+
+
+def write_npy_with_info(folder, pictures):
+    folder.mkdir()
+    for i, (boxes, features) in enumerate(pictures):
+        np.save(folder / f"{i}.npy", features)
+        info = {"bbox": boxes, "num_boxes": len(boxes), "image_height": 375, "image_width": 500, "cls_prob": features}
+        np.save(folder / f"{i}_info.npy", np.array(info, dtype=object))
+
+
+LAYOUTS = [write_one_array_each, write_info, write_transposed, write_npy_with_info]
+
+
+@pytest.mark.parametrize("n", [20, R])
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_files_of_extractors_become_a_dataset(tmp_path, write, n):
+    pictures = pictures_of(3, n)
+    write(tmp_path / "in", pictures)
+    out = ok("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "test")
+    assert f"features ({n}, {D}), boxes" in out and "test: 3 of 3 pictures" in out
+    images, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
+    np.testing.assert_array_equal(images, [features for _, features in pictures])
+    np.testing.assert_array_equal(grids, [position_grid(boxes, SIZE) for boxes, _ in pictures])
+    assert [name.split(".")[0][-1] for name in (tmp_path / "o/test_ids.txt").read_text().split()] == ["0", "1", "2"]
+    assert no_leftovers(tmp_path / "o")
+
+
+def test_boxes_and_sizes_may_stand_apart(tmp_path):
+    pictures = pictures_of(3)
+    (tmp_path / "boxes").mkdir()
+    for i, (boxes, features) in enumerate(pictures):
+        save(tmp_path / f"att/{i}.npz", feat=features)
+        np.save(tmp_path / f"boxes/{i}.npy", boxes)
+    args = (
+        "npz_to_dataset",
+        tmp_path / "att",
+        "--boxes",
+        tmp_path / "boxes",
+        "--split",
+        "train",
+        "--out",
+        tmp_path / "o",
+    )
+    assert "att/0.npz: no image_h and image_w in it, and boxes in pixels; --sizes gives them" in fails(*args)
+    images = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375, "width": 500} for i in range(3)]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": images}))
+    for sizes in (tmp_path / "instances.json", "375x500"):
+        ok(*args, "--sizes", sizes, "--overwrite")
+        grids = [position_grid(boxes, SIZE) for boxes, _ in pictures]
+        np.testing.assert_array_equal(np.load(tmp_path / "o/train_boxes.npy"), grids)
+    for i, (boxes, _) in enumerate(pictures):  # shares of the picture need no size
+        np.save(tmp_path / f"boxes/{i}.npy", boxes / np.float32([500, 375, 500, 375]))
+    ok(*args, "--overwrite")
+    np.testing.assert_allclose(np.load(tmp_path / "o/train_boxes.npy")[..., 15:], np.stack(grids)[..., 15:], atol=1e-5)
+    os.remove(tmp_path / "boxes/1.npy")
+    assert "1 malformed" in fails(*args, "--overwrite")
+    assert "boxes/1.npy: no such file" in (tmp_path / "o/npz_problems.txt").read_text()
+
+
+def test_features_without_boxes_are_written_alone(tmp_path):
+    for i in range(2):
+        save(tmp_path / f"in/{i}.npz", x=np.ones((49, D), np.float32))
+    assert "--position none" in ok("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
+    assert np.load(tmp_path / "o/train_ims.npy").shape == (2, 49, D)
+    assert not (tmp_path / "o/train_boxes.npy").exists()
+
+
+@pytest.mark.parametrize("choice, n_regions", [("best", 36), ("all", 100)])
+def test_10_to_100_regions_are_cut_or_padded(tmp_path, choice, n_regions):
+    (boxes, features), (few_boxes, few_features) = pictures_of(1, 50) + pictures_of(1, 10)
+    scores = np.random.default_rng(2).random(50).astype(np.float32)
+    size = {"image_h": 375, "image_w": 500}
+    save(tmp_path / "in/0.npz", x=features, bbox=boxes, **size, info={"objects_conf": scores})
+    padded = [np.concatenate([x, np.zeros((90, x.shape[1]), np.float32)]) for x in (few_features, few_boxes)]
+    save(tmp_path / "in/1.npz", x=padded[0], bbox=padded[1], **size, num_bbox=10)
+    args = ("npz_to_dataset", tmp_path / "in", "--split", "train", "--out")
+    out = ok(*args, tmp_path / "o", "--regions", choice)
+    assert "padded" in out and ("1 cut" in out) == (choice == "best")
+    images, grids = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes"))
+    best = np.argsort(-scores, kind="stable")[:36] if choice == "best" else np.arange(50)
+    assert images.shape == (2, n_regions, D)
+    np.testing.assert_array_equal(images[0, : len(best)], features[best])
+    np.testing.assert_array_equal(grids[0, : len(best)], position_grid(boxes[best], SIZE))
+    np.testing.assert_array_equal(images[1, :10], few_features)
+    assert (images[1, 10:] == 0).all() and (grids[1, 10:, :15] == 256).all() and (grids[1, 10:, 15:] == 0).all()
+    assert "1 malformed" in fails(*args, tmp_path / "fixed")
+    assert "10 regions, expected 50 (--regions fixed)" in (tmp_path / "fixed/npz_problems.txt").read_text()
+
+
+def test_damaged_missing_and_doubled_pictures_are_named_and_can_be_left_out(tmp_path):
+    pictures = pictures_of(5)
+    write_info(tmp_path / "in", pictures)
+    (tmp_path / "in/1.npz").write_bytes((tmp_path / "in/1.npz").read_bytes()[:-40])
+    np.savez(tmp_path / "in/2.npz", x=pictures[2][1] * np.nan, bbox=pictures[2][0], image_h=375, image_w=500)
+    np.savez(tmp_path / "in/3.npz", x=pictures[3][1][:, 1:], bbox=pictures[3][0], image_h=375, image_w=500)
+    write_lines(tmp_path / "ids.txt", ["4.jpg", "3", "2", "1", "0", "77"])
+    args = ("npz_to_dataset", tmp_path / "in", "--ids", f"dev={tmp_path}/ids.txt", "--out", tmp_path / "o")
+    message = fails(*args)
+    assert "3 malformed, 1 missing" in message and "--skip_bad" in message
+    listed = (tmp_path / "o/npz_problems.txt").read_text()
+    assert f"{tmp_path}/in/1.npz: malformed: truncated or not an .npz file" in listed
+    assert f"{tmp_path}/in/2.npz: malformed: features: NaN or infinite values" in listed
+    assert f"{tmp_path}/in/3.npz: malformed: features (36, 7), expected (R, 8) as in the first file" in listed
+    assert "dev, id 77: missing: no file of this name" in listed
+    ok(*args, "--skip_bad")
+    assert (tmp_path / "o/dev_ids.txt").read_text() == "4.jpg\n0\n"
+    np.testing.assert_array_equal(np.load(tmp_path / "o/dev_ims.npy"), [pictures[4][1], pictures[0][1]])
+    (tmp_path / "in/below").mkdir()
+    save(tmp_path / "in/below/0.jpg.npz", x=pictures[0][1])
+    assert "1 doubled" in fails("npz_to_dataset", tmp_path / "in", "--split", "test", "--out", tmp_path / "o")
+    (tmp_path / "empty").mkdir()
+    assert "empty: no .npz and no .npy" in fails(
+        "npz_to_dataset", tmp_path / "empty", "--split", "test", "--out", tmp_path
+    )
+
+
+DIES = """
+import os
+from lib import errors
+from lib.datasets import writer
+from scripts import npz_to_dataset
+write = writer.SplitWriter.write
+def dying(self, row, **values):
+    write(self, row, **values)
+    if self.done.sum() == 25:
+        os.kill(os.getpid(), 9)
+writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
+errors.run(npz_to_dataset.main)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path):
+    pictures = pictures_of(40)
+    write_info(tmp_path / "in", pictures)
+    args = [str(x) for x in (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", DIES, *args], env=env).returncode == -signal.SIGKILL
+    assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
+    for i in sorted(range(40), key=str)[1:25]:  # written already: read again they would not be the same
+        save(tmp_path / f"in/{i}.npz", x=pictures[0][1], info={"bbox": pictures[0][0], "image_h": 375, "image_w": 500})
+    out = ok("npz_to_dataset", *args)
+    assert "15 used" in out
+    expected = [pictures[i][1] for i in sorted(range(40), key=str)]
+    np.testing.assert_array_equal(np.load(tmp_path / "o/train_ims.npy"), expected)
+    assert no_leftovers(tmp_path / "o")
+
+
+# ---------------------------------------------------------------- boxes and sizes of SCAN's kind
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_sizes_in_an_object_array_of_dicts_are_read(tmp_path, protocol):
+    boxes = np.stack([boxes for boxes, _ in pictures_of(4)])
+    sizes = np.array([{"image_w": 500, "image_h": np.int64(375)} for _ in range(4)], dtype=object)
+    np.save(tmp_path / "train_ims_bbx.npy", boxes)
+    with open(tmp_path / "train_ims_size.npy", "wb") as file:
+        header = {"descr": "|O", "fortran_order": False, "shape": (4,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        pickle.dump(sizes, file, protocol=protocol)
+    args = (tmp_path / "train_ims_bbx.npy", "--sizes", tmp_path / "train_ims_size.npy", "--out", tmp_path / "o.npy")
+    ok("position", *args)
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid(boxes, [SIZE] * 4))
+
+
+def test_a_picture_without_a_size_is_named(tmp_path):
+    np.save(tmp_path / "s.npy", np.array([{"image_w": 5, "image_h": 5}, {"image_w": 5}], dtype=object))
+    with pytest.raises(InputError, match=r"s.npy: picture 1: found .*, expected image_h and image_w"):
+        read_sizes(str(tmp_path / "s.npy"))
+
+
+# ---------------------------------------------------------------- hostile files
+
+
+class Calls:
+    """Unpickled freely, it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
+
+
+PLAIN = {
+    "numbers": [1, -(2**70), 2.5, True, None],
+    "texts": ("é", b"bytes", b""),
+    "arrays": [np.arange(6, dtype=">i4").reshape(2, 3), np.asfortranarray(np.eye(3)), np.array(["a", "bc"])],
+    "scalars": [np.float32(1.5), np.int64(3), np.bool_(True)],
+    "objects": np.array([{"a": 1}, [2]], dtype=object),
+    "empty": np.zeros((0, 4), np.float32),
+}
+
+
+def same(a, b):
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and all(map(same, a.ravel().tolist(), b.ravel().tolist()))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_values_are_read_from_a_pickle(protocol):
+    assert same(PLAIN, plain_pickle.load(pickle.dumps(PLAIN, protocol=protocol)))
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_nothing_in_a_pickle_is_run(tmp_path, protocol):
+    marker = tmp_path / "it ran"
+    for value in (Calls(os.mkdir, str(marker)), {"x": [Calls(eval, f"__import__('os').mkdir({str(marker)!r})")]}, eval):
+        with pytest.raises(InputError, match="pickle of .*, expected numbers, texts, lists, dicts and arrays"):
+            plain_pickle.load(pickle.dumps(value, protocol=protocol))
+        np.savez(tmp_path / "1.npz", x=np.ones((2, 3)), info=np.array([value], dtype=object))
+        with pytest.raises(InputError, match=r"1\.npz: pickle of"):
+            read_regions(str(tmp_path / "1.npz"))
+    assert not marker.exists()
+
+
+def mutations(data, rng, count):
+    """data with one to three random changes: bits, cuts, repeats, random bytes."""
+    for _ in range(count):
+        changed = bytearray(data)
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            start = rng.randrange(len(changed) + 1)
+            end = min(len(changed), start + rng.choice((1, 4, 30)))
+            kind = rng.randrange(4)
+            if kind == 0 and start < len(changed):
+                changed[start] ^= 1 << rng.randrange(8)
+            elif kind == 1:
+                del changed[start : len(changed) if rng.random() < 0.3 else end]
+            elif kind == 2:
+                changed[start:start] = changed[start:end] * rng.choice((1, 50))
+            else:
+                changed[start:end] = rng.randbytes(end - start)
+        yield bytes(changed)
+
+
+def write_npz(path, data):
+    """Write an .npz file with data as the bytes of info.npy, and good features."""
+    with zipfile.ZipFile(path, "w") as archive:
+        with archive.open("x.npy", "w") as file:
+            np.lib.format.write_array(file, np.ones((2, 3), np.float32))
+        archive.writestr("info.npy", data)
+
+
+@pytest.mark.parametrize("kind", ["npz", "pickle", "npy"])
+def test_damaged_files_end_in_a_picture_or_one_line_that_names_them(tmp_path, kind):
+    info = {"bbox": np.float32([[0, 0, 5, 5], [1, 1, 3, 3]]), "num_boxes": 2, "image_h": 9, "image_w": np.int64(9)}
+    np.savez(tmp_path / "good.npz", x=np.ones((2, 3), np.float32), info=info)
+    np.save(tmp_path / "good.npy", np.ones((2, 3), np.float32))
+    with zipfile.ZipFile(tmp_path / "good.npz") as archive:
+        pickled = archive.read("info.npy")
+    data = {"npz": (tmp_path / "good.npz").read_bytes(), "pickle": pickled, "npy": (tmp_path / "good.npy").read_bytes()}
+    assert read_regions(str(tmp_path / "good.npz")).size == (9, 9)
+    path, refused = tmp_path / ("bad.npy" if kind == "npy" else "bad.npz"), 0
+    for changed in mutations(data[kind], random.Random(kind), int(os.environ.get("HOSTILE_FILES", 300))):
+        if kind == "pickle":
+            write_npz(path, changed)
+        else:
+            path.write_bytes(changed)
+        try:
+            read_regions(str(path))
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith(f"{path}: ") and "\n" not in str(error) and len(str(error)) < 600, error
+    assert refused
+
+
+def test_an_array_that_promises_more_than_it_holds_is_refused(tmp_path):
+    with open(tmp_path / "1.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 3)})
+    with pytest.raises(InputError, match=r"1\.npy: truncated array, expected 12000000000000 bytes"):
+        read_npy(str(tmp_path / "1.npy"))
