@@ -8,6 +8,7 @@ from dataset_commands import ok
     "name",
     [
         "tsv_to_dataset",
+        "npz_to_dataset",
         "align",
         "captions_to_dataset",
         "check_data",
