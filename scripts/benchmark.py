@@ -19,7 +19,7 @@ import time
 if not __package__:
     import _root  # noqa: F401
 
-from lib.errors import run
+from lib.errors import InputError, run
 from lib.files import replace
 from scripts.bench.table import PRECISIONS, plot, report, time_text
 
@@ -112,6 +112,8 @@ def get_parser():
 
 def main(measure=measure):
     opt = get_parser().parse_args()
+    if unknown := sorted(set(opt.sizes) - set(SIZES)):
+        raise InputError(f"--sizes: {', '.join(unknown)}, expected some of {', '.join(SIZES)}")
     s = {**SIZES, **(QUICK if opt.quick else {}), **opt.sizes}
     r, jobs = {}, plan(s)
     os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)

@@ -31,7 +31,7 @@ from scripts.demo import make_demo_data
 from scripts.search.build import TABLE_BLOCK, open_or_build
 from scripts.search.collection import Collection
 from scripts.search.first_stage import FirstStage
-from scripts.search.store import read_json
+from scripts.search.store import digest, fingerprint, read_json
 
 TOP = 10
 CANDIDATES = (50, 100, 200, 500, 1000, 2000, 4000, 10_000, 20_000, 50_000)
@@ -135,18 +135,21 @@ def seconds(function, *args):
 
 
 @torch.no_grad()
-def measure(opt):
-    """Rows of what opt.parts names, as measure_recall and measure_times give them, each with the model's cross_attn."""
+def measure(opt, before, path):
+    """Rows of what opt.parts names, as measure_recall and measure_times give them, with cross_attn and made_from.
+
+    before: the rows in the file path, to which these will be added.
+    """
     if opt.drawn:
         draw_pictures(opt.drawn, max(opt.sizes))
         opt.data_path, opt.split = opt.drawn, "train"
     model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device="cpu")
     dataset, sizes = loader.dataset, sorted(opt.sizes)
     if sizes[-1] > dataset.n_images:
-        raise InputError(
-            f"--sizes {sizes[-1]}: the split {opt.split} has {dataset.n_images} pictures; "
-            "--drawn FOLDER draws as many as are wanted"
-        )
+        way_out = "choose another --drawn" if opt.drawn else "--drawn FOLDER draws as many as are wanted"
+        raise InputError(f"--sizes {sizes[-1]}: the split {opt.split} has {dataset.n_images} pictures; {way_out}")
+    made_from = digest(json.dumps(fingerprint(opt.model_path, dataset, 0)).encode())[:12]
+    check_rows(before, path, model.opt.cross_attn, made_from)
     collection = open_or_build(opt.model_path, model, loader, opt.split, opt.collection, opt.anchors)
     # captions of the smallest size's pictures, so that each has its own picture among the first n
     known = sizes[0] * len(dataset.captions) // dataset.n_images
@@ -162,7 +165,13 @@ def measure(opt):
             row.view(np.int16).max()
         rows.append(measure_times(collection, queries, stages, sizes, opt.exhaustive))
     for row in itertools.chain(*rows):
-        yield {"cross_attn": model.opt.cross_attn, **row}
+        yield {"cross_attn": model.opt.cross_attn, "made_from": made_from, **row}
+
+
+def check_rows(rows, path, cross_attn, made_from):
+    """Raise InputError where rows of this direction, in a file, were measured on other inputs."""
+    if any(row["cross_attn"] == cross_attn and row.get("made_from", made_from) != made_from for row in rows):
+        raise InputError(f"{path}: {cross_attn} rows of another checkpoint or other data, choose another --out")
 
 
 def is_measured(rows):
@@ -250,7 +259,7 @@ def main():
     faiss.omp_set_num_threads(opt.threads)
     results, found = os.path.splitext(opt.out)[0] + ".json", []
     rows = read_json(results, is_measured, "the rows of an earlier run; delete it to begin anew") or []
-    for row in measure(opt):
+    for row in measure(opt, rows, results):
         found.append(row)
         print(json.dumps(row), flush=True)
     rows = merge(rows, found)

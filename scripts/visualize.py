@@ -30,7 +30,7 @@ from evaluation import evalrank, load_split
 from lib.checkpoint import load_checkpoint
 from lib.constants import N_CELLS
 from lib.errors import InputError, run
-from lib.files import replace
+from lib.files import read_lines, replace
 from scripts.explorer.groups import Groups
 from scripts.explorer.names import name_models
 from scripts.explorer.pictures import SIDE, Pictures
@@ -217,6 +217,9 @@ def draw_curves(opt):
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for folder in opt.runs:
         scalars = read_run(folder)
+        if not any(name in scalars for name, _ in CURVES):
+            found = ", ".join(sorted(scalars)[:5]) or "nothing"
+            raise InputError(f"{folder}: logs {found}, expected {', '.join(name for name, _ in CURVES)} of train.py")
         for axis, (name, title) in zip(axes.flat, CURVES, strict=True):
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)
@@ -244,9 +247,24 @@ def smooth(values):
 # ---------------------------------------------------------------- ablation
 
 
+def check_captions(opt, options):
+    """Raise InputError where the models, options[i] of each, do not rank the same captions."""
+    first = None
+    for path, model_opt in zip(opt.model_path, options, strict=True):
+        folder = os.path.join(opt.data_path or model_opt.data_path, model_opt.data_name)
+        captions = read_lines(os.path.join(folder, f"{opt.split}_caps.txt"))
+        first = captions if first is None else first
+        if captions != first:
+            raise InputError(
+                f"{path}: ranks the {opt.split} split of {folder}, other captions than {opt.model_path[0]}"
+            )
+
+
 def draw_ablation(opt):
     """Recalls of several models as bars with 95 % bootstrap intervals."""
-    names = name_models(opt.model_path, [load_checkpoint(path)["opt"] for path in opt.model_path])
+    options = [load_checkpoint(path)["opt"] for path in opt.model_path]
+    check_captions(opt, options)
+    names = name_models(opt.model_path, options)
     figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
     width = 0.8 / len(names)
     for i, (name, path) in enumerate(zip(names, opt.model_path, strict=True)):

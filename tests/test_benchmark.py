@@ -11,6 +11,7 @@ import torch
 
 from data import PrecompDataset, get_precomp_loader, pad
 from evaluation import encode_data, rank_rows
+from lib.errors import InputError
 from model import SCAN, XATTN_SCORE
 from position import position_grid
 from scripts import benchmark
@@ -136,6 +137,12 @@ def test_a_tiny_run_prints_the_table_and_writes_results_and_plot(tmp_path, monke
     ):
         assert line in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_sizes_that_no_measurement_has_are_refused(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--sizes", '{"image": 500}'])
+    with pytest.raises(InputError, match="--sizes: image, expected some of repeats, "):
+        benchmark.main(measure=lambda *args: pytest.fail("measured"))
 
 
 def test_a_measurement_runs_in_a_process_of_its_own(s):

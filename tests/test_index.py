@@ -369,6 +369,14 @@ def test_the_benchmark_says_what_is_found_of_the_exhaustive_top(toy, monkeypatch
     assert row == {"pictures": N, "stage": "x", "candidates": 50, "recall": 0.7, "worst_recall": 0.7, "queries": 1}
 
 
+def test_the_benchmark_adds_no_rows_of_another_model_to_a_file(toy, built, tmp_path, monkeypatch):
+    flags = ("--collection", built[2], "--sizes", "55", "--parts", "recall")
+    rows = measured(monkeypatch, toy[1]["t2i"], tmp_path / "x.png", *flags)
+    (tmp_path / "x.json").write_text(json.dumps([{**row, "made_from": "another"} for row in rows]))
+    with pytest.raises(InputError, match="x.json: t2i rows of another checkpoint or other data"):
+        measured(monkeypatch, toy[1]["t2i"], tmp_path / "x.png", *flags)
+
+
 def test_the_benchmark_refuses_sizes_that_the_split_has_not(toy, built, monkeypatch):
     with pytest.raises(InputError, match="--sizes 61: the split test has 60 pictures; --drawn"):
         measured(monkeypatch, toy[1]["t2i"], toy[0] / "x.png", "--collection", built[2], "--sizes", "61")

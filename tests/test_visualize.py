@@ -156,6 +156,21 @@ def test_features_that_give_nan_are_one_line(tmp_path, monkeypatch, capsys, flag
     assert last.startswith(f"error: {tmp_path / 'model.pth.tar'}: picture ") and f"of {features} gives NaN" in last
 
 
+def test_an_ablation_on_other_captions_of_the_same_number_is_refused(toy, tmp_path):
+    """Flickr30K's and MS-COCO's test splits both have 1,000 pictures of 5 captions."""
+    where = make_folder(tmp_path, splits={"dev": 6, "test": 8}, n_regions=4, seed=1)
+    save_model(tmp_path / "other.pth.tar", *where)
+    with pytest.raises(InputError, match="other.pth.tar: ranks the test split of .*, other captions than"):
+        draw("ablation", "--model_path", toy / "attention.pth.tar", tmp_path / "other.pth.tar")
+
+
+def test_a_run_that_logged_none_of_the_curves_is_refused(tmp_path):
+    log = tensorboard_logger.Logger(str(tmp_path / "other"), flush_secs=1)
+    log.log_value("accuracy", 1.0, step=1)
+    with pytest.raises(InputError, match="other: logs accuracy, expected Le, rsum, r1, r1i of train.py"):
+        draw("curves", tmp_path / "other")
+
+
 def test_a_file_that_is_no_tensorboard_file_is_an_error(tmp_path):
     (tmp_path / "events.out.tfevents.1").write_bytes(b"\xff" * 100)
     with pytest.raises(InputError, match="not a TensorBoard file"):

@@ -21,6 +21,7 @@ if not __package__:
     import _root  # noqa: F401
 from lib.constants import N_REGIONS
 from lib.errors import InputError, run
+from lib.files import read_lines
 from position import position_grid
 from scripts.demo.drawing import render
 from scripts.demo.regions import IMG_DIM, propose, region_features
@@ -139,6 +140,22 @@ def write_test(folder, n_items, n_candidates, rng, widen):
             file.write(json.dumps(item, ensure_ascii=False) + "\n")
 
 
+def read_measures(path, n_items):
+    """{"MAP@1": …, …} of an output of compute_map.py. Raises InputError for another file, or of another test list."""
+    lines = read_lines(path)
+    try:
+        found = {name: float(rest.split()[0]) for name, rest in (line.split(": ", 1) for line in lines if ": " in line)}
+        items = next(int(line.split()[1]) for line in lines if line.startswith("Len "))
+        missing = {f"{measure}@{k}" for measure in ("MAP", "Acc") for k in (1, 2, 3)} - set(found)
+    except (ValueError, IndexError, StopIteration):
+        missing = True
+    if missing:
+        raise InputError(f"{path}: expected what compute_map.py prints")
+    if items != n_items:
+        raise InputError(f"{path}: measures of {items} items, expected {n_items}, those of the test list")
+    return found
+
+
 def beside_chance(results, test_list):
     """Print MAP@1-3 and A@1-3 of outputs of compute_map.py, the files results, beside those of a random order.
 
@@ -147,17 +164,13 @@ def beside_chance(results, test_list):
     """
     with open(test_list, encoding="utf-8") as file:
         flags = [json.loads(line)["Img_flags"] for line in file]
-    columns = {}
-    for path in results:
-        with open(path, encoding="utf-8") as file:
-            found = dict(line.split(": ", 1) for line in file if ": " in line)
-        columns[os.path.splitext(os.path.basename(path))[0]] = found
+    columns = {os.path.splitext(os.path.basename(path))[0]: read_measures(path, len(flags)) for path in results}
     print(" " * 8 + "".join(f"{name:>10}" for name in (*columns, "chance")))
     for measure, name in ("MAP", "MAP"), ("Acc", "A"):
         for k in (1, 2, 3):
             shares = [sum(item) / len(item) for item in flags if sum(item) >= k]
-            numbers = [float(found[f"{measure}@{k}"].split()[0]) for found in columns.values()]
-            print(f"{name}@{k}".ljust(8) + "".join(f"{x:10.3f}" for x in (*numbers, sum(shares) / max(1, len(shares)))))
+            values = [*(found[f"{measure}@{k}"] for found in columns.values()), sum(shares) / max(1, len(shares))]
+            print(f"{name}@{k}".ljust(8) + "".join(f"{x:10.3f}" for x in values))
 
 
 def main():
