@@ -6,20 +6,21 @@ R regions (36), C captions of W words, D embed_size; N contexts of L elements, q
 lib/kernels has faster ways to compute the scores and the GRU; without them everything works as it stands here.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from lib import distributed, kernels
 from lib.checkpoint import load_checkpoint
 from lib.constants import LEAK, N_CELLS, N_SLOTS
 from lib.errors import InputError
 from lib.options import CHOICES, OPTIONS, check_options, option
-from lib.tensors import EPS, at_least_float32, max_along, norm
+from lib.tensors import EPS, PackedOrder, at_least_float32, max_along, norm, send
 
 POSITION_DIM = 200  # size of a cell's embedding
 
@@ -87,7 +88,8 @@ class EncoderImage(nn.Module):
         if self.position == "attention":
             # all 257 cells in one product, then the 15 of each region
             logits = self.fc_att(images) @ self.position_embedding.weight.T
-            weights = weights * at_least_float32(torch.tanh(logits.gather(2, cells))).softmax(2)
+            # float32, because the gradient of gather is a sum
+            weights = weights * torch.tanh(at_least_float32(logits).gather(2, cells)).softmax(2)
             weights = weights.softmax(2)
         return cells, weights
 
@@ -111,20 +113,20 @@ class EncoderText(nn.Module):
 
     def forward(self, captions, lengths):
         """captions (B, W) ids, lengths (B ints) → (B, W, D), zero behind a caption's end."""
-        packed, _ = self.run_gru(captions, lengths)
-        return pad_packed_sequence(packed, batch_first=True)[0]
+        return self.run_gru(captions, lengths)[0]
 
     def run_gru(self, captions, lengths):
-        """The word embeddings as a PackedSequence, and the GRU's final states (layers · directions, B, D)."""
-        lengths = torch.as_tensor(lengths, dtype=torch.int64)
-        packed = pack_padded_sequence(self.embed(captions), lengths, batch_first=True, enforce_sorted=False)
-        packed, state = kernels.packed_gru(self.rnn, packed) or self.rnn(packed)
-        words = at_least_float32(packed.data)
+        """Word embeddings (B, W, D), zero behind a caption's end, and final states (layers · directions, B, D)."""
+        order = PackedOrder.of(lengths, captions.device)
+        packed = PackedSequence(self.embed(order.pack(captions)), order.batch_sizes, order.sorted, order.unsorted)
+        with torch.autocast(captions.device.type, enabled=False):  # cuDNN would take float16
+            packed, state = kernels.packed_gru(self.rnn, packed) or self.rnn(packed)
+        words = packed.data
         if self.use_bi_gru:
             words = (words[:, : self.embed_size] + words[:, self.embed_size :]) / 2
         if not self.no_txtnorm:
             words = l2norm(words, dim=1)
-        return PackedSequence(words, *packed[1:]), state
+        return order.pad(words), state
 
 
 # ---------------------------------------------------------------- cross attention
@@ -259,8 +261,8 @@ def hardest_pairs(scores: Tensor, margin: float, batch: distributed.Batch) -> tu
 
     scores (n, B), overwritten: this process's n images with the batch's B captions, image i's own in column
     batch.first + i. Returns pairs (n + P, 2), an image's and a caption's index: the n right pairs, then, for each image
-    its hardest caption and for each caption its hardest image, the P pairs that cost something; and anchors (P,), the
-    index in the batch of the right pair that each of these is compared with.
+    its hardest caption and for each caption its hardest image, the P pairs that cost something (with one GPU all of
+    them); and anchors (P,), the index in the batch of the right pair that each of these is compared with.
     """
     rows, columns = (torch.arange(n, device=scores.device) for n in scores.shape)
     right_scores = batch.gather(scores.diagonal(batch.first).clone())
@@ -270,9 +272,12 @@ def hardest_pairs(scores: Tensor, margin: float, batch: distributed.Batch) -> tu
     right = torch.stack([rows, rows + batch.first], 1)
     wrong = torch.stack([torch.cat([rows, images - batch.first]), torch.cat([captions, columns])], 1)
     anchors = torch.cat([rows + batch.first, columns])
-    costs = ~(margin + torch.cat([caption_scores, image_scores]) - right_scores[anchors] <= 0)  # NaN costs as well
-    costs &= (wrong[:, 0] >= 0) & (wrong[:, 0] < len(rows))  # each pair is scored where its image is
-    return torch.cat([right, wrong[costs]]), anchors[costs]
+    if scores.is_cpu or batch.shared or len(columns) == 1:  # else a GPU counts them for less than the host waits
+        costs = ~(margin + torch.cat([caption_scores, image_scores]) - right_scores[anchors] <= 0)  # NaN costs as well
+        costs &= (wrong[:, 0] >= 0) & (wrong[:, 0] < len(rows))  # each pair is scored where its image is
+        chosen = costs.nonzero()[:, 0]
+        wrong, anchors = wrong[chosen], anchors[chosen]
+    return torch.cat([right, wrong]), anchors
 
 
 class ContrastiveLoss(nn.Module):
@@ -334,6 +339,7 @@ class SCAN:
         check_options(opt, CHOICES)
         self.opt = opt
         torch.set_float32_matmul_precision(option(opt, "matmul_precision"))
+        torch.backends.cudnn.allow_tf32 = option(opt, "matmul_precision") != "highest"  # in the GRU
         self.device = distributed.pick_device(option(opt, "device"))
         self.amp = option(opt, "amp")
         self.img_enc = self.make_img_enc(opt).to(self.device)
@@ -377,12 +383,12 @@ class SCAN:
     def encode_images(self, images, boxes):
         """images (B, R, img_dim), boxes (B, R, 30 | 31; None will do with position none) → embeddings (B, R, D)."""
         with self.autocast():
-            return self.img_enc(images.to(self.device), None if boxes is None else boxes.to(self.device))
+            return self.img_enc(send(images, self.device), None if boxes is None else send(boxes, self.device))
 
     def encode_captions(self, captions, lengths):
         """captions (B, W) ids, lengths (B ints) → word embeddings (B, W, D)."""
         with self.autocast():
-            return self.txt_enc(captions.to(self.device), lengths)
+            return self.txt_enc(send(captions, self.device), lengths)
 
     def forward_emb(self, images, boxes, captions, lengths, volatile=False):
         """A batch as collate_fn gives it → img_emb (B, R, D), cap_emb (B, W, D), cap_lens. volatile: no gradient."""
@@ -392,11 +398,8 @@ class SCAN:
         return img_emb, cap_emb, lengths
 
     def forward_loss(self, img_emb, *embeddings, **kwargs):
-        """The loss of a batch's embeddings as forward_emb gives them (img_emb, cap_emb, cap_lens), logged as Le."""
-        loss = self.criterion(img_emb, *embeddings)
-        if self.logger is not None:
-            self.logger.update("Le", loss.item(), img_emb.size(0))
-        return loss
+        """The loss of a batch's embeddings (img_emb, cap_emb, cap_lens), as forward_emb returns them."""
+        return self.criterion(img_emb, *embeddings)
 
     def train_emb(self, images, boxes, captions, lengths, ids=None, *args):
         """One training step on a batch as collate_fn gives it. Returns the loss."""
@@ -412,13 +415,13 @@ class SCAN:
         self.start_step()
         loss = self.forward_loss(*self.forward_emb(*batch))
         loss.backward()
-        return self.update(loss)
+        return self.update(loss, len(batch[0]))
 
     def step_without_pairs(self):
         """The step of one of several processes that has no pair of the batch. Returns the loss."""
         self.start_step()
         distributed.Batch(0)
-        return self.update(distributed.sum_over_processes(self.params[0].new_zeros(())))
+        return self.update(distributed.sum_over_processes(self.params[0].new_zeros(())), 0)
 
     def start_step(self):
         self.Eiters += 1
@@ -427,16 +430,22 @@ class SCAN:
             self.logger.update("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
 
-    def update(self, loss):
-        """Let the optimizer make its step with all processes' gradients. Returns the loss."""
+    def update(self, loss, n_pairs):
+        """Step of the optimizer with all processes' gradients; logs the loss as Le. Returns the loss on the CPU."""
         distributed.all_reduce_gradients(self.params)
         gradient_norm = nn.utils.clip_grad_norm_(self.params, self.grad_clip or torch.inf)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss.item()}")
-        if not torch.isfinite(gradient_norm):
-            raise FloatingPointError(f"the loss is {loss.item()}, its gradient's norm {gradient_norm.item()}")
+        finite = torch.isfinite(loss) & torch.isfinite(gradient_norm)
+        self.optimizer.found_inf = (~finite).float()  # where it is 1, fused Adam leaves all as it is
         self.optimizer.step()
-        return loss.detach()
+        result = torch.stack([loss.detach(), gradient_norm]).cpu()  # the only place where the host waits for a GPU
+        loss, gradient_norm = result.tolist()
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
+        if not math.isfinite(gradient_norm):
+            raise FloatingPointError(f"the loss is {loss}, its gradient's norm {gradient_norm}")
+        if self.logger is not None and n_pairs:
+            self.logger.update("Le", loss, n_pairs)
+        return result[0]
 
 
 def load_model(path: str, vocab_size: int | None = None, make_model: Callable = SCAN, **overrides: Any) -> Any:

@@ -6,12 +6,11 @@ Sizes in the docstrings: B a batch, R regions (36), W words, D embed_size, I ima
 """
 
 import torch
-from torch.nn.utils.rnn import pad_packed_sequence
 
 import model
 from lib.errors import InputError
 from lib.options import option
-from lib.tensors import EPS, at_least_float32
+from lib.tensors import EPS, at_least_float32, send
 from model import LINEAR, Attention, l1norm, l2norm, xattn_score  # noqa: F401 (l1norm: one of SCAN's names)
 
 
@@ -47,7 +46,7 @@ class EncoderText(model.EncoderText):
         """captions (B, W) ids, lengths (B ints) → (B, W, D), zero behind a caption's end, and (B, D)."""
         words, state = self.run_gru(captions, lengths)
         final = at_least_float32(state[-2:]).mean(0) if self.use_bi_gru else at_least_float32(state[-1])
-        return pad_packed_sequence(words, batch_first=True)[0], final if self.no_txtnorm else l2norm(final, dim=1)
+        return words, final if self.no_txtnorm else l2norm(final, dim=1)
 
 
 # ---------------------------------------------------------------- scores
@@ -129,7 +128,7 @@ class SCAN(model.SCAN):
     def encode_images(self, images, whole_images, boxes):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""
         with self.autocast():
-            return self.img_enc(*(x.to(self.device) for x in (images, whole_images, boxes)))
+            return self.img_enc(*(send(x, self.device) for x in (images, whole_images, boxes)))
 
     def forward_emb(self, images, whole_images, boxes, captions, lengths, volatile=False):
         """A batch as collate_fn gives it → img_emb (B, R, D), whole_img_emb (B, D), cap_emb (B, W, D), cap_lens,

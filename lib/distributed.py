@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from lib.errors import InputError, is_worker_crash
+from lib.tensors import send
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -28,7 +29,10 @@ def pick_device(name: str = "auto") -> torch.device:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory and measurements are those of the current device
+    return device
 
 
 def start(device: str) -> None:
@@ -212,10 +216,11 @@ class Batch:
         if not self.shared:
             return words, lengths, *more
         inside = torch.arange(words.shape[1]) < torch.as_tensor(lengths)[:, None]
+        rows = send(inside.flatten().nonzero()[:, 0], words.device)
         lengths = gather_ints(lengths)
         ends = torch.tensor(self.counts).cumsum(0).tolist()
         n_words = [sum(lengths[end - count : end]) for end, count in zip(ends, self.counts, strict=True)]
-        words = GatherRows.apply(words[inside.to(words.device)], n_words)
+        words = GatherRows.apply(words.flatten(0, 1).index_select(0, rows), n_words)
         return words, lengths, *map(self.gather, more)
 
     def hardest(self, scores: torch.Tensor) -> tuple:

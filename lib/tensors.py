@@ -1,4 +1,7 @@
-"""Reductions that are exact and differentiable everywhere, and fast where no gradient is needed."""
+"""Reductions with finite gradients, fast where no gradient is needed; padding and packing of sequences."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,3 +30,59 @@ def max_along(X: Tensor, dim: int) -> Tensor:
 def at_least_float32(X: Tensor) -> Tensor:
     """X as float32 where it is float16 or bfloat16, unchanged where it is float32 or float64."""
     return X.to(torch.promote_types(X.dtype, torch.float32))
+
+
+# ---------------------------------------------------------------- padding and copies
+
+
+def send(X: Tensor, device: torch.device) -> Tensor:
+    """X on a device, by a copy that the host does not wait for."""
+    if device.type == "cuda" and X.device.type == "cpu":
+        X = X.pin_memory()
+    return X.to(device, non_blocking=True)
+
+
+def pad_rows(rows: Tensor, lens: Tensor) -> Tensor:
+    """Rows (ΣW_i, …), sequence after sequence, → (B, W, …), zero behind a sequence's end. lens (B,) on the CPU."""
+    inside = torch.arange(int(lens.max())) < lens[:, None]
+    return place_rows(rows, send(inside.flatten().nonzero()[:, 0], rows.device), inside.shape)
+
+
+def place_rows(rows: Tensor, positions: Tensor, shape: tuple | torch.Size) -> Tensor:
+    """(B, W, …) of shape (B, W), zero but for rows (n, …) at positions (n,) of its B · W rows."""
+    empty = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:])
+    return empty.index_copy(0, positions, rows).unflatten(0, tuple(shape))
+
+
+class PackedOrder(NamedTuple):
+    """The order of a PackedSequence: time by time, the longest of B sequences first.
+
+    positions (n,): where each of its n rows is in a padded batch (B, W) of B · W rows; batch_sizes (W,) on the CPU;
+    sorted, unsorted (B,): the sequences, longest first, and back.
+    """
+
+    positions: Tensor
+    batch_sizes: Tensor
+    sorted: Tensor
+    unsorted: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, lens: Sequence[int] | Tensor, device: torch.device) -> "PackedOrder":
+        """lens: B lengths. The indices go to the device in one copy that the host does not wait for."""
+        lens = torch.as_tensor(lens, dtype=torch.int64).cpu()
+        shape = len(lens), int(lens.max())
+        order = lens.argsort(descending=True, stable=True)
+        inside = torch.arange(shape[1])[:, None] < lens[order]  # (W, B)
+        positions = (order * shape[1] + torch.arange(shape[1])[:, None])[inside]
+        sent = send(torch.cat([order, order.argsort(), positions]), device)
+        n = len(lens)
+        return cls(sent[2 * n :], inside.sum(1), sent[:n], sent[n : 2 * n], shape)
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """Padded (B, ≥ W) → (n,), the rows of a PackedSequence."""
+        return rows[:, : self.shape[1]].flatten().index_select(0, self.positions)
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """Rows (n, D) of a PackedSequence → (B, W, D), zero behind a sequence's end."""
+        return place_rows(rows, self.positions, self.shape)

@@ -4,6 +4,7 @@ With None from all of them the model computes the same from the formulas in mode
 CPU and CUDA. PFAN_KERNELS names the fastest way that may be used: none, torch, numba (compiled, without AMX) or amx.
 
 blocks.py             captions in blocks of equal length, one matrix product a block
+padded.py             captions padded and masked, for GPUs
 attention_kernel.py   attention compiled by numba, for scoring on CPUs
 amx.py                products in the tile registers of CPUs that have them
 gru.py                the GRU's backward pass on CPUs
@@ -32,11 +33,12 @@ def scores(
     """model.xattn_score, whose arguments these are: scores (I, C), or (P,) of the pairs (P, 2) only."""
     if not allowed("torch") or images.device.type not in ("cpu", "cuda"):
         return None
-    from lib.kernels import blocks
+    from lib.kernels import blocks, padded
 
+    form: Any = padded if images.device.type == "cuda" and padded.applies(attention) else blocks
     if pairs is None:
-        return blocks.score_all(images, captions, cap_lens, attention)
-    return blocks.score_pairs(images, captions, cap_lens, pairs, attention)
+        return form.score_all(images, captions, cap_lens, attention)
+    return form.score_pairs(images, captions, cap_lens, pairs, attention)
 
 
 def packed_gru(rnn: nn.GRU, packed: PackedSequence) -> tuple[PackedSequence, Tensor] | None:

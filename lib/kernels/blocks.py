@@ -5,7 +5,7 @@ of K elements. attention is a model.Attention.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,21 @@ def mul_(X: Tensor, Y: Any) -> Tensor:
     return X * Y if X.requires_grad else X.mul_(Y)
 
 
-def attend(S: Tensor, gram: Tensor, query_norms: Tensor, attention: Any) -> Tensor:
+class Padding(NamedTuple):
+    """What is no padding, where contexts or queries are filled up with zero vectors.
+
+    queries (N or 1, K, M), bool, and counts, how many of the K, broadcast to (N, M); or contexts (N, L), bool.
+    """
+
+    queries: Tensor | None = None
+    counts: Tensor | None = None
+    contexts: Tensor | None = None
+
+
+NO_PADDING = Padding()
+
+
+def attend(S: Tensor, gram: Tensor, query_norms: Tensor, attention: Any, padding: Padding = NO_PADDING) -> Tensor:
     """model.attend of N contexts × M queries from raw similarities, without ever building an attended context.
 
     S (N, L, K, M): dot products of the contexts' and the queries' elements; it may be overwritten where no gradient
@@ -36,14 +50,34 @@ def attend(S: Tensor, gram: Tensor, query_norms: Tensor, attention: Any) -> Tens
             from lib.kernels import attention_kernel  # here, because numba takes half a second to import
 
             return attention_kernel.attend(S, gram, query_norms, attention)
-    A = attention.normalise(S, -2)
-    A = (A * attention.smooth if A is S else mul_(A, attention.smooth)).softmax(1)
+    A = normalise(S, attention, padding)
+    A = A * attention.smooth if A is S else mul_(A, attention.smooth)
+    if padding.contexts is not None:
+        A = A.masked_fill(~padding.contexts[:, :, None, None], -torch.inf)
+    A = A.softmax(1)
     squares = mul_((gram @ A.flatten(2)).view_as(A), A).sum(1)
     strongest = max_along(A, 1) if attention.max_term else None
     dots = mul_(A, S).sum(1)
     norms = squares.clamp(min=EPS**3).sqrt()  # the floor keeps the gradient finite at a context of zeros
-    scores = attention.aggregate(dots / (query_norms * norms).clamp(min=EPS), -2)
-    return scores if strongest is None else scores + 0.5 * attention.aggregate(strongest, -2)
+    scores = aggregate(dots / (query_norms * norms).clamp(min=EPS), attention, padding)
+    return scores if strongest is None else scores + 0.5 * aggregate(strongest, attention, padding)
+
+
+def normalise(S: Tensor, attention: Any, padding: Padding) -> Tensor:
+    """S normalised over the queries' elements. Zeros change no sum of squares or absolute values."""
+    if padding.queries is not None and attention.opt.raw_feature_norm == "softmax":
+        S = S.masked_fill(~padding.queries[:, None], -torch.inf)
+    return attention.normalise(S, -2)
+
+
+def aggregate(r: Tensor, attention: Any, padding: Padding) -> Tensor:
+    """Scores (N, M) of the relevance r (N, K, M) of the queries' elements."""
+    if padding.queries is None:
+        return attention.aggregate(r, -2)
+    if attention.opt.agg_func in ("Mean", "Sum"):
+        total = (r * padding.queries).sum(-2)
+        return total / padding.counts if attention.opt.agg_func == "Mean" else total
+    return attention.aggregate(r.masked_fill(~padding.queries, -torch.inf), -2)
 
 
 def has_compiled_form(X: Tensor, opt: Any) -> bool:
