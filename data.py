@@ -235,8 +235,13 @@ def get_precomp_dataset(data_name: str, data_split: str, vocab: Any, opt: Any, *
     )
 
 
-def get_precomp_loader(dataset: Any, batch_size: int, workers: int, shuffle_seed: int | None = None) -> DataLoader:
-    """A DataLoader of collate_fn's batches, in order or shuffled by seed and its batch sampler's epoch."""
+def get_precomp_loader(
+    dataset: Any, batch_size: int, workers: int, shuffle_seed: int | None = None, device: str = "auto"
+) -> DataLoader:
+    """A DataLoader of collate_fn's batches, in order or shuffled by seed and its batch sampler's epoch.
+
+    device: --device; batches for a GPU are in pinned memory, from which they are copied without waiting.
+    """
     workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dataset.worker_log = WorkerLog(workers) if workers else None
     order = {"batch_size": batch_size}
@@ -248,7 +253,7 @@ def get_precomp_loader(dataset: Any, batch_size: int, workers: int, shuffle_seed
         num_workers=workers,
         persistent_workers=workers > 0,
         worker_init_fn=start_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=distributed.pick_device(device).type == "cuda",
         collate_fn=collate_fn,
         generator=torch.Generator(),  # so that loading leaves the random state of training alone
     )

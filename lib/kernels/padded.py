@@ -13,7 +13,7 @@ from torch import Tensor
 from lib.kernels.blocks import Padding, attend, dot_products
 from lib.tensors import norm, pad_rows, send
 
-LENGTHS = 4  # that captions are padded to, so that little of a batch is padding
+LENGTHS = 3  # that captions are padded to: each more costs 30 to 90 launches a step, each less more padding
 NORMS = {"softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm"}
 AGGREGATIONS = {"LogSumExp", "Mean", "Max", "Sum"}
 

@@ -1,0 +1,293 @@
+"""The whole program on a CUDA device computes what it computes on the CPU, and seldom waits for it.
+
+On a machine without a GPU the device is simulated (pretend_cuda.py); where there is one the same tests run on it, but
+for those that count. PFAN_ALL_COMBINATIONS=1 takes every combination of options instead of every fifth.
+"""
+
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_opt
+from folders import make_folder, random_boxes
+from pretend_cuda import Pretend, pretend_cuda
+
+import train
+from evaluation import LogCollector, evalrank, load_split
+from lib import kernels
+from lib.checkpoint import load_checkpoint
+from lib.kernels import blocks, padded
+from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, Attention, ContrastiveLoss, xattn_score
+from Tencent_PFAN import model_whole
+
+HAS_GPU = torch.cuda.is_available()
+simulated = pytest.mark.skipif(HAS_GPU, reason="counts the operations of the simulated device; here is a real one")
+
+
+@pytest.fixture
+def cuda():
+    """A CUDA device: yields the simulated one's log, or None where the device is real."""
+    with contextlib.nullcontext() if HAS_GPU else pretend_cuda() as log:
+        yield log
+
+
+def on_cpu(x):
+    x = x.detach()
+    return (x.inner if isinstance(x, Pretend) else x.cpu()).clone()
+
+
+def random_batch(opt, n, n_regions=6, whole=False, longest=9):
+    """images, (whole images,) boxes, captions, lengths of n pairs, longest caption first."""
+    rng = np.random.default_rng(1)
+    lens = sorted(rng.integers(3, longest, n).tolist(), reverse=True)
+    captions = [torch.from_numpy(rng.integers(1, opt.vocab_size, length)) for length in lens]
+    images = torch.from_numpy(rng.random((n, n_regions, opt.img_dim), dtype=np.float32))
+    more = [torch.from_numpy(rng.random((n, opt.img_dim), dtype=np.float32))] if whole else []
+    boxes = torch.from_numpy(random_boxes(rng, n, n_regions))
+    return images, *more, boxes, torch.nn.utils.rnn.pad_sequence(captions, batch_first=True), lens
+
+
+# ---------------------------------------------------------------- training steps
+
+
+def combinations():
+    names = ("cross_attn", "max_violation", "position", "bi_gru", "amp", "precomp_enc_type")
+    values = (
+        ("t2i", "i2t"),
+        (True, False),
+        ("attention", "area", "none", "whole"),
+        (True, False),
+        (False, True),
+        ("basic", "weight_norm"),
+    )
+    found = [dict(zip(names, row, strict=True)) for row in itertools.product(*values)]
+    for row in itertools.product(("t2i", "i2t"), (True, False), RAW_FEATURE_NORM, AGG_FUNC):
+        found.append(dict(zip(("cross_attn", "max_violation", "raw_feature_norm", "agg_func"), row, strict=True)))
+    return found if os.environ.get("PFAN_ALL_COMBINATIONS") else found[::5] + found[1::23]
+
+
+def two_steps(changes, device):
+    """Losses of two training steps, and the parameters after them."""
+    torch.manual_seed(0)
+    whole = changes.get("position") == "whole"
+    if whole:
+        changes = {**changes, "position": "area", "need_box_whole": changes["bi_gru"], "lambda_whole": 2.0}
+    opt = make_opt(**changes, device=device)
+    model = (model_whole.SCAN if whole else SCAN)(opt)
+    model.train_start()
+    losses = [model.train_emb(*random_batch(opt, 7, whole=whole)).item() for _ in range(2)]
+    return losses, [on_cpu(p) for p in model.params]
+
+
+@pytest.mark.parametrize("changes", combinations(), ids=lambda changes: " ".join(map(str, changes.values())))
+def test_training_steps_are_those_of_the_cpu(changes):
+    losses, parameters = two_steps(changes, "cpu")
+    with contextlib.nullcontext() if HAS_GPU else pretend_cuda():
+        cuda_losses, cuda_parameters = two_steps(changes, "cuda:0")
+    assert cuda_losses[0] == pytest.approx(losses[0], rel=2e-2 if changes.get("amp") else 1e-5)
+    difference = max((a - b).abs().max().item() for a, b in zip(parameters, cuda_parameters, strict=True))
+    assert difference <= 2 * 2 * 2e-4 * 1.01, "Adam moves no parameter further than this"
+
+
+@simulated
+def test_an_index_left_on_the_cpu_fails_as_on_cuda(cuda, monkeypatch):
+    """These tests can fail: tensors of both devices in one operation, and an index that has to be copied first."""
+    x = torch.rand(3, 4, device="cuda:0")
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        x.index_select(0, torch.tensor([1]))
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        x + torch.ones(4)
+    assert not cuda.waits
+    x[torch.tensor([1])]
+    assert "index with an index on the CPU at tests/test_cuda.py" in cuda.waits[0]
+    monkeypatch.setattr("model.send", lambda x, device: x)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        two_steps({}, "cuda:0")
+
+
+# ---------------------------------------------------------------- the padded form
+
+
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+@pytest.mark.parametrize("max_violation", [True, False])
+@pytest.mark.parametrize("norm", RAW_FEATURE_NORM)
+@pytest.mark.parametrize("agg", AGG_FUNC)
+def test_loss_and_gradient_of_both_forms_are_the_formulas(way, max_violation, norm, agg, monkeypatch):
+    """In float64 within 1e-10: equal-length blocks as on the CPU and padded captions as on a GPU."""
+    opt = make_opt(cross_attn=way, raw_feature_norm=norm, agg_func=agg)
+    rng = torch.Generator().manual_seed(3)
+    lens = torch.randint(3, 12, (9,), generator=rng).tolist()
+    images, words = (torch.randn(*shape, 8, generator=rng, dtype=torch.float64) for shape in ((9, 5), (9, 11)))
+    images, words = torch.nn.functional.normalize(images, dim=2), torch.nn.functional.normalize(words, dim=2)
+    words = words * (torch.arange(11) < torch.tensor(lens)[:, None])[..., None]
+    results = {}
+    for name, form in (("formula", None), ("blocks", blocks), ("padded", padded)):
+
+        def scores(images, captions, lens, pairs, attention, form=form):
+            if form is None:
+                return None
+            more = () if pairs is None else (pairs,)
+            return (form.score_all if pairs is None else form.score_pairs)(images, captions, lens, *more, attention)
+
+        monkeypatch.setattr(kernels, "scores", scores)
+        inputs = images.clone().requires_grad_(), words.clone().requires_grad_()
+        loss = ContrastiveLoss(opt, opt.margin, max_violation)(*inputs, lens)
+        results[name] = [loss, *torch.autograd.grad(loss, inputs)]
+        packed = torch.cat([caption[:n] for caption, n in zip(words, lens, strict=True)])
+        results[name].append(xattn_score(images, packed, lens, Attention.of(opt, way == "t2i")))
+    for name in ("blocks", "padded"):
+        for ours, exact in zip(results[name], results["formula"], strict=True):
+            assert (ours - exact).abs().max() <= 1e-10 * max(1, exact.abs().max().item())
+
+
+def test_normalisations_that_padding_could_change_take_the_blocks(cuda, monkeypatch):
+    assert padded.applies(Attention.of(make_opt(), True))
+    assert not padded.applies(Attention.of(make_opt(raw_feature_norm="new"), True))
+    monkeypatch.setitem(AGG_FUNC, "Median", lambda r, dim, lse: r.median(dim).values)
+    opt = make_opt(agg_func="Median")
+    images, captions = torch.rand(3, 4, 8, device="cuda:0"), torch.rand(2, 5, 8, device="cuda:0")
+    scores = xattn_score(images, captions, [5, 2], Attention.of(opt, True))
+    expected = xattn_score(on_cpu(images), on_cpu(captions), [5, 2], Attention.of(opt, True))
+    np.testing.assert_allclose(on_cpu(scores), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- launches and waits
+
+
+@simulated
+@pytest.mark.parametrize("variant", ["root", "whole", "box_whole"])
+@pytest.mark.parametrize("max_violation", [True, False])
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+def test_a_step_launches_few_kernels_and_waits_once(way, max_violation, variant, cuda):
+    """A batch of 128 pairs with captions of 6 to 43 words, logging included."""
+    whole = variant != "root"
+    opt = make_opt(cross_attn=way, max_violation=max_violation, device="cuda:0")
+    opt.position = "area" if whole else "attention"
+    opt.need_box_whole = variant == "box_whole"
+    model = (model_whole.SCAN if whole else SCAN)(opt)
+    model.logger = LogCollector()
+    batch = random_batch(opt, 128, whole=whole, longest=44)
+    model.train_emb(*batch)
+    cuda.reset()
+    loss = model.train_emb(*batch).item()
+    str(model.logger)
+    assert model.logger.meters["Le"].val == loss
+    launches = sum(cuda.launches.values())
+    print(f"{variant} {way} max_violation={max_violation}: {launches} launches, {len(cuda.waits)} waits")
+    assert launches <= 600, cuda.launches.most_common(20)
+    assert len(cuda.waits) <= 2, cuda.waits
+
+
+@pytest.mark.parametrize("break_it", ["loss", "gradient"])
+def test_a_loss_or_gradient_that_is_none_leaves_the_parameters_and_moments(break_it, cuda):
+    class Breaking(SCAN):
+        def forward_loss(self, *embeddings):
+            loss = super().forward_loss(*embeddings)
+            return loss * float("nan") if break_it == "loss" else (loss * 0 + 1e-30).sqrt() * 1e38 * loss
+
+    opt = make_opt(device="cuda:0")
+    model = Breaking(opt)
+    before = [on_cpu(p) for p in model.params]
+    batch = random_batch(opt, 7)
+    with pytest.raises(FloatingPointError, match="the loss is nan" if break_it == "loss" else "gradient's norm"):
+        model.train_emb(*batch)
+    assert all(torch.equal(a, on_cpu(b)) for a, b in zip(before, model.params, strict=True))
+    assert all(not on_cpu(x).any() for state in model.optimizer.state.values() for x in state.values())
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_highest_precision_uses_no_tf32_in_the_gru():
+    SCAN(make_opt(matmul_precision="high"))
+    assert torch.backends.cudnn.allow_tf32
+    SCAN(make_opt())
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
+
+
+@simulated
+def test_amp_runs_the_gru_and_the_sum_of_position_gradients_in_float32(cuda, monkeypatch):
+    seen = []
+    run = cuda.run
+
+    def spy(func, args, kwargs):
+        if "gather" in func._schema.name or "scatter_add" in func._schema.name:
+            seen.append(args[0].dtype)
+        return run(func, args, kwargs)
+
+    monkeypatch.setattr(cuda, "run", spy)
+    opt = make_opt(amp=True, device="cuda:0")
+    batch = random_batch(opt, 7)
+    torch.manual_seed(0)
+    model = SCAN(opt)
+    words = model.forward_emb(*batch)[1]
+    torch.manual_seed(0)
+    float32 = SCAN(make_opt(device="cuda:0")).forward_emb(*batch)[1]
+    assert torch.equal(on_cpu(words), on_cpu(float32)), "float16 would round"
+    model.train_emb(*batch)
+    assert seen and set(seen) == {torch.float32}
+
+
+# ---------------------------------------------------------------- the whole program
+
+
+FLAGS = "--data_name toy_precomp --img_dim 16 --embed_size 24 --word_dim 8 --bi_gru --max_violation --agg_func Mean "
+FLAGS += "--batch_size 20 --workers 0"
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cuda")
+    data_path, vocab_path = make_folder(str(root))
+    return root, f"{FLAGS} --data_path {data_path} --vocab_path {vocab_path}"
+
+
+def fit(toy, name, flags):
+    root, line = toy
+    places = f"--model_name {root / name} --logger_name {root / name}"
+    return train.fit(train.get_parser().parse_args(f"{line} {places} {flags}".split()))
+
+
+def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(toy, cuda):
+    from scripts.search.collection import Collection
+
+    root, _ = toy
+    rsum = fit(toy, "cpu", "--device cpu --num_epochs 2")
+    assert fit(toy, "cuda", "--device cuda:0 --num_epochs 2") == pytest.approx(rsum, abs=1e-3)
+    stored = [load_checkpoint(str(root / name / "checkpoint_1.pth.tar")) for name in ("cpu", "cuda")]
+    for a, b in zip(*(checkpoint["model"] for checkpoint in stored), strict=True):
+        for name in a:
+            np.testing.assert_allclose(a[name], b[name], atol=1e-4)
+    rsum = fit(toy, "cpu", f"--device cpu --num_epochs 3 --resume {root}/cpu/checkpoint_1.pth.tar")
+    again = fit(toy, "cuda", f"--device cuda:0 --num_epochs 3 --resume {root}/cuda/checkpoint_1.pth.tar")
+    assert again == pytest.approx(rsum, abs=1e-3)
+    paths = [str(root / name / "checkpoint_2.pth.tar") for name in ("cpu", "cuda")]
+    cpu, gpu = (evalrank(paths, split="test", device=device) for device in ("cpu", "cuda:0"))
+    assert gpu["rsum"] == pytest.approx(cpu["rsum"], abs=1e-3)
+    found = []
+    for device in ("cpu", "cuda:0"):
+        model, loader = load_split(paths[0], None, None, "test", device=device)
+        collection = Collection.encode(model, loader)
+        rows, scores = collection.search("a man runs", 3)
+        captions, caption_scores = collection.search_captions(collection.image(0), 3)
+        attention = collection.attention(collection.image(0), collection.caption(0))
+        found.append([rows, scores, captions, caption_scores, *attention])
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@simulated
+def test_two_processes_on_gpus_train_as_one():
+    """Their messages are of one size and type each and lie in one piece, as NCCL demands."""
+    jobs = ROOT / "tests" / "cuda_jobs.py"
+    done = subprocess.run([sys.executable, jobs], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("as one process") == 8, done.stdout
