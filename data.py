@@ -264,9 +264,10 @@ def get_loaders(
 ) -> tuple[DataLoader, DataLoader]:
     """Loaders of the train split (shuffled) and the whole dev split (in order)."""
     train, dev = (make_dataset(data_name, split, vocab, opt) for split in ("train", "dev"))
+    device = option(opt, "device")
     return (
-        get_precomp_loader(train, batch_size, workers, shuffle_seed=option(opt, "seed")),
-        get_precomp_loader(dev, batch_size, workers),
+        get_precomp_loader(train, batch_size, workers, option(opt, "seed"), device),
+        get_precomp_loader(dev, batch_size, workers, device=device),
     )
 
 
@@ -281,4 +282,5 @@ def get_test_loader(
     **more: Any,
 ) -> DataLoader:
     """Loader of a split, in order. more: other arguments of make_dataset."""
-    return get_precomp_loader(make_dataset(data_name, split_name, vocab, opt, **more), batch_size, workers)
+    dataset = make_dataset(data_name, split_name, vocab, opt, **more)
+    return get_precomp_loader(dataset, batch_size, workers, device=option(opt, "device"))

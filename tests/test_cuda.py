@@ -18,6 +18,7 @@ from folders import make_folder, random_boxes
 from pretend_cuda import Pretend, pretend_cuda
 
 import train
+from data import get_loaders
 from evaluation import LogCollector, evalrank, load_split
 from lib import kernels
 from lib.checkpoint import load_checkpoint
@@ -253,6 +254,7 @@ def fit(toy, name, flags):
     return train.fit(train.get_parser().parse_args(f"{line} {places} {flags}".split()))
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(toy, cuda):
     from scripts.search.collection import Collection
 
@@ -279,6 +281,22 @@ def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(to
         found.append([rows, scores, captions, caption_scores, *attention])
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_batches_are_pinned_for_a_gpu_only(toy, cuda):
+    for device, pinned in (("cpu", False), ("cuda:0", True), ("auto", True)):
+        opt = train.get_parser().parse_args(f"{toy[1]} --device {device}".split())
+        loaders = get_loaders(opt.data_name, train.read_vocab(opt), 20, 0, opt)
+        assert [loader.pin_memory for loader in loaders] == [pinned, pinned]
+
+
+@simulated
+def test_a_numbered_gpu_becomes_the_current_one(cuda, monkeypatch):
+    """Pinning and measurements take the current device."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append(str(device)))
+    SCAN(make_opt(device="cuda:1"))
+    assert chosen == ["cuda:1"]
 
 
 # ---------------------------------------------------------------- several processes
