@@ -110,7 +110,7 @@ class PrecompDataset(Dataset):
         if not os.path.exists(path):
             return None
         ids = read_lines(path)
-        if len(ids) not in (self.n_images, len(self.images), len(self.captions)):
+        if len(ids) < self.n_images or len(ids) not in (self.n_images, len(self.images), len(self.captions)):
             raise InputError(f"{path}: {len(ids)} ids for {self.n_images} images, expected as many")
         return ids[:: len(ids) // self.n_images]
 

@@ -46,7 +46,9 @@ def main():
     opt = parser.parse_args()
     if opt.candidates < 1 or (opt.anchors is not None and not 1 <= opt.anchors <= MAX_CENTROIDS):
         parser.error(f"expected --candidates of 1 or more and --anchors of 1 to {MAX_CENTROIDS}")
-    model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
+    model, loader = load_split(
+        opt.model_path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
+    )
     unknown = [] if opt.query is None else check_query(loader.dataset.vocab, opt.query, "--query")
     collection = open_or_build(opt.model_path, model, loader, opt.split, opt.out, opt.anchors, opt.overwrite)
     folder = opt.out or collection_folder(opt.model_path, model.opt.data_name, opt.split)

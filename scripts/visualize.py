@@ -56,7 +56,9 @@ plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9})
 
 def open_split(opt):
     """A checkpoint's Collection of the split, and its Pictures."""
-    model, loader = load_split(opt.model_path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
+    model, loader = load_split(
+        opt.model_path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
+    )
     return Collection.encode(model, loader), loader.dataset, Pictures(loader.dataset, opt.images)
 
 
@@ -130,6 +132,8 @@ def draw_captions(opt):
     collection, dataset, pictures = open_split(opt)
     if not 0 <= opt.picture < dataset.n_images:
         raise InputError(f"--picture {opt.picture}: expected 0 to {dataset.n_images - 1}")
+    if not dataset.captions:
+        raise InputError(f"{dataset.prefix}: no captions, expected those of which the best are drawn")
     scores = require_finite(collection.score_captions(collection.image(opt.picture)), opt, dataset, opt.picture)
     groups = Groups(dataset.n_images, len(scores))
     right = set(groups.captions(groups.of_image(opt.picture)))

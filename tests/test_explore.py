@@ -383,6 +383,26 @@ def test_ids_that_repeat_for_each_caption_are_read(tmp_path):
     assert Pictures(loader.dataset).ids == ["7", "8", "9", "10"]
 
 
+@pytest.mark.parametrize("lines, captions", [([], None), (["7", "8"], 2), (["7", "8", "9"], 20)])
+def test_ids_of_another_number_of_pictures_are_refused(tmp_path, lines, captions):
+    data, vocab = make_folder(tmp_path, splits={"dev": 3, "test": 4}, n_regions=4)
+    folder = tmp_path / "data" / "toy_precomp"
+    write_lines(folder / "test_ids.txt", lines)
+    if captions is None:
+        os.remove(folder / "test_caps.txt")
+    else:
+        write_lines(folder / "test_caps.txt", ["a red ball"] * captions)
+    save_model(tmp_path / "m.pth.tar", data, vocab)
+    with pytest.raises(InputError, match=f"test_ids.txt: {len(lines)} ids for 4 images"):
+        Explorer(options(tmp_path / "m.pth.tar"))
+
+
+def test_a_folder_without_the_pictures_is_refused(made, tmp_path):
+    (tmp_path / "holiday.jpg").touch()
+    with pytest.raises(InputError, match="no file of the pictures, expected names such as 300000.jpg"):
+        Explorer(options(made[1][0], "--images", tmp_path))
+
+
 # ---------------------------------------------------------------- the page, in a browser
 
 
@@ -687,6 +707,45 @@ def test_without_picture_files_boxes_stand_on_a_blank_frame(browser, made, tmp_p
         words = person.open_first()
         person.point(words[2])
         person.until(lambda: max(dict(person.fills()).values()) == 1)
+        assert person.complaints() == []
+
+
+@pytest.fixture(scope="module")
+def without_captions(made, tmp_path_factory):
+    """The explorer of both models on the same pictures without captions."""
+    data = tmp_path_factory.mktemp("gallery")
+    shutil.copytree(made[0] / "data" / "demo", data / "demo")
+    os.remove(data / "demo" / "test_caps.txt")
+    return Explorer(options(*made[1], "--data_path", data))
+
+
+@pytest.mark.parametrize("flags", [(), ("--index_above", "5", "--candidates", "12")])
+def test_pictures_without_captions_are_searched(made, explorer, without_captions, flags):
+    data = os.path.dirname(os.path.dirname(without_captions.pictures.prefix))
+    shown = Explorer(options(*made[1], "--data_path", data, *flags)) if flags else without_captions
+    about = shown.about()
+    assert (about["pictures"], about["captions"], about["examples"]) == (N_PICTURES, 0, [])
+    found, expected = (known.search("a red ring", 5) for known in (shown, explorer))
+    assert found["right"] == []
+    for one, other in zip(found["models"], expected["models"], strict=True):
+        assert [r["score"] for r in one["results"]] == pytest.approx([r["score"] for r in other["results"]], abs=3e-3)
+        assert one["rank"] is None and {r["caption"] for r in one["results"]} == {""}
+    assert shown.picture(3)["captions"] == []
+    assert [model["results"] for model in shown.captions_for(3, 5)["models"]] == [[], []]
+
+
+def test_the_page_of_pictures_without_captions_offers_what_there_is(browser, without_captions):
+    with serve(without_captions) as address:
+        person = Person(browser, address)
+        assert "12 pictures, no captions" in person.text("#about")
+        visible = "return [...arguments].map(id => document.getElementById(id).checkVisibility())"
+        assert person.run(visible, "example", "tab-hard", "sentence") == [False, False, True]
+        person.search("a red ring")
+        assert "no caption of this split" not in person.text("#status")
+        person.open_first()
+        assert not person.run("return document.getElementById('captions').checkVisibility()")
+        person.run("location.hash = 'open=3'")
+        person.until(lambda: "This split has no captions" in person.text("#detail-status"))
         assert person.complaints() == []
 
 

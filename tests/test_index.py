@@ -439,3 +439,27 @@ def test_the_unknown_words_of_a_query_are_named(toy, built, monkeypatch, capsys)
     assert "not in the vocabulary, read as <unk>: xyzzy, plugh\n" in printed and printed.count("  picture ") == 10
     query(monkeypatch, toy[1]["t2i"], built[2], "a red ball")
     assert "not in the vocabulary" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- pictures without captions
+
+
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+def test_pictures_without_captions_are_encoded_and_searched(toy, tmp_path, monkeypatch, capsys, way):
+    shutil.copytree(toy[0] / "data", tmp_path / "data")
+    os.remove(tmp_path / "data" / "toy_precomp" / "test_caps.txt")
+    line = ["build_index.py", "--model_path", toy[1][way], "--data_path", str(tmp_path / "data")]
+    monkeypatch.setattr("sys.argv", [*line, "--out", str(tmp_path / "made"), "--query", "a red ball"])
+    run(build_index.main)
+    printed = capsys.readouterr().out
+    assert f"{tmp_path / 'made'}: {N} pictures, 0 captions" in printed and printed.count("  picture ") == 10
+    model, loader = load_split(toy[1][way], str(tmp_path / "data"), None, "test", captions_optional=True)
+    collection = open_collection(str(tmp_path / "made"), model, loader.dataset.vocab)
+    with_captions = Collection.encode(*load(toy[1][way]))
+    images, scores = collection.search("a red ball", 10, candidates=N)
+    expected, exact = with_captions.search("a red ball", 10)
+    assert scores == pytest.approx(exact, abs=3e-3) and len(set(images) & set(expected)) >= 9
+    best = set(np.argsort(-collection.score_images(collection.embed("a red ball")))[:5])
+    assert len(best & set(collection.search("a red ball", 20, candidates=20)[0])) >= 3  # of 20 of 60 candidates
+    captions, scores = collection.search_captions(collection.image(3))
+    assert len(captions) == len(scores) == 0

@@ -46,7 +46,9 @@ class Explorer:
 
     def _add_model(self, path):
         opt = self.opt
-        model, loader = load_split(path, opt.data_path, opt.vocab_path, opt.split, device=opt.device)
+        model, loader = load_split(
+            path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
+        )
         if not self.collections:
             self.data_name = model.opt.data_name
             self.pictures = Pictures(loader.dataset, opt.images)

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lib.constants import N_CELLS, N_SLOTS
 from lib.errors import InputError
-from lib.files import open_npy, read_lines
+from lib.files import open_npy
 
 FILES = (".png", ".jpg", ".jpeg", ".webp")
 FRAME = (4, 3)  # width and height of the frame of a picture of which nothing is known
@@ -36,7 +36,8 @@ class Pictures:
         if folder is not None and not os.path.isdir(folder):
             raise InputError(f"{folder}: no such folder of pictures")
         self.folder = folder or self.prefix + "_images"
-        self.ids = self._read_ids(dataset)
+        ids = dataset.read_ids()
+        self.has_ids, self.ids = ids is not None, ids or [str(i) for i in range(self.n)]
         self.files = find_files(self.folder, self.ids)
         if folder is not None and not self.files:
             raise InputError(f"{folder}: no file of the pictures, expected names such as {self.ids[0]}.jpg")
@@ -44,17 +45,6 @@ class Pictures:
         self.sample = np.unique(np.linspace(0, self.n - 1, min(self.n, SAMPLE)).astype(int)).tolist()
         self._check_files()
         self._check_grids()
-
-    def _read_ids(self, dataset):
-        """An id for each picture: those of SPLIT_ids.txt, else the pictures' indices."""
-        path = self.prefix + "_ids.txt"
-        self.has_ids = os.path.isfile(path)
-        if not self.has_ids:
-            return [str(i) for i in range(self.n)]
-        ids = read_lines(path)
-        if not ids or len(ids) % self.n or len(ids) not in (self.n, len(dataset.images), len(dataset.captions)):
-            raise InputError(f"{path}: {len(ids)} ids for {self.n} pictures, expected as many")
-        return ids[:: len(ids) // self.n]
 
     def _open(self, suffix):
         path = self.prefix + suffix

@@ -178,7 +178,7 @@ def transpose_table(files, k, n):
     """Write table.npy (K, n) from by_item.npy (n, K), some rows at a time."""
     by_item = open_npy(files.path("by_item.npy"))
     file = ArrayWriter(files.path("table.npy"), k, (n,), np.float16)
-    for block in cut(k, max(1, TRANSPOSE_BYTES // (2 * n))):
+    for block in cut(k, max(1, TRANSPOSE_BYTES // (2 * max(1, n)))):
         file.write(block.start, np.ascontiguousarray(by_item[:, block].T))
     file.commit()
 
