@@ -16,6 +16,7 @@ from conftest import ROOT, SHARED
 from folders import write_lines
 
 from evaluation import evalrank
+from lib.datasets.region_match import judge
 from scripts.features import place_words, record_result
 
 SPLITS = {"train": 40, "dev": 10, "test": 10}
@@ -145,3 +146,11 @@ def test_the_difference_on_some_captions_is_that_of_their_recalls():
     assert (low < mean).all() and (mean < high).all()
     *_, low_of_all, high_of_all = place_words.compare(ranks, others, np.ones(500, dtype=bool), 100)
     assert (high - low > high_of_all - low_of_all).all()  # fewer captions, a wider interval
+
+
+def test_boxes_shuffled_between_the_regions_of_photographs_are_noticed(trained):
+    folder, _ = trained
+    features, grids = (np.load(folder / f"data/flickr8k/train_{name}.npy") for name in ("ims", "boxes"))
+    right, wrong = judge(features, grids), judge(features, grids[:, np.random.default_rng(0).permutation(36)])
+    assert right.wrong is False and right.own > 0.5, right
+    assert wrong.wrong is True and wrong.own < 0.1, wrong
