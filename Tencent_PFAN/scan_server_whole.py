@@ -115,7 +115,7 @@ class Service:
         self.pictures.labels("new").inc(len(job.new))
         future = loop.create_future()
         await self.queue.put((job, future))
-        return Answer(await future)
+        return Answer(await future, headers={"X-Model": self.scorer.digest})
 
     async def score_batches(self):
         """Take what waits, score it as one batch, hand out the results; forever."""

@@ -21,6 +21,7 @@ from msgspec import UNSET, Meta, UnsetType
 from data import pad
 from lib.checkpoint import load_checkpoint
 from lib.constants import N_REGIONS
+from lib.errors import InputError
 from lib.segmentation import segment
 from position import position_grid
 from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
@@ -178,9 +179,13 @@ class Scorer:
         opt = self.model.opt
         opt.vocab_path = vocab_path or opt.vocab_path
         self.vocab = Vocabulary.of(checkpoint_vocab(model_path, load_checkpoint(model_path), opt, read_vocab))
-        if len(self.vocab) > opt.vocab_size:
-            raise BadRequest(f"{model_path}: knows {opt.vocab_size} words, its vocabulary has {len(self.vocab)}")
+        if len(self.vocab) != opt.vocab_size:
+            raise InputError(
+                f"{model_path}: made with a vocabulary of {opt.vocab_size} words, found one of {len(self.vocab)}"
+            )
         self.img_dim = opt.img_dim
+        with open(model_path, "rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         self.cache, self.cache_lock = LRUCache(cache_bytes, bytes_of), threading.Lock()
 
     def word_ids(self, sentence, field):

@@ -43,6 +43,18 @@ def read_scores(path):
     return read_json_lines(path, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
 
 
+def check_urls(path, scores, items, test_list):
+    """InputError where most of a score file's pictures are not in the same lines of the test list."""
+    foreign = [
+        (number, url)
+        for number, (line, item) in enumerate(zip(scores, items, strict=True), 1)
+        for url in line.keys() - dict(item).keys()
+    ]
+    if 2 * len(foreign) > sum(map(len, scores)):
+        number, url = foreign[0]
+        raise errors.InputError(f"{path}:{number}: scores {url[:60]}, which is not in line {number} of {test_list}")
+
+
 def mix(item, scores, weights):
     """One item's pictures as [(score, flag)], best first: the weighted mean over the files that hold the url.
 
@@ -136,6 +148,7 @@ def main():
     for path, file in zip(args.files, files, strict=True):
         if len(file) != len(items):
             raise errors.InputError(f"{path}: {len(file)} lines, expected {len(items)}, as in {args.test_list}")
+        check_urls(path, file, items, args.test_list)
     mixed = [mix(item, [file[i] for file in files], weights) for i, item in enumerate(items)]
     print("Len", len(items), len(mixed))
     print(*report(mixed), sep="\n")

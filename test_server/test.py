@@ -21,7 +21,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib import errors
-from lib.datasets.news import Pictures, read_words
+from lib.datasets.news import FILES, Pictures, read_words
 from lib.files import write_lines
 
 PATH = "/scan_sentence_image_score"
@@ -45,6 +45,7 @@ class Server:
         self.headers = {"Content-Type": "application/json", **({"X-API-Key": api_key} if api_key else {})}
         self.local = threading.local()
         self.stop = threading.Event()  # set: nobody waits for another attempt any more
+        self.model, self.lock = None, threading.Lock()  # what X-Model of the answers says; some servers do not
 
     def check(self):
         """InputError where nothing listens at the address."""
@@ -86,6 +87,7 @@ class Server:
                 status, reason = None, f"{type(error).__name__} {error}".strip()
             else:
                 if status == 200:
+                    self.check_model(headers.get("X-Model"))
                     return self.scores(answer, len(boxes))
                 reason = f"{status} {explain(answer)}"
                 if status in NEVER or status < 400:
@@ -103,6 +105,16 @@ class Server:
             f"{self.host}:{self.port} gave no scores in {attempt + 1} attempts, the last time: {reason}; "
             "run the same command again to go on"
         )
+
+    def check_model(self, model):
+        """InputError where an answer comes from another model than the ones before."""
+        with self.lock:
+            self.model = self.model or model
+            if model not in (None, self.model):
+                raise errors.InputError(
+                    f"{self.host}:{self.port} answers with model {model}, the items before were scored with "
+                    f"{self.model}: start that one, or remove OUT.part to start over"
+                )
 
     def scores(self, answer, count):
         """The answer's (sim_t2i, sim_i2t), one pair for each of count pictures."""
@@ -169,9 +181,9 @@ def in_order(function, items, workers, stop):
             pool.shutdown(cancel_futures=True)
 
 
-def fingerprint(kind, words, urls):
-    """Tells whether a line of OUT.part was made from this item of the test list."""
-    return hashlib.sha256(json.dumps([kind == "tag", words, urls]).encode()).hexdigest()[:16]
+def fingerprint(kind, words, urls, sizes):
+    """Tells whether a line of OUT.part was made from this item of the test list, and data files of these sizes."""
+    return hashlib.sha256(json.dumps([kind == "tag", words, urls, sizes]).encode()).hexdigest()[:16]
 
 
 def read_part(path, marks):
@@ -192,8 +204,8 @@ def read_part(path, marks):
                 fits = False
             if not fits:
                 raise errors.InputError(
-                    f"{path}:{number}: expected a line for the same item of this test list; "
-                    "remove the file to start over"
+                    f"{path}:{number}: expected a line for the same item of this test list, made with the same data "
+                    "files; remove the file to start over"
                 )
             size += len(line)
     return done
@@ -204,6 +216,26 @@ def write_out(path, lines):
     keys = "urls", "dist_t2i", "dist_i2t"
     write_lines(path + ".new", (json.dumps({key: line[key] for key in keys}) for line in lines))
     os.replace(path + ".new", path)
+
+
+def skipped(lines):
+    """[(reason, how many pictures or items)] of what was not scored, the most frequent first."""
+    return collections.Counter(reason for line in lines for reason in line["skipped"]).most_common()
+
+
+def report(lines, items, pictures):
+    """Print what was scored, what was not and why."""
+    print(
+        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} pictures, "
+        f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores"
+    )
+    for reason, count in skipped(lines):
+        print(f"skipped {count}: {reason}")
+    if pictures.rows_without_id:
+        print(f"skipped {pictures.rows_without_id}: row of test_own.tsv.0 without an integer id")
+    for name, count in pictures.repeated.items():
+        if count:
+            print(f"note: {count} rows of {name} repeat an id, whose last row counts")
 
 
 def parse_args():
@@ -249,33 +281,33 @@ def main():
     server = Server(args.host, args.port, args.api_key, args.timeout, args.retries)
     server.check()
     items = read_words(os.path.join(args.data_path, "test_list.json"), args.kind)
-    marks = [fingerprint(args.kind, *item) for item in items]
+    if not items:
+        raise errors.InputError(f"{args.data_path}/test_list.json: no items, expected one a line")
+    sizes = [os.path.getsize(os.path.join(args.data_path, name)) for name in FILES]
+    marks = [fingerprint(args.kind, *item, sizes) for item in items]
     part = args.out + ".part"
     lines = read_part(part, marks)
     if lines:
         print(f"going on after item {len(lines)} of {len(items)}, from {part}; remove that file to start over")
+    server.model = next((line["model"] for line in lines if line.get("model")), None)
     pictures = Pictures(args.data_path, {url for _, urls in items for url in urls})
 
     bar = tqdm(total=len(items), initial=len(lines), unit="item", disable=None)
     with open(part, "a", encoding="utf-8") as file, bar:
         todo = items[len(lines) :]
         for line in in_order(lambda item: score_item(server, pictures, *item), todo, args.workers, server.stop):
-            line["item"] = marks[len(lines)]
+            line |= {"item": marks[len(lines)], "model": server.model}
             lines.append(line)
             file.write(json.dumps(line) + "\n")
             file.flush()
             bar.update()
+    if not any(line["urls"] for line in lines):
+        os.remove(part)  # another attempt must not go on from here
+        reason, count = skipped(lines)[0]
+        raise errors.InputError(f"{args.out}: not written, no picture could be scored: {count} x {reason}")
     write_out(args.out, lines)
     os.remove(part)
-
-    print(
-        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} pictures, "
-        f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores"
-    )
-    for reason, count in collections.Counter(reason for line in lines for reason in line["skipped"]).most_common():
-        print(f"skipped {count}: {reason}")
-    if pictures.rows_without_id:
-        print(f"skipped {pictures.rows_without_id}: row of test_own.tsv.0 without an integer id")
+    report(lines, items, pictures)
 
 
 if __name__ == "__main__":

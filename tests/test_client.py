@@ -78,6 +78,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, status, body, headers=()):
         body = body.encode()
         self.send_response(status)
+        if self.server.model:
+            self.send_header("X-Model", self.server.model)
         for name, value in dict(headers).items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
@@ -94,7 +96,7 @@ def server():
     server.daemon_threads = True
     server.lock, server.delay = threading.Lock(), lambda request: 0
     server.mishaps, server.refuse, server.seen, server.times, server.problems = [], set(), [], [], []
-    server.api_key, server.under_way = None, 0
+    server.api_key, server.under_way, server.model = None, 0, None
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
@@ -294,6 +296,54 @@ def test_a_part_of_another_list_or_of_tags_is_not_continued(tmp_path, server):
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {tmp_path}/out.json.part:1: expected a line for the same item")
     assert run(tmp_path, server).returncode == 0
+
+
+def test_an_interrupted_run_goes_on_with_the_same_model_only(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1]), (["b"], [], [2]), (["c"], [], [3])])
+    server.model, server.mishaps = "aaaa", [None, (401, {}, "no")]
+    assert run(tmp_path, server, "--workers", 1).returncode == 2
+    server.model = "bbbb"
+    done = run(tmp_path, server)
+    assert done.returncode == 2 and not (tmp_path / "out.json").exists()
+    assert "answers with model bbbb, the items before were scored with aaaa" in done.stderr
+    server.model = "aaaa"
+    assert run(tmp_path, server).returncode == 0
+    assert read(tmp_path) == [expect([word], [i + 1]) for i, word in enumerate("abc")]
+
+
+def test_an_interrupted_run_goes_on_with_the_same_features_only(tmp_path, server):
+    items = [(["a"], [], [1]), (["b"], [], [2])]
+    make_data(tmp_path, items, regions=[2])
+    server.mishaps = [(401, {}, "no")]
+    assert run(tmp_path, server, "--workers", 1).returncode == 2
+    make_data(tmp_path, items)
+    done = run(tmp_path, server)
+    assert done.returncode == 2 and "made with the same data files; remove the file to start over" in done.stderr
+
+
+def test_a_run_that_scores_nothing_fails_and_writes_nothing(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1, 2])], ids=[])
+    done = run(tmp_path, server)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "no picture could be scored: 2 x picture without an id in img_id.txt" in done.stderr
+    assert not list(tmp_path.glob("out.json*"))
+    (tmp_path / "test_list.json").write_text("")
+    done = run(tmp_path, server)
+    assert done.returncode == 2 and "test_list.json: no items, expected one a line" in done.stderr
+
+
+def test_ids_that_stand_twice_are_refused_or_told(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1])])
+    for name in ("test_own.tsv.0", "test_features.json"):
+        (tmp_path / name).write_text((tmp_path / name).read_text() * 2)
+    done = run(tmp_path, server)
+    assert done.returncode == 0
+    for name in ("test_own.tsv.0", "test_features.json"):
+        assert f"note: 1 rows of {name} repeat an id, whose last row counts" in done.stdout
+    with open(tmp_path / "img_id.txt", "a") as file:
+        file.write(f"{url(1)}\t7\n")
+    done = run(tmp_path, server)
+    assert done.returncode == 2 and "img_id.txt:3: id 7 for a url that has id 1 already" in done.stderr
 
 
 def test_a_server_that_is_not_up_is_named_on_one_line(tmp_path):

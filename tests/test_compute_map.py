@@ -217,6 +217,10 @@ def test_a_file_for_another_test_list_or_without_weight_is_refused(tmp_path):
     write_scores(tmp_path / "s.json", [["a"]], [[1.0]])
     done = run(tmp_path, "s.json", "--test_list", "list.json")
     assert (done.returncode, done.stderr) == (2, "error: s.json: 1 lines, expected 2, as in list.json\n")
+    write_scores(tmp_path / "shifted.json", [["b"], ["c"]], [[1.0], [1.0]])
+    done = run(tmp_path, "shifted.json", "--test_list", "list.json")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: shifted.json:1: scores b, which is not in line 1 of list.json\n"
     done = run(tmp_path, "s.json", "--weights", 1, 2, "--test_list", "list.json")
     assert done.returncode == 2 and "2 weights for 1 files" in done.stderr
     assert run(tmp_path, "s.json", "--weights", 0).returncode == 2

@@ -18,9 +18,11 @@ from conftest import ROOT
 from processes import LIMIT, run, started, wait_for
 from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, post, scorer_of, serve
 
+from lib.errors import InputError
 from Tencent_PFAN import bodies
 from Tencent_PFAN.scan_server_whole import get_parser
 from Tencent_PFAN.scoring import Scorer, caption
+from vocab import SPECIAL, Vocabulary, serialize_vocab
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -130,6 +132,22 @@ def test_what_does_not_matter_does_not_change_the_scores(port):
     np.testing.assert_array_equal(scores(port, changed), expected)
     status, answer, _ = post(port, request, {"Content-Type": "Application/JSON; charset=UTF-8"})
     assert (status, answer["sim_t2i"]) == (200, expected[0].tolist())
+
+
+def test_answers_name_the_model(scorer, port, tmp_path):
+    names = [post(port, make_request(seed=seed))[2]["X-Model"] for seed in range(2)]
+    assert names == [scorer.digest] * 2
+    assert scorer_of(str(tmp_path), lambda_softmax=4.0).digest != scorer.digest
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path):
+    path = make_model(str(tmp_path))
+    vocab = Vocabulary()
+    for word in (*SPECIAL, "新闻"):
+        vocab.add_word(word)
+    serialize_vocab(vocab, str(tmp_path / "vocab" / "small_sent_vocab.json"))
+    with pytest.raises(InputError, match="model.pth.tar: made with a vocabulary of 13 words, found one of 5"):
+        Scorer(path)
 
 
 def test_a_box_that_reaches_outside_is_clipped(port):
@@ -267,7 +285,7 @@ def test_a_bad_request_costs_those_beside_it_nothing(scorer):
     """A model that fails for one job of a batch: the others get their scores."""
 
     class Failing:
-        img_dim, read = scorer.img_dim, scorer.read
+        img_dim, read, digest = scorer.img_dim, scorer.read, scorer.digest
 
         def score(self, jobs):
             if any(len(job.keys) == 3 for job in jobs):
@@ -435,7 +453,8 @@ class Slow:
     """A scorer that waits until it may go on, at the latest when its context ends."""
 
     def __init__(self, scorer):
-        self.scorer, self.img_dim, self.read, self.go_on = scorer, scorer.img_dim, scorer.read, threading.Event()
+        self.scorer, self.go_on = scorer, threading.Event()
+        self.img_dim, self.read, self.digest = scorer.img_dim, scorer.read, scorer.digest
 
     def score(self, jobs):
         assert self.go_on.wait(LIMIT)

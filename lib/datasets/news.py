@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from lib.errors import InputError
 
+FILES = ("img_id.txt", "test_own.tsv.0", "test_features.json")  # of a tencent_data_meta folder
+
 
 def read_json_lines(path, expected, parse):
     """parse(object) of every line of a file with one JSON object a line, as a list.
@@ -63,11 +65,13 @@ def read_ids(path):
         for number, line in enumerate(file, 1):
             try:
                 url, image_id = line.decode().rstrip("\r\n").split("\t")
-                ids[url] = int(image_id)
+                image_id = int(image_id)
             except ValueError:
                 raise InputError(
                     f"{path}:{number}: expected url<TAB>id, the id an integer, found {line[:60]!r}"
                 ) from None
+            if ids.setdefault(url, image_id) != image_id:
+                raise InputError(f"{path}:{number}: id {image_id} for a url that has id {ids[url]} already: {url[:60]}")
     return ids
 
 
@@ -83,11 +87,11 @@ def scan(path):
 
 
 def index_regions(path, wanted):
-    """Where the wanted ids' rows lie in a region TSV: {id: (offset, length)} in bytes.
+    """Where the wanted ids' rows lie in a region TSV: {id: (offset, length)} in bytes, the last row of an id.
 
-    Also how many rows have no integer id: those are skipped.
+    Also how many rows have no integer id, which are skipped, and how many repeat a wanted id.
     """
-    places, skipped = {}, 0
+    places, skipped, repeated = {}, 0, 0
     for number, offset, line in scan(path):
         image_id, *numbers = line.split(b"\t", 4)[:4]
         try:
@@ -102,13 +106,17 @@ def index_regions(path, wanted):
                 f"with tabs between, found {fields} fields, {line[:60]!r}"
             )
         if image_id in wanted:
+            repeated += image_id in places
             places[image_id] = offset, len(line)
-    return places, skipped
+    return places, skipped, repeated
 
 
 def index_wholes(path, wanted):
-    """Where the wanted ids' rows lie in a file of `[url, [floats]]` lines: {id: (offset, length)} in bytes."""
-    places = {}
+    """Where the wanted ids' rows lie in a file of `[url, [floats]]` lines: {id: (offset, length)} in bytes.
+
+    The last row of an id counts. Also how many repeat a wanted id.
+    """
+    places, repeated = {}, 0
     for number, offset, line in scan(path):
         try:
             url, feature = json.loads(line)
@@ -120,8 +128,9 @@ def index_wholes(path, wanted):
                 f"a dot, found {line[:60]!r}"
             ) from None
         if image_id in wanted:
+            repeated += image_id in places
             places[image_id] = offset, len(line)
-    return places
+    return places, repeated
 
 
 class Pictures:
@@ -129,12 +138,12 @@ class Pictures:
 
     def __init__(self, folder, urls):
         """folder holds img_id.txt, test_own.tsv.0 and test_features.json; urls are those that will be asked for."""
-        self.ids = {url: i for url, i in read_ids(os.path.join(folder, "img_id.txt")).items() if url in urls}
+        ids, self.region_file, self.whole_file = (os.path.join(folder, name) for name in FILES)
+        self.ids = {url: i for url, i in read_ids(ids).items() if url in urls}
         wanted = set(self.ids.values())
-        self.region_file = os.path.join(folder, "test_own.tsv.0")
-        self.whole_file = os.path.join(folder, "test_features.json")
-        self.regions, self.rows_without_id = index_regions(self.region_file, wanted)
-        self.wholes = index_wholes(self.whole_file, wanted)
+        self.regions, self.rows_without_id, repeated = index_regions(self.region_file, wanted)
+        self.wholes, repeated_wholes = index_wholes(self.whole_file, wanted)
+        self.repeated = dict(zip(FILES[1:], (repeated, repeated_wholes), strict=True))
 
     def missing(self, url):
         """Why a picture cannot be scored, or None where it can."""
