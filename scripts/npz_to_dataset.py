@@ -161,8 +161,9 @@ def main():
     opt.n_regions = len(first.features) if opt.n_regions is None and opt.regions == "fixed" else default_n_regions(opt)
     with_boxes = first.boxes is not None
     print(f"{paths[there[0]]}: features {first.features.shape}, {'boxes' if with_boxes else 'no boxes'}")
-    settings = {"tool": "npz_to_dataset", "regions": opt.regions}
-    with FeatureJob(splits, settings, (), opt, problems, with_boxes) as job:
+    settings = {"tool": "npz_to_dataset", "regions": opt.regions, "boxes": opt.boxes, "sizes": opt.sizes}
+    inputs = [opt.sizes] if isinstance(reader.sizes, dict) else []
+    with FeatureJob(opt.folder, splits, settings, inputs, opt, problems, with_boxes) as job:
         if job.writers:
             convert(reader, job, opt.img_dim, problems)
             job.finish("pictures")

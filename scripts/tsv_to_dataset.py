@@ -95,7 +95,7 @@ def main():
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
     splits = {opt.all: all_ids(opt.tsv, form)} if opt.all else split_ids(opt.out, opt.ids, problems)
     settings = {"tool": "tsv_to_dataset", "regions": opt.regions, "fields": ",".join(form.fields)}
-    with FeatureJob(splits, settings, opt.tsv, opt, problems) as job:
+    with FeatureJob(opt.tsv[0], splits, settings, opt.tsv, opt, problems) as job:
         if job.writers:
             convert(opt.tsv, form, job, opt)
             job.finish("lines")

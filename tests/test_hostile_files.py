@@ -183,7 +183,11 @@ READERS = {
     "captions.txt": read_lines,
     f"{NAME}_vocab.json": read_words,
     "regions.tsv": read_tsv,
+    "lxmert.tsv": read_tsv,
+    "vinvl.tsv": read_tsv,
     "captions.tsv": read_caption_tsv,
+    "captions.csv": read_caption_tsv,
+    "results.csv": read_caption_tsv,
     "karpathy.json": read_karpathy,
     "coco.json": read_coco,
     "dist_t2i.json": read_scores,
@@ -231,6 +235,24 @@ def valid(tmp_path_factory):
             arrays = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4)).astype(np.float32)
             columns = [base64.b64encode(x).decode() for x in arrays]
             file.write("\t".join(map(str, (image, 200, 100, 2, *columns))) + "\n")
+    with open(folder / "lxmert.tsv", "w") as lxmert, open(folder / "vinvl.tsv", "w") as vinvl:
+        for image in range(2):
+            boxes, features = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4), np.float32)
+            detected = (np.arange(2), features[:, 0].copy(), np.arange(2), features[:, 1].copy())
+            columns = [base64.b64encode(x).decode() for x in (*detected, boxes, features)]
+            lxmert.write("\t".join(map(str, (image, 100, 200, *columns[:4], 2, *columns[4:]))) + "\n")
+            objects = [
+                {"rect": box.tolist(), "feature": base64.b64encode(feature).decode(), "conf": 0.5}
+                for box, feature in zip(boxes, features, strict=True)
+            ]
+            vinvl.write(f"{image}\t" + json.dumps({"image_h": 100, "image_w": 200, "objects": objects}) + "\n")
+    (folder / "captions.csv").write_text(
+        "image,caption\n" + "".join(f'{i}.jpg,"a man, who sits {k}"\n' for i in range(2) for k in range(5))
+    )
+    (folder / "results.csv").write_text(
+        "image_name| comment_number| comment\n"
+        + "".join(f"{i}.jpg| {k}| a man sits\n" for i in range(2) for k in range(5))
+    )
     (folder / "captions.tsv").write_text("".join(f"{i}.jpg\ta man sits {k}\n" for i in range(2) for k in range(5)))
     images = [
         {
@@ -383,7 +405,7 @@ def test_any_json_ends_in_success_or_one_line(tmp_path_factory, name, value):
 
 @settings(max_examples=max(20, INPUTS // 10))
 @given(text=st.binary(max_size=60) | st.text(st.characters(), max_size=60).map(lambda t: t.encode("utf8", "replace")))
-@pytest.mark.parametrize("name", ["captions.txt", "captions.tsv", "regions.tsv"])
+@pytest.mark.parametrize("name", ["captions.txt", "captions.tsv", "captions.csv", "regions.tsv"])
 def test_any_text_ends_in_success_or_one_line(tmp_path_factory, name, text):
     folder = tmp_path_factory.getbasetemp() / "text"
     folder.mkdir(exist_ok=True)

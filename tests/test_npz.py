@@ -165,6 +165,31 @@ def test_damaged_missing_and_doubled_pictures_are_named_and_can_be_left_out(tmp_
     )
 
 
+@pytest.mark.parametrize(
+    "size, said",
+    [("500x375", "height and width look swapped"), ("100x120", "expected sizes in the pixels of the boxes")],
+)
+def test_sizes_that_do_not_fit_the_boxes_are_refused_and_nothing_of_them_is_kept(tmp_path, size, said):
+    (tmp_path / "boxes").mkdir()
+    for i, (boxes, features) in enumerate(pictures_of(3)):
+        boxes[:, 2] = 499
+        save(tmp_path / f"att/{i}.npz", feat=features)
+        np.save(tmp_path / f"boxes/{i}.npy", boxes)
+    args = (
+        "npz_to_dataset",
+        tmp_path / "att",
+        "--boxes",
+        tmp_path / "boxes",
+        "--split",
+        "train",
+        "--out",
+        tmp_path / "o",
+    )
+    assert said in fails(*args, "--sizes", size)
+    assert not (tmp_path / "o/train_boxes.npy").exists()
+    assert "3 used" in ok(*args, "--sizes", "375x500")
+
+
 DIES = """
 import os
 from lib import errors

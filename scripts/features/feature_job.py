@@ -6,6 +6,7 @@ import contextlib
 import numpy as np
 
 from lib.constants import N_REGIONS
+from lib.datasets.boxes import Reach
 from lib.datasets.ids import canonical_id
 from lib.datasets.problems import Problems
 from lib.datasets.regions import REGION_CHOICES, Regions, fit
@@ -15,6 +16,7 @@ from position import position_grid
 
 GRID_VALUES = 31
 MOST_REGIONS = 100  # what --regions all pads to, where nothing else is said
+EARLY = 100  # pictures after which boxes are compared with the pictures' sizes, and again at the end
 
 
 def add_flags(add):
@@ -37,13 +39,15 @@ def default_n_regions(opt: argparse.Namespace) -> int:
 class FeatureJob(contextlib.AbstractContextManager):
     """Writes each picture to the rows of the splits that list it, a picture may be in two (test and testall).
 
-    splits: {split: ids}. settings: what decides the values, for the next run. inputs: paths, whose sizes are noted.
+    source: the files' name for messages. splits: {split: ids}. settings: what decides the values, for the next run.
+    inputs: paths, whose sizes are noted.
     opt: out, regions, n_regions, img_dim, float16, overwrite, skip_bad.
     rows: {canonical id: [(SplitWriter, row)]} of the splits that are not finished.
     """
 
-    def __init__(self, splits, settings, inputs, opt, problems: Problems, with_boxes: bool = True):
+    def __init__(self, source, splits, settings, inputs, opt, problems: Problems, with_boxes: bool = True):
         self.opt, self.problems, self.with_boxes = opt, problems, with_boxes
+        self.reach = Reach(source, "image_h and image_w", read_as_widths=False)
         self.number = np.float16 if opt.float16 else np.float32
         arrays = {"ims": ((opt.n_regions, opt.img_dim), self.number)}
         if with_boxes:
@@ -84,13 +88,25 @@ class FeatureJob(contextlib.AbstractContextManager):
                 raise InputError(str(error).removeprefix("picture 0, ")) from None
             except ArithmeticError as error:  # a width of hundreds of digits
                 raise InputError(str(error)) from None
+            self.reach.add(regions.boxes[None], np.array([regions.size]))
             self.counts["boxes without area"] += int((values["boxes"][:n, -1] == 0).sum())
         self.counts["used"] += 1
+        if self.counts["used"] == EARLY:
+            self._check_reach()
         self.counts["cut"] += n > n_regions
         self.counts["padded"] += n < n_regions
         for writer, row in self.rows[name]:
             if not writer.done[row]:
                 writer.write(row, **values)
+
+    def _check_reach(self):
+        """A note about boxes outside their pictures, or "". Where many are, the next run keeps no row of this one."""
+        try:
+            return self.reach.check()
+        except InputError:
+            for writer in self.writers.values():
+                writer.done[:] = False
+            raise
 
     def report_missing(self, seen, where: str) -> None:
         """Report the pictures that are neither written nor among seen, a collection of canonical ids."""
@@ -100,7 +116,10 @@ class FeatureJob(contextlib.AbstractContextManager):
                     self.problems.add("missing", f"{split}, id {writer.ids[row]}", where)
 
     def finish(self, unit: str) -> None:
-        """Print what was read and give the files their names. Raises InputError for problems, unless --skip_bad."""
+        """Print what was read and give the files their names.
+
+        Raises InputError for problems, unless --skip_bad, and for boxes that do not fit the pictures' sizes.
+        """
         print(
             f"{unit}: " + (", ".join(f"{count} {name}" for name, count in self.counts.items() if count) or "none used")
         )
@@ -109,6 +128,8 @@ class FeatureJob(contextlib.AbstractContextManager):
             print(f"notes: {problems.notes} (listed in {problems.path})")
         if problems.total and not self.opt.skip_bad:
             raise InputError(f"{problems} (listed in {problems.path}); --skip_bad goes on without them")
+        if note := self._check_reach():
+            print(f"note: {note}")
         for split, writer in self.writers.items():
             kept = writer.finish()
             names = "_ims.npy, _boxes.npy and _ids.txt" if self.with_boxes else "_ims.npy and _ids.txt"
