@@ -1,6 +1,8 @@
 """Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
 
+import contextlib
 import csv
+import io
 import os
 import re
 from dataclasses import dataclass
@@ -60,17 +62,19 @@ def read_karpathy(path: str) -> Captions:
 
 def read_coco(paths: list[str]) -> Captions:
     """MS-COCO's captions_*.json. Pictures and their captions are in the order of their ids; no split is known."""
+    from pycocotools.coco import COCO
+
     captions = Captions()
     for path in paths:
         try:
-            texts = {image["id"]: [] for image in json_items(path, "images")}
-            for annotation in json_items(path, "annotations"):
-                texts[annotation["image_id"]].append((annotation["id"], annotation["caption"]))
-            for image_id in sorted(texts):
-                captions.add(image_id, [text for _, text in sorted(texts[image_id])])
+            with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
+                coco = COCO(path)
+            for image_id in sorted(coco.imgs):
+                annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
+                captions.add(image_id, [annotation["caption"] for annotation in annotations])
         except InputError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error)[:100]}"
             raise InputError(f"{path}: not an official captions file ({reason})") from None
     return captions
