@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,12 @@ from lib import distributed
 from lib.checkpoint import load_checkpoint
 from lib.eccv import check_split, print_metrics
 from lib.errors import InputError, brief, run
+from lib.gpu import BlockLimit, resident_chunks
 from lib.intervals import RECALL_AT, group_hits, print_summary
 from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
 from lib.options import add_options, check_options, option
 from lib.rankings import write_ranks, write_topk
+from lib.tensors import send
 from model import SCAN, XATTN_SCORE, load_model
 from vocab import checkpoint_vocab, deserialize_vocab
 
@@ -121,6 +124,7 @@ def shard_xattn(
     images (n_images, R, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed, caplens (n_captions); numpy or
     tensors. opt: the model's options. shard_size: images, and captions, of a shard. cross_attn: t2i or i2t, opt's
     where None. score(images, words, lens, opt) → a shard's scores; XATTN_SCORE[cross_attn] where None.
+    On a GPU the images are sent once and stay, as far as memory allows, and a shard that does not fit is divided.
     Several processes divide the shards between them, and each returns all scores.
     """
     cross_attn = cross_attn or opt.cross_attn
@@ -128,8 +132,7 @@ def shard_xattn(
     images, captions = (torch.as_tensor(x, dtype=torch.float32) for x in (images, captions))
     lens = torch.as_tensor(caplens, dtype=torch.int64).reshape(-1)
     device = distributed.pick_device(option(opt, "device"))
-    sims = np.zeros((len(images), len(lens)), dtype=np.float32)
-    image_shards = range(0, len(images), shard_size)
+    sims, limit = np.zeros((len(images), len(lens)), dtype=np.float32), BlockLimit(device)
     with tqdm(
         total=sims.size,
         desc=f"scores {cross_attn}",
@@ -138,15 +141,23 @@ def shard_xattn(
         leave=False,
         disable=distributed.rank() > 0 or None,
     ) as bar:
-        for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
-            words = select_words(captions, lens, index).to(device)
-            for i in distributed.my_indices(len(image_shards), number * len(image_shards)):
-                rows = slice(image_shards[i], image_shards[i] + shard_size)
-                block = score(images[rows].to(device), words, lens[index], opt)
-                sims[rows, index.numpy()] = block.cpu().numpy()
-                bar.update(block.numel() * distributed.world_size())
+        for first, chunk in resident_chunks(images, device, shard_size):
+            shards = range(0, len(chunk), shard_size)
+            for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
+                words = send(select_words(captions, lens, index), device)
+                for i in distributed.my_indices(len(shards), number * len(shards)):
+                    rows = chunk[shards[i] : shards[i] + shard_size]
+                    block = limit.score(rows, len(words), partial(score_with, score, words, lens[index], opt))
+                    start = first + shards[i]
+                    sims[start : start + len(rows), index.numpy()] = block.numpy()
+                    bar.update(block.numel() * distributed.world_size())
     distributed.all_reduce_sum(torch.from_numpy(sims))
     return sims
+
+
+def score_with(score: Callable, words: Tensor, lens: Tensor, opt: Any, images: Tensor) -> Tensor:
+    """score(images, words, lens, opt), with the images last."""
+    return score(images, words, lens, opt)
 
 
 def select_words(captions: Tensor, lens: Tensor, index: Tensor) -> Tensor:

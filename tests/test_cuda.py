@@ -19,11 +19,11 @@ from pretend_cuda import Pretend, pretend_cuda
 
 import train
 from data import get_loaders
-from evaluation import LogCollector, evalrank, load_split
+from evaluation import LogCollector, evalrank, load_split, shard_xattn
 from lib import kernels
 from lib.checkpoint import load_checkpoint
 from lib.kernels import blocks, padded
-from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, Attention, ContrastiveLoss, xattn_score
+from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, Attention, ContrastiveLoss, xattn_score
 from Tencent_PFAN import model_whole
 
 HAS_GPU = torch.cuda.is_available()
@@ -232,6 +232,68 @@ def test_amp_runs_the_gru_and_the_sum_of_position_gradients_in_float32(cuda, mon
     assert torch.equal(on_cpu(words), on_cpu(float32)), "float16 would round"
     model.train_emb(*batch)
     assert seen and set(seen) == {torch.float32}
+
+
+# ---------------------------------------------------------------- memory and copies
+
+
+def embeddings(n_images, n_captions, dim=16):
+    """images (I, 36, D), packed words (ΣW_i, D), lengths."""
+    rng = np.random.default_rng(2)
+    lens = rng.integers(6, 24, n_captions).tolist()
+    images, words = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n_images, 36, dim), (sum(lens), dim)))
+    return torch.from_numpy(images), torch.from_numpy(words), lens
+
+
+@simulated
+def test_scoring_sends_both_sides_once(cuda):
+    """1,000 images × 5,000 captions, of embed_size 64: at 1024 the lengths of the captions are fewer of the bytes."""
+    images, words, lens = embeddings(1000, 5000, dim=64)
+    score = XATTN_SCORE["t2i"]
+
+    def score_one(images, *more):
+        return score(images[:1], *more).expand(len(images), -1)
+
+    shard_xattn(images, words, lens, make_opt(device="cuda:0"), 512, score=score_one)
+    assert cuda.sent <= 1.1 * (images.nbytes + words.nbytes)
+
+
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+def test_scores_are_those_of_the_cpu(way, cuda):
+    images, words, lens = embeddings(40, 90)
+    expected = shard_xattn(images, words, lens, make_opt(cross_attn=way, device="cpu"), 16)
+    scores = shard_xattn(images, words, lens, make_opt(cross_attn=way, device="cuda:0"), 16)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+
+
+@simulated
+def test_images_that_do_not_fit_are_sent_in_chunks_and_blocks_are_as_large_as_memory(cuda):
+    images, words, lens = embeddings(40, 90)
+    expected = shard_xattn(images, words, lens, make_opt(device="cpu"), 16)
+    cuda.free = images.nbytes  # half of it is for the images
+    sizes, score = [], XATTN_SCORE["t2i"]
+
+    def counted(images, *more):
+        sizes.append(len(images))
+        return score(images, *more)
+
+    scores = shard_xattn(images, words, lens, make_opt(device="cuda:0"), 16, score=counted)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    assert max(sizes) < 16 and sum(sizes) == 6 * 40
+
+
+@simulated
+def test_out_of_memory_halves_the_block_and_goes_on_with_a_line(cuda, caplog):
+    images, words, lens = embeddings(40, 90)
+    opt = make_opt(device="cuda:0")
+    expected = shard_xattn(images, words, lens, opt, 128)
+    cuda.fails = lambda n_bytes: n_bytes > 4 * 36 * sum(lens) * 10  # the raw similarities of ten images
+    scores = shard_xattn(images, words, lens, opt, 128)
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    assert "cuda:0: out of memory with 40 images at once, now 20" in caplog.messages
+    cuda.fails = lambda n_bytes: n_bytes > 4 * 36 * 24
+    with pytest.raises(torch.OutOfMemoryError):
+        shard_xattn(images, words, lens, opt, 128)
 
 
 # ---------------------------------------------------------------- the whole program

@@ -8,6 +8,7 @@ import torch
 
 from evaluation import encode_data
 from lib import kernels
+from lib.gpu import resident
 from model import XATTN_SCORE, pair_attention
 
 IMAGE_BLOCK = 1024  # pictures that are scored at once, at most
@@ -24,7 +25,8 @@ class Collection:
 
     def __init__(self, model, vocab, images, words, lens, first_stage=None):
         self.model, self.vocab, self.first_stage = model, vocab, first_stage
-        self.images, self.words, self.lens = images, words, np.asarray(lens)
+        self.images, self.words = (resident(x, model.device) for x in (images, words))
+        self.lens = np.asarray(lens)
         self.starts = np.cumsum([0, *self.lens])
 
     @classmethod
@@ -76,7 +78,8 @@ class Collection:
             if block[-1] - block[0] == len(block) - 1:
                 words = self.words[self.starts[block[0]] : self.starts[block[-1] + 1]]
             else:
-                words = np.concatenate([self.words[self.starts[i] : self.starts[i + 1]] for i in block])
+                words = [self.words[self.starts[i] : self.starts[i + 1]] for i in block]
+                words = torch.cat(words) if isinstance(self.words, torch.Tensor) else np.concatenate(words)
             scores[start : start + CAPTION_BLOCK] = self.score(image[None], self.tensor(words), self.lens[block])[0]
         return scores
 
