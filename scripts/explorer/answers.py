@@ -109,8 +109,8 @@ class Explorer:
         vocabs = [collection.vocab for collection in self.collections]
         if not any(knows_a_word(vocab, sentence) for vocab in vocabs):
             words = ", ".join(dict.fromkeys(words_of(vocabs[0], sentence)))
-            model = "the model knows" if len(vocabs) == 1 else "a model knows"
-            raise BadSentence(f"None of these words is one that {model}: {words}." if words else "Type a word first.")
+            who = "The model knows none" if len(vocabs) == 1 else "The models know none"
+            raise BadSentence(f"{who} of these words: {words}." if words else "Type a word first.")
 
     def _search_one(self, collection, sentence, k, right):
         tokens = read_tokens(collection, sentence)
