@@ -1,4 +1,4 @@
-"""The published way of computing PFAN, plainly: what scripts/benchmark.py measures this project's code against.
+"""The published way of computing PFAN, which scripts/benchmark.py measures this project's code against.
 
 One caption at a time, expanded to every image, with contexts of D dimensions; every image encoded once per caption;
 float64 embeddings at evaluation; the loss computed for each encoded batch and the loader read twice; the whole B × B
@@ -115,8 +115,8 @@ def contrastive_loss(images, captions, cap_lens, opt):
     right = scores.diag().view(-1, 1)
     cost_s = (opt.margin + scores - right.expand_as(scores)).clamp(min=0)
     cost_im = (opt.margin + scores - right.t().expand_as(scores)).clamp(min=0)
-    own = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-    cost_s, cost_im = cost_s.masked_fill(own, 0), cost_im.masked_fill(own, 0)
+    diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    cost_s, cost_im = cost_s.masked_fill(diagonal, 0), cost_im.masked_fill(diagonal, 0)
     if opt.max_violation:
         cost_s, cost_im = cost_s.max(1)[0], cost_im.max(0)[0]
     return cost_s.sum() + cost_im.sum()
@@ -202,9 +202,9 @@ def shard_xattn(images, captions, cap_lens, opt, shard_size=128, device="cpu"):
     sims = np.zeros((len(images), len(captions)))
     for i in range(0, len(images), shard_size):
         for c in range(0, len(captions), shard_size):
-            part = slice(i, i + shard_size), slice(c, c + shard_size)
-            im, s = torch.from_numpy(images[part[0]]).to(device), torch.from_numpy(captions[part[1]]).to(device)
-            sims[part] = xattn_score(im, s, cap_lens[part[1]], opt).cpu().numpy()
+            rows, columns = slice(i, i + shard_size), slice(c, c + shard_size)
+            im, s = torch.from_numpy(images[rows]).to(device), torch.from_numpy(captions[columns]).to(device)
+            sims[rows, columns] = xattn_score(im, s, cap_lens[columns], opt).cpu().numpy()
     return sims
 
 
@@ -213,8 +213,8 @@ def ranks(sims, per_image):
     i2t, t2i = np.zeros(len(sims)), np.zeros(sims.shape[1])
     for image, row in enumerate(sims):
         order = np.argsort(row)[::-1]
-        own = range(per_image * image, per_image * (image + 1))
-        i2t[image] = min(np.where(order == caption)[0][0] for caption in own)
+        right = range(per_image * image, per_image * (image + 1))
+        i2t[image] = min(np.where(order == caption)[0][0] for caption in right)
     for caption, column in enumerate(sims.T):
         order = np.argsort(column)[::-1]
         t2i[caption] = np.where(order == caption // per_image)[0][0]

@@ -21,10 +21,12 @@ from lib.errors import run
 from position import position_grid
 
 WIDTH, HEIGHT, CELLS = 640, 480, 16  # the example picture in pixels, and the grid over it
+CELL_X, CELL_Y = WIDTH / CELLS, HEIGHT / CELLS
 DOG = (205, 285, 363, 388)  # x1, y1, x2, y2
 OTHERS = [(40, 92, 190, 372), (512, 30, 602, 120), (426, 364, 482, 420)]  # tree, sun, ball
 IMAGE, TEXT, BOTH = ("#e8f0fb", "#2f66b3"), ("#fdf0e1", "#c2701b"), ("#e9f5ec", "#2f8a4e")  # fill, edge
 INK, PALE, GREY, HIT = "#1f2933", "#3e4c59", "#66717d", "#d42a5b"
+SHADE = plt.get_cmap("Blues")
 plt.rcParams.update({"font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "text.color": INK})
 
 
@@ -143,23 +145,32 @@ def draw_position_attention():
     figure, axis = canvas(11, 6.3)
     grid = position_grid(np.array([DOG]), np.array([HEIGHT, WIDTH]))[0]
     cells, weights = grid[:15].astype(int), grid[15:30]
-    shade = plt.get_cmap("Blues")
-    cell_x, cell_y = WIDTH / CELLS, HEIGHT / CELLS
+    draw_region(figure, axis, cells)
+    draw_cells(figure, axis, cells, weights)
+    draw_slots(figure, axis, cells, weights)
+    draw_formulas(axis)
+    return figure
 
+
+def draw_region(figure, axis, cells):
+    """Panel 1: the region on the grid."""
     heading(axis, 0.3, 6.0, "1", "a region on the 16×16 grid")
     picture = figure.add_axes((0.3 / 11, 3.0 / 6.3, 3.68 / 11, 2.76 / 6.3))
     draw_scene(picture)
     for line in range(1, CELLS):
-        picture.axvline(line * cell_x, color="white", lw=0.7, alpha=0.8)
-        picture.axhline(line * cell_y, color="white", lw=0.7, alpha=0.8)
+        picture.axvline(line * CELL_X, color="white", lw=0.7, alpha=0.8)
+        picture.axhline(line * CELL_Y, color="white", lw=0.7, alpha=0.8)
     for cell in cells:
         column, row = divmod(cell, CELLS)
-        corner = (column * cell_x, row * cell_y)
-        picture.add_patch(Rectangle(corner, cell_x, cell_y, fc=IMAGE[1] + "38", ec=IMAGE[1], lw=0.9))
+        corner = (column * CELL_X, row * CELL_Y)
+        picture.add_patch(Rectangle(corner, CELL_X, CELL_Y, fc=IMAGE[1] + "38", ec=IMAGE[1], lw=0.9))
     frame(picture, DOG, HIT, 2)
 
+
+def draw_cells(figure, axis, cells, weights):
+    """Panel 2: the listed cells, with their indices and weights."""
     heading(axis, 4.4, 6.0, "2", "the 15 cells it covers most")
-    columns, rows = (np.array([DOG[0], DOG[2]]) / cell_x, np.array([DOG[1], DOG[3]]) / cell_y)
+    columns, rows = (np.array([DOG[0], DOG[2]]) / CELL_X, np.array([DOG[1], DOG[3]]) / CELL_Y)
     left, right, above, below = int(columns[0]), int(columns[1]) + 1, int(rows[0]), int(rows[1]) + 1
     zoom = figure.add_axes((4.4 / 11, 3.62 / 6.3, 3.5 / 11, 2.1 / 6.3))
     zoom.set(xlim=(left - 0.03, right + 0.03), ylim=(below + 0.03, above - 0.03))
@@ -169,7 +180,7 @@ def draw_position_attention():
         for row in range(above, below):
             cell = column * CELLS + row
             weight = listed.get(cell)
-            fill = "#f1f3f5" if weight is None else shade(0.12 + 4 * weight)
+            fill = "#f1f3f5" if weight is None else SHADE(0.12 + 4 * weight)
             zoom.add_patch(Rectangle((column, row), 1, 1, fc=fill, ec="white", lw=2))
             middle = column + 0.5
             zoom.text(middle, row + 0.25, str(cell), ha="center", va="center", size=8.5, color=PALE)
@@ -179,15 +190,21 @@ def draw_position_attention():
     note = "small: cell index = column · 16 + row\nbold: area weight $a_j$, the 15 sum to 1"
     axis.text(4.4, 3.25, note, va="center", size=9.5, color=PALE, linespacing=1.5)
 
+
+def draw_slots(figure, axis, cells, weights):
+    """Panel 3: cells and weights in the order in which they are stored."""
     heading(axis, 8.3, 6.0, "3", "as stored, largest first")
     bars = figure.add_axes((8.75 / 11, 3.0 / 6.3, 1.95 / 11, 2.76 / 6.3))
-    bars.barh(np.arange(15), weights, color=[shade(0.12 + 4 * weight) for weight in weights], height=0.82)
+    bars.barh(np.arange(15), weights, color=[SHADE(0.12 + 4 * weight) for weight in weights], height=0.82)
     bars.set(ylim=(14.6, -0.6), xlim=(0, 1.35 * weights.max()))
     bars.axis("off")
     for slot, (cell, weight) in enumerate(zip(cells, weights, strict=True)):
         bars.text(-0.003, slot, cell, ha="right", va="center", size=8.5, color=PALE)
         bars.text(weight + 0.002, slot, f"{weight:.3f}", va="center", size=8.5)
 
+
+def draw_formulas(axis):
+    """Panel 4: from the region's feature and cells to its embedding."""
     heading(axis, 0.3, 2.5, "4", "position attention")
     high, low, middle = 1.75, 0.6, 1.175
     box(axis, 1.15, high, 1.7, 0.8, "$v$", "region feature, 2048")
@@ -207,7 +224,6 @@ def draw_position_attention():
     arrow(axis, (8.94, high), (9.25, middle + 0.15))
     arrow(axis, (8.94, low), (9.25, middle - 0.15))
     box(axis, 10.02, middle, 1.46, 0.8, r"$\mathrm{l2norm}(\mathrm{fc}([v;\,p]))$", "region embedding")
-    return figure
 
 
 def heading(axis, x, y, number, text):
