@@ -1,7 +1,9 @@
 """What the tests of the dataset tools share: running a command, and pictures with boxes and features."""
 
 import base64
+import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -50,3 +52,25 @@ def no_leftovers(folder):
 def no_file_grows():
     """For preexec_fn: no file grows beyond 4 KB. The error is that of a full disk, except for its number."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+
+
+DIES = """
+import importlib, os, sys
+from lib import errors
+from lib.datasets import writer
+name, rows = sys.argv.pop(1), int(sys.argv.pop(1))
+write = writer.SplitWriter.write
+def dying(self, row, **values):
+    write(self, row, **values)
+    if self.done.sum() == rows:
+        os.kill(os.getpid(), 9)
+writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
+errors.run(importlib.import_module("scripts." + name).main)
+"""
+
+
+def run_killed(name, rows, *args):
+    """Run a tool that is killed when it has written so many rows."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", DIES, name, str(rows), *map(str, args)], env=env, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr

@@ -94,6 +94,7 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
         ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
         ({"split": "train", "filename": None, "sentences": [{"raw": "a"}]}, "None is no name"),
         ({"split": "train", "filename": "x"}, "'sentences'"),
+        ({"split": "test", "filename": "y", "sentences": []}, "'y' stands in train and in test"),
         ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
     ],
 )

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from dataset_commands import run_killed
 from folders import write_lines
 from PIL import Image, ImageDraw
 from torchvision.models import detection
@@ -321,26 +321,8 @@ def test_unreadable_and_absent_pictures_are_named_and_skipped_with_their_caption
     assert np.load(out / "dev_ims.npy").shape == (2, 36, 2048)
 
 
-DIES = """
-import os
-from lib import errors
-from lib.datasets import writer
-from scripts import extract_features
-write = writer.SplitWriter.write
-def dying(self, row, **values):
-    write(self, row, **values)
-    if self.done.sum() == 7:
-        os.kill(os.getpid(), 9)
-writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
-errors.run(extract_features.main)
-"""
-
-
 def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
-    args = [str(x) for x in windows_args(pictures, tmp_path / "o", "--batch_size", 2)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", DIES, *args], env=env, capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    run_killed("extract_features", 7, *windows_args(pictures, tmp_path / "o", "--batch_size", 2))
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
     extract(*windows_args(pictures, tmp_path / "o", "--batch_size", 2))
     extract(*windows_args(pictures, tmp_path / "at_once", "--batch_size", 2))

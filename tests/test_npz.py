@@ -4,15 +4,11 @@ import json
 import os
 import pickle
 import random
-import signal
-import subprocess
-import sys
 import zipfile
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from dataset_commands import D, R, fails, no_leftovers, ok, picture
+from dataset_commands import D, R, fails, no_leftovers, ok, picture, run_killed
 from folders import write_lines
 
 from lib.datasets import plain_pickle
@@ -190,27 +186,11 @@ def test_sizes_that_do_not_fit_the_boxes_are_refused_and_nothing_of_them_is_kept
     assert "3 used" in ok(*args, "--sizes", "375x500")
 
 
-DIES = """
-import os
-from lib import errors
-from lib.datasets import writer
-from scripts import npz_to_dataset
-write = writer.SplitWriter.write
-def dying(self, row, **values):
-    write(self, row, **values)
-    if self.done.sum() == 25:
-        os.kill(os.getpid(), 9)
-writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
-errors.run(npz_to_dataset.main)
-"""
-
-
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     pictures = pictures_of(40)
     write_info(tmp_path / "in", pictures)
-    args = [str(x) for x in (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", DIES, *args], env=env).returncode == -signal.SIGKILL
+    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
+    run_killed("npz_to_dataset", 25, *args)
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
     for i in sorted(range(40), key=str)[1:25]:  # written already: read again they would not be the same
         save(tmp_path / f"in/{i}.npz", x=pictures[0][1], info={"bbox": pictures[0][0], "image_h": 375, "image_w": 500})

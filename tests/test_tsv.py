@@ -3,14 +3,10 @@
 import base64
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-from dataset_commands import D, R, fails, no_file_grows, no_leftovers, ok, picture, tsv_line
+from dataset_commands import D, R, fails, no_file_grows, no_leftovers, ok, picture, run_killed, tsv_line
 from folders import write_lines
 
 from position import position_grid
@@ -176,30 +172,13 @@ def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
     )
 
 
-DIES = """
-import os
-from lib import errors
-from lib.datasets import writer
-from scripts import tsv_to_dataset
-write = writer.SplitWriter.write
-def dying(self, row, **values):
-    write(self, row, **values)
-    if self.done.sum() == 25:
-        os.kill(os.getpid(), 9)
-writer.SplitWriter.write, writer.SYNC_SECONDS = dying, 0
-errors.run(tsv_to_dataset.main)
-"""
-
-
 def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
     rng = np.random.default_rng(2)
     pictures = [picture(rng) for _ in range(40)]
     write_lines(tmp_path / "t.tsv", [tsv_line(i, *pictures[i]) for i in range(40)])
     write_lines(tmp_path / "train.txt", range(40))
-    args = ["t.tsv", "--out", "out", "--ids", "train=train.txt", "--img_dim", str(D)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", DIES, *args], cwd=tmp_path, env=env)
-    assert done.returncode == -signal.SIGKILL
+    args = (tmp_path / "t.tsv", "--out", tmp_path / "out", "--ids", f"train={tmp_path}/train.txt", "--img_dim", D)
+    run_killed("tsv_to_dataset", 25, *args)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "train_ims.npy.part",
         "train_boxes.npy.part",
@@ -208,7 +187,7 @@ def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
     # what the killed run wrote is not made again: other numbers of the same length do not show
     other = [tsv_line(i, pictures[0][0], pictures[0][1] + 1) for i in range(25)]
     write_lines(tmp_path / "t.tsv", other + [tsv_line(i, *pictures[i]) for i in range(25, 40)])
-    subprocess.run([sys.executable, ROOT / "scripts/tsv_to_dataset.py", *args], cwd=tmp_path, check=True)
+    ok("tsv_to_dataset", *args)
     np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [features for _, features in pictures])
     assert no_leftovers(tmp_path / "out")
 

@@ -54,7 +54,11 @@ def read_karpathy(path: str) -> Captions:
                 expected = ", ".join(KARPATHY_SPLITS)
                 raise InputError(f"{path}: picture {number}: split {brief(item['split'])}, expected {expected}")
             image_id, texts = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
-            captions.add(image_id, texts, "testall" if split == "test" and "cocoid" in item else split)
+            split = "testall" if split == "test" and "cocoid" in item else split
+            other = captions.splits.get(canonical_id(image_id), split)
+            if other != split:
+                raise InputError(f"{path}: picture {number}: {brief(image_id)} stands in {other} and in {split}")
+            captions.add(image_id, texts, split)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: picture {number} lacks filename or sentences ({error})") from None
     return captions

@@ -50,7 +50,9 @@ def json_items(path, name):
         try:
             yield decode(item)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InputError(f"{path}: item {number} of {name} is not JSON ({_describe(error, item)})") from None
+            raise InputError(
+                f"{path}: item {number} of {name or 'the array'} is not JSON ({_describe(error, item)})"
+            ) from None
 
 
 def _describe(error, text):
