@@ -5,13 +5,14 @@ A folder holds for each split SPLIT_ims.npy (features), SPLIT_boxes.npy (positio
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lib import distributed
 from lib.constants import N_CELLS, N_SLOTS
@@ -23,6 +24,8 @@ from lib.workers import WorkerLog, start_worker
 from vocab import read_captions, warn_unknown
 
 log = logging.getLogger(__name__)
+
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to a file's rows
 
 SAMPLED_CAPTIONS = 1000  # looked at for unknown words
 
@@ -53,6 +56,7 @@ class PrecompDataset(Dataset):
         self.prefix = os.path.join(data_path, data_split)
         without_captions = captions_optional and not os.path.exists(self._caption_path())
         self.captions = [] if without_captions else read_captions(self._caption_path(), allow_empty_captions)
+        self.encoded = [None] * len(self.captions)  # word ids as bytes, the smallest form
         self.need_boxes = need_boxes
         self._open()
         path, shape = self.prefix + "_ims.npy", self.images.shape
@@ -71,7 +75,7 @@ class PrecompDataset(Dataset):
         self.boxes = open_npy(self.prefix + "_boxes.npy") if self.need_boxes else None
 
     def __getstate__(self):  # a copy sent to a worker opens the files again instead of carrying their contents
-        return {**self.__dict__, "images": None, "boxes": None}
+        return {**self.__dict__, "images": None, "boxes": None, "encoded": [None] * len(self.captions)}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -153,23 +157,55 @@ class PrecompDataset(Dataset):
         """Rows (n, …) of the images start…stop-1 in an opened file, whose name ends in suffix."""
         step = self.repeats
         features = torch.from_numpy(np.array(file[start * step : stop * step : step], dtype=np.float32))
+        return self._check_finite(features, suffix, start)
+
+    def _check_finite(self, features, suffix, start):
+        """features (n, …) of the images from start on; InputError that names the first with NaN or infinite ones."""
         # a sum is NaN or infinite as soon as one of its terms is, and reads the features once
-        if not torch.isfinite(features.sum()) and not (finite := torch.isfinite(features).flatten(1).all(1)).all():
+        if torch.isfinite(features.sum(dtype=torch.float32)):
+            return features
+        finite = torch.isfinite(features).flatten(1).all(1)
+        if not finite.all():
             image = start + int(finite.int().argmin())
             raise InputError(f"{self.prefix}{suffix}, image {image}: NaN or infinite features, expected numbers")
         return features
 
-    def encode_caption(self, index):
-        """Word ids (W,) int64 of caption index."""
-        return torch.tensor(self.vocab.encode(self.captions[index]))
+    def _rows(self, img_id):
+        """What read_images returns, of one image: tensors that share the memory of a float16 or float32 file."""
+        images = self._feature_row(self.images, "_ims.npy", img_id)
+        if not self.need_boxes:
+            return images, images.new_zeros(len(images), 0)
+        row = img_id * (len(self.boxes) // self.n_images)
+        return images, torch.from_numpy(np.array(self.boxes[row], dtype=np.float32))
 
-    def __getitem__(self, index):
-        """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id)."""
+    def _feature_row(self, file, suffix, img_id):
+        """The row of one image in an opened file, whose name ends in suffix."""
+        row = np.asarray(file[img_id * self.repeats])
+        if file.dtype not in (np.float16, np.float32):
+            row = row.astype(np.float32)
+        return self._check_finite(torch.from_numpy(row)[None], suffix, img_id)[0]
+
+    def encode_caption(self, index):
+        """Word ids (W,) int64 of caption index; each process tokenises a caption once."""
+        if self.encoded[index] is None:
+            self.encoded[index] = np.array(self.vocab.encode(self.captions[index]), dtype=np.int32).tobytes()
+        return torch.from_numpy(np.frombuffer(self.encoded[index], dtype=np.int32).astype(np.int64))
+
+    def _item(self, index):
+        """An item whose features share the file's memory."""
         if self.worker_log:
             self.worker_log.note_item(index)
         img_id = index * self.n_images // len(self)
-        image = [rows[0] for rows in self.read_images(img_id, img_id + 1)]
-        return *image, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
+        return *self._rows(img_id), self.encode_caption(index * len(self.captions) // len(self)), index, img_id
+
+    def __getitem__(self, index):
+        """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id); float32."""
+        *image, target, index, img_id = self._item(index)
+        return *(torch.clone(x.float()) for x in image), target, index, img_id
+
+    def __getitems__(self, indices):
+        """What a DataLoader asks for: items whose features are copied once only, by collate_fn."""
+        return [self._item(index) for index in indices]
 
     def __len__(self):
         return max(self.n_images, len(self.captions)) if self.captions else 0
@@ -184,14 +220,15 @@ def collate_fn(data: list) -> tuple:
     """Batch items, longest caption first.
 
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
-    lengths (list of B int), ids (tuple of B int, which item each row is); () for no items.
+    lengths (list of B int), ids (tuple of B int, which item each row is); () for no items. A loader's images are
+    float16 where the file's are. In a loading process they are written straight into shared memory.
     """
     if not data:
         return ()
     data.sort(key=lambda item: len(item[-3]), reverse=True)
     *images, captions, ids, _ = zip(*data, strict=True)
     lengths = [len(caption) for caption in captions]
-    return *map(torch.stack, images), pad(list(captions)), lengths, ids
+    return *map(default_collate, images), pad(list(captions)), lengths, ids
 
 
 def pad(captions: list[Tensor]) -> Tensor:

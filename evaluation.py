@@ -23,7 +23,7 @@ from lib.errors import InputError, brief, run
 from lib.gpu import BlockLimit, resident_chunks
 from lib.intervals import RECALL_AT, group_hits, print_summary
 from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
-from lib.options import add_options, check_options, option
+from lib.options import OPTIONS, add_options, check_options, option
 from lib.rankings import write_ranks, write_topk
 from lib.tensors import send
 from model import SCAN, XATTN_SCORE, load_model
@@ -271,7 +271,7 @@ def load_split(
     opt = checkpoint["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
     vocab = checkpoint_vocab(model_path, checkpoint, opt, read_vocab)
-    vars(opt).update(overrides)
+    vars(opt).update({"device": OPTIONS["device"].default, **overrides})  # not the device it was trained on
     check_options(opt, ("batch_size", "matmul_precision"))
     more = {"captions_optional": True} if captions_optional else {}
     loader = get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)

@@ -94,7 +94,8 @@ class EncoderImage(nn.Module):
         return cells, weights
 
     def forward(self, images, boxes):
-        """images (B, R, img_dim), boxes (B, R, 30 | 31; not read with position none) → (B, R, D)."""
+        """images (B, R, img_dim) of any float type, boxes (B, R, 30 | 31; not read with position none) → (B, R, D)."""
+        images = at_least_float32(images)
         if self.position != "none":
             images = torch.cat([images, self.position_feature(images, boxes)], 2)
         features = at_least_float32(self.fc(images))

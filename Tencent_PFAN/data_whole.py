@@ -58,6 +58,10 @@ class PrecompDataset(data.PrecompDataset):
         images, boxes = super().read_images(start, stop)
         return images, self.read_features(self.whole_images, "_who_ims.npy", start, stop), boxes
 
+    def _rows(self, img_id):
+        images, boxes = super()._rows(img_id)
+        return images, self._feature_row(self.whole_images, "_who_ims.npy", img_id), boxes
+
 
 def get_precomp_dataset(data_name, data_split, vocab, opt):
     """The PrecompDataset of a split under opt.data_path/data_name, as opt's flags ask for."""

@@ -35,7 +35,7 @@ class EncoderImage(model.EncoderImage):
 
     def forward(self, images, whole_images, boxes):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""
-        whole = at_least_float32(self.fc_whole(whole_images))
+        whole = at_least_float32(self.fc_whole(at_least_float32(whole_images)))
         return super().forward(images, boxes), whole if self.no_imgnorm else l2norm(whole, dim=1)
 
 

@@ -85,6 +85,42 @@ def test_float16_features_and_float64_boxes_become_float32(toy):
     np.testing.assert_array_equal(box, boxes[5].astype(np.float32))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_hold_float16_features_as_the_file_does(toy, workers):
+    """Half as many bytes travel to the device; the model computes in float32 from there."""
+    ims = toy.load("dev_ims").astype(np.float16)
+    toy.save("dev_ims", ims)
+    images, boxes, _, _, ids = next(iter(loaders(toy, workers=workers)[1]))
+    assert images.dtype == torch.float16 and boxes.dtype == torch.float32
+    assert images.is_shared() == (workers > 0)
+    np.testing.assert_array_equal(images, ims[np.array(ids) // 5])
+
+
+def test_features_of_any_number_type_become_float32_batches(toy):
+    for dtype in (np.float64, ">f4", np.int16):
+        ims = (toy.load("dev_ims") * 10).astype(dtype)
+        toy.save("dev_ims", ims)
+        images, *_, ids = next(iter(loaders(toy)[1]))
+        assert images.dtype == torch.float32
+        np.testing.assert_array_equal(images, ims[np.array(ids) // 5].astype(np.float32))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy, workers):
+    ims = toy.load("dev_ims").astype(np.float16)
+    ims[4, 35, 15] = np.inf
+    toy.save("dev_ims", ims)
+    with pytest.raises(InputError, match="dev_ims.npy, image 4: NaN or infinite features"):
+        list(loaders(toy, workers=workers)[1])
+
+
+def test_a_process_tokenises_a_caption_once(toy):
+    train, _ = loaders(toy)
+    first = list(train)
+    train.dataset.vocab.tokenize = lambda caption: pytest.fail("again")
+    assert_same_batches(first, list(train))
+
+
 @pytest.mark.parametrize("captions_per_image", [1, 2, 5, 7])
 def test_captions_per_image_come_from_the_counts(tmp_path, captions_per_image):
     dataset = Toy(tmp_path, captions_per_image=captions_per_image).dataset()

@@ -247,9 +247,9 @@ def test_the_death_of_a_loading_process_names_the_sample(toy, tmp_path):
     """A file that shrinks under a run ends the process that reads it with a bus error."""
     data_path, vocab_path = make_folder(str(tmp_path), splits={"train": 40, "dev": 4}, img_dim=512)
     ims = tmp_path / "data" / "toy_precomp" / "train_ims.npy"
-    code = "import os, sys, train; opt = train.get_parser().parse_args(sys.argv[2:]); make = train.get_loaders\n"
-    code += "def loaders(*args):\n    made = make(*args)\n    os.truncate(sys.argv[1], 8192)\n    return made\n"
-    code += "from lib import errors; errors.run(lambda: train.fit(opt, make_loaders=loaders))"
+    code = "import os, sys, train; opt = train.get_parser().parse_args(sys.argv[2:])\n"
+    code += "def model(opt):\n    os.truncate(sys.argv[1], 8192)\n    return train.SCAN(opt)\n"
+    code += "from lib import errors; errors.run(lambda: train.fit(opt, make_model=model))"
     flags = f"{toy} --data_path {data_path} --vocab_path {vocab_path} --img_dim 512 --workers 1 --num_epochs 1"
     flags += f" --logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'}"
     done = subprocess.run(
