@@ -216,7 +216,13 @@ def attend(context: Tensor, query: Tensor, attention: Attention) -> Tensor:
     return scores + 0.5 * attention.aggregate(max_along(A, 2), 1) if attention.max_term else scores
 
 
-def xattn_score(images, captions, cap_lens, attention, pairs=None):
+def xattn_score(
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Sequence[int] | Tensor,
+    attention: Attention,
+    pairs: Tensor | None = None,
+) -> Tensor:
     """Scores (I, C) of images (I, R, D) with captions (C, W, D), or (P,) of the pairs (P, 2) only.
 
     captions may be packed as (ΣW_i, D), the captions' words one after the other. cap_lens: C ints. pairs: the indices

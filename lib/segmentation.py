@@ -19,7 +19,7 @@ def _tokenizer():
     return tokenizer
 
 
-def segment(text):
+def segment(text: str) -> list[str]:
     """Words (list of str) of a text: cut at blanks, and by jieba where it is Chinese. Threads may call it."""
     words = []
     for part in text.split():

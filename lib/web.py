@@ -5,12 +5,16 @@ import ipaddress
 import re
 import signal
 import socket
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any
 
 import msgspec
 import uvicorn
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from lib.errors import InputError
@@ -53,7 +57,7 @@ class Refusal(Answer):
             await send({"type": "http.response.body", "body": b""})
 
 
-async def linger(receive, announced):
+async def linger(receive: Callable, announced: int) -> None:
     """Read a body of so many bytes to its end, if that comes soon; else give its client the time to read the answer."""
     left = LINGER_BYTES if announced <= LINGER_BYTES else 0
     with suppress(TimeoutError):
@@ -71,15 +75,15 @@ class Refused(HTTPException):
         super().__init__(status, reason, {name.replace("_", "-"): value for name, value in headers.items()})
 
 
-async def refuse(request, error):
+async def refuse(request: Request, error: Any) -> Response:
     return Refusal(str(error.detail), error.status_code, error.headers)
 
 
-async def refuse_unexpected(request, error):
+async def refuse_unexpected(request: Request, error: Any) -> Response:
     return Refusal("internal error", 500)  # uvicorn prints the traceback
 
 
-async def refuse_parameters(request, error):
+async def refuse_parameters(request: Request, error: Any) -> Response:
     """For FastAPI's RequestValidationError."""
     return Refusal("; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors()), 400)
 
@@ -108,7 +112,7 @@ class HostNames:
         await self.app(scope, receive, send)
 
 
-def check_host_names(app, host, allowed=()):
+def check_host_names(app: Starlette, host: str, allowed: Iterable[str] = ()) -> None:
     """Have app answer only requests for a local name or an allowed one, where host, its address, is loopback."""
     try:
         loopback = ipaddress.ip_address(host).is_loopback
@@ -122,7 +126,7 @@ def check_host_names(app, host, allowed=()):
 # ---------------------------------------------------------------- serving
 
 
-def listen(host, port):
+def listen(host: str, port: int) -> socket.socket:
     """A socket that listens on a host (str) and port. Raises InputError where that cannot be had."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -131,12 +135,12 @@ def listen(host, port):
         raise InputError(f"--host {host} --port {port}: {why}, expected this machine's and a free one") from None
 
 
-def make_server(app, **options):
+def make_server(app: Starlette, **options: Any) -> uvicorn.Server:
     """uvicorn's Server of app; options: those of uvicorn.Config. Headers end at 64 KB, h11's limit."""
     return uvicorn.Server(uvicorn.Config(app, **{"http": "h11", "loop": "asyncio", "ws": "none", **options}))
 
 
-def serve(app, listening, **options):
+def serve(app: Starlette, listening: socket.socket, **options: Any) -> None:
     """Answer requests on a socket that listens, until SIGINT or SIGTERM."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises what ended it once more, after a graceful end

@@ -324,7 +324,8 @@ HEAD = f"POST {PATH} HTTP/1.1\nHost: localhost\nContent-Type: application/json\n
 def test_a_body_over_the_limit_is_refused_before_it_is_read(port):
     assert raw(port, HEAD + "Content-Length: 900000000000\n").startswith(b"HTTP/1.1 413 ")  # none of it was sent
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-    answer = raw(port, HEAD + "Transfer-Encoding: chunked\n", 3 * chunk)
+    # a byte too many: with more of them on their way, closing the connection could take the answer with it
+    answer = raw(port, HEAD + "Transfer-Encoding: chunked\n", 2 * chunk + b"1\r\n \r\n")
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b'{"error":"body: over 2 MB (--max_body_mb)"}' in answer
     status, answer, _ = post(port, b" " * (3 << 20))  # a client that sends all before it reads hears the reason
