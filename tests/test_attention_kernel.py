@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lib import kernels
+from lib.errors import InputError
 from lib.kernels import amx, attention_kernel
 from lib.kernels.blocks import attend
 from model import Attention, xattn_score
@@ -89,6 +90,17 @@ def test_scores_of_both_ways(t2i, calls):
     plain = xattn_score(images, captions, lens, attention)
     np.testing.assert_allclose(xattn_score(images.float(), captions.float(), lens, attention), plain, rtol=0, atol=2e-6)
     assert calls
+
+
+def test_the_environment_can_leave_the_compiled_form_out(calls, monkeypatch):
+    S, gram, norms = (x.float() for x in parts(np.random.default_rng(0), 2, 3, 4, 5))
+    for way, used in (("none", 0), ("torch", 0), ("numba", 1), ("amx", 2)):
+        monkeypatch.setenv("PFAN_KERNELS", way)
+        attend(S.clone(), gram, norms, cross_attention())
+        assert len(calls) == used
+    monkeypatch.setenv("PFAN_KERNELS", "fast")
+    with pytest.raises(InputError, match="PFAN_KERNELS=fast: expected one of none, torch, numba, amx"):
+        kernels.allowed("torch")
 
 
 def test_training_and_other_norms_take_the_torch_form(calls):

@@ -17,14 +17,19 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lib.errors import InputError
+
 WAYS = ("none", "torch", "numba", "amx")
 COMPILED_FROM = 2**20  # elements of S from which the compiled attention is used: compiling it takes a second
 TILES_FROM = 2**25  # elements of S from which its products are compiled as well: that takes seconds
 
 
 def allowed(way: str) -> bool:
-    """True where PFAN_KERNELS allows this way. Raises ValueError for a value that is none of WAYS."""
-    return WAYS.index(os.environ.get("PFAN_KERNELS", WAYS[-1])) >= WAYS.index(way)
+    """True where PFAN_KERNELS allows this way. Raises InputError for a value that is none of WAYS."""
+    fastest = os.environ.get("PFAN_KERNELS", WAYS[-1])
+    if fastest not in WAYS:
+        raise InputError(f"PFAN_KERNELS={fastest}: expected one of {', '.join(WAYS)}")
+    return WAYS.index(fastest) >= WAYS.index(way)
 
 
 def scores(
