@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from dataset_commands import fails, ok, tool
 from folders import make_folder, write_lines
+from regions import boxes_with_features
 
 from data import PrecompDataset
 from lib.datasets.arrays import ArrayReader
@@ -88,3 +89,145 @@ def test_check_says_what_is_there(tmp_path):
     assert "no such folder" in fails("check_data", tmp_path / "nowhere")
     (folder / "train_ids.txt").write_bytes(b"\xff\n")
     assert "note: " + str(folder / "train_ids.txt, line 1: not UTF-8") in tool("check_data", folder).stdout
+
+
+# ---------------------------------------------------------------- files that do not belong together
+
+
+def check(tmp_path, *more):
+    """Exit status and the lines of check_data.py on data/toy_precomp."""
+    done = tool("check_data", tmp_path / "data/toy_precomp", "--vocab_path", tmp_path / "vocab", *more)
+    assert done.returncode in (0, 1), done.stderr
+    return done.returncode, done.stdout.splitlines()
+
+
+def wrongs(lines):
+    return [line for line in lines if line.startswith("WRONG")]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """data/toy_precomp of 40 pictures whose boxes belong to their features."""
+    make_folder(tmp_path, splits={"train": 40, "dev": 10})
+    for seed, (split, n) in enumerate({"train": 40, "dev": 10}.items()):
+        grids, features = boxes_with_features(n, seed=seed)
+        np.save(tmp_path / f"data/toy_precomp/{split}_ims.npy", features)
+        np.save(tmp_path / f"data/toy_precomp/{split}_boxes.npy", grids)
+    return tmp_path / "data/toy_precomp"
+
+
+def test_boxes_that_belong_to_the_features_are_said_to(tmp_path, folder):
+    status, lines = check(tmp_path)
+    assert status == 0 and any("40 images" in line and "regions that overlap look alike: 0." in line for line in lines)
+
+
+@pytest.mark.parametrize("order", ["shifted", "reversed", "regions"])
+def test_boxes_of_other_pictures_or_regions_are_wrong(tmp_path, folder, order):
+    boxes = np.load(folder / "train_boxes.npy")
+    changed = {"shifted": np.roll(boxes, 1, axis=0), "reversed": boxes[::-1], "regions": boxes[:, ::-1]}[order]
+    np.save(folder / "train_boxes.npy", changed)
+    status, lines = check(tmp_path)
+    [wrong] = wrongs(lines)
+    assert status == 1 and "train_boxes.npy: of other pictures or regions than" in wrong and "scripts/align.py" in wrong
+    assert check(tmp_path, "--position", "none")[0] == 0
+
+
+@pytest.mark.parametrize("what", ["random features", "fixed windows"])
+def test_what_cannot_be_told_is_a_note(tmp_path, folder, what):
+    if what == "random features":
+        features = np.random.default_rng(0).random((40, 36, 256), np.float32)
+        np.save(folder / "train_ims.npy", features)
+    else:
+        np.save(folder / "train_boxes.npy", np.repeat(np.load(folder / "train_boxes.npy")[:1], 40, axis=0))
+    status, lines = check(tmp_path)
+    assert status == 0
+    assert [line for line in lines if line.startswith("note: ") and "train_boxes.npy: whether the boxes belong" in line]
+
+
+def test_images_that_are_repeated_unequally_are_wrong(tmp_path, folder):
+    counts = [2, 3] * 8
+    for kind in ("ims", "boxes"):
+        rows = np.load(folder / f"train_{kind}.npy")[:16]
+        np.save(folder / f"train_{kind}.npy", np.repeat(rows, counts, axis=0))
+    write_lines(folder / "train_caps.txt", (folder / "train_caps.txt").read_text().splitlines()[:40])
+    status, lines = check(tmp_path)
+    assert status == 1 and [line for line in wrongs(lines) if "rows 0 to 1 are one image and rows 2 to 4" in line]
+
+
+def test_a_vocabulary_of_other_captions_is_wrong(tmp_path, folder):
+    write_lines(folder / "dev_caps.txt", [f"völlig andere wörter {i}" for i in range(50)])
+    status, lines = check(tmp_path)
+    [wrong] = wrongs(lines)
+    assert status == 1 and "dev_caps.txt: 100 % of the words are not in the vocabulary" in wrong
+
+
+def whole_images(folder):
+    """Whole-image features (40, 256) of pictures of five kinds, whose regions' features get the same kinds."""
+    rng = np.random.default_rng(0)
+    kinds = 20 * rng.standard_normal((5, 256))[rng.integers(0, 5, 40)]
+    features = np.load(folder / "train_ims.npy") + kinds[:, None]
+    np.save(folder / "train_ims.npy", features.astype(np.float32))
+    return (kinds + rng.standard_normal((40, 256))).astype(np.float32)
+
+
+def test_whole_images_of_other_pictures_are_wrong(tmp_path, folder):
+    whole = whole_images(folder)
+    np.save(folder / "train_who_ims.npy", whole)
+    status, lines = check(tmp_path)
+    assert status == 0, lines
+    for other in (np.roll(whole, 1, axis=0), whole[::-1]):
+        np.save(folder / "train_who_ims.npy", other)
+        status, lines = check(tmp_path)
+        assert status == 1 and "train_who_ims.npy: of other pictures than" in wrongs(lines)[0]
+    np.save(folder / "train_who_ims.npy", np.random.default_rng(0).random((40, 256), np.float32))
+    status, lines = check(tmp_path)
+    assert status == 0 and [line for line in lines if "no pictures are more alike than others" in line]
+
+
+@pytest.mark.parametrize("order", ["shifted by a line", "one of every image first"])
+def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
+    lines = [f"picture {chr(97 + i % 26)}{i} of a thing{i} by word{i}, seen {j}" for i in range(40) for j in range(5)]
+    write_lines(folder / "train_caps.txt", lines)
+    build = (
+        "vocab",
+        "--data_path",
+        tmp_path / "data",
+        "--data_name",
+        "toy_precomp",
+        "--vocab_path",
+        tmp_path / "vocab",
+    )
+    ok(*build, "--threshold", 1)
+    assert check(tmp_path)[0] == 0
+    if order == "shifted by a line":
+        lines, said = lines[1:] + lines[:1], "the first image's from line 5"
+    else:
+        lines, said = [lines[5 * i + j] for j in range(5) for i in range(40)], "first one caption of every image"
+    write_lines(folder / "train_caps.txt", lines)
+    status, lines = check(tmp_path)
+    assert status == 1 and said in wrongs(lines)[0]
+
+
+def test_a_test_split_that_testall_shows_with_other_features_or_captions_is_wrong(tmp_path, folder):
+    captions = [f"picture {i}, caption {j}" for i in range(40) for j in range(5)]
+    for split, n in (("testall", 40), ("test", 20)):
+        for kind in ("ims", "boxes"):
+            np.save(folder / f"{split}_{kind}.npy", np.load(folder / f"train_{kind}.npy")[:n])
+        write_lines(folder / f"{split}_caps.txt", captions[: 5 * n])
+        write_lines(folder / f"{split}_ids.txt", range(n))
+
+    def faults():
+        return [line for line in wrongs(check(tmp_path)[1]) if "images have other" in line]
+
+    assert not faults()
+    write_lines(folder / "testall_ids.txt", range(39, -1, -1))
+    assert "20 images have other captions than the same images" in faults()[0] and "by their ids" in faults()[0]
+    os.remove(folder / "testall_ids.txt")
+    for kind in ("ims", "boxes"):
+        np.save(folder / f"testall_{kind}.npy", np.load(folder / f"testall_{kind}.npy")[::-1])
+    assert "20 images have other features" in faults()[0] and "by their captions" in faults()[0]
+
+
+def test_ids_that_come_again_are_noted(tmp_path, folder):
+    write_lines(folder / "train_ids.txt", [*range(39), 0])
+    assert [line for line in check(tmp_path)[1] if "1 ids stand again after others" in line]

@@ -21,6 +21,8 @@ LEAST_OVERLAP_SPREAD = 0.05  # measured: detector's boxes 0.22
 SAME_BOXES = 0.9  # correlation of the overlaps in two pictures; measured: detector's boxes 0.00, windows 1
 MOST_SAME = 0.5  # share of pictures with the same boxes
 MOST_MISSES = 0.25  # share of pictures that another picture's boxes fit better; measured: right 0, wrong 0.9
+FEWEST_WHOLE = 30  # pictures that a judgement of whole-image features needs
+LEAST_WHOLE = 0.1  # correlation of whole-image features that belong; measured: right 0.33, wrong up to 0.06
 LEAST_SCORE = 0.2  # of a pair found by match; measured: right ones 0.27 and more
 LEAST_LEAD = 0.1  # over the next best; measured: wrong ones have less in 997 of 1,000 cases
 BLOCK = 256  # rows scored at once
@@ -130,6 +132,37 @@ def _why_untold(alike, overlap, img_dim):
     if overlap.spread.mean() < LEAST_OVERLAP_SPREAD:
         return "all regions overlap alike"
     return ""
+
+
+class WholeJudgement(Judgement):
+    """A Judgement of whole-image features. own, other: the correlation in this order and in shifted ones."""
+
+    def __str__(self):
+        if self.wrong is None:
+            return f"whether these features belong to the regions' cannot be told: {self.reason}"
+        said = f"{self.own:.2f} in this order, {self.other:.2f} in another"
+        return f"pictures whose regions are alike have whole-image features that are alike: {said}"
+
+
+def judge_whole(features: np.ndarray, whole: np.ndarray) -> WholeJudgement:
+    """Judge whether whole-image features (n, D) belong to features of regions (n, R, D), from a sample of pictures.
+
+    Pictures whose regions are alike on average have whole-image features that are alike: over all pairs of pictures
+    the two likenesses correlate.
+    """
+    n, img_dim = len(features), features.shape[2]
+    alike, whole_alike = (likeness(values[None]) for values in (features.mean(axis=1, dtype=np.float32), whole))
+    shifts = [likeness(np.roll(whole, shift, axis=0)[None]).pairs for shift in range(1, min(N_OTHERS, n - 1) + 1)]
+    own = float((alike.pairs * whole_alike.pairs).sum())
+    others = np.array([0.0, *((alike.pairs * pairs).sum() for pairs in shifts)])
+    misses = int((own <= others).sum())
+    wrong = misses > 0 or own < LEAST_WHOLE
+    reason = ""
+    if n < FEWEST_WHOLE:
+        reason = f"{n} pictures are too few"
+    elif wrong and min(alike.spread.mean(), whole_alike.spread.mean()) < RANDOM_FACTOR / np.sqrt(img_dim):
+        reason = "no pictures are more alike than others"
+    return WholeJudgement(own, float(others.mean()), 0.0, misses, n, None if reason else wrong, reason)
 
 
 def judge_dataset(dataset: Any) -> Judgement | None:
