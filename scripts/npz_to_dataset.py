@@ -110,6 +110,8 @@ def convert(reader, job, img_dim, problems):
             job.write(name, regions)
         except InputError as error:
             problems.add("malformed", reader.paths[name], str(error).removeprefix(f"{reader.paths[name]}: "))
+        else:
+            job.check_early()
     job.counts["of other pictures"] = len(reader.paths.keys() - job.rows.keys())
     job.report_missing(reader.paths, "no file of this name")
 

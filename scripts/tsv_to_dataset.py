@@ -46,6 +46,7 @@ def convert(paths, form, job, opt):
             damaged.append((name, where, f"id {id_text}: {error}" if id_text else str(error)))
         else:
             whole.setdefault(name, where)
+            job.check_early()
     for name, where, what in damaged:
         if name in whole:
             job.problems.note(where, f"{what}; the picture stands whole in {whole[name]}")

@@ -307,12 +307,14 @@ def test_a_cut_line_is_no_loss_where_its_picture_is_whole_elsewhere(tmp_path, pa
     assert note.endswith(f"the picture stands whole in {tmp_path}/b.tsv, line {whole}\n")
 
 
-def test_swapped_sizes_are_refused_and_the_right_ones_are_not_mixed_with_them(tmp_path):
+@pytest.mark.parametrize("count, looked_at", [(3, 3), (120, 100)])
+def test_swapped_sizes_are_refused_and_the_right_ones_are_not_mixed_with_them(tmp_path, count, looked_at):
     boxes, features = picture(np.random.default_rng(5))
     boxes[:, 2] = 499
     args = ("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "train", "--img_dim", D)
-    write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features, width=375, height=500) for i in range(3)])
-    assert "height and width look swapped" in fails(*args)
-    write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features) for i in range(3)])  # of the same length
+    write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features, width=375, height=500) for i in range(count)])
+    message = fails(*args)
+    assert f"of {looked_at * R} boxes reach well outside" in message and "height and width look swapped" in message
+    write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features) for i in range(count)])  # of the same length
     ok(*args)
-    np.testing.assert_array_equal(np.load(tmp_path / "o/train_boxes.npy"), [position_grid(boxes, (375, 500))] * 3)
+    np.testing.assert_array_equal(np.load(tmp_path / "o/train_boxes.npy"), [position_grid(boxes, (375, 500))] * count)

@@ -91,13 +91,16 @@ class FeatureJob(contextlib.AbstractContextManager):
             self.reach.add(regions.boxes[None], np.array([regions.size]))
             self.counts["boxes without area"] += int((values["boxes"][:n, -1] == 0).sum())
         self.counts["used"] += 1
-        if self.counts["used"] == EARLY:
-            self._check_reach()
         self.counts["cut"] += n > n_regions
         self.counts["padded"] += n < n_regions
         for writer, row in self.rows[name]:
             if not writer.done[row]:
                 writer.write(row, **values)
+
+    def check_early(self) -> None:
+        """After the first EARLY pictures, raise InputError where boxes do not fit the pictures' sizes."""
+        if self.counts["used"] == EARLY:
+            self._check_reach()
 
     def _check_reach(self):
         """A note about boxes outside their pictures, or "". Where many are, the next run keeps no row of this one."""
