@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import make_folder, random_captions, write_lines
+from processes import LIMIT
 
 import evaluation
 import train
@@ -96,7 +97,7 @@ class Workplace:
         """Run a script as a user does."""
         before = self.files()
         line = [sys.executable, str(ROOT / script), *map(str, flags)]
-        done = subprocess.run(line, capture_output=True, text=True, timeout=60, **options)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=LIMIT, **options)
         return self.judge(done.returncode, done.stderr, before)
 
 

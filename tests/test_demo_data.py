@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from processes import LIMIT
 
 from position import position_grid
 from scripts.demo import regions, scenes, sentences
@@ -21,7 +22,7 @@ COUNTS = {"train": 24, "dev": 8, "test": 12}
 def make(path, *flags):
     command = [sys.executable, "scripts/demo/make_demo_data.py", "--data_path", str(path), "--data_name", "d"]
     command += [word for split, n in COUNTS.items() for word in (f"--{split}", str(n))]
-    return subprocess.run(command + list(flags), cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command + list(flags), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
 
 
 def contents(path):

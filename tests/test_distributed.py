@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 from conftest import ROOT
 from folders import make_folder
+from processes import LIMIT, started, wait_for
 from test_tencent import make_whole_folder
 
 import train
@@ -158,21 +158,15 @@ def test_a_process_that_dies_ends_the_run_on_all_with_a_clear_line(done, tmp_pat
     flags = f"--data_path {data} --vocab_path {data.parent / 'vocab'} --data_name toy_precomp --model_name {tmp_path} "
     flags += f"--logger_name {tmp_path} {ROOT_FLAGS} --num_epochs 100000 --batch_size 13 --keep_last 1"
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", ROOT / "train.py"]
-    with open(tmp_path / "log", "w") as log:
-        run = subprocess.Popen([*line, *flags.split()], stderr=log, stdout=log)
-    try:
-        end = time.monotonic() + 90
-        while not list(tmp_path.glob("checkpoint_*.tar")) and time.monotonic() < end and run.poll() is None:
-            time.sleep(0.2)
+    with open(tmp_path / "log", "w") as log, started([*line, *flags.split()], stderr=log, stdout=log) as run:
+        wait_for(lambda: list(tmp_path.glob("checkpoint_[0-9]*.tar")) or run.poll() is not None)
         children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(run.pid)], capture_output=True, text=True)
         os.kill(int(children.stdout.split()[1]), signal.SIGKILL)
-        assert run.wait(timeout=60) == 1
-    finally:
-        run.kill()
+        assert run.wait(timeout=LIMIT) == 1
     said = (tmp_path / "log").read_text()
     assert "another process has ended, so this one ends as well" in said, said
     assert "Signal 9 (SIGKILL)" in said, "torchrun names the process that died"
-    assert load_checkpoint(max(tmp_path.glob("checkpoint_*.tar")))["epoch"] >= 1
+    assert load_checkpoint(max(tmp_path.glob("checkpoint_[0-9]*.tar")))["epoch"] >= 1
 
 
 def test_flags_that_do_not_go_with_several_processes_are_named(monkeypatch):

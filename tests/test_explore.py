@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT
 from folders import make_folder, write_lines
 from PIL import Image
-from processes import serve_app
+from processes import LIMIT, serve_app
 from test_evaluation import save_model
 
 from evaluation import encode_data, load_split, shard_xattn
@@ -82,7 +82,7 @@ def get(address, path, **parameters):
     """(status, object) of a GET under /api."""
     url = f"{address}api/{urllib.parse.quote(path)}?{urllib.parse.urlencode(parameters)}"
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with urllib.request.urlopen(url, timeout=LIMIT) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -178,7 +178,7 @@ def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
 
 
 def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, address):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while (hard := get(address, "hard")[1])["state"] != "done":
         assert hard["state"] in ("new", "running") and time.monotonic() < deadline
         time.sleep(0.05)
@@ -254,7 +254,7 @@ def test_names_that_a_proxy_passes_on_can_be_allowed(made, explorer, monkeypatch
 def test_files_outside_the_page_are_not_served(address):
     for path in ("../explore.py", "..%2fexplore.py", "%2e%2e/explore.py", "../answers.py", "answers.py"):
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(address + path, timeout=10)
+            urllib.request.urlopen(address + path, timeout=LIMIT)
         assert refused.value.code == 404
 
 
@@ -444,7 +444,7 @@ class Person:
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False},
         )
 
-    def until(self, what, seconds=20):
+    def until(self, what, seconds=LIMIT):
         deadline = time.monotonic() + seconds
         while not (found := what()):
             assert time.monotonic() < deadline, f"waited in vain; the page says: {self.text('body')[:600]}"

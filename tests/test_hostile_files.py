@@ -24,6 +24,7 @@ from conftest import ROOT, make_opt
 from folders import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import LIMIT
 
 import evaluation
 import train
@@ -559,7 +560,7 @@ def test_lint_bans_what_could_run_a_file(rule, code):
     pytest.importorskip("ruff", reason="lint needs what requirements-dev.txt lists")
     for place, found in (("scripts/new.py", True), ("tests/test_new.py", rule != "TID251")):
         line = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "--stdin-filename"]
-        done = subprocess.run([*line, place, "-"], input=code, capture_output=True, text=True, cwd=ROOT, timeout=60)
+        done = subprocess.run([*line, place, "-"], input=code, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
         assert (f" {rule} " in done.stdout) == found and done.returncode == found, done.stdout + done.stderr
 
 

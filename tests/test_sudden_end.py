@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import make_folder
+from processes import LIMIT, started, wait_for
 from test_train import assert_same, load
 
 import train
@@ -132,11 +133,10 @@ def test_a_second_ctrl_c_does_not_wait_and_does_not_save_half_a_step(fit, tmp_pa
 def test_sigterm_from_the_shell_saves_says_where_and_exits_with_143(toy, tmp_path):
     line = [sys.executable, ROOT / "train.py", *toy.split(), "--workers", "2", "--num_epochs", "100000"]
     line += ["--logger_name", tmp_path / "log", "--model_name", tmp_path, "--keep_last", "1"]
-    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not list(tmp_path.glob("checkpoint_*.tar")) and run.poll() is None:
-        time.sleep(0.1)
-    os.killpg(run.pid, signal.SIGTERM)  # as a service manager does: to the loading processes as well
-    _, errors = run.communicate(timeout=60)
+    with started(line, stderr=subprocess.PIPE, text=True) as run:
+        wait_for(lambda: list(tmp_path.glob("checkpoint_[0-9]*.tar")) or run.poll() is not None)
+        os.killpg(run.pid, signal.SIGTERM)  # as a service manager does: to the loading processes as well
+        _, errors = run.communicate(timeout=LIMIT)
     assert run.returncode == 143, errors
     path = re.search(r"stopped after step \d+; --resume (\S+) continues, as auto does\ninterrupted\n$", errors)[1]
     assert load_checkpoint(path)["epoch"] >= 1
@@ -253,7 +253,7 @@ def test_the_death_of_a_loading_process_names_the_sample(toy, tmp_path):
     flags = f"{toy} --data_path {data_path} --vocab_path {vocab_path} --img_dim 512 --workers 1 --num_epochs 1"
     flags += f" --logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'}"
     done = subprocess.run(
-        [sys.executable, "-c", code, ims, *flags.split()], capture_output=True, text=True, cwd=ROOT, timeout=60
+        [sys.executable, "-c", code, ims, *flags.split()], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT
     )
     assert done.returncode == 2, done.stderr
     order = next(iter(train.get_loaders.__globals__["EpochBatches"](200, 16, 0)))

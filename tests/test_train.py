@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from folders import make_folder, write_lines
+from processes import LIMIT
 
 import train
 from evaluation import evalrank
@@ -26,9 +27,9 @@ TRAIN_TAGS = {"epoch", "step", "Eit", "Le", "lr", "batch_time", "data_time"}
 DEV_TAGS = {"r1", "r5", "r10", "medr", "meanr", "r1i", "r5i", "r10i", "medri", "meanri", "rsum"}
 
 
-def command(script, *flags, timeout=100):
+def command(script, *flags):
     line = [sys.executable, str(ROOT / script), *map(str, flags)]
-    return subprocess.run(line, capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(line, capture_output=True, text=True, timeout=LIMIT)
 
 
 def events(folder):

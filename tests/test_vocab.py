@@ -10,6 +10,7 @@ from conftest import ROOT
 from folders import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import LIMIT
 
 from lib.errors import InputError
 from lib.segmentation import segment
@@ -36,7 +37,7 @@ def write_captions(root, train, dev=("a",), name="mine"):
 
 def run_vocab(*flags, cwd=ROOT):
     command = [sys.executable, str(ROOT / "vocab.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LIMIT)
 
 
 # What nltk.word_tokenize gives: words, clitics, punctuation, quotes; a full stop parts from a word at a sentence's end.
