@@ -20,13 +20,14 @@ from lib.datasets.checks import bad_cells, bad_weights, rows_per_image, same_as_
 from lib.errors import InputError
 from lib.files import open_npy, read_lines
 from lib.options import option
-from lib.workers import WorkerLog, start_worker
+from lib.workers import WorkerLog, check_shared_memory, start_worker
 from vocab import read_captions, warn_unknown
 
 log = logging.getLogger(__name__)
 
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to a file's rows
 
+PREFETCH = 2  # batches that each loading process keeps ready
 SAMPLED_CAPTIONS = 1000  # looked at for unknown words
 
 
@@ -281,6 +282,10 @@ def get_precomp_loader(
     """
     workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dataset.worker_log = WorkerLog(workers) if workers else None
+    if workers:
+        image_bytes = sum(x.nbytes for x in dataset.read_images(0, 1))
+        n_batches = min(PREFETCH * workers + 1, -(-len(dataset) // batch_size))  # and the one that is trained on
+        check_shared_memory(image_bytes * min(batch_size, len(dataset)), n_batches)
     order = {"batch_size": batch_size}
     if shuffle_seed is not None:
         order = {"batch_sampler": EpochBatches(len(dataset), batch_size, shuffle_seed)}
@@ -288,6 +293,7 @@ def get_precomp_loader(
         dataset,
         **order,
         num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
         persistent_workers=workers > 0,
         worker_init_fn=start_worker,
         pin_memory=distributed.pick_device(device).type == "cuda",

@@ -81,6 +81,9 @@ class Events(tensorboard_logger.Logger):
             super().__del__()
 
 
+PATIENCE = 5  # seconds from a signal to the end of one of several processes whose data do not come
+
+
 class StopTraining(KeyboardInterrupt):
     """Raised between two steps; its argument is the signal's number. The state at this point can be resumed."""
 
@@ -94,6 +97,7 @@ class GracefulStop:
 
     def __init__(self):
         self.signal, self.model_rests, self.handlers = None, False, {}
+        self.waits_for_data = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -101,6 +105,8 @@ class GracefulStop:
         return self
 
     def __exit__(self, *error):
+        if self.signal and hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -108,6 +114,14 @@ class GracefulStop:
         second, self.signal = self.signal, number
         if distributed.world_size() == 1 and (self.model_rests or second):
             raise (StopTraining if self.model_rests else KeyboardInterrupt)(number)
+        if self.waits_for_data and hasattr(signal, "setitimer"):
+            signal.signal(signal.SIGALRM, self.give_up)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+    def give_up(self, number, frame):
+        """Of several processes: end without the others, which wait for this one, where its data do not come."""
+        if self.waits_for_data:
+            raise KeyboardInterrupt(self.signal)
 
     @contextmanager
     def resting(self):
@@ -117,6 +131,20 @@ class GracefulStop:
             yield
         finally:
             self.model_rests = False
+
+    def wait(self, batches):
+        """The batches of an iterable; between them the model rests."""
+        batches = iter(batches)
+        while True:
+            try:
+                with self.resting():
+                    self.waits_for_data = True
+                    batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waits_for_data = False
+            yield batch
 
     def check(self):
         """Raise StopTraining in all processes where a signal came to one of them."""
@@ -183,7 +211,7 @@ class Run:
         model.logger = LogCollector()
         end = time.time()
         with logging_redirect_tqdm():
-            for batch in self.batches():
+            for batch in self.stop.wait(self.batches()):
                 data_time.update(time.time() - end, 1)
                 self.train_step(batch)
                 batch_time.update(time.time() - end, 1)

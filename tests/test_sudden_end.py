@@ -6,8 +6,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -151,6 +154,59 @@ def test_a_thread_trains_too_and_leaves_the_signals_alone(fit, straight):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
+HANGING = """
+import os, sys, time
+import data, train
+from lib.errors import run
+
+class Hanging(data.PrecompDataset):
+    def __getitem__(self, index):
+        if "train" in self.prefix and index > 15:
+            os.close(os.open(os.environ["HANGS"], os.O_CREAT))
+            time.sleep(1000)
+        return super().__getitem__(index)
+
+data.PrecompDataset = Hanging
+if __name__ == "__main__":
+    run(train.main)
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_ends_a_wait_for_data_that_do_not_come(toy, tmp_path, workers):
+    (tmp_path / "hanging.py").write_text(HANGING)
+    line = [sys.executable, tmp_path / "hanging.py", *toy.split(), "--workers", str(workers)]
+    line += ["--logger_name", tmp_path / "log", "--model_name", tmp_path]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HANGS": str(tmp_path / "hangs")}
+    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
+    try:
+        while not (tmp_path / "hangs").exists() and run.poll() is None:
+            time.sleep(0.1)
+        os.kill(run.pid, signal.SIGTERM)
+        _, errors = run.communicate(timeout=60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert run.returncode == 143, errors
+    assert load_checkpoint(str(tmp_path / "checkpoint_last.pth.tar"))["step"] == 0
+    assert "stopped after step 0" in errors
+
+
+def test_one_of_several_processes_does_not_wait_for_its_data_for_ever(monkeypatch):
+    """The others wait in a sum for this process, so that it cannot stop together with them."""
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(train, "PATIENCE", 0.05)
+
+    def batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(60)
+        yield "too late"
+
+    with pytest.raises(KeyboardInterrupt) as stopped, train.GracefulStop() as stop:
+        next(stop.wait(batches()))
+    assert stopped.value.args == (signal.SIGTERM,) and not isinstance(stopped.value, train.StopTraining)
+
+
 # ---------------------------------------------------------------- not asked
 
 
@@ -280,6 +336,33 @@ def test_the_sample_is_named_wherever_the_death_is_noticed(toy, tmp_path):
         with pytest.raises(InputError, match="died when it read pair 17, which is image 3 and caption line 18"):
             with watched_workers(loader.dataset):
                 place()
+
+
+def test_too_little_shared_memory_is_told_before_training(fit, tmp_path, monkeypatch):
+    """33 kB instead of a container's 64 MB; a batch of 16 images of 6 regions has 18 kB."""
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=8, f_frsize=4096))
+    with pytest.raises(InputError, match=r"/dev/shm: 0 MB free, \d batches .*--workers 0"):
+        fit("run", "--workers 1")
+    assert not (tmp_path / "run").exists()
+    fit("run", "--workers 0")
+
+
+def test_shared_memory_that_fills_up_ends_training_with_one_line(tmp_path):
+    """Where the check before could not know: something else uses it as well."""
+    private = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=128k tmpfs /dev/shm && exec "$@"', "sh"]
+    try:
+        subprocess.run([*private, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs the right to mount a small /dev/shm")
+    data_path, vocab_path = make_folder(str(tmp_path), img_dim=512)
+    code = "import data, train\ndata.check_shared_memory = lambda *sizes: None\ntrain.run(train.main)"
+    flags = f"--data_path {data_path} --vocab_path {vocab_path} --data_name toy_precomp {SMALL} --img_dim 512"
+    places = f"--logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'} --workers 1"
+    line = [*private, sys.executable, "-c", code, *flags.split(), *places.split()]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    assert done.returncode == 2, done.stderr
+    assert re.search(r"^error: /dev/shm: no space .*--workers 0", done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_full_disk_is_one_line_and_the_older_checkpoints_stay(fit, tmp_path, monkeypatch):
