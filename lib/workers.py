@@ -80,7 +80,7 @@ def watched_workers(dataset: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if worker_log.unsent:
+        if worker_log.unsent or "unable to allocate shared memory" in str(error):
             raise InputError(f"{SHARED_MEMORY}: no space for the batches that wait for training; {WAY_OUT}") from None
         found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
         dead = set(map(int, found[1].split(","))) if found else ()
