@@ -11,7 +11,7 @@ from regions import boxes_with_features
 
 import data
 from train import warn_of_boxes
-from vocab import Vocabulary
+from vocab import deserialize_vocab
 
 
 @pytest.fixture
@@ -26,8 +26,10 @@ def folder(tmp_path):
 
 
 def warnings_of(prefix, caplog, position="attention"):
-    opt = make_opt(data_path=prefix.rpartition("/toy_precomp")[0], img_dim=256, position=position)
-    dataset = data.get_precomp_dataset("toy_precomp", "train", Vocabulary(), opt)
+    data_path = prefix.rpartition("/toy_precomp")[0]
+    opt = make_opt(data_path=data_path, img_dim=256, position=position)
+    vocab = deserialize_vocab(f"{data_path}/../vocab/toy_precomp_vocab.json")
+    dataset = data.get_precomp_dataset("toy_precomp", "train", vocab, opt)
     caplog.clear()
     with caplog.at_level(logging.WARNING, "train"):
         start = time.process_time()
