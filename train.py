@@ -6,18 +6,12 @@ python train.py --data_path ./data --data_name f30k_precomp --max_violation --bi
 import argparse
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-# tensorboard_logger needs this before protobuf is first imported
-os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
-
-import tensorboard_logger
 import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -28,6 +22,8 @@ from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
 from lib.datasets.region_match import judge_dataset
 from lib.errors import InputError, run
+from lib.events import Events, tensorboard_logger  # noqa: F401 (others import it from here)
+from lib.interrupts import GracefulStop, StopTraining
 from lib.options import TRAIN, add_options, check_options, to_namespace
 from lib.resume import caption_digests, check_same_data, check_same_options, load_training_state, take_weights
 from lib.workers import watched_workers
@@ -62,114 +58,27 @@ def check(opt: Any) -> None:
         raise InputError(f"--mean_warmup_epochs {opt.mean_warmup_epochs}: has no effect without --max_violation")
 
 
-class Events(tensorboard_logger.Logger):
-    """TensorBoard's events in a folder; with is_dummy nowhere. An error in writing them names the folder."""
-
-    def log_value(self, *args, **more):
-        if not self.is_dummy:  # which would keep them in memory
-            super().log_value(*args, **more)
-
-    def _write_event(self, event):
-        try:
-            super()._write_event(event)
-        except OSError as error:
-            error.filename = self.logdir
-            raise
-
-    def __del__(self):
-        with suppress(OSError):  # of the same full disk
-            super().__del__()
-
-
-PATIENCE = 5  # seconds from a signal to the end of one of several processes whose data do not come
-
-
-class StopTraining(KeyboardInterrupt):
-    """Raised between two steps; its argument is the signal's number. The state at this point can be resumed."""
-
-
-class GracefulStop:
-    """In its context Ctrl-C and SIGTERM are noted in `signal`, and training ends after the current step.
-
-    In `resting` training ends at once, and a second signal always ends it at once. Several processes must end at the
-    same step, so they always finish it. Python handles signals in the main thread only: elsewhere this does nothing.
-    """
-
-    def __init__(self):
-        self.signal, self.model_rests, self.handlers = None, False, {}
-        self.waits_for_data = False
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        if self.signal and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def note(self, number, frame):
-        second, self.signal = self.signal, number
-        if distributed.world_size() == 1 and (self.model_rests or second):
-            raise (StopTraining if self.model_rests else KeyboardInterrupt)(number)
-        if self.waits_for_data and hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self.give_up)
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-
-    def give_up(self, number, frame):
-        """Of several processes: end without the others, which wait for this one, where its data do not come."""
-        if self.waits_for_data:
-            raise KeyboardInterrupt(self.signal)
-
-    @contextmanager
-    def resting(self):
-        """The context in which the model does not change."""
-        self.model_rests = True
-        try:
-            yield
-        finally:
-            self.model_rests = False
-
-    def wait(self, batches):
-        """The batches of an iterable; between them the model rests."""
-        batches = iter(batches)
-        while True:
-            try:
-                with self.resting():
-                    self.waits_for_data = True
-                    batch = next(batches)
-            except StopIteration:
-                return
-            finally:
-                self.waits_for_data = False
-            yield batch
-
-    def check(self):
-        """Raise StopTraining in all processes where a signal came to one of them."""
-        if distributed.any_process(self.signal):
-            raise StopTraining(self.signal or signal.SIGTERM)
-
-
 @dataclass
 class Run:
     """One training run.
 
-    loaders: of the train and the dev split. validation(opt, dev loader, model, tb) → rsum.
+    loaders: of the train and the dev split. rank_dev(opt, dev loader, model, tb) → rsum.
     vocab: its words go into the checkpoints.
     epoch: finished epochs. step: finished steps of the epoch after them. saved: path of the last good checkpoint.
+    tb, stop: made by train.
     """
 
     opt: Any
     model: Any
     loaders: tuple
-    validation: Callable
+    rank_dev: Callable
     vocab: Any = None
     epoch: int = 0
     step: int = 0
     best_rsum: float = -1.0
     saved: str = ""
+    tb: Events = field(init=False, repr=False)
+    stop: GracefulStop = field(init=False, repr=False)
 
     def train(self) -> None:
         """Train the epochs that are left."""
@@ -264,7 +173,7 @@ class Run:
         if distributed.world_size() > 1:
             self.save(LAST)
         with self.stop.resting():
-            return self.validation(self.opt, self.loaders[1], self.model, self.tb)
+            return self.rank_dev(self.opt, self.loaders[1], self.model, self.tb)
 
     def save(self, name: str, is_best: bool = False) -> None:
         """The first process writes all that a run needs to be resumed to opt.model_name/name; the others wait."""
@@ -316,7 +225,7 @@ def fit(
 ) -> float:
     """Train as opt says; a variant replaces the other arguments. Returns the best rsum.
 
-    opt: any object with flags as attributes; those that it lacks have their defaults.
+    opt: any object with flags as attributes; those that it lacks have their defaults. validate: rank_dev where None.
     """
     opt = to_namespace(opt)
     distributed.start(opt.device)
@@ -329,16 +238,16 @@ def fit(
     loaders = make_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
     warn_of_boxes(loaders[0].dataset)
     torch.manual_seed(opt.seed)
-    run = Run(opt, make_model(opt), loaders, validate or validation, vocab)
+    training = Run(opt, make_model(opt), loaders, validate or rank_dev, vocab)
     if checkpoint:
-        run.resume(checkpoint, path)
+        training.resume(checkpoint, path)
     elif opt.init_from:
-        run.start_from(opt.init_from, read_vocab)
-    if not distributed.same_in_all_processes(run.model.Eiters):
+        training.start_from(opt.init_from, read_vocab)
+    if not distributed.same_in_all_processes(training.model.Eiters):
         raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
-    run.train()
+    training.train()
     distributed.stop()
-    return run.best_rsum
+    return training.best_rsum
 
 
 def warn_of_boxes(dataset: Any) -> None:
@@ -374,7 +283,7 @@ def words_of(opt: Any, checkpoint: dict, read_vocab: Callable) -> list[str]:
     )
 
 
-def validation(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:
+def rank_dev(opt: Any, val_loader: Any, model: Any, tb: Any) -> float:
     """Rank the dev split both ways, log the recalls, return their sum."""
     images, words, lens = encode_data(model, val_loader, packed=True)
     return log_recalls(shard_xattn(images, words, lens, opt, SHARD_SIZE), model, tb)

@@ -30,7 +30,7 @@ def get_parser():
     return parser
 
 
-def validation(opt, val_loader, model, tb):
+def rank_dev(opt, val_loader, model, tb):
     """Rank the dev split both ways, log the recalls, return their sum."""
     return root.log_recalls(shard_xattn(*encode_data(model, val_loader, packed=True), opt, SHARD_SIZE), model, tb)
 
@@ -38,7 +38,7 @@ def validation(opt, val_loader, model, tb):
 def main():
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     opt = get_parser().parse_args()
-    root.fit(opt, SCAN, get_loaders, read_vocab, validation)
+    root.fit(opt, SCAN, get_loaders, read_vocab, rank_dev)
 
 
 if __name__ == "__main__":

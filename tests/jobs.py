@@ -58,10 +58,10 @@ def train_job(flags, variant="root", dtype="float64", stop_at=None):
     trainer, more = (train, {}) if variant == "root" else (train_whole, {"make_loaders": train_whole.get_loaders})
     opt = trainer.get_parser().parse_args(flags.split())
     if variant != "root":
-        more |= {"read_vocab": train_whole.read_vocab, "validate": train_whole.validation}
+        more |= {"read_vocab": train_whole.read_vocab, "validate": train_whole.rank_dev}
     steps, models = [], []
     make_model = recording(trainer.SCAN, getattr(torch, dtype), stop_at, steps)
-    stopped, saved, validate = False, [], more.pop("validate", train.validation)
+    stopped, saved, validate = False, [], more.pop("validate", train.rank_dev)
 
     def validation(*args):
         checkpoint = last_checkpoint(opt.model_name)[1]

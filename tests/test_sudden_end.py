@@ -21,7 +21,7 @@ from processes import LIMIT, started, wait_for
 from test_train import assert_same, load
 
 import train
-from lib import distributed
+from lib import distributed, interrupts
 from lib.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
 from lib.errors import InputError
 from lib.files import replace
@@ -104,14 +104,14 @@ def test_a_run_stopped_again_and_again_ends_the_same(fit, straight):
 
 
 def test_validation_is_interrupted_at_once_and_made_up_for(fit, straight, monkeypatch):
-    validation = train.validation
+    rank_dev = train.rank_dev
 
     def interrupted(*args):
-        monkeypatch.setattr(train, "validation", validation)
+        monkeypatch.setattr(train, "rank_dev", rank_dev)
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr(train, "validation", interrupted)
+    monkeypatch.setattr(train, "rank_dev", interrupted)
     with pytest.raises(train.StopTraining):
         fit("stopped")
     saved = load(straight.parent / "stopped", "checkpoint_last")
@@ -195,14 +195,14 @@ def test_sigterm_ends_a_wait_for_data_that_do_not_come(toy, tmp_path, workers):
 def test_one_of_several_processes_does_not_wait_for_its_data_for_ever(monkeypatch):
     """The others wait in a sum for this process, so that it cannot stop together with them."""
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    monkeypatch.setattr(train, "PATIENCE", 0.05)
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.05)
 
     def batches():
         os.kill(os.getpid(), signal.SIGTERM)
         threading.Event().wait(60)
         yield "too late"
 
-    with pytest.raises(KeyboardInterrupt) as stopped, train.GracefulStop() as stop:
+    with pytest.raises(KeyboardInterrupt) as stopped, interrupts.GracefulStop() as stop:
         next(stop.wait(batches()))
     assert stopped.value.args == (signal.SIGTERM,) and not isinstance(stopped.value, train.StopTraining)
 
