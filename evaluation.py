@@ -311,12 +311,12 @@ def score_split(
     images, (words, lens, *sentences) = embeddings[:n], embeddings[n:]
     sims = []
     for i, c in folds:
-        captions = words_of(words, lens, c), lens[c], *(x[c] for x in sentences)
+        captions = word_rows(words, lens, c), lens[c], *(x[c] for x in sentences)
         sims.append(shard_xattn(*(x[i] for x in images), *captions, model.opt, SHARD_SIZE))
     return sims
 
 
-def words_of(words: Tensor, lens: list, captions: slice) -> Tensor:
+def word_rows(words: Tensor, lens: list, captions: slice) -> Tensor:
     """The words of a slice of the captions in words (ΣW_i, D), a view."""
     return words[sum(lens[: captions.start]) : sum(lens[: captions.stop])]
 

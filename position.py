@@ -111,7 +111,7 @@ def write_grids(opt: argparse.Namespace) -> None:
     """Read opt.boxes, write their grids to opt.out and print how many there are."""
     from tqdm import tqdm
 
-    from lib.datasets.boxes import Reach, read_arrays, read_coco, read_rows
+    from lib.datasets.boxes import Reach, read_arrays, read_coco_boxes, read_rows
     from lib.datasets.ids import read_ids
     from lib.datasets.problems import Problems
 
@@ -121,7 +121,7 @@ def write_grids(opt: argparse.Namespace) -> None:
         ids = read_ids(opt.ids, problems) if opt.ids else None
         if problems.total:
             raise InputError(f"{opt.ids}: {problems} (listed in {problems.path})")
-        data = read_coco(opt.boxes, ids, opt.n_regions)
+        data = read_coco_boxes(opt.boxes, ids, opt.n_regions)
     else:
         data = read_arrays(opt.boxes, opt.sizes)
     n, n_regions = data.boxes.shape[:2]

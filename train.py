@@ -212,7 +212,8 @@ class Run:
     def start_from(self, path: str, read_vocab: Callable) -> None:
         """Take over the parameters of the checkpoint at path, nothing else. read_vocab: as in fit."""
         checkpoint = load_checkpoint(path)
-        n = take_weights(path, checkpoint, self.model, words_of(self.opt, checkpoint, read_vocab), self.vocab.word2idx)
+        words = checkpoint_words(self.opt, checkpoint, read_vocab)
+        n = take_weights(path, checkpoint, self.model, words, self.vocab.word2idx)
         log.info("%s: weights taken over, embeddings of %d of %d words", path, n, len(self.vocab))
 
 
@@ -265,7 +266,7 @@ def checkpoint_to_resume(opt: Any) -> tuple[str, dict | None]:
     return opt.resume, load_checkpoint(opt.resume) if opt.resume else None
 
 
-def words_of(opt: Any, checkpoint: dict, read_vocab: Callable) -> list[str]:
+def checkpoint_words(opt: Any, checkpoint: dict, read_vocab: Callable) -> list[str]:
     """The words of the checkpoint that --init_from names; an older one's are in the vocabulary of its data set.
 
     Raises InputError where there is no such file under --vocab_path or the checkpoint's, or none of the right size.

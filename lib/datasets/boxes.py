@@ -82,7 +82,7 @@ def read_rows(array: np.ndarray, start: int, n: int) -> np.ndarray:
     return array[start : start + n]
 
 
-def read_coco(path: str, ids: list[str] | None, n_regions: int) -> PixelBoxes:
+def read_coco_boxes(path: str, ids: list[str] | None, n_regions: int) -> PixelBoxes:
     """Read the boxes of a COCO-style JSON file, item by item; images of fewer than n_regions are padded with zeros.
 
     Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the

@@ -58,7 +58,7 @@ def read_flags(path):
     return read_json_lines(path, '{"Img_urls": [url, ...], "Img_flags": [0 or 1, ...]}, equally many of both', parse)
 
 
-def read_ids(path):
+def read_news_ids(path):
     """{url: id} of a file with `url<TAB>id` lines."""
     ids = {}
     with open(path, "rb") as file:
@@ -139,7 +139,7 @@ class Pictures:
     def __init__(self, folder, urls):
         """folder holds img_id.txt, test_own.tsv.0 and test_features.json; urls are those that will be asked for."""
         ids, self.region_file, self.whole_file = (os.path.join(folder, name) for name in FILES)
-        self.ids = {url: i for url, i in read_ids(ids).items() if url in urls}
+        self.ids = {url: i for url, i in read_news_ids(ids).items() if url in urls}
         wanted = set(self.ids.values())
         self.regions, self.rows_without_id, repeated = index_regions(self.region_file, wanted)
         self.wholes, repeated_wholes = index_wholes(self.whole_file, wanted)
