@@ -4,7 +4,7 @@ torchrun --nproc_per_node 4 train.py --batch_size 128 …     128 is the whole b
 
 The loss is that of the whole batch. Each process gathers the words of all captions of the batch and scores its own
 images against them, so that the score matrix is divided by rows. Then gradients are summed over the processes.
-In a process that torchrun did not start, every function here returns its argument.
+A process that torchrun did not start behaves as the only one.
 """
 
 import logging
