@@ -83,8 +83,8 @@ MODEL = (
     Option("cross_attn", "t2i", "words attend to regions, or regions to words", ("t2i", "i2t"), fixed=True),
     Option("precomp_enc_type", "basic", "image encoder", ("basic", "weight_norm"), fixed=True),
     Option("bi_gru", False, "bidirectional GRU", fixed=True),
-    Option("lambda_lse", 6.0, "temperature of LogSumExp", NOT_NEGATIVE, fixed=True),
-    Option("lambda_softmax", 9.0, "temperature of the attention", NOT_NEGATIVE, fixed=True),
+    Option("lambda_lse", 6.0, "inverse temperature of LogSumExp", NOT_NEGATIVE, fixed=True),
+    Option("lambda_softmax", 9.0, "inverse temperature of the attention", NOT_NEGATIVE, fixed=True),
 )
 # Of the model and its data as well; a checkpoint without one means the default.
 MODEL_NEWER = (
