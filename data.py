@@ -21,7 +21,7 @@ from lib.errors import InputError
 from lib.files import open_npy, read_lines
 from lib.options import option
 from lib.workers import WorkerLog, check_shared_memory, start_worker
-from vocab import read_captions, warn_unknown
+from vocab import read_captions, unknown_words_message
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class PrecompDataset(Dataset):
         sample = self.captions[:: len(self.captions) // SAMPLED_CAPTIONS + 1]
         ids = [i for caption in sample for i in self.vocab.encode(caption)[1:-1]]
         unknown = ids.count(self.vocab.word2idx[self.vocab.unknown])
-        if warning := warn_unknown(self._caption_path(), unknown, len(ids)):
+        if warning := unknown_words_message(self._caption_path(), unknown, len(ids)):
             log.warning(warning)
 
     def read_ids(self):

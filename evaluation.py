@@ -27,7 +27,7 @@ from lib.options import OPTIONS, add_options, check_options, option
 from lib.rankings import write_ranks, write_topk
 from lib.tensors import send
 from model import SCAN, XATTN_SCORE, load_model
-from vocab import checkpoint_vocab, deserialize_vocab
+from vocab import checkpoint_vocab, deserialize_vocab, vocab_file
 
 log = logging.getLogger(__name__)
 
@@ -247,7 +247,7 @@ def first_images(sims: Any, npts: int | None) -> np.ndarray:
 
 def read_vocab(opt: Any) -> Any:
     """The vocabulary that opt's vocab_path and data_name lead to."""
-    return deserialize_vocab(os.path.join(opt.vocab_path, f"{opt.data_name}_vocab.json"))
+    return deserialize_vocab(vocab_file(opt.vocab_path, opt.data_name))
 
 
 def load_split(

@@ -106,6 +106,11 @@ class NoVocabularyError(InputError):
     """There is no vocabulary file."""
 
 
+def vocab_file(vocab_path: str, data_name: str) -> str:
+    """Path of a data set's vocabulary file under vocab_path."""
+    return os.path.join(vocab_path, data_name + SUFFIX)
+
+
 def word_list(vocab: Any) -> list[str]:
     """The words of a vocabulary in the order of their ids."""
     return sorted(vocab.word2idx, key=vocab.word2idx.__getitem__)
@@ -143,7 +148,7 @@ def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, read_vocab: Callable
     return vocab
 
 
-def warn_unknown(path: str, unknown: int, words: int) -> str | None:
+def unknown_words_message(path: str, unknown: int, words: int) -> str | None:
     """A sentence where most words of a caption file are not in the vocabulary, else None.
 
     path: the caption file. unknown, words: how many of how many of its words, or of a sample's.
@@ -172,7 +177,7 @@ def deserialize_vocab(src: str) -> Vocabulary:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{src}: not a vocabulary, expected JSON ({error})") from None
     except FileNotFoundError:
-        name = re.sub(r"_vocab\.json$", "", os.path.basename(src))
+        name = os.path.basename(src).removesuffix(SUFFIX)
         command = f"python vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {os.path.dirname(src) or '.'}"
         raise NoVocabularyError(
             f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"

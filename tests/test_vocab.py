@@ -23,7 +23,7 @@ from vocab import (
     split_sentences,
     split_words,
     tokenize,
-    warn_unknown,
+    unknown_words_message,
 )
 
 
@@ -312,5 +312,7 @@ def test_words_in_the_order_of_their_ids_make_the_vocabulary_again(tmp_path):
 
 
 def test_mostly_unknown_words_are_worth_a_warning():
-    assert warn_unknown("dev_caps.txt", 5, 10) is None and warn_unknown("dev_caps.txt", 0, 0) is None
-    assert warn_unknown("dev_caps.txt", 93, 100).startswith("dev_caps.txt: 93 % of the words are not in the vocabulary")
+    assert unknown_words_message("dev_caps.txt", 5, 10) is None and unknown_words_message("dev_caps.txt", 0, 0) is None
+    assert unknown_words_message("dev_caps.txt", 93, 100).startswith(
+        "dev_caps.txt: 93 % of the words are not in the vocabulary"
+    )

@@ -11,7 +11,7 @@ from lib.datasets.pairing import ByCaptions, ById, Split
 from lib.errors import InputError
 from lib.files import read_lines
 from scripts.check.report import Report
-from vocab import Vocabulary, tokenize, warn_unknown
+from vocab import Vocabulary, tokenize, unknown_words_message
 
 LONG_CAPTION = 60  # words
 MANY_UNKNOWN = 0.05
@@ -46,7 +46,7 @@ def check_captions(path: str, vocab: Vocabulary | None, report: Report, allow_em
     if lengths.max() > LONG_CAPTION:
         number = int(lengths.argmax()) + 1
         report.notes.append(f"{path}, line {number}: {lengths.max()} words; a batch is padded to its longest caption")
-    if fault := warn_unknown(path, unknown, int(lengths.sum())):
+    if fault := unknown_words_message(path, unknown, int(lengths.sum())):
         report.faults.append(fault)
     elif rate > MANY_UNKNOWN:
         report.notes.append(f"{path}: {rate:.1%} of the words are not in the vocabulary")
