@@ -106,10 +106,10 @@ class PrecompDataset(Dataset):
         if warning := unknown_words_message(self._caption_path(), unknown, len(ids)):
             log.warning(warning)
 
-    def read_ids(self):
-        """Ids (list of str), one an image, of SPLIT_ids.txt; None where there is no such file.
+    def read_id_lines(self):
+        """The lines (list of str) of SPLIT_ids.txt, one for each image, row or caption; None where it is missing.
 
-        The file has a line for each image, or for each caption. Raises InputError for another number of lines.
+        Raises InputError for another number of lines.
         """
         path = self.prefix + "_ids.txt"
         if not os.path.exists(path):
@@ -117,7 +117,12 @@ class PrecompDataset(Dataset):
         ids = read_lines(path)
         if len(ids) < self.n_images or len(ids) not in (self.n_images, len(self.images), len(self.captions)):
             raise InputError(f"{path}: {len(ids)} ids for {self.n_images} images, expected as many")
-        return ids[:: len(ids) // self.n_images]
+        return ids
+
+    def read_ids(self):
+        """Ids (list of str), one an image, of SPLIT_ids.txt; None where it is missing. Raises as read_id_lines."""
+        ids = self.read_id_lines()
+        return ids if ids is None else ids[:: len(ids) // self.n_images]
 
     def _box_counts(self):
         """Boxes that an image may have: one for each region."""
@@ -282,8 +287,8 @@ def get_precomp_loader(
     """
     workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dataset.worker_log = WorkerLog(workers) if workers else None
-    if workers:
-        image_bytes = sum(x.nbytes for x in dataset.read_images(0, 1))
+    if workers and shuffle_seed is not None:  # training; evaluation reads its images without workers
+        image_bytes = sum(x.nbytes for x in dataset[0] if isinstance(x, Tensor))
         n_batches = min(PREFETCH * workers + 1, -(-len(dataset) // batch_size))  # and the one that is trained on
         check_shared_memory(image_bytes * min(batch_size, len(dataset)), n_batches)
     order = {"batch_size": batch_size}

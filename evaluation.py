@@ -338,7 +338,7 @@ class SharedSplit:
         if self.dataset is None:
             self.path, self.dataset = path, dataset
             if self.eccv:
-                check_split(dataset.prefix, dataset.n_images, len(dataset.captions), dataset.read_ids())
+                check_split(dataset.prefix, dataset.n_images, len(dataset.captions), dataset.read_id_lines())
             return
         counts, others = ((x.n_images, len(x.captions)) for x in (dataset, self.dataset))
         if counts != others:

@@ -54,6 +54,10 @@ def check(opt: Any) -> None:
     least = max(2, distributed.world_size())
     if opt.batch_size < least:
         raise InputError(f"--batch_size {opt.batch_size}: expected at least {least}")
+    if opt.agg_func == "LogSumExp" and not opt.lambda_lse:
+        raise InputError(
+            f"--lambda_lse {opt.lambda_lse}: expected a positive number, which --agg_func LogSumExp divides by"
+        )
     if opt.mean_warmup_epochs and not opt.max_violation:
         raise InputError(f"--mean_warmup_epochs {opt.mean_warmup_epochs}: has no effect without --max_violation")
 

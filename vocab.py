@@ -271,6 +271,7 @@ def main(
     parser.add_argument("--stop_words", metavar="FILE", help="words to drop, one a line (none are dropped without it)")
     parser.add_argument("--segment", action="store_true", help="cut Chinese text into words with jieba")
     parser.add_argument("--allow_empty_captions", action="store_true", help="accept empty caption lines")
+    parser.add_argument("--overwrite", action="store_true", help="replace a vocabulary of other words")
     opt = parser.parse_args()
     vocab = build_vocab(
         opt.data_path,
@@ -282,12 +283,20 @@ def main(
         opt.allow_empty_captions,
         opt.segment,
     )
-    write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + suffix), opt.threshold)
+    write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + suffix), opt.threshold, opt.overwrite)
 
 
-def write_vocab(vocab: Vocabulary, dest: str, threshold: int) -> None:
-    """Write a vocabulary and say so; InputError, and no file, where it holds nothing but the special words."""
+def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = False) -> None:
+    """Write a vocabulary and say so.
+
+    Raises InputError, and writes nothing, where it holds nothing but the special words, or would replace a vocabulary
+    of other words without overwrite: checkpoints may have been trained with that one.
+    """
     check_vocab(dest, vocab.word2idx)
+    if os.path.exists(dest) and not overwrite and (there := deserialize_vocab(dest)).word2idx != vocab.word2idx:
+        raise InputError(
+            f"{dest}: is a vocabulary of {len(there)} words, not the {len(vocab)} found now (--overwrite replaces it)"
+        )
     os.makedirs(os.path.dirname(dest) or ".", exist_ok=True)
     serialize_vocab(vocab, dest)
     print(f"{dest}: {len(vocab)} words that occur at least {threshold} times")

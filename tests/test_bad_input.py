@@ -423,6 +423,7 @@ def test_a_checkpoint_to_resume_that_is_not_there_is_named(place):
         ("--workers -1", "at least 0"),
         ("--agg_func Foo", "LogSumExp"),
         ("--cross_attn both", "t2i"),
+        ("--lambda_lse 0 --agg_func LogSumExp", "--lambda_lse 0.0: expected a positive number"),
         ("--raw_feature_norm l3norm", "clipped_l2norm"),
         ("--precomp_enc_type fancy", "weight_norm"),
         ("--position left", "attention"),

@@ -572,7 +572,13 @@ def test_eccv_is_refused_for_another_split_before_scoring(toy, monkeypatch):
 def test_eccv_measures_the_mean_similarities_of_an_ensemble(capsys):
     """Only the scores are made up: encoding and scoring 5,000 × 25,000 takes minutes."""
     ids = list(map(str, eccv.testall_ids()[0].tolist()))
-    dataset = Namespace(prefix="testall", n_images=5000, captions=["a dog"] * 25000, read_ids=lambda: ids)
+    dataset = Namespace(
+        prefix="testall",
+        n_images=5000,
+        captions=["a dog"] * 25000,
+        read_ids=lambda: ids,
+        read_id_lines=lambda: list(map(str, eccv.testall_ids()[1].tolist())),  # ids of captions are accepted as well
+    )
 
     def scores(path, *where, check):
         check(path, dataset)

@@ -320,7 +320,7 @@ def test_models_of_different_captions_are_refused(made, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--split", "nosuch"], "nosuch_caps.txt: no such file"),
+        (["--split", "nosuch"], "nosuch_ims.npy: no such file"),
         (["--images", "nowhere"], "nowhere: no such folder of pictures"),
         (["--port", "0"], "--port 1 to 65535"),
         (["--host", "192.0.2.1"], "cannot assign requested address, expected this machine's and a free one"),

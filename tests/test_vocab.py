@@ -270,6 +270,20 @@ def test_the_command_writes_the_vocabulary_that_training_reads(tmp_path):
     assert set(deserialize_vocab(str(path)).word2idx) - set(WORDS) == {"a", "dog", "."}
 
 
+def test_a_vocabulary_of_other_words_is_replaced_only_when_asked(tmp_path):
+    data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits ."], ["a cat ."])
+    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path]
+    path = tmp_path / "mine_vocab.json"
+    assert run_vocab(*flags, "--threshold", 1).returncode == 0
+    before = path.read_bytes()
+    assert run_vocab(*flags, "--threshold", 1).returncode == 0  # the same words
+    done = run_vocab(*flags, "--threshold", 2)
+    assert done.returncode == 2 and str(path) in done.stderr and "--overwrite" in done.stderr
+    assert path.read_bytes() == before
+    assert run_vocab(*flags, "--threshold", 2, "--overwrite").returncode == 0
+    assert path.read_bytes() != before
+
+
 def test_the_command_reports_a_missing_folder_in_one_line(tmp_path):
     done = run_vocab("--data_path", tmp_path, "--data_name", "nowhere", "--vocab_path", tmp_path / "v")
     assert done.returncode == 2
@@ -298,7 +312,7 @@ def test_segmented_chinese_is_read_as_it_was_counted(tmp_path):
     assert run_vocab(*flags).returncode == 0
     whole = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert not whole.segment and "一个男人在跑步" in whole.word2idx
-    assert run_vocab(*flags, "--segment").returncode == 0
+    assert run_vocab(*flags, "--segment", "--overwrite").returncode == 0
     vocab = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert vocab.segment and {"男人", "跑步", "red", "球"} <= set(vocab.word2idx)
     assert vocab.tokenize("一个男人在跑步 red") == ["一个", "男人", "在", "跑步", "red"]
