@@ -1,6 +1,7 @@
 """Files: written whole or not at all; read with an error that names the file and what is wrong with it."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 
@@ -73,6 +74,11 @@ def read_lines(path: str | os.PathLike) -> list[str]:
             except UnicodeDecodeError:
                 raise InputError(f"{path}, line {number}: not UTF-8") from None
     return lines
+
+
+def digest_lines(lines: Iterable[str]) -> str:
+    """SHA-256 of lines (str, without line ends), in hexadecimal digits."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:

@@ -1,6 +1,5 @@
 """A new run that continues another's checkpoint (--resume) or takes its weights (--init_from)."""
 
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from lib.errors import InputError
+from lib.files import digest_lines
 from lib.options import OPTIONS, option
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ def caption_digests(loaders: Iterable) -> dict[str, str]:
     digests = {}
     for split, loader in zip(("train", "dev"), loaders, strict=False):
         if hasattr(loader.dataset, "captions"):
-            digests[split] = hashlib.sha256("\n".join(loader.dataset.captions).encode()).hexdigest()
+            digests[split] = digest_lines(loader.dataset.captions)
     return digests
 
 

@@ -19,9 +19,9 @@ from lib.datasets import region_match
 from lib.datasets.ids import SPLITS
 from lib.datasets.pairing import choose, load, pair
 from lib.datasets.problems import Problems
-from lib.datasets.writer import SplitWriter, digest_lines
+from lib.datasets.writer import SplitWriter
 from lib.errors import InputError, run
-from lib.files import make_folder, write_lines
+from lib.files import digest_lines, make_folder, write_lines
 
 SAMPLE = 100  # pictures of a split whose features and regions are compared
 CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4

@@ -5,7 +5,6 @@ files get their names, so that the next run can complete that. SPLIT_made.json r
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 from lib.datasets.arrays import ArrayWriter
 from lib.datasets.json_files import read_json
 from lib.errors import InputError
-from lib.files import make_folder, name_in_errors, read_lines, write_lines
+from lib.files import digest_lines, make_folder, name_in_errors, read_lines, write_lines
 
 try:
     import fcntl
@@ -183,10 +182,6 @@ class SplitWriter:
                     os.replace(source, target)
         _remove(self.state_path)
         _remove(self.commit_path)
-
-
-def digest_lines(lines):
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _lock(file, path):
