@@ -1,10 +1,14 @@
 """Boxes that belong to their features are told from others, and found again."""
 
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from regions import boxes_with_features
 
-from lib.datasets.region_match import judge, likeness, match, overlaps
+from lib.datasets.pairing import signatures
+from lib.datasets.region_match import Signature, judge, likeness, match, overlaps
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,32 @@ def test_blocks_leave_no_trace(pictures, monkeypatch):
     whole = match(alike, overlap)
     monkeypatch.setattr("lib.datasets.region_match.BLOCK", 7)
     np.testing.assert_array_equal(match(alike, overlap), whole)
+
+
+def peak_memory(function, *args):
+    """Bytes that a call had allocated at most."""
+    tracemalloc.start()
+    try:
+        function(*args)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_pair_of_regions_takes_four_bytes(pictures):
+    grids, features = pictures
+    assert likeness(features.astype(np.float16)).pairs.dtype == overlaps(grids).pairs.dtype == np.float32
+
+
+def test_matching_copies_neither_side():
+    pairs = np.random.default_rng(0).standard_normal((2000, 630), dtype=np.float32)
+    assert peak_memory(match, pairs, pairs) < pairs.nbytes
+
+
+def test_signatures_are_held_once():
+    def read(name, row, n):
+        return np.zeros((min(n, 2000 - row), 630), np.float32)
+
+    split = SimpleNamespace(prefix="train", n=2000, read=read)
+    peak = peak_memory(signatures, split, "boxes", lambda values: Signature(values, values[:, 0]))
+    assert peak < 1.5 * 2000 * 630 * 4

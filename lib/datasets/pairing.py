@@ -195,7 +195,9 @@ class ByRegions:
         """Match a whole split. Raises InputError where regions do not tell its pictures apart."""
         same = [other for other in self.source if other.split == split.split] or self.source
         candidates = [Partner(other, row) for other in same for row in range(other.n)]
-        overlaps = np.concatenate([self.overlaps[other] for other in same])
+        overlaps = self.overlaps[same[0]]
+        if len(same) > 1:
+            overlaps = np.concatenate([self.overlaps[other] for other in same])
         likeness = signatures(split, "ims", region_match.likeness)
         if likeness.shape[1] != overlaps.shape[1]:
             raise InputError(f"{split.prefix}_ims.npy: not as many regions as in {same[0].prefix}_boxes.npy")
@@ -228,4 +230,10 @@ def signatures(split, name, signature):
     """The pairs (n, P) of all pictures of a split: signature, a function of region_match, of its array name."""
     rows = range(0, split.n, PICTURES_AT_ONCE)
     bar = tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{PICTURES_AT_ONCE} pictures", disable=None)
-    return np.concatenate([signature(split.read(name, row, PICTURES_AT_ONCE)).pairs for row in bar])
+    pairs = np.empty((0, 0))
+    for row in bar:
+        block = signature(split.read(name, row, PICTURES_AT_ONCE)).pairs
+        if not row:
+            pairs = np.empty((split.n, block.shape[1]), dtype=block.dtype)
+        pairs[row : row + len(block)] = block
+    return pairs
