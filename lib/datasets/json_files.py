@@ -4,6 +4,8 @@ import codecs
 import json
 import os
 import re
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 from tqdm import tqdm
@@ -11,7 +13,7 @@ from tqdm import tqdm
 from lib.errors import InputError, brief
 
 
-def read_json(path, fits, expected, text=None):
+def read_json(path: str, fits: Callable[[Any], bool], expected: str, text: bytes | None = None) -> Any:
     """The value in a small JSON file, or in text (bytes of it).
 
     fits(value) says whether it is of the right form. Raises InputError, naming what was expected, where it is not.
@@ -28,7 +30,7 @@ def read_json(path, fits, expected, text=None):
     return value
 
 
-def json_items(path, name):
+def json_items(path: str, name: str) -> Iterator[Any]:
     """Yield the items of the array called name in the object that a JSON file holds; none where there is no such array.
 
     name "": the file holds an array itself.
@@ -38,7 +40,7 @@ def json_items(path, name):
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
     array = list[msgspec.Raw]
-    container = msgspec.defstruct("Container", [("items", array, [])], rename={"items": name})
+    container: Any = msgspec.defstruct("Container", [("items", array, [])], rename={"items": name})
     try:
         items = msgspec.json.decode(text, type=container).items if name else msgspec.json.decode(text, type=array)
     except msgspec.ValidationError:

@@ -9,6 +9,8 @@ test_features.json   a line each `[url, [floats]]`; the id is the integer in the
 import array
 import json
 import os
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -17,7 +19,7 @@ from lib.errors import InputError
 FILES = ("img_id.txt", "test_own.tsv.0", "test_features.json")  # of a tencent_data_meta folder
 
 
-def read_json_lines(path, expected, parse):
+def read_json_lines(path: str, expected: str, parse: Callable[[Any], Any]) -> list:
     """parse(object) of every line of a file with one JSON object a line, as a list.
 
     parse raises KeyError, TypeError or ValueError for an object that does not fit; that, or a line that is not
@@ -33,7 +35,7 @@ def read_json_lines(path, expected, parse):
     return parsed
 
 
-def read_words(path, kind):
+def read_words(path: str, kind: str) -> list[tuple[list[str], list[str]]]:
     """[(words, urls)] of a test list: the item's Tag words for kind "tag", its Content words for any other."""
     key = "Tag" if kind == "tag" else "Content"
 
@@ -46,7 +48,7 @@ def read_words(path, kind):
     return read_json_lines(path, f'{{"{key}": [word, ...], "Img_urls": [url, ...]}}', parse)
 
 
-def read_flags(path):
+def read_flags(path: str) -> list[list[tuple[str, int]]]:
     """A test list's items, each a list of (url, flag): 1 where the picture is a right one for the item, else 0."""
 
     def parse(item):
@@ -58,14 +60,14 @@ def read_flags(path):
     return read_json_lines(path, '{"Img_urls": [url, ...], "Img_flags": [0 or 1, ...]}, equally many of both', parse)
 
 
-def read_news_ids(path):
+def read_news_ids(path: str) -> dict[str, int]:
     """{url: id} of a file with `url<TAB>id` lines."""
     ids = {}
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                url, image_id = line.decode().rstrip("\r\n").split("\t")
-                image_id = int(image_id)
+                url, id_text = line.decode().rstrip("\r\n").split("\t")
+                image_id = int(id_text)
             except ValueError:
                 raise InputError(
                     f"{path}:{number}: expected url<TAB>id, the id an integer, found {line[:60]!r}"
@@ -75,7 +77,7 @@ def read_news_ids(path):
     return ids
 
 
-def scan(path):
+def scan(path: str) -> Iterator[tuple[int, int, bytes]]:
     """(line number, byte offset, line) of a large file, one line in memory at a time, under a progress bar."""
     bar = tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=os.path.basename(path), disable=None)
     with open(path, "rb", buffering=1 << 20) as file, bar:
@@ -86,16 +88,16 @@ def scan(path):
             bar.update(len(line))
 
 
-def index_regions(path, wanted):
+def index_regions(path: str, wanted: Collection[int]) -> tuple[dict[int, tuple[int, int]], int, int]:
     """Where the wanted ids' rows lie in a region TSV: {id: (offset, length)} in bytes, the last row of an id.
 
     Also how many rows have no integer id, which are skipped, and how many repeat a wanted id.
     """
     places, skipped, repeated = {}, 0, 0
     for number, offset, line in scan(path):
-        image_id, *numbers = line.split(b"\t", 4)[:4]
+        first, *numbers = line.split(b"\t", 4)[:4]
         try:
-            image_id = int(image_id)
+            image_id = int(first)
         except ValueError:
             skipped += 1
             continue
@@ -111,7 +113,7 @@ def index_regions(path, wanted):
     return places, skipped, repeated
 
 
-def index_wholes(path, wanted):
+def index_wholes(path: str, wanted: Collection[int]) -> tuple[dict[int, tuple[int, int]], int]:
     """Where the wanted ids' rows lie in a file of `[url, [floats]]` lines: {id: (offset, length)} in bytes.
 
     The last row of an id counts. Also how many repeat a wanted id.

@@ -5,7 +5,8 @@ import hashlib
 import os
 import re
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -14,6 +15,7 @@ from lib.datasets import region_match
 from lib.datasets.arrays import ArrayReader
 from lib.datasets.checks import rows_per_image, same_as_previous
 from lib.datasets.ids import canonical_id
+from lib.datasets.problems import Problems
 from lib.errors import InputError
 from lib.files import open_npy, read_lines
 
@@ -86,12 +88,12 @@ class Partner(NamedTuple):
         return self.split.read(name, self.row)[0]
 
 
-def caption_digest(caption):
+def caption_digest(caption: str) -> bytes:
     """A digest of a caption's words: the same for "A dog ." and "a dog"."""
     return hashlib.blake2b(" ".join(WORD.findall(caption.lower())).encode(), digest_size=16).digest()
 
 
-def load(folder, splits):
+def load(folder: str, splits: Iterable[str]) -> list[Split]:
     """[Split] of the given splits of a folder that are there."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder")
@@ -101,7 +103,7 @@ def load(folder, splits):
     return [Split(folder, split) for split in tqdm(found, desc=folder, unit="split", disable=None)]
 
 
-def choose(by, reference, source):
+def choose(by: str, reference: Sequence[Split], source: Sequence[Split]) -> str:
     """What both folders have to pair by: ids, captions or regions; by asks for one of them, or "auto"."""
     splits = [*reference, *source]
     possible = {
@@ -118,9 +120,11 @@ def choose(by, reference, source):
     )
 
 
-def pair(reference, source, by, problems):
+def pair(
+    reference: Sequence[Split], source: Sequence[Split], by: str, problems: Problems
+) -> dict[str, list[Partner | None]]:
     """{split: [Partner or None, for each reference picture]}. What has no partner goes to problems."""
-    finder = {"ids": ById, "captions": ByCaptions, "regions": ByRegions}[by](source)
+    finder: Any = {"ids": ById, "captions": ByCaptions, "regions": ByRegions}[by](source)
     pairs, used = {}, set()
     for split in reference:
         partners = pairs[split.split] = []
@@ -141,7 +145,7 @@ def pair(reference, source, by, problems):
     return pairs
 
 
-def nearest(hits, split):
+def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     """Of partners in several splits those in the split's namesake, else those in the first of the splits.
 
     A picture that stands in test and in testall is one picture.
@@ -216,7 +220,7 @@ class ByRegions:
         return [self.partners[row]] if self.partners[row] else []
 
 
-def index_of(splits, names):
+def index_of(splits: Iterable[Split], names: Callable[[Split], Iterable]) -> dict[Any, list[Partner]]:
     """{name: [Partner]}; names(split) gives, for each picture, the names it goes by."""
     index = {}
     for split in splits:
@@ -226,7 +230,7 @@ def index_of(splits, names):
     return index
 
 
-def signatures(split, name, signature):
+def signatures(split: Split, name: str, signature: Callable[[np.ndarray], region_match.Signature]) -> np.ndarray:
     """The pairs (n, P) of all pictures of a split: signature, a function of region_match, of its array name."""
     rows = range(0, split.n, PICTURES_AT_ONCE)
     bar = tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{PICTURES_AT_ONCE} pictures", disable=None)
