@@ -14,7 +14,7 @@ from lib import kernels
 from lib.tensors import EPS, max_along, norm
 
 BLOCK_WORDS = 512  # words of equally long captions that are scored at once
-TILE_WORDS = 1024  # as many where AMX's tiles multiply
+TILE_WORDS = 1024  # BLOCK_WORDS where AMX's tiles multiply
 BLOCK_ELEMENTS = 128 * 36 * BLOCK_WORDS  # of S at once on CPUs, where larger temporaries are fresh memory each time
 
 
