@@ -473,7 +473,7 @@ def test_vocab_and_evaluation_run_as_files(folder, tmp_path, monkeypatch):
     write_lines(folder[0] + "/train_sent_caps.txt", ["DNF Φ 平定"] * 3 + ["a"] * 9)
     write_lines(folder[0] + "/dev_sent_caps.txt", ["dnf Φ Ⅲ"] + ["b"] * 5)
     flags = "--data_path", folder[1], "--vocab_path", folder[2], "--data_name", "toy"
-    done = run(sys.executable, str(ROOT / "Tencent_PFAN/vocab.py"), *flags, cwd=tmp_path)
+    done = run(sys.executable, str(ROOT / "Tencent_PFAN/vocab.py"), *flags, "--overwrite", cwd=tmp_path)
     assert done.stdout == f"{folder[2]}/toy_sent_vocab.json: 8 words that occur at least 4 times\n"
     vocab = vocab_whole.deserialize_vocab(folder[2] + "/toy_sent_vocab.json")
     assert list(vocab.word2idx)[4:] == ["a", "b", "dnf", "Φ"]
