@@ -94,7 +94,7 @@ def main():
     opt = parser.parse_args()
     paths = ("--data_path", opt.data_path, "--data_name", NAME)
     command("scripts/demo/make_demo_data.py", *paths, *shlex.split(opt.data_flags))
-    command("vocab.py", *paths, "--vocab_path", opt.vocab_path)
+    command("vocab.py", *paths, "--vocab_path", opt.vocab_path, "--overwrite")
     results, models = {}, {}
     for position, name in MODELS.items() if opt.ablation else [("attention", "PFAN-A")]:
         models[name], results[name] = train_and_rank(position, opt)
