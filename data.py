@@ -210,8 +210,12 @@ class PrecompDataset(Dataset):
         return *(torch.clone(x.float()) for x in image), target, index, img_id
 
     def __getitems__(self, indices):
-        """What a DataLoader asks for: items whose features are copied once only, by collate_fn."""
-        return [self._item(index) for index in indices]
+        """What a DataLoader asks for: items whose features are copied once only, by collate_fn.
+
+        Those of a subclass with a __getitem__ of another kind are that method's.
+        """
+        overridden = type(self).__getitem__ is not __class__.__getitem__
+        return [self[index] if overridden else self._item(index) for index in indices]
 
     def __len__(self):
         return max(self.n_images, len(self.captions)) if self.captions else 0
@@ -288,7 +292,7 @@ def get_precomp_loader(
     workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     dataset.worker_log = WorkerLog(workers) if workers else None
     if workers and shuffle_seed is not None:  # training; evaluation reads its images without workers
-        image_bytes = sum(x.nbytes for x in dataset[0] if isinstance(x, Tensor))
+        image_bytes = sum(x.nbytes for x in dataset.__getitems__([0])[0] if isinstance(x, Tensor))
         n_batches = min(PREFETCH * workers + 1, -(-len(dataset) // batch_size))  # and the one that is trained on
         check_shared_memory(image_bytes * min(batch_size, len(dataset)), n_batches)
     order = {"batch_size": batch_size}

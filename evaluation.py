@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data import get_test_loader, pad
 from lib import distributed
 from lib.checkpoint import load_checkpoint
+from lib.datasets.region_match import warn_of_boxes
 from lib.eccv import check_split, print_metrics
 from lib.errors import InputError, brief, run
 from lib.gpu import BlockLimit, resident_chunks
@@ -278,6 +279,7 @@ def load_split(
     loader = get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)
     if check:
         check(model_path, loader.dataset)
+    warn_of_boxes(loader.dataset)
     return load_model(model_path, len(vocab), make_model, **overrides), loader
 
 

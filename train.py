@@ -20,7 +20,7 @@ from data import get_loaders
 from evaluation import SHARD_SIZE, AverageMeter, LogCollector, encode_data, i2t, read_vocab, shard_xattn, t2i
 from lib import distributed
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
-from lib.datasets.region_match import judge_dataset
+from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.events import Events, tensorboard_logger  # noqa: F401 (others import it from here)
 from lib.interrupts import GracefulStop, StopTraining
@@ -253,14 +253,6 @@ def fit(
     training.train()
     distributed.stop()
     return training.best_rsum
-
-
-def warn_of_boxes(dataset: Any) -> None:
-    """Log a warning where the boxes of a data set's first pictures do not belong to their features."""
-    judgement = judge_dataset(dataset) if distributed.rank() == 0 else None
-    if judgement and judgement.wrong:
-        message = "%s_boxes.npy: of other pictures or regions than the features: %s. scripts/align.py orders them."
-        log.warning(message, dataset.prefix, judgement)
 
 
 def checkpoint_to_resume(opt: Any) -> tuple[str, dict | None]:

@@ -6,6 +6,13 @@ from contextlib import contextmanager
 
 from lib import distributed
 
+try:
+    from signal import ITIMER_REAL, SIGALRM, setitimer
+
+    HAS_TIMER = True
+except ImportError:  # on Windows
+    HAS_TIMER = False
+
 PATIENCE = 5  # seconds from a signal to the end of one of several processes whose data do not come
 
 
@@ -30,8 +37,8 @@ class GracefulStop:
         return self
 
     def __exit__(self, *error):
-        if self.signal and hasattr(signal, "setitimer"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
+        if self.signal and HAS_TIMER:
+            setitimer(ITIMER_REAL, 0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -39,9 +46,9 @@ class GracefulStop:
         second, self.signal = self.signal, number
         if distributed.world_size() == 1 and (self.model_rests or second):
             raise (StopTraining if self.model_rests else KeyboardInterrupt)(number)
-        if self.waits_for_data and hasattr(signal, "setitimer"):
-            signal.signal(signal.SIGALRM, self.give_up)
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+        if self.waits_for_data and HAS_TIMER:
+            signal.signal(SIGALRM, self.give_up)
+            setitimer(ITIMER_REAL, PATIENCE)
 
     def give_up(self, number, frame):
         """Of several processes: end without the others, which wait for this one, where its data do not come."""

@@ -3,6 +3,7 @@
 import multiprocessing.queues
 import os
 import re
+import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,8 +25,7 @@ def check_shared_memory(batch_bytes: int, n_batches: int) -> None:
     """
     if not os.path.isdir(SHARED_MEMORY):
         return
-    space = os.statvfs(SHARED_MEMORY)
-    free, needed = space.f_bavail * space.f_frsize, batch_bytes * n_batches
+    free, needed = shutil.disk_usage(SHARED_MEMORY).free, batch_bytes * n_batches
     if needed > free:
         sizes = f"{free / 1e6:.0f} MB free, {n_batches} batches that wait for training need {needed / 1e6:.0f} MB"
         raise InputError(f"{SHARED_MEMORY}: {sizes}; {WAY_OUT}")

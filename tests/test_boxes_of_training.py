@@ -10,7 +10,7 @@ from folders import make_folder
 from regions import boxes_with_features
 
 import data
-from train import warn_of_boxes
+from lib.datasets.region_match import warn_of_boxes
 from vocab import deserialize_vocab
 
 
@@ -31,7 +31,7 @@ def warnings_of(prefix, caplog, position="attention"):
     vocab = deserialize_vocab(f"{data_path}/../vocab/toy_precomp_vocab.json")
     dataset = data.get_precomp_dataset("toy_precomp", "train", vocab, opt)
     caplog.clear()
-    with caplog.at_level(logging.WARNING, "train"):
+    with caplog.at_level(logging.WARNING, "lib.datasets.region_match"):
         start = time.process_time()
         warn_of_boxes(dataset)
         assert time.process_time() - start < 1

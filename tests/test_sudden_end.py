@@ -340,7 +340,7 @@ def test_the_sample_is_named_wherever_the_death_is_noticed(toy, tmp_path):
 
 def test_too_little_shared_memory_is_told_before_training(fit, tmp_path, monkeypatch):
     """33 kB instead of a container's 64 MB; a batch of 16 images of 6 regions has 18 kB."""
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=8, f_frsize=4096))
+    monkeypatch.setattr("lib.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=8 * 4096))
     with pytest.raises(InputError, match=r"/dev/shm: 0 MB free, \d batches .*--workers 0"):
         fit("run", "--workers 1")
     assert not (tmp_path / "run").exists()

@@ -6,11 +6,15 @@ picture or with the regions in another order), so boxes in a wrong order are not
 Regions without area, and padded ones (features all 0), do not count.
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib import distributed
 from lib.constants import N_CELLS, N_SLOTS
+
+log = logging.getLogger(__name__)
 
 FEWEST_PICTURES = 8  # that a judgement needs
 FIRST_PICTURES = 32  # of a data set: under a second
@@ -172,6 +176,14 @@ def judge_dataset(dataset: Any) -> Judgement | None:
         return None
     features, *_, grids = dataset.read_images(0, min(FIRST_PICTURES, dataset.n_images))
     return judge(features.numpy(), grids.numpy())
+
+
+def warn_of_boxes(dataset: Any) -> None:
+    """Log a warning where the boxes of a data set's first pictures do not belong to their features."""
+    judgement = judge_dataset(dataset) if distributed.rank() == 0 else None
+    if judgement and judgement.wrong:
+        message = "%s_boxes.npy: of other pictures or regions than the features: %s. scripts/align.py orders them."
+        log.warning(message, dataset.prefix, judgement)
 
 
 def match(alike: np.ndarray, overlap: np.ndarray) -> np.ndarray:

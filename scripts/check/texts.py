@@ -55,9 +55,9 @@ def check_captions(path: str, vocab: Vocabulary | None, report: Report, allow_em
 
 def check_groups(path: str, captions: Sequence[str], per_image: int, report: Report) -> None:
     """Whether captions that stand together are of one image: they share more words than those of neighbours."""
-    n = len(captions) // per_image
-    if per_image < 2 or n < 10:
+    if per_image < 2 or len(captions) < 10 * per_image:
         return
+    n = len(captions) // per_image
     words = [set(caption.lower().split()) for caption in captions]
     images = np.unique(np.linspace(1, n - 1, SAMPLE).astype(int))
 
