@@ -17,7 +17,7 @@ from lib.constants import N_REGIONS, N_SLOTS, SPLIT_SIZE
 from lib.errors import InputError, brief, run
 from lib.files import replace
 
-REGIONS_AT_ONCE = 512  # × 256 cells × 8 bytes = 1 MB an array, which stays in the cache
+REGIONS_AT_ONCE = 128  # × 256 cells × 8 bytes = 0.25 MB an array; arrays of 1 MB were fresh memory in every block
 PICTURES_AT_ONCE = 1024  # read from a file
 
 
