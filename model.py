@@ -120,9 +120,11 @@ class EncoderText(nn.Module):
         """Word embeddings (B, W, D), zero behind a caption's end, and final states (layers · directions, B, D)."""
         order = PackedOrder.of(lengths, captions.device)
         packed = PackedSequence(self.embed(order.pack(captions)), order.batch_sizes, order.sorted, order.unsorted)
-        with torch.autocast(captions.device.type, enabled=False):  # cuDNN would take float16
+        device = captions.device.type
+        half = device == "cpu" and torch.is_autocast_enabled("cpu")  # on a GPU cuDNN would take float16, not bfloat16
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             packed, state = kernels.packed_gru(self.rnn, packed) or self.rnn(packed)
-        words = packed.data
+        words, state = at_least_float32(packed.data), at_least_float32(state)
         if self.use_bi_gru:
             words = (words[:, : self.embed_size] + words[:, self.embed_size :]) / 2
         if not self.no_txtnorm:

@@ -68,8 +68,8 @@ class Direction(torch.autograd.Function):
 
 
 def applies(rnn: torch.nn.GRU, packed: PackedSequence) -> bool:
-    """True where packed_gru computes what rnn would: on a CPU, without dropout."""
-    return packed.data.device.type == "cpu" and not rnn.dropout
+    """True where packed_gru computes what rnn would: on a CPU, without dropout and mixed precision."""
+    return packed.data.device.type == "cpu" and not rnn.dropout and not torch.is_autocast_enabled("cpu")
 
 
 def packed_gru(rnn: torch.nn.GRU, packed: PackedSequence) -> tuple[PackedSequence, Tensor]:
