@@ -197,7 +197,7 @@ def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
         "--vocab_path",
         tmp_path / "vocab",
     )
-    ok(*build, "--threshold", 1)
+    ok(*build, "--threshold", 1, "--overwrite")
     assert check(tmp_path)[0] == 0
     if order == "shifted by a line":
         lines, said = lines[1:] + lines[:1], "the first image's from line 5"

@@ -722,6 +722,8 @@ def without_captions(made, tmp_path_factory):
 @pytest.mark.parametrize("flags", [(), ("--index_above", "5", "--candidates", "12")])
 def test_pictures_without_captions_are_searched(made, explorer, without_captions, flags):
     data = os.path.dirname(os.path.dirname(without_captions.pictures.prefix))
+    for collection in made[0].glob("*_collection"):  # of the same models, with captions
+        shutil.rmtree(collection)
     shown = Explorer(options(*made[1], "--data_path", data, *flags)) if flags else without_captions
     about = shown.about()
     assert (about["pictures"], about["captions"], about["examples"]) == (N_PICTURES, 0, [])
