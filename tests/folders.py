@@ -55,6 +55,20 @@ def make_folder(
     return data_path, vocab_path
 
 
+def make_whole_folder(root, n_regions=4, box_width=31, sizes=(12, 6, 6)):
+    """A folder `toy` in Tencent-News's layout: one caption an image, whole-image features, names with _sent."""
+    splits = dict(zip(("train", "dev", "test"), sizes, strict=True))
+    shape = {"captions_per_image": 1, "n_regions": n_regions, "img_dim": 8, "box_width": box_width}
+    data_path, vocab_path = make_folder(str(root), "toy", splits, **shape)
+    rng = np.random.default_rng(1)
+    for split, n in splits.items():
+        prefix = os.path.join(data_path, "toy", split)
+        os.rename(prefix + "_caps.txt", prefix + "_sent_caps.txt")
+        np.save(prefix + "_who_ims.npy", rng.standard_normal((n, 8)).astype(np.float32))
+    os.rename(os.path.join(vocab_path, "toy_vocab.json"), os.path.join(vocab_path, "toy_sent_vocab.json"))
+    return data_path, vocab_path
+
+
 def write_lines(path, lines):
     with open(path, "w", encoding="utf-8", newline="") as file:
         file.writelines(f"{line}\n" for line in lines)

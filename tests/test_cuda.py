@@ -6,6 +6,7 @@ for those that count. PFAN_ALL_COMBINATIONS=1 takes every combination of options
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_opt
-from folders import make_folder, random_boxes
+from folders import make_folder, make_whole_folder, random_boxes
 from pretend_cuda import Pretend, pretend_cuda
+from serving import make_model, make_request
 
 import train
 from data import get_loaders
@@ -24,7 +26,8 @@ from lib import kernels
 from lib.checkpoint import load_checkpoint
 from lib.kernels import blocks, padded
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, Attention, ContrastiveLoss, xattn_score
-from Tencent_PFAN import model_whole
+from Tencent_PFAN import evaluation_whole, model_whole, train_whole
+from Tencent_PFAN.scoring import Scorer
 
 HAS_GPU = torch.cuda.is_available()
 simulated = pytest.mark.skipif(HAS_GPU, reason="counts the operations of the simulated device; here is a real one")
@@ -343,6 +346,61 @@ def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(to
         found.append([rows, scores, captions, caption_scores, *attention])
     for a, b in zip(*found, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("way, more", [("t2i", "--need_box_whole"), ("i2t", "")])
+def test_the_whole_image_variant_trains_and_ranks_as_on_the_cpu(way, more, tmp_path, cuda):
+    data_path, vocab_path = make_whole_folder(tmp_path)
+    results = []
+    for device in ("cpu", "cuda:0"):
+        flags = f"--data_name toy --data_path {data_path} --vocab_path {vocab_path} --img_dim 8 --embed_size 6 "
+        flags += f"--word_dim 5 --batch_size 4 --num_epochs 1 --workers 0 --device {device} --bi_gru --max_violation "
+        flags += f"--cross_attn {way} {more} --model_name {tmp_path}/{device[:3]} --logger_name {tmp_path}/log"
+        opt = train_whole.get_parser().parse_args(flags.split())
+        parts = train_whole.SCAN, train_whole.get_loaders, train_whole.read_vocab, train_whole.rank_dev
+        rsum = train.fit(opt, *parts)
+        path = f"{tmp_path}/cpu/checkpoint_0.pth.tar"
+        results.append([rsum, evaluation_whole.evalrank(path, split="test", device=device)["rsum"]])
+    assert results[1] == pytest.approx(results[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+def test_a_collection_built_on_a_gpu_is_the_cpus_and_is_searched_alike(way, toy, tmp_path, cuda):
+    """build_index.py's files, then the search in two stages, each on its device."""
+    from scripts.search.build import open_or_build
+
+    root, _ = toy
+    fit(toy, way, f"--device cpu --num_epochs 1 --cross_attn {way}")
+    path, found = str(root / way / "checkpoint_0.pth.tar"), []
+    for device in ("cpu", "cuda:0"):
+        model, loader = load_split(path, None, None, "test", device=device)
+        folder = tmp_path / device[:3]
+        collection = open_or_build(path, model, loader, "test", str(folder), n_centroids=8)
+        picture = collection.image(2)
+        found.append([*collection.search("a man runs", 3, 4), *collection.search_captions(picture, 3, 4)])
+        for name in ("images", "words", "lens"):
+            built = [np.load(tmp_path / place / f"{name}.npy") for place in ("cpu", device[:3])]
+            np.testing.assert_allclose(*built, atol=1e-3)  # half precision
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize("need_box_whole", [False, True], ids=["regions only", "need_box_whole"])
+def test_the_scoring_server_gives_the_cpus_scores(need_box_whole, tmp_path, cuda):
+    """Two requests in one batch, with sentences of several lengths; then again, with pictures from the cache."""
+    path, answers = make_model(tmp_path, need_box_whole=need_box_whole), {}
+    requests = [make_request(3), {**make_request(2, seed=1), "sentences": ["上海", ["足球", "天气", "news"]]}]
+    del requests[1]["sentence"]
+    for device in ("cpu", "cuda:0"):
+        scorer = Scorer(path, device=device)
+        answers[device] = [scorer.score([scorer.read(json.dumps(x).encode()) for x in requests]) for _ in range(2)]
+        assert len(scorer.cache) == 5
+        assert {str(x.device) for entry in scorer.cache.values() for x in entry} == {device}
+    assert answers["cuda:0"][0] == answers["cuda:0"][1]
+    for ours, expected in zip(answers["cuda:0"][0], answers["cpu"][0], strict=True):
+        for way, scores in expected.items():
+            np.testing.assert_allclose(ours[way], scores, atol=1e-5)
 
 
 def test_batches_are_pinned_for_a_gpu_only(toy, cuda):

@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from folders import make_folder
+from folders import make_folder, make_whole_folder
 from processes import LIMIT, started, wait_for
-from test_tencent import make_whole_folder
 
 import train
 from data import EpochBatches
