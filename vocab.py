@@ -9,10 +9,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import cache
 from typing import Any
 
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
 from tqdm import tqdm
 
 from lib.constants import SPECIAL
@@ -31,14 +30,20 @@ ABBREVIATIONS = (
 )
 
 
-def _sentence_tokenizer():
+@cache
+def nltk_tokenizers() -> tuple[Callable, Callable]:
+    """NLTK's functions that split text into sentences and a sentence into words.
+
+    Loaded where a caption needs them: NLTK imports SciPy, which takes a third of a command's start.
+    """
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
     parameters = PunktParameters()
     parameters.abbrev_types = set(ABBREVIATIONS.split())
-    return PunktSentenceTokenizer(parameters)
+    return PunktSentenceTokenizer(parameters).tokenize, NLTKWordTokenizer().tokenize
 
 
-split_sentences = _sentence_tokenizer().tokenize
-split_words = NLTKWordTokenizer().tokenize
 SENTENCE_END = re.compile(r"[.?!]\S*\s")  # Punkt splits after one of these only
 # Letters, commas, hyphens and one full stop, without the words that NLTK cuts in two: 95 % of the captions of
 # Flickr8k, which NLTK takes 400 µs each for.
@@ -51,6 +56,7 @@ def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]
     caption = lower(caption)
     if SIMPLE.fullmatch(caption):
         return caption.replace(".", " .").replace(",", " ,").split()
+    split_sentences, split_words = nltk_tokenizers()
     if not SENTENCE_END.search(caption):
         return split_words(caption)
     return [token for sentence in split_sentences(caption) for token in split_words(sentence)]

@@ -67,7 +67,10 @@ def test_every_figure_is_written_as_a_png(toy, tmp_path, monkeypatch, flags):
 
 @pytest.mark.parametrize(
     "command, unneeded",
-    [("visualize", ("fastapi", "uvicorn", "faiss", "jieba", "numba")), ("explore", ("jieba", "numba", "matplotlib"))],
+    [
+        ("visualize", ("fastapi", "uvicorn", "faiss", "jieba", "numba", "nltk")),
+        ("explore", ("jieba", "numba", "matplotlib", "nltk")),
+    ],
 )
 def test_a_command_loads_only_what_it_needs(command, unneeded):
     code = f"import sys; from scripts import {command}; print(*({set(unneeded)} & set(sys.modules)))"

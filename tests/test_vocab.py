@@ -18,10 +18,9 @@ from vocab import (
     Vocabulary,
     build_vocab,
     deserialize_vocab,
+    nltk_tokenizers,
     read_captions,
     serialize_vocab,
-    split_sentences,
-    split_words,
     tokenize,
     unknown_words_message,
 )
@@ -102,6 +101,7 @@ PIECES = [
 @given(st.lists(st.sampled_from(PIECES)))
 def test_plain_captions_are_cut_as_nltk_cuts_them(pieces):
     caption = "".join(pieces)
+    split_sentences, split_words = nltk_tokenizers()
     assert tokenize(caption) == [word for part in split_sentences(caption) for word in split_words(part)]
 
 
