@@ -5,7 +5,9 @@ set -eu
 cd "$(dirname "$0")/.."
 install() { . scripts/venv.sh; }
 install requirements.txt requirements-dev.txt requirements-features.txt
-[ $# -gt 0 ] || set -- --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
+# a process of pytest for each core, at most four; each runs whole files, whose tests share what they train and build
+[ $# -gt 0 ] || set -- -n logical --maxprocesses 4 --dist loadfile \
+    --cov --cov-report=term-missing:skip-covered --cov-fail-under=90
 set -x
 ruff check .
 ruff format --check .
