@@ -1,7 +1,7 @@
 """What all dataset tools have in common."""
 
 import pytest
-from dataset_commands import ok
+from dataset_commands import command
 
 
 @pytest.mark.parametrize(
@@ -18,5 +18,6 @@ from dataset_commands import ok
         "download_data",
     ],
 )
-def test_every_tool_shows_an_example(name):
-    assert "example: python " in ok(name, "--help")
+def test_every_tool_starts_as_a_file_and_shows_an_example(name):
+    done = command(name, "--help")
+    assert done.returncode == 0 and "example: python " in done.stdout, done.stderr
