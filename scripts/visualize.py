@@ -71,7 +71,7 @@ def require_finite(values, opt, dataset, picture):
 
 
 def draw_picture(axis, pictures, number, weights=None):
-    """A picture (a blank frame where it has no file) with its regions, lit by weights (R,) where given."""
+    """A picture (the 16×16 cells where it has no file) with its regions, lit by weights (R,) where given."""
     width, height = pictures.size(number)
     axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal", facecolor=FRAME)
     path = pictures.files.get(pictures.ids[number])
@@ -81,6 +81,10 @@ def draw_picture(axis, pictures, number, weights=None):
                 axis.imshow(picture.convert("RGB"), extent=(0, width, height, 0), alpha=1 if weights is None else 0.6)
         except OSError:
             raise InputError(f"{path}: not a picture that can be read") from None
+    else:
+        lines = np.arange(1, SIDE) / SIDE
+        axis.vlines(width * lines, 0, height, color="white", lw=0.4)
+        axis.hlines(height * lines, 0, width, color="white", lw=0.4)
     boxes = pictures.boxes(number)
     if boxes is None or (weights is None and path is not None):
         return

@@ -4,6 +4,7 @@ import csv
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
+from dataset_commands import tool
 from folders import write_lines
 
 from evaluation import evalrank
-from lib.datasets.region_match import judge
 from lib.errors import InputError
 from scripts.features import compare_runs, record_result
 
@@ -79,7 +80,7 @@ def test_the_chain_goes_from_photographs_to_recalls_with_intervals(trained):
     assert "Images: 10, Captions: 50" in said and "95 % intervals" in said
     for split, n in SPLITS.items():
         features = np.load(folder / f"data/flickr8k/{split}_ims.npy")
-        assert features.shape == (n, 36, 1280) and features.dtype == np.float16 and np.isfinite(features).all()
+        assert features.shape == (n, 37, 1280) and features.dtype == np.float16 and np.isfinite(features).all()
 
 
 def printed(main, *args):
@@ -168,9 +169,13 @@ def test_ranks_of_another_split_are_refused(tmp_path):
         compare_runs.read_ranks(path, 20, 100)
 
 
-def test_boxes_shuffled_between_the_regions_of_photographs_are_noticed(trained):
-    folder, _ = trained
-    features, grids = (np.load(folder / f"data/flickr8k/train_{name}.npy") for name in ("ims", "boxes"))
-    right, wrong = judge(features, grids), judge(features, grids[:, np.random.default_rng(0).permutation(36)])
-    assert right.wrong is False and right.own > 0.5, right
-    assert wrong.wrong is True and wrong.own < 0.1, wrong
+def test_check_data_finds_boxes_that_are_shuffled_between_regions(trained, tmp_path):
+    folder, said = trained
+    assert "WRONG" not in said
+    data = tmp_path / "flickr8k"
+    shutil.copytree(folder / "data/flickr8k", data)
+    grids = np.load(data / "train_boxes.npy")
+    np.save(data / "train_boxes.npy", grids[:, np.random.default_rng(0).permutation(grids.shape[1])])
+    done = tool("check_data", data, "--vocab_path", folder / "vocab")
+    (wrong,) = (line for line in done.stdout.splitlines() if line.startswith("WRONG"))
+    assert done.returncode == 1 and "train_boxes.npy: of other pictures or regions than" in wrong
