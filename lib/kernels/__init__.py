@@ -6,6 +6,7 @@ CPU and CUDA. PFAN_KERNELS names the fastest way that may be used: none, torch, 
 blocks.py             captions in blocks of equal length, one matrix product a block
 padded.py             captions padded and masked, for GPUs
 attention_kernel.py   attention compiled by numba, for scoring on CPUs
+pieces.py             the same with the products, a piece at a time, on CPUs without AMX
 amx.py                products in the tile registers of CPUs that have them
 gru.py                the GRU's backward pass on CPUs
 """

@@ -9,6 +9,7 @@ p + q < n are multiplied. attention_kernel.py multiplies so, a piece at a time t
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Lock, Thread
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -147,9 +148,25 @@ def add_products(typing: Any, address: Any) -> Any:
 # ---------------------------------------------------------------- products
 
 
+starting = Lock()
+
+
+def compute_alone() -> None:
+    """From now on torch computes in this thread without the help of others.
+
+    torch.set_num_threads sets this, and for threads that come later as well, which another thread sets back.
+    """
+    with starting:
+        before = torch.get_num_threads()  # that of the process, which a thread takes over here or at its first product
+        torch.set_num_threads(1)
+        other = Thread(target=torch.set_num_threads, args=(before,))
+        other.start()
+        other.join()
+
+
 @cache
 def pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads)
+    return ThreadPoolExecutor(threads, initializer=compute_alone)
 
 
 def in_threads(work: Callable[[int, int], Any], count: int, shares: int = 1) -> None:

@@ -157,33 +157,27 @@ def aggregate(values: Array, K: int, M: int, how: int, smooth: Float, factor: Fl
 
 @compiled
 def score_contexts(
-    rows: Array,
-    gram: Array,
-    norms: Array,
-    M: int,
-    options: tuple,
-    scores: Array,
-    first_row: int,
-    first_column: int,
+    rows: Array, gram: Array, norms: Array, queries: Array, options: tuple, scores: Array, first: int
 ) -> None:
-    """attend's scores of some contexts and M queries, from first_row and first_column on.
+    """attend's scores of some contexts, which are rows first and following of scores, with blocks of queries.
 
-    rows (N, L, K·M or more, the rest not read): of S; gram as doubled makes it; norms (K·M); options: kernel_args'.
+    rows (N, L, columns or more, the rest not read): of S, which are overwritten; gram as doubled makes it; norms
+    (columns). queries (n, 3): of each block, whose elements are columns K·M of rows, M, K and the first query's column
+    in scores. options: kernel_args'.
     """
     slope, smooth, eps, how, lse, term = options
     N, L, columns = len(rows), rows.shape[1], len(norms)
-    K = columns // M
     scale, total, dots = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
-    strongest, squares, row_scores = (
-        np.empty(columns, np.float32),
-        np.empty(columns, np.float32),
-        np.empty(M, np.float32),
-    )
+    strongest, squares = np.empty(columns, np.float32), np.empty(columns, np.float32)
     for n in range(N):
-        total[:], dots[:], strongest[:], squares[:], row_scores[:] = 0, 0, 0, 0, 0
+        total[:], dots[:], strongest[:], squares[:] = 0, 0, 0, 0
         for row in range(L):
-            S = rows[n, row][:columns]
-            scales(S, K, M, slope, smooth, eps, scale)
+            S, column = rows[n, row][:columns], 0
+            for block in range(len(queries)):
+                M, K, _ = queries[block]
+                stop = column + K * M
+                scales(S[column:stop], K, M, slope, smooth, eps, scale[column:stop])
+                column = stop
             exponentials(S, scale, slope, smooth, total, dots, strongest)
         for start in range(0, columns, TILE):
             add_squares(rows[n], start, min(start + TILE, columns), gram[n], squares)
@@ -193,11 +187,15 @@ def score_contexts(
             both = norms[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
             dots[i] *= share / (eps if both < eps else both)
             strongest[i] *= share
-        aggregate(dots, K, M, how, lse, ONE, row_scores)
-        if term:
-            aggregate(strongest, K, M, how, lse, term, row_scores)
-        for m in range(M):
-            scores[first_row + n, first_column + m] = row_scores[m]
+        column = 0
+        for block in range(len(queries)):
+            M, K, query = queries[block]
+            stop, block_scores = column + K * M, scores[first + n][query : query + M]
+            block_scores[:] = 0
+            aggregate(dots[column:stop], K, M, how, lse, ONE, block_scores)
+            if term:
+                aggregate(strongest[column:stop], K, M, how, lse, term, block_scores)
+            column = stop
 
 
 @compiled
@@ -219,7 +217,7 @@ def multiply_and_score(
     The next six arrays are as left_side and right_side make them. S: memory for a group and a piece. options: as
     kernel_args returns them.
     """
-    stride = S.shape[1]
+    stride, queries = S.shape[1], np.empty((1, 3), np.int64)
     amx.configure(configuration.ctypes.data)
     for job in range(len(jobs)):
         row_block, rows, N, L, context, at = groups[jobs[job, 0]]
@@ -238,7 +236,8 @@ def multiply_and_score(
         )
         group_S = S.reshape(S.size)[: rows * stride].reshape(N, L, stride)
         group_gram = gram[at : at + N * L * L].reshape(N, L, L)
-        score_contexts(group_S, group_gram, norms[start : start + columns], M, options, scores, context, query)
+        queries[0, 0], queries[0, 1], queries[0, 2] = M, columns // M, query
+        score_contexts(group_S, group_gram, norms[start : start + columns], queries, options, scores, context)
     amx.release()
 
 
@@ -268,10 +267,10 @@ def attend(S: Tensor, gram: Tensor, query_norms: Tensor, attention: Any) -> Tens
     """
     N, L, K, M = S.shape
     rows, grams, norms = S.view(N, L, K * M).numpy(), doubled(gram).numpy(), query_norms.flatten().numpy()
-    args, scores = kernel_args(attention), np.empty((N, M), np.float32)
+    args, scores, queries = kernel_args(attention), np.empty((N, M), np.float32), np.array([(M, K, 0)])
 
     def share(first: int, last: int) -> None:
-        score_contexts(rows[first:last], grams[first:last], norms, M, args, scores, first, 0)
+        score_contexts(rows[first:last], grams[first:last], norms, queries, args, scores, first)
 
     amx.in_threads(share, N)
     return torch.from_numpy(scores)

@@ -14,7 +14,7 @@ from lib import kernels
 from lib.tensors import EPS, max_along, norm
 
 BLOCK_WORDS = 512  # words of equally long captions that are scored at once
-TILE_WORDS = 1024  # BLOCK_WORDS where AMX's tiles multiply
+PIECE_WORDS = 1024  # the same where a piece of S is attended to as soon as it is multiplied
 BLOCK_ELEMENTS = 128 * 36 * BLOCK_WORDS  # of S at once on CPUs, where larger temporaries are fresh memory each time
 
 
@@ -92,18 +92,20 @@ def has_compiled_form(X: Tensor, opt: Any) -> bool:
     )
 
 
-def tiles_available(images: Tensor, captions: Tensor, n_words: int, opt: Any) -> bool:
-    """True where attention_kernel.attend_products can do this, and pays: there are tiles, and enough to multiply."""
-    n_regions = images.shape[0] * images.shape[1]
-    if n_regions * n_words < kernels.TILES_FROM or not kernels.allowed("amx"):
-        return False
-    if not (has_compiled_form(images, opt) and has_compiled_form(captions, opt)):
-        return False
-    from lib.kernels import amx, attention_kernel
+def form_with_products(images: Tensor, captions: Tensor, n_words: int, opt: Any) -> Any:
+    """The module whose attend_products can do this, and pays: attention_kernel with AMX's tiles, pieces, or None."""
+    n_regions, D = images.shape[0] * images.shape[1], images.shape[2]
+    if n_regions * n_words < kernels.COMPILED_FROM or not kernels.allowed("numba") or captions.shape[-1] != D:
+        return None
+    if not (has_compiled_form(images, opt) and has_compiled_form(captions, opt)) or torch.is_autocast_enabled("cpu"):
+        return None
+    from lib.kernels import amx, attention_kernel, pieces  # here, because numba takes half a second to import
 
-    D = images.shape[2]
-    rows = min(n_regions, n_words)
-    return captions.shape[-1] == D and D % amx.STEP == 0 and rows >= attention_kernel.ROWS and amx.available()
+    if min(n_regions, n_words) < attention_kernel.ROWS:
+        return None
+    if kernels.allowed("amx") and amx.available():
+        return attention_kernel if n_regions * n_words >= kernels.TILES_FROM and D % amx.STEP == 0 else None
+    return pieces
 
 
 # ---------------------------------------------------------------- captions of equal length
@@ -145,19 +147,18 @@ def equal_length_blocks(
 def score_all(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, attention: Any) -> Tensor:
     """Scores (I, C) of all images with all captions, padded or packed as equal_length_blocks takes them."""
     n_words = int(torch.as_tensor(cap_lens).sum())
-    tiles = tiles_available(images, captions, n_words, attention.opt)
-    most = BLOCK_ELEMENTS // max(1, images.shape[1] * min(n_words, BLOCK_WORDS)) or 1  # images
-    if not tiles and len(images) > most and images.device.type == "cpu" and not torch.is_grad_enabled():
-        return torch.cat([score_all(part, captions, cap_lens, attention) for part in images.split(most)])
-    order, blocks = equal_length_blocks(captions, cap_lens, block_words=TILE_WORDS if tiles else BLOCK_WORDS)
-    if tiles:
-        from lib.kernels import attention_kernel
-
+    form = form_with_products(images, captions, n_words, attention.opt)
+    order, blocks = equal_length_blocks(captions, cap_lens, block_words=PIECE_WORDS if form else BLOCK_WORDS)
+    if form:
         contexts, queries = ([images], blocks) if attention.t2i else (blocks, [images])
-        scores = attention_kernel.attend_products(contexts, queries, attention)
+        scores = form.attend_products(contexts, queries, attention)
         scores = scores if attention.t2i else scores.T
     else:
-        scores = torch.cat(list(score_blocks(images, blocks, attention)), 1)
+        most = max(1, len(images))
+        if images.device.type == "cpu" and not torch.is_grad_enabled():
+            most = BLOCK_ELEMENTS // max(1, images.shape[1] * min(n_words, BLOCK_WORDS)) or 1
+        chunks = images.split(most)
+        scores = torch.cat([torch.cat(list(score_blocks(chunk, blocks, attention)), 1) for chunk in chunks])
     return scores[:, order.argsort().to(images.device)]
 
 
