@@ -129,6 +129,7 @@ def test_a_tiny_run_prints_the_table_and_writes_results_and_plot(tmp_path, monke
             assert difference < 1e-5 or row.endswith(("high", "medium"))
     assert results["machine"]["cores"] and results["growth t2i 24"]["pairs"] == 24 * 120
     printed = capsys.readouterr().out
+    assert results["machine"]["processor"] in printed.split("| work |")[0]
     for line in (
         "score and rank 12 × 60, t2i",
         "training step, batch 8, i2t",

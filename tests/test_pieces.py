@@ -27,6 +27,7 @@ def without_amx(monkeypatch):
     """The processor has no AMX, few pairs are enough; a test's precision and number of threads end with it."""
     monkeypatch.setattr(amx, "available", lambda: False)
     monkeypatch.setattr(kernels, "COMPILED_FROM", 0)
+    monkeypatch.delenv("PFAN_KERNELS", raising=False)
     precision, threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
     yield
     torch.set_float32_matmul_precision(precision)
@@ -231,10 +232,14 @@ def test_an_interrupt_or_error_ends_scoring_and_the_next_one_is_right(error, mon
             _thread.interrupt_main()
         return product(left, right)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(pieces, "multiply", stop)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    try:
+        monkeypatch.setattr(pieces, "multiply", stop)
         with pytest.raises(error):
             xattn_score(*split, cross_attention())
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        monkeypatch.setattr(pieces, "multiply", product)
     assert torch.equal(xattn_score(*split, cross_attention()), expected)
 
 

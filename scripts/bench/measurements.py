@@ -34,6 +34,8 @@ from model import SCAN, XATTN_SCORE
 from position import position_grid
 from scripts.bench import inputs, published_way
 
+BFLOAT16 = ("avx512_bf16", "amx_bf16")  # instructions that lib/kernels uses where a processor has them
+
 
 def prepare(s):
     """Write the test split and, with sparse files, the training splits. Returns what the machine is."""
@@ -44,13 +46,13 @@ def prepare(s):
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
-    device = pick_device(s.device)
+    device, capabilities = pick_device(s.device), torch.cpu.get_capabilities()
     return {
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": [torch.backends.cpu.get_cpu_capability(), *(x for x in BFLOAT16 if capabilities.get(x))],
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
@@ -95,21 +97,15 @@ def product_routes(a, b):
     """Ways to compute a (n, D) · b (m, D)ᵀ: {name: function}."""
     routes = {"mm": lambda: a @ b.T}
     if a.device.type == "cpu":
-        x, y, image, kernel = a.numpy(), b.numpy().T, a.T[None].contiguous(), b[:, :, None]
-        routes |= {"numpy": lambda: x @ y, "oneDNN": lambda: torch.conv1d(image, kernel)}
-        if tiles := load_tiles():
+        from lib.kernels import amx, pieces  # here, because numba takes memory and half a second
+
+        x, y, left, right = a.numpy(), b.numpy().T, pieces.factor(a, False), pieces.factor(b, False)
+        routes |= {"numpy": lambda: x @ y, "oneDNN": lambda: pieces.multiply(left, right)}
+        if amx.available():
+            from scripts.bench import tiles
+
             routes["tiles"] = lambda: tiles.product(a, b)
     return routes
-
-
-def load_tiles():
-    """The module tiles where the processor has them; late, because numba takes memory and half a second."""
-    from lib.kernels import amx
-
-    if amx.available():
-        from scripts.bench import tiles
-
-        return tiles
 
 
 # ---------------------------------------------------------------- scoring

@@ -28,7 +28,8 @@ def rows(s):
 def report(s, r):
     """The results as Markdown. s: sizes; r: {name: measurement}."""
     rate = max(r["products"]["gflops"].values()) * 1e9
-    lines = [HEAD, *(table_row(work, r[published], r[ours], ours, rate) for work, published, ours in rows(s)), ""]
+    lines = [machine_line(r["machine"]), "", HEAD]
+    lines += [*(table_row(work, r[published], r[ours], ours, rate) for work, published, ours in rows(s)), ""]
     lines.append(f"Fastest float32 product: {r['products']['best']}, {rate / 1e9:.0f} GFLOP/s.")
     lines += [recalls_line(r, way) for way in ("t2i", "i2t")]
     lines.append(f"Position grids of {s['all_grids']:,} images: {time_text(r['all grids'])}.")
@@ -45,6 +46,12 @@ def report(s, r):
     steps = ", ".join(f"{n}: {x:.3g} s" for n, x in step_times(s, r).items())
     lines.append(f"Training step by batch size, t2i: {steps}.")
     return "\n".join(lines)
+
+
+def machine_line(machine):
+    cores, instructions = machine["cores"], ", ".join(machine["instructions"])
+    device = "" if machine["device"] == "cpu" else f" and {machine['device']}"
+    return f"{cores} cores of {machine['processor']} ({instructions}){device}, torch {machine['torch']}:"
 
 
 def table_row(work, published, ours, name, rate):
