@@ -54,6 +54,11 @@ def embeddings(images=40, lens=None, R=36, D=64, seed=0):
     return normalize(X, dim=-1), normalize(words, dim=-1), lens
 
 
+def same(a, b):
+    """True for scores that differ in the last bits at most, which torch's Gram matrices may in another memory."""
+    return torch.allclose(a, b, rtol=0, atol=3e-7)
+
+
 def exact(images, words, lens, attention):
     return xattn_score(images.double(), words.double(), lens, attention)
 
@@ -140,6 +145,15 @@ def test_medium_multiplies_in_bfloat16_and_keeps_scores_and_recalls(way, calls):
     assert ranks(scores).min() < 90
 
 
+@pytest.mark.parametrize("D", [1, 2, 37, 1024])
+def test_products_in_bfloat16_are_within_its_precision(D):
+    X, words, _ = embeddings(D=D)
+    left, right = X.flatten(0, 1)[:50], words[:70]
+    S = pieces.multiply(pieces.factor(left, True), pieces.factor(right, True))
+    assert S.dtype == torch.float32
+    np.testing.assert_allclose(S, left.double() @ right.double().T, rtol=0, atol=2**-7)
+
+
 def test_high_and_processors_without_bfloat16_stay_in_float32(monkeypatch, calls):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True})
     split = embeddings()
@@ -188,7 +202,7 @@ def test_torch_keeps_its_number_of_threads_in_old_and_new_threads():
         assert set(amx.pool(3).map(lambda _: torch.get_num_threads(), range(20))) == {1}
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        assert torch.equal(xattn_score(*embeddings(), cross_attention()), scores)
+        assert same(xattn_score(*embeddings(), cross_attention()), scores)
 
 
 def test_several_threads_score_at_once():
@@ -196,7 +210,7 @@ def test_several_threads_score_at_once():
     alone = [xattn_score(*split, cross_attention()) for split in splits]
     with ThreadPoolExecutor(6) as clients:
         together = list(clients.map(lambda split: xattn_score(*split, cross_attention()), splits * 3))
-    assert all(map(torch.equal, together, alone * 3))
+    assert all(map(same, together, alone * 3))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -209,7 +223,7 @@ def test_a_process_forked_after_scoring_scores_in_one_thread():
     child = os.fork()
     if not child:  # pragma: no cover
         torch.set_num_threads(1)  # as in the workers of a DataLoader: torch's other threads stay with the parent
-        os.write(write, b"1" if torch.equal(xattn_score(*split, cross_attention()), expected) else b"0")
+        os.write(write, b"1" if same(xattn_score(*split, cross_attention()), expected) else b"0")
         os._exit(0)
     ready, _, _ = select.select([read], [], [], 120)
     os.kill(child, signal.SIGKILL)
@@ -240,7 +254,7 @@ def test_an_interrupt_or_error_ends_scoring_and_the_next_one_is_right(error, mon
     finally:
         signal.signal(signal.SIGINT, handler)
         monkeypatch.setattr(pieces, "multiply", product)
-    assert torch.equal(xattn_score(*split, cross_attention()), expected)
+    assert same(xattn_score(*split, cross_attention()), expected)
 
 
 # ---------------------------------------------------------------- without the compiled form

@@ -148,16 +148,16 @@ def add_products(typing: Any, address: Any) -> Any:
 # ---------------------------------------------------------------- products
 
 
-starting = Lock()
+starting = Lock()  # held by a thread of the pool while it starts
 
 
 def compute_alone() -> None:
-    """From now on torch computes in this thread without the help of others.
+    """Keep torch's computations of this thread in this thread from now on.
 
-    torch.set_num_threads sets this, and for threads that come later as well, which another thread sets back.
+    torch.set_num_threads also sets the number that later threads start with; another thread sets that back.
     """
     with starting:
-        before = torch.get_num_threads()  # that of the process, which a thread takes over here or at its first product
+        before = torch.get_num_threads()  # asked first: a thread's first question or product undoes what it set before
         torch.set_num_threads(1)
         other = Thread(target=torch.set_num_threads, args=(before,))
         other.start()

@@ -159,11 +159,11 @@ def aggregate(values: Array, K: int, M: int, how: int, smooth: Float, factor: Fl
 def score_contexts(
     rows: Array, gram: Array, norms: Array, queries: Array, options: tuple, scores: Array, first: int
 ) -> None:
-    """attend's scores of some contexts, which are rows first and following of scores, with blocks of queries.
+    """Write attend's scores of N contexts with blocks of equally long queries to scores, from row first on.
 
-    rows (N, L, columns or more, the rest not read): of S, which are overwritten; gram as doubled makes it; norms
-    (columns). queries (n, 3): of each block, whose elements are columns K·M of rows, M, K and the first query's column
-    in scores. options: kernel_args'.
+    rows (N, L, columns or more, the rest not read): of S, overwritten; gram as doubled makes it; norms (columns).
+    queries (n, 3): M, K and the first query's column of scores, for each block; its elements are K·M columns of rows.
+    options: as kernel_args returns them.
     """
     slope, smooth, eps, how, lse, term = options
     N, L, columns = len(rows), rows.shape[1], len(norms)
