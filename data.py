@@ -18,8 +18,10 @@ from lib import distributed
 from lib.constants import N_CELLS, N_SLOTS
 from lib.datasets.checks import bad_cells, bad_weights, rows_per_image, same_as_previous, unequal_repeats
 from lib.errors import InputError
-from lib.files import open_npy, read_lines
+from lib.files import open_npy, read_ahead, read_lines
+from lib.gpu import AUTO_SHARE, load_rows
 from lib.options import option
+from lib.tensors import send
 from lib.workers import WorkerLog, check_shared_memory, start_worker
 from vocab import read_captions, unknown_words_message
 
@@ -42,6 +44,7 @@ class PrecompDataset(Dataset):
     """
 
     worker_log = None  # a WorkerLog, where loading processes read the data set
+    on_gpu: list | None = None  # all images' features and grids, once keep_on has put them there
 
     def __init__(
         self,
@@ -76,7 +79,14 @@ class PrecompDataset(Dataset):
         self.boxes = open_npy(self.prefix + "_boxes.npy") if self.need_boxes else None
 
     def __getstate__(self):  # a copy sent to a worker opens the files again instead of carrying their contents
-        return {**self.__dict__, "images": None, "boxes": None, "encoded": [None] * len(self.captions)}
+        on_gpu = None if self.on_gpu is None else []  # loading processes only have to know that it is so
+        return {
+            **self.__dict__,
+            "images": None,
+            "boxes": None,
+            "on_gpu": on_gpu,
+            "encoded": [None] * len(self.captions),
+        }
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -197,12 +207,16 @@ class PrecompDataset(Dataset):
             self.encoded[index] = np.array(self.vocab.encode(self.captions[index]), dtype=np.int32).tobytes()
         return torch.from_numpy(np.frombuffer(self.encoded[index], dtype=np.int32).astype(np.int64))
 
-    def _item(self, index):
-        """An item whose features share the file's memory."""
+    def _image_of(self, index):
+        return index * self.n_images // len(self)
+
+    def _item(self, index, with_features=True):
+        """An item whose features share the file's memory, or that has its image's number () in their place."""
         if self.worker_log:
             self.worker_log.note_item(index)
-        img_id = index * self.n_images // len(self)
-        return *self._rows(img_id), self.encode_caption(index * len(self.captions) // len(self)), index, img_id
+        img_id = self._image_of(index)
+        rows = self._rows(img_id) if with_features else (torch.tensor(img_id),)
+        return *rows, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
 
     def __getitem__(self, index):
         """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id); float32."""
@@ -214,8 +228,25 @@ class PrecompDataset(Dataset):
 
         Those of a subclass with a __getitem__ of another kind are that method's.
         """
-        overridden = type(self).__getitem__ is not __class__.__getitem__
-        return [self[index] if overridden else self._item(index) for index in indices]
+        if self.on_gpu is not None:
+            return [self._item(index, with_features=False) for index in indices]
+        read_ahead(self.images, [self._image_of(index) * self.repeats for index in indices])
+        return [self[index] if self._has_other_items() else self._item(index) for index in indices]
+
+    def _has_other_items(self):
+        return type(self).__getitem__ is not __class__.__getitem__
+
+    def keep_on(self, device: torch.device, where: str) -> None:
+        """Put all features and grids on a GPU, if where (--features_on) says so; batches then hold image numbers."""
+        if where != "host" and not self._has_other_items():
+            self.on_gpu = load_rows(self._rows, self.n_images, device, AUTO_SHARE if where == "auto" else 1)
+
+    def with_features(self, batch):
+        """A batch of a loader of this data set, with its features and grids where a GPU has them."""
+        if self.on_gpu is None or not batch:
+            return batch
+        rows = send(batch[0], self.on_gpu[0].device)
+        return *(x.index_select(0, rows) for x in self.on_gpu), *batch[1:]
 
     def __len__(self):
         return max(self.n_images, len(self.captions)) if self.captions else 0

@@ -24,7 +24,7 @@ from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.events import Events, tensorboard_logger  # noqa: F401 (others import it from here)
 from lib.interrupts import GracefulStop, StopTraining
-from lib.options import TRAIN, add_options, check_options, to_namespace
+from lib.options import TRAIN, add_options, check_options, option, to_namespace
 from lib.resume import caption_digests, check_same_data, check_same_options, load_training_state, take_weights
 from lib.workers import watched_workers
 from model import SCAN
@@ -94,6 +94,7 @@ class Run:
         log.info("%s on %s: %d pairs, %d words", opt.data_name, self.model.device, len(dataset), opt.vocab_size)
         if self.epoch >= opt.num_epochs:
             log.warning("%s: has %d epochs, --num_epochs %d trains no more", self.saved, self.epoch, opt.num_epochs)
+        dataset.keep_on(self.model.device, option(opt, "features_on"))
         with self.stop, watched_workers(dataset):
             try:
                 while self.epoch < opt.num_epochs:
@@ -152,6 +153,7 @@ class Run:
         opt, model = self.opt, self.model
         model.train_start()
         try:
+            batch = self.loaders[0].dataset.with_features(batch)
             loss = (model.train_emb(*batch) if batch else model.step_without_pairs()).item()
             if loss > IMPOSSIBLE * (1 + opt.margin) * opt.batch_size**2:
                 raise FloatingPointError(f"the loss is {loss}, which cosine scores cannot produce")

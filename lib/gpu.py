@@ -15,6 +15,8 @@ from lib.tensors import send
 
 log = logging.getLogger(__name__)
 SHARE = 0.5  # of the free memory for what is kept on the GPU; the rest is for blocks
+AUTO_SHARE = 1 / 3  # of the free memory for a split's features with --features_on auto
+ROWS = 1024  # that are copied to a GPU at once
 TEMPORARIES = 8  # tensors as large as a block's raw similarities that attention needs at once
 
 
@@ -44,6 +46,28 @@ def resident_chunks(X: Tensor, device: torch.device, multiple: int) -> Iterator[
         size = max(1, int(SHARE * free * len(X) / X.nbytes) // multiple) * multiple
     for start in range(0, len(X), size):
         yield start, X if device.type == "cpu" else send(X[start : start + size], device)
+
+
+def load_rows(rows: Callable, n: int, device: torch.device, share: float) -> list[Tensor] | None:
+    """rows(0) … rows(n - 1), tuples of tensors of equal shapes and types, each stacked (n, …) on a GPU.
+
+    None, with a line, where they take more than this share of its free memory; None on a CPU.
+    """
+    free = free_bytes(device)
+    if free is None:
+        return None
+    first = rows(0)
+    size = n * sum(x.nbytes for x in first)
+    fits = size <= share * free
+    text = "%s: %.1f GB of features %s, %.1f GB are free"
+    log.info(text, device, size / 1e9, "are kept there" if fits else "come batch by batch", free / 1e9)
+    if not fits:
+        return None
+    kept = [torch.empty(n, *x.shape, dtype=x.dtype, device=device) for x in first]
+    for start in range(0, n, ROWS):
+        for target, block in zip(kept, zip(*map(rows, range(start, min(n, start + ROWS))), strict=True), strict=True):
+            target[start : start + ROWS] = send(torch.stack(block), device)
+    return kept
 
 
 class BlockLimit:

@@ -113,13 +113,19 @@ RUN = (
     Option("save_step", 0, "steps between two checkpoints within an epoch; 0 saves none", NOT_NEGATIVE),
     Option("keep_last", 0, "checkpoints of epochs to keep, besides the best; 0 keeps all", NOT_NEGATIVE),
     Option("device", "auto", "cpu, cuda, cuda:1, mps; auto: CUDA if there, else the CPU"),
+    Option(
+        "features_on",
+        "auto",
+        "where the features that a GPU trains on lie; auto: there, if they take a third of its free memory at most",
+        ("auto", "device", "host"),
+    ),
 )
 WHOLE_IMAGE_RUN = (Option("embed_path", "./vocab/embedding.npy", "accepted and unused, as in the published code"),)
 
 OPTIONS = {row.name: row for row in (*MODEL, *RUN, *MODEL_NEWER, *WHOLE_IMAGE, *WHOLE_IMAGE_RUN)}
 TRAIN, TRAIN_WHOLE = (*MODEL, *RUN, *MODEL_NEWER), tuple(OPTIONS.values())
 REQUIRED = frozenset(row.name for row in MODEL)
-CHOICES = tuple(row.name for row in OPTIONS.values() if isinstance(row.default, str) and row.allowed)
+CHOICES = tuple(row.name for row in (*MODEL, *MODEL_NEWER) if isinstance(row.default, str) and row.allowed)
 
 
 def option(opt: Any, name: str) -> Any:

@@ -403,6 +403,47 @@ def test_the_scoring_server_gives_the_cpus_scores(need_box_whole, tmp_path, cuda
             np.testing.assert_allclose(ours[way], scores, atol=1e-5)
 
 
+@simulated
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_features_kept_on_a_gpu_give_the_same_training_and_are_sent_once(workers, toy, cuda, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    stored, sent, batches = {}, {}, []
+    step = SCAN.train_emb
+
+    def counted(self, *batch):
+        batches.append(batch[0].device.type)
+        return step(self, *batch)
+
+    monkeypatch.setattr(SCAN, "train_emb", counted)
+    for where in ("host", "device", "auto"):
+        cuda.reset()
+        fit(toy, where, f"--device cuda:0 --num_epochs 2 --workers {workers} --features_on {where}")
+        stored[where] = load_checkpoint(str(toy[0] / where / "checkpoint_1.pth.tar"))["model"]
+        sent[where] = cuda.sent
+    assert batches == ["cpu"] * 6 + ["cuda"] * 12
+    images = 4 * 36 * 16
+    assert sent["host"] - sent["device"] >= (2 * 60 - 12) * images and sent["auto"] == sent["device"]
+    for where in ("device", "auto"):
+        for a, b in zip(stored["host"], stored[where], strict=True):
+            assert all(torch.equal(a[name], b[name]) for name in a)
+    cuda.free = 3 * 12 * images
+    batches.clear()
+    fit(toy, "host", f"--device cuda:0 --num_epochs 1 --workers {workers}")
+    assert set(batches) == {"cpu"} and "features come batch by batch" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
+def test_a_cpu_and_data_sets_with_items_of_their_own_keep_no_features(toy, cuda):
+    opt = train.get_parser().parse_args(toy[1].split())
+    dataset = get_loaders(opt.data_name, train.read_vocab(opt), 20, 0, opt)[0].dataset
+    dataset.keep_on(torch.device("cpu"), "device")
+    assert dataset.on_gpu is None
+    dataset.__class__ = type("Other", (type(dataset),), {"__getitem__": lambda self, index: index})
+    dataset.keep_on(torch.device("cuda:0"), "device")
+    assert dataset.on_gpu is None
+
+
 def test_batches_are_pinned_for_a_gpu_only(toy, cuda):
     for device, pinned in (("cpu", False), ("cuda:0", True), ("auto", True)):
         opt = train.get_parser().parse_args(f"{toy[1]} --device {device}".split())

@@ -1,5 +1,6 @@
 """Data folders → batches: every layout of files that people bring, and batches that do not depend on the workers."""
 
+import os
 import pickle
 from argparse import Namespace
 from pathlib import Path
@@ -249,6 +250,27 @@ def test_features_stay_on_disk(toy):
     assert isinstance(copy.images, np.memmap)
     assert torch.equal(copy[7][0], dataset[7][0]) and torch.equal(copy[7][1], dataset[7][1])
     assert dataset.images is not None, "pickling must leave the data set usable"
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
+@pytest.mark.parametrize("repeats", [1, 5])
+def test_the_rows_of_a_batch_are_asked_for_before_the_first_is_read(toy, repeats, monkeypatch):
+    """Rows in any order come from a disk several times as fast where it may read them at once."""
+    images = toy.load("train_ims")
+    toy.save("train_ims", images.repeat(repeats, 0))
+    asked, dataset = [], toy.dataset("train")
+    first, size = dataset.images.offset, images[0].nbytes
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *more: asked.append(more))
+    monkeypatch.setattr(dataset, "_item", lambda index, *_: asked.append(index))
+    dataset.__getitems__([57, 3])
+    asked_for = [(first + row * repeats * size, size, os.POSIX_FADV_WILLNEED) for row in (11, 0)]
+    assert asked == [*asked_for, 57, 3]
+
+
+def test_a_file_that_was_removed_is_read_on(toy):
+    dataset = toy.dataset("train")
+    (toy.folder / "train_ims.npy").unlink()
+    assert len(dataset.__getitems__([57, 3])) == 2
 
 
 def test_reading_does_not_alter_the_files(toy):
