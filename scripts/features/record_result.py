@@ -2,7 +2,7 @@
 
 python scripts/features/record_result.py runs/flickr8k/t2i_attention_seed0 --features boxes --out docs/results.csv
 
-A row whose model, features, cross_attn, seed, embed_size and epochs are in the table already is replaced.
+A row of the same model, features, cross_attn, seed, embed_size, epochs, mean_warmup_epochs and amp is replaced.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from lib.files import replace
 from lib.options import option
 
 MODEL_NAMES = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
-KEY = ("model", "features", "cross_attn", "seed", "embed_size", "epochs", "mean_warmup_epochs")
+KEY = ("model", "features", "cross_attn", "seed", "embed_size", "epochs", "mean_warmup_epochs", "amp")
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 COLUMNS = (*KEY, *RECALLS, "rsum", "rsum_low", "rsum_high", "dev_rsum", "minutes")
 
@@ -54,7 +54,7 @@ def describe(checkpoints, features):
         "model": model,
         "features": features,
         "epochs": joined("num_epochs"),
-        **{name: joined(name) for name in ("cross_attn", "seed", "embed_size", "mean_warmup_epochs")},
+        **{name: joined(name) for name in ("cross_attn", "seed", "embed_size", "mean_warmup_epochs", "amp")},
     }
 
 
