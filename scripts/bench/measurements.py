@@ -7,6 +7,7 @@ JSON; sizes are those at the top of scripts/benchmark.py, and folder, device and
 import json
 import os
 import platform
+import re
 import sys
 import time
 from argparse import ArgumentParser, Namespace
@@ -296,12 +297,21 @@ def grids_published(s):
 # ---------------------------------------------------------------- a process for each
 
 
+def peak_bytes():
+    """The most memory that this process has held; NaN where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", status.read_text())):
+        return 1024 * int(found[1])
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # at least that of the process that started this
+
+
 def run_measurement(name, sizes, arguments):
     """One of the functions above, and the peak of this process's memory in GB."""
     result = globals()[name](Namespace(**sizes), **arguments)
-    unit_bytes = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else float("nan")
-    result["peak_gb"] = peak * unit_bytes / 1e9
+    result["peak_gb"] = peak_bytes() / 1e9
     if torch.cuda.is_available():
         result["device_gb"] = torch.cuda.max_memory_allocated() / 1e9
     return result
