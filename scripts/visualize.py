@@ -113,7 +113,8 @@ def draw_search(opt):
     figure, axes = grid_of_axes(len(images), 1 + len(columns))
     for row, (image, score) in enumerate(zip(images, scores, strict=True)):
         draw_picture(axes[row, 0], pictures, image)
-        axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{pictures.ids[image]}")
+        name = pictures.ids[image]
+        axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{name}", fontsize=9 if len(name) < 16 else 5.5)
         t2i = require_finite(collection.attention(collection.image(image), words)[0], opt, dataset, image)
         for axis, word in zip(axes[row, 1:], columns, strict=True):
             draw_picture(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
@@ -283,10 +284,10 @@ def draw_ablation(opt):
         places = np.arange(len(measures)) + (i - (len(names) - 1) / 2) * width
         errors = np.maximum([mean - low, high - mean], 0)
         bars = axis.bar(places, mean, 0.92 * width, yerr=errors, capsize=3, label=f"{name}, rsum {result['rsum']:.1f}")
-        axis.bar_label(bars, fmt="%.1f", fontsize=7, label_type="center", color="white")
+        axis.bar_label(bars, fmt="%.1f", fontsize=min(7, 28 / len(names)), label_type="center", color="white")
     axis.set_xticks(range(len(measures)), [key for key, _ in measures])
     axis.set(ylabel="recall in percent", ylim=(0, 108))
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=len(names), frameon=False)
+    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=min(3, len(names)), frameon=False)
     size = f"{result['n_images']} images, {result['n_captions']} captions"
     axis.set_title(f"{opt.split}: {size}; whiskers: 95 % intervals, bootstrap over images", fontsize=10)
     return figure
