@@ -19,11 +19,6 @@ def brief(value: Any) -> str:
         return f"a large {type(value).__name__}"
 
 
-def is_worker_crash(error: RuntimeError) -> bool:
-    """True for PyTorch's RuntimeError when a DataLoader worker dies; a signal handler raises it, so from any line."""
-    return str(error).startswith("DataLoader worker")
-
-
 def report(message: str) -> None:
     """Print `error: message` on stderr and leave with status 2."""
     print("error: " + message, file=sys.stderr)
@@ -34,12 +29,11 @@ def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
-    An InputError of a DataLoader worker arrives with the worker's traceback before it; its text is the last line.
     """
     try:
         main()
     except InputError as error:
-        report(str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: "))
+        report(str(error).strip())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
         sys.exit(1)

@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
-from lib.errors import InputError, is_worker_crash
+from lib.errors import InputError
 
 
 def make_folder(path: str | os.PathLike) -> None:
@@ -15,6 +16,22 @@ def make_folder(path: str | os.PathLike) -> None:
     if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"{path}: is no folder, expected one or a free name")
     os.makedirs(path, exist_ok=True)
+
+
+def check_outputs(*paths: str | os.PathLike | None) -> None:
+    """Raise InputError for a file that cannot be written, or two of the same name; empty paths are passed over."""
+    seen = set()
+    for path in filter(None, paths):
+        folder = os.path.dirname(os.path.realpath(path))
+        if not os.path.isdir(folder):
+            raise InputError(f"{path}: no such folder")
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise InputError(f"{path}: is no file, expected one or a free name")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise InputError(f"{path}: its folder cannot be written to")
+        if os.path.realpath(path) in seen:
+            raise InputError(f"{path}: named twice, expected another file for each output")
+        seen.add(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -36,22 +53,44 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
         raise InputError(f"{path}: is no file, expected one or a free name")
     part = os.fspath(path) + ".part"
     try:
-        with open(part, "wb") as file:
+        with name_in_errors(path), open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not say of which file
-            error.filename = os.fspath(path)
-        raise
-    except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
-        if is_worker_crash(error):
-            raise
-        raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+class Writer:
+    """A file for torch.save, which raises a RuntimeError of its own where the file raises an OSError; kept here."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_tensors(value: object, file: BinaryIO) -> None:
+    """torch.save(value, file). Raises the file's own OSError, such as that of a full disk."""
+    import torch  # here, because commands that handle text only need not load it
+
+    writer = Writer(file)
+    try:
+        torch.save(value, writer)
+    except RuntimeError:
+        if writer.error:
+            raise writer.error from None
+        raise
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:

@@ -9,10 +9,10 @@ import reference
 import torch
 from conftest import make_opt
 
-from evaluation import evalrank, i2t, score_split, t2i
-from model import SCAN, XATTN_SCORE
+from evaluation import evalrank, i2t, load_split, score_split, t2i
+from model import SCAN
 from position import position_grid
-from vocab import deserialize_vocab, read_captions, tokenize
+from vocab import deserialize_vocab, from_txt, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_model_gives_the_published_embeddings_scores_loss_gradients_and_steps(go
     embeddings = model.forward_emb(*batch)
     for name, ours in zip(("img_emb", "cap_emb"), embeddings, strict=False):
         close(ours, golden[f"{opt.weights}_{int(opt.no_imgnorm)}.{name}"], 1e-5)
-    sims = XATTN_SCORE[opt.cross_attn](*embeddings, opt)
+    sims = model.score(*embeddings)
     close(sims, published["sims"], 2e-4 if opt.agg_func == "Sum" else 1e-5)
 
     loss = model.forward_loss(*embeddings)
@@ -100,7 +100,7 @@ def test_evalrank_gives_the_published_ranks_and_lines(shared, tmp_path, capsys):
     ranks = torch.load(tmp_path / "ranks")
     assert (ranks["rt"][0].numpy() == expected["i2t_ranks"]).all()
     assert (ranks["rti"][0].numpy() == expected["t2i_ranks"]).all()
-    (sims,) = score_split(checkpoint, split="test", n_folds=1, **where)
+    (sims,) = score_split(*load_split(checkpoint, split="test", **where))
     close(sims, expected["sims"], 1e-5)
 
 
@@ -124,6 +124,6 @@ def test_published_vocabularies_load_and_give_their_ids(shared, name):
 
 def test_published_vocabulary_covers_the_published_captions(shared):
     vocab = deserialize_vocab(shared / "real" / "vocab" / "f30k_new_vocab.json")
-    captions = read_captions(shared / "real" / "f30k_test" / "train_caps.txt")
+    captions = from_txt(shared / "real" / "f30k_test" / "train_caps.txt")
     ids = [i for caption in captions for i in vocab.encode(caption)]
     assert ids.count(3) < 0.02 * len(ids)  # words seen fewer than four times are unknown
