@@ -292,7 +292,13 @@ def xattn_score(
 
     pairs: the indices of an image and a caption in each row.
     """
-    formula = RAW_FEATURE_NORM[config.raw_feature_norm], AGG_FUNC[config.agg_func], attend, attention_weights
+    formula = (
+        attend,
+        attention_weights,
+        aggregate,
+        RAW_FEATURE_NORM[config.raw_feature_norm],
+        AGG_FUNC[config.agg_func],
+    )
     if pairs is None and pieces.applies(images, captions, cap_lens, config) and pieces_give(config, *formula):
         return pieces.scores(images, captions, cap_lens, config)
     return formula_scores(images, captions, cap_lens, config, pairs)

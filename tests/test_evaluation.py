@@ -31,8 +31,11 @@ from evaluation import (
 )
 from lib import eccv
 from lib.errors import InputError
-from model import SCAN, XATTN_SCORE
+from model import SCAN, xattn_score_i2t, xattn_score_t2i
 from vocab import deserialize_vocab, serialize_vocab
+
+XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+
 
 # ---------------------------------------------------------------- ranks
 

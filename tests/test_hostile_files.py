@@ -41,7 +41,7 @@ from scripts import (
 )
 from test_server import compute_map
 from test_server import test as client
-from vocab import build_vocab, deserialize_vocab, read_captions, word_list
+from vocab import build_vocab, deserialize_vocab, from_txt, word_list
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
@@ -116,9 +116,9 @@ def read_words(path):
 
 
 def read_lines(path):
-    read_captions(str(path), allow_empty=True)
+    from_txt(str(path), allow_empty=True)
     vocab = build_vocab(str(path.parent), "", [path.name], threshold=1)
-    for caption in read_captions(str(path)):
+    for caption in from_txt(str(path)):
         vocab.encode(caption)
 
 

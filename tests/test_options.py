@@ -17,7 +17,7 @@ def test_the_choices_are_those_that_the_model_has():
     tables = {
         "raw_feature_norm": model.RAW_FEATURE_NORM,
         "agg_func": model.AGG_FUNC,
-        "cross_attn": model.XATTN_SCORE,
+        "cross_attn": ("t2i", "i2t"),
         "precomp_enc_type": model.LINEAR,
     }
     assert set(CHOICES) == {*tables, "position", "matmul_precision"}

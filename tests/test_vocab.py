@@ -18,8 +18,8 @@ from vocab import (
     Vocabulary,
     build_vocab,
     deserialize_vocab,
+    from_txt,
     nltk_tokenizers,
-    read_captions,
     serialize_vocab,
     tokenize,
     unknown_words_message,
@@ -195,11 +195,11 @@ def test_a_caption_ends_at_a_newline_only(tmp_path):
     captions = ["one\rtwo", "three\x0bfour\x0c", "five\u2028six\u2029", "seven\x85eight", "nine\x1cten"]
     path = tmp_path / "caps.txt"
     path.write_bytes("\n".join(captions).encode())  # the last line has no end
-    read = read_captions(str(path))
+    read = from_txt(str(path))
     assert len(read) == 5
     assert read[0] == "one\rtwo" and read[4] == "nine\x1cten"
     path.write_bytes(b"one\r\ntwo\r\n")
-    assert read_captions(str(path)) == ["one", "two"]
+    assert from_txt(str(path)) == ["one", "two"]
 
 
 def test_captions_that_cannot_be_used_are_named_by_line(tmp_path):
@@ -212,11 +212,11 @@ def test_captions_that_cannot_be_used_are_named_by_line(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
-            read_captions(str(path))
+            from_txt(str(path))
     path.write_bytes(b"a\n\nb\n")
-    assert read_captions(str(path), allow_empty=True) == ["a", "", "b"]
+    assert from_txt(str(path), allow_empty=True) == ["a", "", "b"]
     with pytest.raises(InputError, match="none.txt: no such file"):
-        read_captions(str(tmp_path / "none.txt"))
+        from_txt(str(tmp_path / "none.txt"))
 
 
 WORDS = {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}
