@@ -26,7 +26,7 @@ from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
 from lib.options import EVALUATION, OPTIONS, add_options, as_list, check_options, evaluation_options, option
 from lib.rankings import write_ranks, write_topk
 from lib.tensors import pad_rows, to_device
-from model import SCAN, ScoreConfig, restore, xattn_score
+from model import SCAN, ScoreConfig, load_model, xattn_score
 from vocab import checkpoint_vocab, deserialize_vocab  # noqa: F401 (SCAN's names)
 
 log = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def embed_captions(model: Any, data_loader: Any) -> tuple:
     targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
     lens = [len(target) for target in targets]
     by_length, starts = sorted(range(len(targets)), key=lens.__getitem__), np.cumsum([0, *lens])
-    found = ()
+    found: tuple[Tensor, ...] = ()
     for start, mine in my_batches(range(0, len(targets), batch), "captions"):
         index = by_length[start : start + batch]
         words, _, *more = model.encode_captions(pad([targets[i] for i in index]), [lens[i] for i in index])
@@ -298,7 +298,7 @@ def load_split(
     more = {"captions_optional": True} if captions_optional else {}
     loader = make_model.dataset.get_test_loader(split, opt.data_name, vocab, opt.batch_size, 0, opt, **more)
     warn_of_boxes(loader.dataset)
-    return restore(model_path, checkpoint, len(vocab), make_model, **overrides), loader
+    return load_model(model_path, len(vocab), make_model, checkpoint, **overrides), loader
 
 
 def score_split(model: Any, loader: Any, n_folds: int = 1) -> list[np.ndarray]:

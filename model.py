@@ -6,11 +6,10 @@ R regions (36), C captions of W words, D embed_size; N contexts of L elements, M
 """
 
 import inspect
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +18,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from data import PrecompDataset
 from lib import distributed
-from lib.checkpoint import load_checkpoint
-from lib.constants import LEAK, N_SLOTS, SPLIT_SIZE
+from lib.checkpoint import check_state, load_checkpoint
+from lib.constants import LEAK, N_SLOTS
 from lib.errors import InputError
 from lib.kernels import gru, pieces
 from lib.kernels.blocks import blocks
@@ -29,10 +28,8 @@ from lib.options import CHOICES, OPTIONS, check_options, option
 from lib.tensors import EPS, PackedOrder, at_least_float32, exact_products, filled, max_along, mul_, norm, to_device
 from vocab import Vocabulary
 
-log = logging.getLogger(__name__)
-
-SLOWER = "2 to 5 times slower"
-
+Lens: TypeAlias = Sequence[int] | Tensor  # words of each caption
+Mask: TypeAlias = Tensor | None  # bool, False for padding
 # ---------------------------------------------------------------- norms
 
 
@@ -205,11 +202,7 @@ class ScoreConfig(NamedTuple):
 
 
 def attention_weights(
-    S: Tensor,
-    raw_feature_norm: str,
-    smooth: float,
-    query_mask: Tensor | None = None,
-    context_mask: Tensor | None = None,
+    S: Tensor, raw_feature_norm: str, smooth: float, query_mask: Mask = None, context_mask: Mask = None
 ) -> Tensor:
     """How each query element attends to the context: softmax over the context's elements of λ · normalised S.
 
@@ -225,12 +218,7 @@ def attention_weights(
 
 
 def attend(
-    S: Tensor,
-    gram: Tensor,
-    query_norms: Tensor,
-    query_mask: Tensor | None,
-    context_mask: Tensor | None,
-    config: ScoreConfig,
+    S: Tensor, gram: Tensor, query_norms: Tensor, query_mask: Mask, context_mask: Mask, config: ScoreConfig
 ) -> Tensor:
     """Stacked cross attention of N contexts × M queries: scores (N, M).
 
@@ -249,7 +237,7 @@ def attend(
     return scores if largest is None else scores + 0.5 * aggregate(largest, query_mask, config)
 
 
-def aggregate(r: Tensor, query_mask: Tensor | None, config: ScoreConfig) -> Tensor:
+def aggregate(r: Tensor, query_mask: Mask, config: ScoreConfig) -> Tensor:
     """Scores (N, M) of the relevance r (N, K, M) of the queries' elements."""
     masks = () if query_mask is None else (query_mask,)
     return AGG_FUNC[config.agg_func](r, 1, config.lambda_lse, *masks)
@@ -271,41 +259,32 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = EPS) ->
     return ((x1 * x2).sum(dim) / (norm(x1, dim) * norm(x2, dim)).clamp(min=eps)).squeeze()
 
 
-def xattn_score_t2i(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Any) -> Tensor:
+def xattn_score_t2i(images: Tensor, captions: Tensor, cap_lens: Lens, opt: Any) -> Tensor:
     """Words attend to regions: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
     return xattn_score(images, captions, cap_lens, ScoreConfig.of(opt, "t2i"))
 
 
-def xattn_score_i2t(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Any) -> Tensor:
+def xattn_score_i2t(images: Tensor, captions: Tensor, cap_lens: Lens, opt: Any) -> Tensor:
     """Regions attend to words: scores (n_image, n_caption) of images (I, R, D), captions (C, W, D), cap_lens (C)."""
     return xattn_score(images, captions, cap_lens, ScoreConfig.of(opt, "i2t"))
 
 
 def xattn_score(
-    images: Tensor,
-    captions: Tensor,
-    cap_lens: Sequence[int] | Tensor,
-    config: ScoreConfig,
-    pairs: Tensor | None = None,
+    images: Tensor, captions: Tensor, cap_lens: Lens, config: ScoreConfig, pairs: Tensor | None = None
 ) -> Tensor:
     """Scores (I, C) of images (I, R, D) with captions (C, W, D) of cap_lens words, or (P,) of the pairs (P, 2) only.
 
     pairs: the indices of an image and a caption in each row.
     """
-    formula = (
-        attend,
-        attention_weights,
-        aggregate,
-        RAW_FEATURE_NORM[config.raw_feature_norm],
-        AGG_FUNC[config.agg_func],
-    )
-    if pairs is None and pieces.applies(images, captions, cap_lens, config) and pieces_give(config, *formula):
-        return pieces.scores(images, captions, cap_lens, config)
+    if pairs is None and pieces.applies(images, captions, cap_lens, config):
+        rows = RAW_FEATURE_NORM[config.raw_feature_norm], AGG_FUNC[config.agg_func]
+        if pieces_agree(config, attend, attention_weights, aggregate, l2norm, leaky, *rows):
+            return pieces.scores(images, captions, cap_lens, config)
     return formula_scores(images, captions, cap_lens, config, pairs)
 
 
 def formula_scores(
-    images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, config: ScoreConfig, pairs: Tensor | None = None
+    images: Tensor, captions: Tensor, cap_lens: Lens, config: ScoreConfig, pairs: Tensor | None = None
 ) -> Tensor:
     """xattn_score by attend."""
     rows = RAW_FEATURE_NORM[config.raw_feature_norm], AGG_FUNC[config.agg_func]
@@ -326,19 +305,13 @@ def takes_mask(row: Callable) -> bool:
 
 
 @cache
-def pieces_give(config: ScoreConfig, *formula: Callable) -> bool:
-    """Whether pieces.scores gives the scores of attend on a sample, with exact products; asked once for each formula.
+def pieces_agree(config: ScoreConfig, *formula: Callable) -> bool:
+    """Whether pieces.scores gives the scores of attend on a sample; asked once for each formula.
 
     formula: the functions that attend is made of now. Logs a warning where the two differ.
     """
-    sample = pieces.sample()
     with exact_products():
-        expected, compiled = formula_scores(*sample, config), pieces.scores(*sample, config)
-    difference = (compiled - expected).abs().max().item()
-    agree = difference <= 1e-4 * max(1, expected.abs().max().item())
-    if not agree:
-        log.warning("scores are %.1g from those of lib/kernels/pieces.py: model.attend is used, %s", difference, SLOWER)
-    return agree
+        return pieces.agree(formula_scores(*pieces.sample(), config), config)
 
 
 # ---------------------------------------------------------------- loss
@@ -444,12 +417,7 @@ class SCAN:
     def load_state_dict(self, state_dict):
         """Load [img_enc state, txt_enc state]. Unknown keys are ignored; missing or misshapen ones raise InputError."""
         for encoder, name, state in zip((self.img_enc, self.txt_enc), ("image", "text"), state_dict, strict=True):
-            shapes = {key: tuple(value.shape) for key, value in state.items()}
-            for key, value in encoder.state_dict().items():
-                if key not in shapes:
-                    raise InputError(f"{name} encoder: no {key} in the checkpoint")
-                if shapes[key] != tuple(value.shape) and (value.dim() or state[key].numel() != 1):
-                    raise InputError(f"{name} encoder: {key} is {shapes[key]}, expected {tuple(value.shape)}")
+            check_state(name, encoder.state_dict(), state)
             encoder.load_state_dict(state, strict=False)
 
     def train_start(self):
@@ -516,17 +484,19 @@ class SCAN:
         return result[0]
 
 
-def load_model(path: str, vocab_size: int | None = None, make_model: Callable = SCAN, **overrides: Any) -> Any:
+def load_model(
+    path: str,
+    vocab_size: int | None = None,
+    make_model: type[SCAN] = SCAN,
+    checkpoint: dict | None = None,
+    **overrides: Any,
+) -> Any:
     """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 
-    vocab_size: where given, must be the checkpoint's. make_model: SCAN or a subclass. overrides: options to set.
-    Raises InputError naming path.
+    vocab_size: where given, must be the checkpoint's. make_model: SCAN or a subclass. checkpoint: the contents of path
+    where they have been read. overrides: options to set. Raises InputError naming path.
     """
-    return restore(path, load_checkpoint(path), vocab_size, make_model, **overrides)
-
-
-def restore(path: str, checkpoint: dict, vocab_size: int | None, make_model: Callable, **overrides: Any) -> Any:
-    """load_model of a checkpoint that has been read from path."""
+    checkpoint = checkpoint or load_checkpoint(path)
     opt = checkpoint["opt"]
     vars(opt).update({"device": OPTIONS["device"].default, **overrides})  # not the device it was trained on
     opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])

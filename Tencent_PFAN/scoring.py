@@ -22,7 +22,7 @@ from data import pad
 from lib.checkpoint import load_checkpoint
 from lib.constants import N_REGIONS
 from lib.segmentation import segment
-from model import restore
+from model import load_model
 from position import position_grid
 from Tencent_PFAN.model_whole import SCAN
 from Tencent_PFAN.vocab import Vocabulary
@@ -179,7 +179,7 @@ class Scorer:
         opt = checkpoint["opt"]
         opt.vocab_path = vocab_path or opt.vocab_path
         self.vocab = checkpoint_vocab(model_path, checkpoint, opt, Vocabulary)
-        self.model = restore(model_path, checkpoint, len(self.vocab), SCAN, **overrides)
+        self.model = load_model(model_path, len(self.vocab), SCAN, checkpoint, **overrides)
         self.img_dim = opt.img_dim
         with open(model_path, "rb") as file:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -178,6 +178,16 @@ def check_words(checkpoint: dict) -> None:
         raise InputError(f"segment is {brief(checkpoint['segment'])}, expected True or False")
 
 
+def check_state(encoder: str, own: dict, state: dict) -> None:
+    """Raise InputError, naming an encoder, where a state lacks one of its parameters or has it in another shape."""
+    for key, value in own.items():
+        if key not in state:
+            raise InputError(f"{encoder} encoder: no {key} in the checkpoint")
+        if state[key].shape != value.shape and (value.dim() or state[key].numel() != 1):
+            found, expected = tuple(state[key].shape), tuple(value.shape)
+            raise InputError(f"{encoder} encoder: {key} is {found}, expected {expected}")
+
+
 def infer_position(image_state: dict) -> str:
     """The --position of an image encoder with these parameters."""
     if "fc_att.weight" in image_state:

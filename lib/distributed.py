@@ -209,8 +209,8 @@ def gather_captions(embeddings: tuple) -> tuple:
     lengths = gather_ints(int(n) for n in lengths)
     counts = gather_ints([len(words)])
     words = torch.nn.functional.pad(words, (0, 0, 0, max(lengths) - words.shape[1]))
-    words, *more = (Gather.apply(x, counts) for x in (words, *more))
-    return *embeddings[: at - 1], words, lengths, *more
+    words, *rest = (Gather.apply(x, counts) for x in (words, *more))
+    return *embeddings[: at - 1], words, lengths, *rest
 
 
 def local_pairs(n: int, negatives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

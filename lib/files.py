@@ -18,10 +18,10 @@ def make_folder(path: str | os.PathLike) -> None:
     os.makedirs(path, exist_ok=True)
 
 
-def check_outputs(*paths: str | os.PathLike | None) -> None:
+def check_outputs(*paths: str) -> None:
     """Raise InputError for a file that cannot be written, or two of the same name; empty paths are passed over."""
     seen = set()
-    for path in filter(None, paths):
+    for path in map(os.fspath, filter(None, paths)):
         folder = os.path.dirname(os.path.realpath(path))
         if not os.path.isdir(folder):
             raise InputError(f"{path}: no such folder")

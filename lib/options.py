@@ -179,7 +179,7 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option | str]
         if isinstance(row.default, bool):
             parser.add_argument(*flags, action="store_true", help=row.help.replace("%", "%%"))
             continue
-        more = {"nargs": "+"} if row.several else {}
+        more: dict[str, Any] = {"nargs": "+"} if row.several else {}
         default = defaults.get(row.name, row.default)
         choices = " | ".join(row.allowed) + ": " if isinstance(row.default, str) and row.allowed else ""
         shown = "the checkpoint's" if default is None else "none" if default == "" else default

@@ -17,8 +17,10 @@ def write_ranks(path: str, ranks: Sequence[dict], captions: str) -> None:
 
     captions: the digest of the split's captions, in each fold as well.
     """
-    folds = [{key: [torch.as_tensor(x) for x in pair] for key, pair in fold.items()} for fold in ranks]
-    folds = [{**fold, "captions": captions} for fold in folds]
+    folds: list[dict[str, Any]] = [
+        {key: [torch.as_tensor(x) for x in pair] for key, pair in fold.items()} | {"captions": captions}
+        for fold in ranks
+    ]
     replace(path, lambda file: save_tensors(folds if len(folds) > 1 else folds[0], file))
 
 

@@ -7,6 +7,7 @@ torch.mm, which asks MKL, does 110, and bfloat16 ones at 460. model.py says when
 Sizes in the docstrings: N contexts of L elements, M queries of K elements, D embed_size.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -22,11 +23,14 @@ from torch.nn.functional import linear
 from lib.kernels.blocks import equal_length_groups
 from lib.tensors import norm
 
+log = logging.getLogger(__name__)
+
 Array: TypeAlias = np.ndarray
 Blocks: TypeAlias = list[tuple[int, Tensor]]  # (index of the first context or query, (n, length, D)) each
 
 ROWS, COLUMNS = 288, 1024  # of S in a piece
 LEAST_ELEMENTS = 2**20  # of S: below, compiling would take longer than it saves
+SLOWER = "2 to 5 times slower"
 SHARES = 8  # of the pieces for each thread, which takes the next when it has done one
 
 
@@ -68,6 +72,15 @@ def sample() -> tuple[Tensor, Tensor, list[int]]:
     for caption, n in zip(captions, lens, strict=True):
         caption[n:] = 0
     return images, captions, lens
+
+
+def agree(expected: Tensor, config: Any) -> bool:
+    """Whether `scores` of the sample are those expected, model.attend's. Logs a warning where they are not."""
+    difference = (scores(*sample(), config) - expected).abs().max().item()
+    if difference <= 1e-4 * max(1, expected.abs().max().item()):
+        return True
+    log.warning("model.attend differs by %.1g from its compiled form, so scoring on CPUs is %s", difference, SLOWER)
+    return False
 
 
 # ---------------------------------------------------------------- pieces
