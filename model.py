@@ -68,13 +68,7 @@ class EncoderImagePrecomp(nn.Module):
     linear = staticmethod(linear)
 
     def __init__(
-        self,
-        img_dim,
-        embed_size,
-        no_imgnorm=False,
-        split_size=SPLIT_SIZE,
-        position_embed_size=200,
-        position="attention",
+        self, img_dim, embed_size, no_imgnorm=False, split_size=16, position_embed_size=200, position="attention"
     ):
         super().__init__()
         self.embed_size, self.no_imgnorm, self.position = embed_size, no_imgnorm, position
@@ -288,7 +282,7 @@ def formula_scores(
 ) -> Tensor:
     """xattn_score by attend."""
     rows = RAW_FEATURE_NORM[config.raw_feature_norm], AGG_FUNC[config.agg_func]
-    padded = images.device.type != "cpu" and all(map(takes_mask, rows))
+    padded = images.device.type != "cpu" and all("mask" in inspect.signature(row).parameters for row in rows)
     parts, places = blocks(images, captions, cap_lens, config.t2i, pairs, padded)
     scores = []
     for part in parts:
@@ -296,12 +290,6 @@ def formula_scores(
         scores.append(block.T if pairs is None and config.t2i else block)
     scores = torch.cat(scores).index_select(0, places)
     return scores.T if pairs is None else scores[:, 0]
-
-
-@cache
-def takes_mask(row: Callable) -> bool:
-    """Whether a row of RAW_FEATURE_NORM or AGG_FUNC can be given padded captions."""
-    return "mask" in inspect.signature(row).parameters
 
 
 @cache

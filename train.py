@@ -18,7 +18,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import EpochBatches
-from evaluation import AverageMeter, LogCollector, i2t, score_split, silent, t2i
+from evaluation import AverageMeter, LogCollector, i2t, score_split, t2i
 from lib import distributed
 from lib import events as tb_logger
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
@@ -222,7 +222,9 @@ class Run:
         if isinstance(loader.batch_sampler, EpochBatches):
             loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, self.step
         total = len(loader)
-        return tqdm(loader, f"epoch {epoch}", total, initial=self.step, unit="step", leave=False, disable=silent())
+        return tqdm(
+            loader, f"epoch {epoch}", total, initial=self.step, unit="step", leave=False, disable=distributed.silent()
+        )
 
     def describe_failure(self, error: Exception, epoch: int, ids: Sequence[int], dataset: Any) -> str:
         place, prefix = f"epoch {epoch}, step {self.step}", getattr(dataset, "prefix", "the data set")

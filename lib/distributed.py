@@ -10,12 +10,13 @@ A process that torchrun did not start behaves as the only one.
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from lib import workers
 from lib.errors import InputError
@@ -109,6 +110,20 @@ def local_slice(n: int) -> slice:
 def my_indices(n: int, done: int = 0) -> range:
     """This process's share of n equal pieces of work, which follow done others: one in every world_size."""
     return range((rank() - done) % world_size(), n, world_size())
+
+
+def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[int, bool]]:
+    """The batches that this process encodes, with a progress bar, and True; the first, and False where it is another's,
+    so that each process sees the shapes."""
+    mine = set(my_indices(len(batches)))
+    numbers = [number for number in range(len(batches)) if number in mine or number == 0]
+    bar = tqdm(numbers, desc=desc, unit="batch", leave=False, disable=silent())
+    return ((batches[number], number in mine) for number in bar)
+
+
+def silent() -> bool | None:
+    """tqdm's `disable`: only the first process shows bars, on a terminal only."""
+    return True if rank() > 0 else None
 
 
 # ---------------------------------------------------------------- sums
