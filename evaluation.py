@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import ImageCaptions, pad
 from lib import distributed, eccv, report
@@ -116,9 +115,7 @@ def score_shards(
     words, lens, *more = captions
     lens, limit = torch.as_tensor(lens, dtype=torch.int64).reshape(-1), BlockLimit(device)
     sims = np.zeros((len(images[0]), len(lens)), dtype=np.float32)
-    with tqdm(
-        total=sims.size, desc=desc, unit="pair", unit_scale=True, leave=False, disable=distributed.silent()
-    ) as bar:
+    with distributed.progress(total=sims.size, desc=desc, unit="pair", unit_scale=True) as bar:
         for first, chunk in resident_chunks(images, device, shard_size):
             shards = range(0, len(chunk[0]), shard_size)
             for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
@@ -306,20 +303,13 @@ class Split:
         total: list[np.ndarray] = []
         for path in paths:
             model, loader = load_split(path, *self.where, **self.overrides)
-            self.check(path, loader.dataset)
+            self.dataset = self.dataset or loader.dataset
+            report.check_same_split(path, loader.dataset, self.dataset, self.eccv)
             folds = score_split(model, loader, self.n_folds)
             total = total or [np.zeros_like(sims) for sims in folds]
             for mean, sims in zip(total, folds, strict=True):
                 mean += sims / len(paths)
         return total
-
-    def check(self, path: str, dataset: Any) -> None:
-        if self.dataset is not None:
-            report.check_same_split(path, dataset, self.dataset)
-            return
-        self.dataset = dataset
-        if self.eccv:
-            eccv.check_split(dataset.prefix, dataset.n_images, len(dataset.captions), dataset.read_id_lines())
 
 
 def evalrank(

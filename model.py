@@ -1,7 +1,7 @@
 """PFAN: image and text encoders, cross attention, hinge loss, the model; in the order and under the names of SCAN.
 
-Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al.,
-Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of
+SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al., Position Focused
+Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of
 R regions (36), C captions of W words, D embed_size; N contexts of L elements, M queries of K elements, P pairs.
 """
 
@@ -51,7 +51,9 @@ def leaky(X: Tensor) -> Tensor:
 # ---------------------------------------------------------------- image encoder
 
 
-def EncoderImage(data_name, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, **more):
+def EncoderImage(
+    data_name: str, img_dim: int, embed_size: int, precomp_enc_type: str = "basic", no_imgnorm=False, **more: Any
+) -> nn.Module:
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
     if precomp_enc_type not in ENCODERS:
         raise InputError(f"precomp_enc_type {precomp_enc_type}: expected one of {', '.join(ENCODERS)}")
@@ -473,11 +475,7 @@ class SCAN:
 
 
 def load_model(
-    path: str,
-    vocab_size: int | None = None,
-    make_model: type[SCAN] = SCAN,
-    checkpoint: dict | None = None,
-    **overrides: Any,
+    path: str, vocab_size: int | None = None, make_model: type = SCAN, checkpoint: dict | None = None, **overrides: Any
 ) -> Any:
     """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 

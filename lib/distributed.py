@@ -112,18 +112,17 @@ def my_indices(n: int, done: int = 0) -> range:
     return range((rank() - done) % world_size(), n, world_size())
 
 
-def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[int, bool]]:
-    """The batches that this process encodes, with a progress bar, and True; the first, and False where it is another's,
-    so that each process sees the shapes."""
+def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[Any, bool]]:
+    """The batches that this process encodes, and True; the first, and False where it is another's, so that each process
+    sees the shapes. With a progress bar."""
     mine = set(my_indices(len(batches)))
     numbers = [number for number in range(len(batches)) if number in mine or number == 0]
-    bar = tqdm(numbers, desc=desc, unit="batch", leave=False, disable=silent())
-    return ((batches[number], number in mine) for number in bar)
+    return ((batches[number], number in mine) for number in progress(numbers, desc=desc, unit="batch"))
 
 
-def silent() -> bool | None:
-    """tqdm's `disable`: only the first process shows bars, on a terminal only."""
-    return True if rank() > 0 else None
+def progress(*args: Any, **more: Any) -> tqdm:
+    """A progress bar of tqdm, which only the first process shows, on a terminal only, until it has ended."""
+    return tqdm(*args, leave=False, disable=True if rank() > 0 else None, **more)
 
 
 # ---------------------------------------------------------------- sums

@@ -138,7 +138,7 @@ def score_piece(
 def score_context(
     S: Array, gram: Array, queries: Array, norms: Array, options: tuple, numbers: Array, scores: Array
 ) -> None:
-    """Scores of one context, whose rows of the piece are S (L, columns), with all queries. numbers: room (5, columns)."""
+    """Scores of one context, rows S (L, columns), with all queries. numbers (5, columns): room."""
     scale, total, dots, largest, squares = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
     total[:], dots[:], largest[:], squares[:] = 0, 0, 0, 0
     slope, smooth, eps, how, lse, term = options
