@@ -303,7 +303,7 @@ class Split:
         total: list[np.ndarray] = []
         for path in paths:
             model, loader = load_split(path, *self.where, **self.overrides)
-            self.dataset = self.dataset or loader.dataset
+            self.dataset = loader.dataset if self.dataset is None else self.dataset
             report.check_same_split(path, loader.dataset, self.dataset, self.eccv)
             folds = score_split(model, loader, self.n_folds)
             total = total or [np.zeros_like(sims) for sims in folds]
