@@ -11,11 +11,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib import distributed, workers
-from lib.constants import N_CELLS, N_SLOTS
-from lib.datasets.checks import bad_cells, bad_weights, rows_per_image, same_as_previous, unequal_repeats
+from lib.datasets.checks import check_grids, rows_per_image, same_as_previous, unequal_repeats
 from lib.errors import InputError
 from lib.files import open_npy, read_ahead, read_lines
 from lib.options import option
@@ -136,13 +135,13 @@ class PrecompDataset(Dataset):
         return *features, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
 
     def __getitems__(self, indices):
-        """What a DataLoader asks for. In a loading process the only item is an InputError that reading raised."""
+        """What a DataLoader asks for. In a loading process that a Loader started, an InputError is the only item."""
         if not self.numbers_only:
             read_ahead(self.images, [self.image_of(index) * self.repeats for index in indices])
         try:
             return [self[index] for index in indices]
         except InputError as error:
-            if get_worker_info() is None:
+            if not workers.is_loading():
                 raise
             return [error]
 
@@ -177,24 +176,10 @@ class PrecompDataset(Dataset):
         self.im_div = max(1, n_captions // self.n_images)
 
     def check_boxes(self):
-        path, shape = self.prefix + "_boxes.npy", self.boxes.shape
-        if len(shape) != 3 or shape[1] not in self.box_counts() or shape[2] not in (2 * N_SLOTS, 2 * N_SLOTS + 1):
-            regions = " or ".join(map(str, self.box_counts()))
-            raise InputError(f"{path}: found {shape}, expected ({len(self.images)}, {regions}, 30 or 31)")
+        path = self.prefix + "_boxes.npy"
+        check_grids(path, self.boxes, self.box_counts())
         if len(self.boxes) not in (len(self.images), self.n_images):
             raise InputError(f"{path}: {len(self.boxes)} images, but {len(self.images)} in {self.prefix}_ims.npy")
-        for start in range(0, len(self.boxes), 1024):
-            grids = np.asarray(self.boxes[start : start + 1024])
-            for name, bad, first, largest in (
-                ("cell index", bad_cells(grids), 0, N_CELLS),
-                ("weight", bad_weights(grids), N_SLOTS, 1),
-            ):
-                if bad.any():
-                    image, region, slot = np.argwhere(bad)[0]
-                    raise InputError(
-                        f"{path}, image {start + image}, region {region}: {name} {grids[image, region, first + slot]}, "
-                        f"expected 0 to {largest}"
-                    )
 
     def warn_unknown(self):
         """Log a warning where most words of a sample of the captions are not in the vocabulary."""
@@ -254,18 +239,19 @@ def collate_fn(data: list) -> Any:
     """Batch items, longest caption first.
 
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
-    lengths (list of B int), ids (tuple of B int, which item each row is); () for no items. In a loading process they
-    are written into memory that is shared; an InputError, the loading process's or __getitems__', is returned.
+    lengths (list of B int), ids (tuple of B int, which item each row is). In a loading process they are written into
+    memory that is shared; one that a Loader started returns an InputError instead of raising it.
     """
-    if not data or isinstance(data[0], InputError):
-        return data[0] if data else ()
+    if isinstance(data[0], InputError):
+        return data[0]
     data.sort(key=lambda item: len(item[-3]), reverse=True)
     *features, captions, ids, _ = zip(*data, strict=True)
     lengths, targets = [len(caption) for caption in captions], pad(list(captions))
     try:
-        targets = targets if get_worker_info() is None else workers.share(targets)
-        return *map(workers.stack, features), targets, lengths, ids
+        return *map(workers.stack, features), workers.share(targets), lengths, ids
     except InputError as error:
+        if not workers.is_loading():
+            raise
         return error
 
 

@@ -5,14 +5,13 @@ python evaluation.py --model_path runs/f30k/model_best.pth.tar [MORE …] --data
 
 import argparse
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from data import ImageCaptions, pad
 from lib import distributed, eccv, report
@@ -56,7 +55,7 @@ def embed_images(model: Any, data_loader: Any) -> tuple[Tensor, ...]:
     model.val_start()
     dataset, batch = data_loader.dataset, model.opt.batch_size
     n, found = dataset.n_images, ()
-    for start, mine in my_batches(range(0, n, batch), "images"):
+    for start, mine in distributed.my_batches(range(0, n, batch), "images"):
         stop = min(start + batch, n)
         rows = model.encode_images(*dataset.features(range(start, stop)))
         found = found or tuple(torch.zeros(n, *x.shape[1:]) for x in rows)
@@ -78,7 +77,7 @@ def embed_captions(model: Any, data_loader: Any) -> tuple:
     lens = [len(target) for target in targets]
     by_length, starts = sorted(range(len(targets)), key=lens.__getitem__), np.cumsum([0, *lens])
     found: tuple[Tensor, ...] = ()
-    for start, mine in my_batches(range(0, len(targets), batch), "captions"):
+    for start, mine in distributed.my_batches(range(0, len(targets), batch), "captions"):
         index = by_length[start : start + batch]
         words, _, *more = model.encode_captions(pad([targets[i] for i in index]), [lens[i] for i in index])
         found = found or (
@@ -92,20 +91,6 @@ def embed_captions(model: Any, data_loader: Any) -> tuple:
                 embeddings[index] = x.cpu()
     words, *more = map(distributed.all_reduce_sum, found or (torch.zeros(0, model.opt.embed_size),))
     return words, lens, *more
-
-
-def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[int, bool]]:
-    """The batches that this process encodes, with a progress bar, and True; the first, and False where it is another's,
-    so that each process sees the shapes."""
-    mine = set(distributed.my_indices(len(batches)))
-    numbers = [number for number in range(len(batches)) if number in mine or number == 0]
-    bar = tqdm(numbers, desc=desc, unit="batch", leave=False, disable=silent())
-    return ((batches[number], number in mine) for number in bar)
-
-
-def silent() -> bool | None:
-    """tqdm's `disable`: only the first process shows bars, on a terminal only."""
-    return True if distributed.rank() > 0 else None
 
 
 # ---------------------------------------------------------------- scores
@@ -130,7 +115,7 @@ def score_shards(
     words, lens, *more = captions
     lens, limit = torch.as_tensor(lens, dtype=torch.int64).reshape(-1), BlockLimit(device)
     sims = np.zeros((len(images[0]), len(lens)), dtype=np.float32)
-    with tqdm(total=sims.size, desc=desc, unit="pair", unit_scale=True, leave=False, disable=silent()) as bar:
+    with distributed.progress(total=sims.size, desc=desc, unit="pair", unit_scale=True) as bar:
         for first, chunk in resident_chunks(images, device, shard_size):
             shards = range(0, len(chunk[0]), shard_size)
             for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
@@ -140,31 +125,12 @@ def score_shards(
                     *(to_device(x[index], device) for x in more),
                 )
                 for i in distributed.my_indices(len(shards), number * len(shards)):
-                    block = score_block(score, [x[shards[i] : shards[i] + shard_size] for x in chunk], text, limit)
+                    block = limit.score(score, [x[shards[i] : shards[i] + shard_size] for x in chunk], text)
                     start = first + shards[i]
                     sims[start : start + len(block), index.numpy()] = block.numpy()
                     bar.update(block.numel() * distributed.world_size())
     distributed.all_reduce_sum(torch.from_numpy(sims))
     return sims
-
-
-def score_block(score: Callable, images: Sequence[Tensor], text: tuple, limit: BlockLimit) -> Tensor:
-    """Scores (I, C) on the CPU of images and captions on the device, in parts where that runs out of memory.
-
-    Raises torch.OutOfMemoryError where one image is too much.
-    """
-    scores, start, n = [], 0, len(images[0])
-    while start < n:
-        size = limit.fit(n - start, images[0].shape[1] * int(text[1].sum()))
-        try:
-            scores.append(score(*(x[start : start + size] for x in images), *text).cpu())
-        except torch.OutOfMemoryError:
-            if size == 1:
-                raise
-            limit.halve(size)
-            continue
-        start += size
-    return torch.cat(scores)
 
 
 def select_words(words: Tensor, lens: Tensor, index: Tensor, device: torch.device) -> Tensor:
@@ -337,20 +303,13 @@ class Split:
         total: list[np.ndarray] = []
         for path in paths:
             model, loader = load_split(path, *self.where, **self.overrides)
-            self.check(path, loader.dataset)
+            self.dataset = loader.dataset if self.dataset is None else self.dataset
+            report.check_same_split(path, loader.dataset, self.dataset, self.eccv)
             folds = score_split(model, loader, self.n_folds)
             total = total or [np.zeros_like(sims) for sims in folds]
             for mean, sims in zip(total, folds, strict=True):
                 mean += sims / len(paths)
         return total
-
-    def check(self, path: str, dataset: Any) -> None:
-        if self.dataset is not None:
-            report.check_same_split(path, dataset, self.dataset)
-            return
-        self.dataset = dataset
-        if self.eccv:
-            eccv.check_split(dataset.prefix, dataset.n_images, len(dataset.captions), dataset.read_id_lines())
 
 
 def evalrank(

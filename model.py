@@ -1,7 +1,7 @@
 """PFAN: image and text encoders, cross attention, hinge loss, the model; in the order and under the names of SCAN.
 
-Formulas: SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al.,
-Position Focused Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of
+SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al., Position Focused
+Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of
 R regions (36), C captions of W words, D embed_size; N contexts of L elements, M queries of K elements, P pairs.
 """
 
@@ -51,7 +51,9 @@ def leaky(X: Tensor) -> Tensor:
 # ---------------------------------------------------------------- image encoder
 
 
-def EncoderImage(data_name, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, **more):
+def EncoderImage(
+    data_name: str, img_dim: int, embed_size: int, precomp_enc_type: str = "basic", no_imgnorm=False, **more: Any
+) -> nn.Module:
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
     if precomp_enc_type not in ENCODERS:
         raise InputError(f"precomp_enc_type {precomp_enc_type}: expected one of {', '.join(ENCODERS)}")
@@ -68,13 +70,7 @@ class EncoderImagePrecomp(nn.Module):
     linear = staticmethod(linear)
 
     def __init__(
-        self,
-        img_dim,
-        embed_size,
-        no_imgnorm=False,
-        split_size=SPLIT_SIZE,
-        position_embed_size=200,
-        position="attention",
+        self, img_dim, embed_size, no_imgnorm=False, split_size=16, position_embed_size=200, position="attention"
     ):
         super().__init__()
         self.embed_size, self.no_imgnorm, self.position = embed_size, no_imgnorm, position
@@ -288,7 +284,7 @@ def formula_scores(
 ) -> Tensor:
     """xattn_score by attend."""
     rows = RAW_FEATURE_NORM[config.raw_feature_norm], AGG_FUNC[config.agg_func]
-    padded = images.device.type != "cpu" and all(map(takes_mask, rows))
+    padded = images.device.type != "cpu" and all("mask" in inspect.signature(row).parameters for row in rows)
     parts, places = blocks(images, captions, cap_lens, config.t2i, pairs, padded)
     scores = []
     for part in parts:
@@ -296,12 +292,6 @@ def formula_scores(
         scores.append(block.T if pairs is None and config.t2i else block)
     scores = torch.cat(scores).index_select(0, places)
     return scores.T if pairs is None else scores[:, 0]
-
-
-@cache
-def takes_mask(row: Callable) -> bool:
-    """Whether a row of RAW_FEATURE_NORM or AGG_FUNC can be given padded captions."""
-    return "mask" in inspect.signature(row).parameters
 
 
 @cache
@@ -485,11 +475,7 @@ class SCAN:
 
 
 def load_model(
-    path: str,
-    vocab_size: int | None = None,
-    make_model: type[SCAN] = SCAN,
-    checkpoint: dict | None = None,
-    **overrides: Any,
+    path: str, vocab_size: int | None = None, make_model: type = SCAN, checkpoint: dict | None = None, **overrides: Any
 ) -> Any:
     """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 

@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from data import EpochBatches
-from evaluation import AverageMeter, LogCollector, i2t, score_split, silent, t2i
+from evaluation import AverageMeter, LogCollector, i2t, score_split, t2i
 from lib import distributed
 from lib import events as tb_logger
 from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
@@ -118,8 +117,6 @@ def train(opt: Any, train_loader: Any, model: SCAN, epoch: int, val_loader: Any,
     end = time.time()
     with logging_redirect_tqdm():
         for batch in one.stop.wait(one.batches(train_loader, epoch)):
-            if isinstance(batch, InputError):  # of a loading process
-                raise batch
             data_time.update(time.time() - end, 1)
             model.train_start()
             try:
@@ -221,8 +218,7 @@ class Run:
         """The batches that are left of an epoch, with a progress bar."""
         if isinstance(loader.batch_sampler, EpochBatches):
             loader.batch_sampler.epoch, loader.batch_sampler.first = epoch, self.step
-        total = len(loader)
-        return tqdm(loader, f"epoch {epoch}", total, initial=self.step, unit="step", leave=False, disable=silent())
+        return distributed.progress(loader, f"epoch {epoch}", len(loader), initial=self.step, unit="step")
 
     def describe_failure(self, error: Exception, epoch: int, ids: Sequence[int], dataset: Any) -> str:
         place, prefix = f"epoch {epoch}, step {self.step}", getattr(dataset, "prefix", "the data set")

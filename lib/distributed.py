@@ -10,12 +10,13 @@ A process that torchrun did not start behaves as the only one.
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from lib import workers
 from lib.errors import InputError
@@ -109,6 +110,19 @@ def local_slice(n: int) -> slice:
 def my_indices(n: int, done: int = 0) -> range:
     """This process's share of n equal pieces of work, which follow done others: one in every world_size."""
     return range((rank() - done) % world_size(), n, world_size())
+
+
+def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[Any, bool]]:
+    """The batches that this process encodes, and True; the first, and False where it is another's, so that each process
+    sees the shapes. With a progress bar."""
+    mine = set(my_indices(len(batches)))
+    numbers = [number for number in range(len(batches)) if number in mine or number == 0]
+    return ((batches[number], number in mine) for number in progress(numbers, desc=desc, unit="batch"))
+
+
+def progress(*args: Any, **more: Any) -> tqdm:
+    """A progress bar of tqdm, which only the first process shows, on a terminal only, until it has ended."""
+    return tqdm(*args, leave=False, disable=True if rank() > 0 else None, **more)
 
 
 # ---------------------------------------------------------------- sums

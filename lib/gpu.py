@@ -4,7 +4,7 @@ On a CPU everything stays where it is and blocks have no limit.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,11 +68,27 @@ class BlockLimit:
         fits = max(1, int(SHARE * free / (4 * TEMPORARIES * max(1, elements))))
         return min(n_images, fits, self.size or fits)
 
-    def halve(self, size: int) -> None:
-        """Half the limit from now on, because a block of size images ran out of memory."""
-        self.size = size // 2
-        log.warning("%s: out of memory with %d images at once, now %d", self.device, size, self.size)
-        torch.cuda.empty_cache()
+    def score(self, score: Callable, images: Sequence[Tensor], captions: tuple) -> Tensor:
+        """score(*images, *captions) (I, C) on the CPU, in blocks of images.
+
+        images, captions: as evaluation.score_shards takes them, on the device. Where a block runs out of memory, it is
+        scored in halves, with a warning, and so are all after it. Raises torch.OutOfMemoryError where one image is too
+        much.
+        """
+        scores, start, n = [], 0, len(images[0])
+        while start < n:
+            size = self.fit(n - start, images[0].shape[1] * int(captions[1].sum()))
+            try:
+                scores.append(score(*(x[start : start + size] for x in images), *captions).cpu())
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.size = size // 2
+                log.warning("%s: out of memory with %d images at once, now %d", self.device, size, self.size)
+                torch.cuda.empty_cache()
+                continue
+            start += size
+        return torch.cat(scores)
 
 
 class FeaturesOnGPU:

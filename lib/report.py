@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from lib.eccv import check_split
 from lib.errors import InputError, brief
 from lib.intervals import RECALL_AT, group_hits, print_summary
 
@@ -58,9 +59,11 @@ def all_hits(ranks: list) -> np.ndarray:
     return np.concatenate([group_hits(fold["rt"][0], fold["rti"][0]) for fold in ranks])
 
 
-def check_same_split(path: Any, dataset: Any, other: Any) -> None:
+def check_same_split(path: Any, dataset: Any, other: Any, eccv: bool) -> None:
     """Raise InputError, naming a model's path, where its data set has other images or captions than the first model's,
-    or in another order."""
+    or in another order; with eccv also where it is not MS-COCO's testall."""
+    if eccv:
+        check_split(dataset.prefix, dataset.n_images, len(dataset.captions), dataset.read_id_lines())
     counts, others = ((x.n_images, len(x.captions)) for x in (dataset, other))
     if counts != others:
         raise InputError(

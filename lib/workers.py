@@ -28,8 +28,8 @@ class WorkerLog:
     """
 
     def __init__(self, workers: int):
-        self.pids, self.items = (share(torch.zeros(workers, dtype=torch.int64)) for _ in range(2))
-        self.watched = share(torch.zeros((), dtype=torch.int64))
+        self.pids, self.items = (move(torch.zeros(workers, dtype=torch.int64)) for _ in range(2))
+        self.watched = move(torch.zeros((), dtype=torch.int64))
 
     def start_worker(self, number: int) -> None:
         """Set up loading process `number`: note its id and leave signals to the process that trains.
@@ -52,6 +52,11 @@ def note_item(index: int) -> None:
         item.fill_(index)
 
 
+def is_loading() -> bool:
+    """Whether this is a loading process that a Loader started."""
+    return item is not None
+
+
 class Loader(DataLoader):
     """torch's DataLoader with loading processes, at most one a core, whose deaths `watched` reports."""
 
@@ -64,14 +69,18 @@ class Loader(DataLoader):
         super().__init__(dataset, num_workers=workers, generator=torch.Generator(), **more)
 
     def __iter__(self) -> Any:
-        if not self.log or self.processes:
-            return super().__iter__()
-        self.check_shared_memory()
+        start = self.log and not self.processes
+        if start:
+            self.check_shared_memory()
         others = multiprocessing.active_children()
         batches = super().__iter__()
-        self.processes = [child for child in multiprocessing.active_children() if child not in others]
-        loading.add(self)
-        return batches
+        if start:
+            self.processes = [child for child in multiprocessing.active_children() if child not in others]
+            loading.add(self)
+        for batch in batches:
+            if isinstance(batch, InputError):  # of a loading process; raised there, it would arrive with a traceback
+                raise batch
+            yield batch
 
     def dead(self) -> list:
         """The loading processes that have ended."""
@@ -126,7 +135,12 @@ def watched(loader: Any) -> Iterator[None]:
 
 
 def share(x: Tensor) -> Tensor:
-    """x, moved into shared memory in a loading process, as are the notes on one. Raises InputError where it is full."""
+    """x, in a loading process moved into shared memory. Raises InputError where that is full."""
+    return x if get_worker_info() is None else move(x)
+
+
+def move(x: Tensor) -> Tensor:
+    """x, moved into shared memory. Raises InputError where that is full."""
     try:
         return x.share_memory_()
     except RuntimeError as error:

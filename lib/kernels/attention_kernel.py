@@ -15,7 +15,6 @@ from lib.tensors import EPS
 
 Float: TypeAlias = np.float32
 Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous
-TILE = 512  # columns whose 36 rows of attention are multiplied with the Gram matrix at once
 LOG_SUM_EXP, MEAN, MAX, SUM = range(4)
 HOW = {"LogSumExp": LOG_SUM_EXP, "Mean": MEAN, "Max": MAX, "Sum": SUM}
 ONE, HALF, LIMIT = np.float32(1), np.float32(0.5), np.float32(85)  # the last: of exponents
@@ -40,20 +39,15 @@ def exp(x: Float) -> Float:
 
 @compiled
 def fold(values: Array, K: int, M: int, most: bool) -> None:
-    """values[:M] = the sum, or the largest, over the first axis of values (K·M), which are lost.
-
-    The lower half takes in the upper one until one row is left: loops that are long, and so vectorise, for any M.
-    """
-    while K > 1:
-        half = (K + 1) // 2
-        rest = values[half * M : K * M]
+    """values[:M] = the sum, or the largest, over the first axis of values (K·M), which are lost."""
+    for k in range(1, K):
+        rest = values[k * M : (k + 1) * M]
         if most:  # NaN included
-            for i in range(len(rest)):
-                values[i] = rest[i] if values[i] < rest[i] or rest[i] != rest[i] else values[i]
+            for m in range(M):
+                values[m] = rest[m] if values[m] < rest[m] or rest[m] != rest[m] else values[m]
         else:
-            for i in range(len(rest)):
-                values[i] += rest[i]
-        K = half
+            for m in range(M):
+                values[m] += rest[m]
 
 
 @compiled
@@ -65,17 +59,13 @@ def scales(S: Array, K: int, M: int, slope: Float, smooth: Float, eps: Float, sc
     fold(scale, K, M, False)
     for m in range(M):
         scale[m] = smooth / (math.sqrt(scale[m]) + eps)
-    done = M
-    while done < K * M:
-        copy = scale[done : min(2 * done, K * M)]
-        for i in range(len(copy)):
-            copy[i] = scale[i]
-        done *= 2
+    for k in range(1, K):
+        scale[k * M : (k + 1) * M] = scale[:M]
 
 
 @compiled
 def exponentials(
-    row: Array, scale: Array, slope: Float, smooth: Float, total: Array, dots: Array, strongest: Array
+    row: Array, scale: Array, slope: Float, smooth: Float, total: Array, dots: Array, largest: Array
 ) -> None:
     """One context element's similarities become e^(λ·normalised - λ), and join its context's sums and maximum."""
     for i in range(len(row)):
@@ -84,7 +74,7 @@ def exponentials(
         row[i] = e
         total[i] += e
         dots[i] += e * s
-        strongest[i] = e if e > strongest[i] else strongest[i]
+        largest[i] = e if e > largest[i] else largest[i]
 
 
 @compiled
@@ -100,40 +90,13 @@ def add_products(sum: Array, a: Array, b: Array) -> None:
 
 
 @compiled
-def add_four_rows(p: Array, q: Array, r: Array, s: Array, a: Array, b: Array, c: Array, d: Array, gram: Array) -> None:
-    """(p, q, r, s) += gram (4, 4) · (a, b, c, d): with sixteen numbers at hand a row is read once for four products."""
-    p0, p1, p2, p3 = gram[0, 0], gram[0, 1], gram[0, 2], gram[0, 3]
-    q0, q1, q2, q3 = gram[1, 0], gram[1, 1], gram[1, 2], gram[1, 3]
-    r0, r1, r2, r3 = gram[2, 0], gram[2, 1], gram[2, 2], gram[2, 3]
-    s0, s1, s2, s3 = gram[3, 0], gram[3, 1], gram[3, 2], gram[3, 3]
-    for i in range(len(p)):
-        w, x, y, z = a[i], b[i], c[i], d[i]
-        p[i] += p0 * w + p1 * x + p2 * y + p3 * z
-        q[i] += q0 * w + q1 * x + q2 * y + q3 * z
-        r[i] += r0 * w + r1 * x + r2 * y + r3 * z
-        s[i] += s0 * w + s1 * x + s2 * y + s3 * z
-
-
-@compiled
-def add_squares(e: Array, start: int, stop: int, gram: Array, squares: Array) -> None:
-    """squares (columns) += e G eᵀ, columns start to stop of e (L, columns); gram is doubled(G)."""
-    # e[row][start:stop], not e[row, start:stop]: only of the first numba knows that it is contiguous, and vectorises
-    products = np.empty((4, stop - start), np.float32)
-    odd = len(e) % 4
-    for row in range(odd):
-        products[0][:] = 0
-        for other in range(row, len(e)):
-            add_row(products[0], e[other][start:stop], gram[row, other])
-        add_products(squares[start:stop], products[0], e[row][start:stop])
-    for row in range(odd, len(e), 4):
+def add_squares(e: Array, gram: Array, products: Array, squares: Array) -> None:
+    """squares (columns) += e G eᵀ for e (L, columns); gram: twice G above the diagonal, 0 below. products: room."""
+    for row in range(len(e)):
         products[:] = 0
-        for other in range(row, len(e), 4):
-            a, b = e[other][start:stop], e[other + 1][start:stop]
-            c, d = e[other + 2][start:stop], e[other + 3][start:stop]
-            g = gram[row : row + 4, other : other + 4]
-            add_four_rows(products[0], products[1], products[2], products[3], a, b, c, d, g)
-        for i in range(4):
-            add_products(squares[start:stop], products[i], e[row + i][start:stop])
+        for other in range(row, len(e)):
+            add_row(products, e[other], gram[row, other])
+        add_products(squares, products, e[row])
 
 
 @compiled
@@ -154,49 +117,6 @@ def aggregate(values: Array, K: int, M: int, how: int, smooth: Float, factor: Fl
 
 
 @compiled
-def score_contexts(
-    rows: Array, gram: Array, norms: Array, queries: Array, options: tuple, scores: Array, first: int
-) -> None:
-    """Write attend's scores of N contexts with blocks of equally long queries to scores, from row first on.
-
-    rows (N, L, columns or more, the rest not read): of S, overwritten; gram as doubled makes it; norms (columns).
-    queries (n, 3): M, K and the first query's column of scores, for each block; its elements are K·M columns of rows.
-    options: as kernel_args returns them.
-    """
-    slope, smooth, eps, how, lse, term = options
-    N, L, columns = len(rows), rows.shape[1], len(norms)
-    scale, total, dots = np.empty(columns, np.float32), np.empty(columns, np.float32), np.empty(columns, np.float32)
-    strongest, squares = np.empty(columns, np.float32), np.empty(columns, np.float32)
-    for n in range(N):
-        total[:], dots[:], strongest[:], squares[:] = 0, 0, 0, 0
-        for row in range(L):
-            S, column = rows[n, row][:columns], 0
-            for block in range(len(queries)):
-                M, K, _ = queries[block]
-                stop = column + K * M
-                scales(S[column:stop], K, M, slope, smooth, eps, scale[column:stop])
-                column = stop
-            exponentials(S, scale, slope, smooth, total, dots, strongest)
-        for start in range(0, columns, TILE):
-            add_squares(rows[n], start, min(start + TILE, columns), gram[n], squares)
-        for i in range(columns):
-            share = ONE / total[i]
-            square = squares[i] * share * share
-            both = norms[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
-            dots[i] *= share / (eps if both < eps else both)
-            strongest[i] *= share
-        column = 0
-        for block in range(len(queries)):
-            M, K, query = queries[block]
-            stop, block_scores = column + K * M, scores[first + n][query : query + M]
-            block_scores[:] = 0
-            aggregate(dots[column:stop], K, M, how, lse, ONE, block_scores)
-            if term:
-                aggregate(strongest[column:stop], K, M, how, lse, term, block_scores)
-            column = stop
-
-
-@compiled
 def score_piece(
     S: Array, contexts: Array, gram: Array, queries: Array, norms: Array, options: tuple, scores: Array
 ) -> None:
@@ -205,12 +125,47 @@ def score_piece(
     contexts, gram, queries, norms: blocks and values of both pieces.Sides. options: as options_of returns them.
     """
     row = value = 0
+    numbers = np.empty((5, S.shape[1]), np.float32)
     for block in range(len(contexts)):
         N, L, first = contexts[block]
-        rows = S[row : row + N * L].reshape(N, L, S.shape[1])
-        grams = gram[value : value + N * L * L].reshape(N, L, L)
-        score_contexts(rows, grams, norms, queries, options, scores, first)
-        row, value = row + N * L, value + N * L * L
+        for n in range(N):
+            G = gram[value : value + L * L].reshape(L, L)
+            score_context(S[row : row + L], G, queries, norms, options, numbers, scores[first + n])
+            row, value = row + L, value + L * L
+
+
+@compiled
+def score_context(
+    S: Array, gram: Array, queries: Array, norms: Array, options: tuple, numbers: Array, scores: Array
+) -> None:
+    """Scores of one context, rows S (L, columns), with all queries. numbers (5, columns): room."""
+    scale, total, dots, largest, squares = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    total[:], dots[:], largest[:], squares[:] = 0, 0, 0, 0
+    slope, smooth, eps, how, lse, term = options
+    for row in range(len(S)):
+        column = 0
+        for block in range(len(queries)):
+            M, K, _ = queries[block]
+            stop = column + K * M
+            scales(S[row][column:stop], K, M, slope, smooth, eps, scale[column:stop])
+            column = stop
+        exponentials(S[row], scale, slope, smooth, total, dots, largest)
+    add_squares(S, gram, scale, squares)
+    for i in range(len(norms)):
+        share = ONE / total[i]
+        square = squares[i] * share * share
+        both = norms[i] * math.sqrt(eps * eps * eps if square < eps * eps * eps else square)
+        dots[i] *= share / (eps if both < eps else both)
+        largest[i] *= share
+    column = 0
+    for block in range(len(queries)):
+        M, K, query = queries[block]
+        stop, found = column + K * M, scores[query : query + M]
+        found[:] = 0
+        aggregate(dots[column:stop], K, M, how, lse, ONE, found)
+        if term:
+            aggregate(largest[column:stop], K, M, how, lse, term, found)
+        column = stop
 
 
 def options_of(config: Any) -> tuple:

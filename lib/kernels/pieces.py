@@ -10,9 +10,7 @@ Sizes in the docstrings: N contexts of L elements, M queries of K elements, D em
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from itertools import groupby
-from threading import Lock, Thread
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -173,35 +171,14 @@ def attend_pieces(contexts: Sequence[Tensor], queries: Sequence[Tensor], config:
     return torch.from_numpy(found)
 
 
-# ---------------------------------------------------------------- threads
-
-
-starting = Lock()  # held by a thread of the pool while it starts
-
-
-def compute_alone() -> None:
-    """Keep torch's computations of this thread in this thread from now on.
-
-    torch.set_num_threads also sets the number that later threads start with; another thread sets that back.
-    """
-    with starting:
-        before = torch.get_num_threads()  # asked first: a thread's first question or product undoes what it set before
-        torch.set_num_threads(1)
-        other = Thread(target=torch.set_num_threads, args=(before,))
-        other.start()
-        other.join()
-
-
-@cache
-def pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, initializer=compute_alone)
-
-
 def in_threads(work: Callable[[int, int], Any], count: int) -> None:
-    """work(first, last) for all of count jobs, in SHARES shares for each of torch.get_num_threads() threads."""
+    """work(first, last) for all of count jobs, in SHARES shares for each of torch.get_num_threads() threads, in each of
+    which torch computes alone."""
     threads = torch.get_num_threads()
     cuts = np.linspace(0, count, min(count, threads * SHARES) + 1).astype(int).tolist()
-    if threads == 1 or count == 1:
-        work(0, count)
-    else:
-        list(pool(threads).map(work, cuts[:-1], cuts[1:]))
+    torch.set_num_threads(1)  # new threads take it over when they are asked for theirs
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.get_num_threads) as pool:
+            list(pool.map(work, cuts[:-1], cuts[1:]))
+    finally:
+        torch.set_num_threads(threads)
