@@ -341,7 +341,22 @@ def test_several_threads_score_at_once(calls):
     with ThreadPoolExecutor(6) as clients:
         together = list(clients.map(lambda some: xattn_score(*some, config_of()), splits * 3))
     assert all(map(same, together, alone * 3))
-    assert torch.get_num_threads() == number_of_threads_of_a_new_thread() == 2
+
+
+@pytest.mark.xfail(reason="a thread that starts while another scores keeps one thread for ever", strict=False)
+def test_a_thread_that_starts_while_another_scores_has_as_many_threads_as_the_rest(calls, monkeypatch):
+    torch.set_num_threads(3)
+    product, found = pieces.multiply, []
+    with ThreadPoolExecutor(1) as new:
+
+        def multiply(left, right):
+            if not found:
+                found.append(new.submit(torch.get_num_threads).result())
+            return product(left, right)
+
+        monkeypatch.setattr(pieces, "multiply", multiply)
+        xattn_score(*split(), config_of())
+        assert new.submit(torch.get_num_threads).result() == 3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
