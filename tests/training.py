@@ -1,12 +1,14 @@
 """Trainings on a small random data set, and what tells two checkpoints apart."""
 
 import csv
+import os
 
 import torch
-from folders import make_folder
+from folders import make_folder, make_whole_folder
 
 import train
 from lib.checkpoint import load_checkpoint
+from Tencent_PFAN import train_whole
 
 NAME = "toy_precomp"
 # A published README's command line, but for the small sizes.
@@ -19,8 +21,11 @@ SMALL = (
 class Place:
     """A data set in root, 12 training images with 60 captions, and trainings on it.
 
-    flags: train.py's, without the places of logs and checkpoints; of two that are the same the last counts.
+    trainer: the module that trains. flags: its, without the places of logs and checkpoints; of two of one name the last
+    counts.
     """
+
+    trainer = train
 
     def __init__(self, root, more="", **shape):
         self.root = root
@@ -33,10 +38,24 @@ class Place:
         folder = self.root / name
         return f"{self.flags} --logger_name {folder / 'log'} --model_name {folder} {flags}".split()
 
-    def fit(self, name, flags="", make_model=train.SCAN):
+    def fit(self, name, flags="", *make_model):
         """Train in this process; returns root/name, the folder of the checkpoints."""
-        train.fit(train.get_parser().parse_args(self.line(name, flags)), make_model)
+        self.trainer.fit(self.trainer.get_parser().parse_args(self.line(name, flags)), *make_model)
         return self.root / name
+
+
+class WholePlace(Place):
+    """The same of the whole-image variant: 12 training images with a caption each."""
+
+    trainer = train_whole
+
+    def __init__(self, root, more="", **shape):
+        self.root = root
+        self.data_path, self.vocab_path = make_whole_folder(root, **shape)
+        self.folder = os.path.join(self.data_path, "toy")
+        self.vocab_file = root / "vocab" / "toy_sent_vocab.json"
+        where = f"--data_path {self.data_path} --vocab_path {self.vocab_path} --data_name toy"
+        self.flags = f"{where} {SMALL} --img_dim 8 --embed_size 6 --word_dim 5 --batch_size 4 {more}"
 
 
 def load(folder, name="checkpoint_0"):
