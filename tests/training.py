@@ -28,8 +28,9 @@ class Place:
     trainer = train
 
     def __init__(self, root, more="", **shape):
-        self.root = root
-        self.data_path, self.vocab_path = make_folder(str(root), NAME, **{"n_regions": 4, **shape})
+        self.root, self.data_path, self.vocab_path = root, str(root / "data"), str(root / "vocab")
+        if not (root / "data").exists():
+            make_folder(str(root), NAME, **{"n_regions": 4, **shape})
         self.vocab_file = root / "vocab" / f"{NAME}_vocab.json"
         self.flags = f"--data_path {self.data_path} --vocab_path {self.vocab_path} --data_name {NAME} {SMALL} {more}"
 
