@@ -31,8 +31,8 @@ def start(folder, flags):
         return pid, reading
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.argv = ["train.py", *flags, "--model_name", str(folder), "--logger_name", str(folder / "log")]
-    epoch = train.Run.train_one_epoch
-    train.Run.train_one_epoch = lambda run: (os.write(writing, b"."), epoch(run))
+    epoch = train.train
+    train.train = lambda *args: (os.write(writing, b"."), epoch(*args))
     try:
         train.main()
     except BaseException:
