@@ -9,6 +9,8 @@ import numpy as np
 
 from lib.errors import InputError, is_worker_crash
 
+PIECES, PIECE_BYTES = 64, 4096  # of a file, that its digest covers
+
 
 def make_folder(path: str | os.PathLike) -> None:
     """Make the folder path where there is none. Raises InputError where something else has that name."""
@@ -30,17 +32,19 @@ def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
 def replace(path: str | os.PathLike, write: Callable) -> None:
     """Write a file whole or not at all: write(file) fills path.part, which is synced to disk and then renamed to path.
 
-    Raises InputError or OSError naming path where it cannot be written; what was there before stays.
+    Where path is a link, the file that it points to is replaced. Raises InputError or OSError naming path where it
+    cannot be written; what was there before stays.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
-    part = os.fspath(path) + ".part"
+    target = os.path.realpath(path)
+    part = target + ".part"
     try:
         with open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     except OSError as error:
         if error.errno and not error.filename:  # a full disk does not say of which file
             error.filename = os.fspath(path)
@@ -52,6 +56,20 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+def check_output(path: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
+    """Raise InputError or OSError, before the work begins, where replace(path, …) could not write or takes an input."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected one or a free name")
+    for other in inputs:
+        if other and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
+            raise InputError(f"{path}: is read as well, expected another file to write")
+    part = os.path.realpath(path) + ".part"
+    is_new = not os.path.exists(part)
+    open(part, "ab").close()
+    if is_new:
+        os.remove(part)
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
@@ -79,6 +97,17 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def digest_lines(lines: Iterable[str]) -> str:
     """SHA-256 of lines (str, without line ends), in hexadecimal digits."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sample_digest(path: str | os.PathLike) -> str:
+    """SHA-256, in hexadecimal digits, of pieces spread over a file, its first and last bytes among them."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in range(PIECES):
+            file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:

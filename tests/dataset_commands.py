@@ -1,4 +1,4 @@
-"""What the tests of the dataset tools share: running a command, and pictures with boxes and features."""
+"""What the tests of the dataset tools share: running a command, and images with boxes and features."""
 
 import base64
 import contextlib
@@ -74,8 +74,8 @@ def fails(name, *args, **more):
     return done.stderr.strip().splitlines()[-1]
 
 
-def picture(rng, n=R, width=500, height=375):
-    """Boxes (n, 4) in a picture of that size, and features (n, D)."""
+def detected(rng, n=R, width=500, height=375):
+    """Boxes (n, 4) in an image of that size, and features (n, D)."""
     low = rng.random((n, 2)) * [width * 0.6, height * 0.6]
     boxes = np.concatenate([low, low + 10 + rng.random((n, 2)) * [width * 0.3, height * 0.3]], 1)
     return boxes.astype("<f4"), rng.standard_normal((n, D)).astype("<f4")

@@ -16,7 +16,7 @@ from vocab import deserialize_vocab
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder whose train split has 40 pictures with the boxes that belong to their features; prefix of its files."""
+    """A folder whose train split has 40 images with the boxes that belong to their features; prefix of its files."""
     make_folder(tmp_path, splits={"train": 40, "dev": 4})
     prefix = str(tmp_path / "data/toy_precomp/train")
     grids, features = boxes_with_features(40)
@@ -47,10 +47,10 @@ def test_right_boxes_raise_no_warning(folder, caplog):
     [lambda grids: np.roll(grids, 1, axis=0), lambda grids: grids[::-1], lambda grids: grids[:, ::-1]],
     ids=["shifted", "reversed", "regions in another order"],
 )
-def test_boxes_of_other_pictures_are_warned_of(folder, caplog, order):
+def test_boxes_of_other_images_are_warned_of(folder, caplog, order):
     np.save(folder + "_boxes.npy", order(np.load(folder + "_boxes.npy")))
     [message] = warnings_of(folder, caplog)
-    assert message.startswith(folder + "_boxes.npy: of other pictures or regions") and "scripts/align.py" in message
+    assert message.startswith(folder + "_boxes.npy: of other images or regions") and "scripts/align.py" in message
     assert warnings_of(folder, caplog, position="none") == []
 
 
