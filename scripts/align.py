@@ -131,7 +131,7 @@ def common_row(name, sources):
     return first.shape[1:], first.dtype
 
 
-def main():
+def get_parser():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -147,7 +147,11 @@ def main():
     add("--by", choices=("auto", "ids", "captions", "regions"), default="auto", help="pair by (default: %(default)s)")
     add("--skip_bad", action="store_true", help="leave out what has no partner; copies the rest of the reference")
     add("--overwrite", action="store_true", help="replace what is there")
-    opt = parser.parse_args()
+    return parser
+
+
+def align(opt):
+    """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays."""
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
     make_folder(opt.out)
@@ -172,6 +176,10 @@ def refuse(problems, by, opt):
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad leaves them out")
     if problems.total and os.path.realpath(opt.out) == os.path.realpath(opt.reference):
         raise InputError(f"--out {opt.out}: with --skip_bad expected another folder than the reference")
+
+
+def main():
+    align(get_parser().parse_args())
 
 
 if __name__ == "__main__":

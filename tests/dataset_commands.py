@@ -37,11 +37,18 @@ def tool(name, *args, **more):
     if more:
         return command(name, *args, **more)
     module = importlib.import_module(name if name in ("position", "vocab") else f"scripts.{name}")
-    argv, status, out, err = [script(name), *map(str, args)], 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT), no_log_handlers():
+    with contextlib.chdir(ROOT):
+        return call(module.main, script(name), *args)
+
+
+def call(main, *argv):
+    """A command's main() called in this process with sys.argv: a CompletedProcess."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    argv = list(map(str, argv))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), no_log_handlers():
         with mock.patch.object(sys, "argv", argv):
             try:
-                errors.run(module.main)
+                errors.run(main)
             except SystemExit as end:
                 status = end.code or 0
             except Exception:
