@@ -1,8 +1,9 @@
 """compute_map.py: the printed numbers against an independent count, the published output, and what a user is told."""
 
+import contextlib
 import json
-import shutil
 import sys
+import tempfile
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,7 +12,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from test_server import compute_map
+from test_server.compute_map import (
+    compute_correct_num,
+    compute_correct_score,
+    compute_incorrect_score,
+    compute_map,
+    get_right_count,
+    load_data_from_PFAN,
+    load_dist_from_file,
+    report,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN, REAL = ROOT.parent / "shared/golden/compute_map", ROOT.parent / "shared/real/tencent"
@@ -45,18 +55,15 @@ def test_prints_the_published_lines_to_the_last_digit():
     assert done.stderr == "" and done.returncode == 0
 
 
-def test_runs_inside_test_server_with_the_default_files(tmp_path):
+def test_without_arguments_the_published_files_beside_it_are_mixed_with_their_weights(tmp_path):
     (tmp_path / "test_server").mkdir()
     (tmp_path / "data/tencent_data_meta").mkdir(parents=True)
-    for name in ("compute_map.py", "_root.py"):
-        shutil.copy(ROOT / "test_server" / name, tmp_path / "test_server")
-    shutil.copytree(ROOT / "lib", tmp_path / "lib")
     write_test_list(tmp_path / "data/tencent_data_meta/test_list.json", [["a", "b"]], [[1, 0]])
     for name, scores in zip(NAMES, ([0.0, 1.0], [0.0, 0.4], [1.0, 0.0]), strict=True):
         write_scores(tmp_path / "test_server" / name, [["a", "b"]], [scores])
-    done = processes.run([sys.executable, "compute_map.py"], cwd=tmp_path / "test_server")
+    done = run(tmp_path / "test_server")
     assert done.stderr == ""
-    # a: 1.5 / 3.5, b: 1.4 / 3.5 – without the weight 1.5 the wrong picture would lead
+    # a: 1.5 / 3.5, b: 1.4 / 3.5 – without the weight 1.5 the incorrect image would lead
     assert done.stdout.splitlines()[:3] == ["Len 1 1", f"MAP@1: {1 / 1.0000001} 1", f"Acc@1: {1 / 1.0000001} 1"]
     assert len(done.stdout.splitlines()) == 1 + 6 + 20 + 20
 
@@ -77,8 +84,8 @@ def expected(items, weights):
         for mixed in ranked:
             if sum(flag for _, flag in mixed) < k:
                 continue
-            # rank of a right picture: one more than those above it, a wrong one with the same score among them;
-            # equal right ones share out the places that follow
+            # rank of a correct image: one more than those above it, an incorrect one with the same score among them;
+            # equal correct ones share out the places that follow
             ranks, taken = [], set()
             for score, flag in mixed:
                 if flag:
@@ -114,20 +121,23 @@ weighted_items = st.sampled_from([(1.0,), (1.0, 1.0), (1.0, 3.0), (1.0, 1.0, 2.0
 
 
 def complete(item):
-    """A picture that only some files hold may be divided by three: keep it in one file or in all."""
+    """An image that only some files hold may be divided by three: keep it in one file or in all."""
     return [(flag, s if None not in s else (s[0], *[None] * (len(s) - 1))) for flag, s in item]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(weighted_items)
 def test_numbers_are_those_of_an_independent_count(case):
-    weights, items = case
-    items = [complete(item) for item in items]
-    mixed = []
-    for item in items:
-        files = [{f"u{i}": s[f] for i, (_, s) in enumerate(item) if s[f] is not None} for f in range(len(weights))]
-        mixed.append(compute_map.mix([(f"u{i}", flag) for i, (flag, _) in enumerate(item)], files, weights))
-    lines = dict(line.split(": ") for line in compute_map.report(mixed))
+    weights, items = case[0], [complete(item) for item in case[1]]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(None):
+        paths = [Path(folder, f"{n}_t2i.json") for n in range(len(weights))]
+        for n, path in enumerate(paths):
+            held = [[(f"u{i}", s[n]) for i, (_, s) in enumerate(item) if s[n] is not None] for item in items]
+            write_scores(path, [[url for url, _ in item] for item in held], [[s for _, s in item] for item in held])
+        urls = [[f"u{i}" for i in range(len(item))] for item in items]
+        write_test_list(Path(folder, "list.json"), urls, [[flag for flag, _ in item] for item in items])
+        _, dists, flags = load_data_from_PFAN(list(map(str, paths)), weights, Path(folder, "list.json"))
+    lines = dict(line.split(": ") for line in report(dists, flags))
     want = expected(items, weights)
     assert lines.keys() == want.keys()
     for name, (total, count) in want.items():
@@ -136,17 +146,19 @@ def test_numbers_are_those_of_an_independent_count(case):
         assert float(value) == pytest.approx(float(total / count) if count else 0.0, abs=1e-6)
 
 
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.floats(-2, 2), st.integers(0, 1)), min_size=1, max_size=8), st.randoms())
-def test_the_order_of_an_items_pictures_does_not_matter(pictures, random):
-    item = [(f"u{i}", flag) for i, (_, flag) in enumerate(pictures)]
-    files = [{f"u{i}": score for i, (score, _) in enumerate(pictures)}]
-    shuffled = random.sample(item, len(item))
-    report = [compute_map.report([compute_map.mix(order, files, [1.0])]) for order in (item, shuffled)]
-    assert report[0] == report[1]
+def test_the_published_functions_keep_their_signatures_and_results():
+    dists, flags = [0.2, 0.9, 0.5], [1, 1, 0]
+    assert compute_map(dists, flags, 7) == (pytest.approx((1 + 1 / 2 + 2 / 3) / 3), 7)
+    assert compute_map(dists, flags, 7, Top=2)[0] == pytest.approx((1 + 1 / 2) / 2)
+    assert compute_map([0.4, 0.6], [1, 0], 7) == (pytest.approx((0 + 1 / 2) / 2), -1)  # fewer images than Top
+    assert compute_map([0.5, 0.5], [1, 0], 7, 1) == (0.0, -1)  # a tie counts against the model
+    assert compute_correct_num(dists, flags) == (2, 3) and compute_correct_num(dists, flags, Top=1) == (1, 1)
+    assert compute_correct_score(dists, flags) == (1, 1) and compute_correct_score(dists, flags, score=0.5) == (1, 2)
+    assert compute_incorrect_score(dists, flags) == (1, 2) and compute_incorrect_score(dists, flags, 0.5) == (0, 1)
+    assert get_right_count(flags) == 2
 
 
-def test_empty_single_picture_and_all_wrong_items_print_zeros_or_are_left_out(tmp_path):
+def test_items_without_enough_correct_images_are_not_counted(tmp_path):
     urls = [[], ["a"], ["b", "c"], ["d", "e"]]
     write_test_list(tmp_path / "list.json", urls, [[], [1], [0, 0], [1, 1]])
     write_scores(tmp_path / "s_t2i.json", [[], ["a"], ["b", "c"], []], [[], [0.9], [0.2, 0.3], []])
@@ -154,10 +166,9 @@ def test_empty_single_picture_and_all_wrong_items_print_zeros_or_are_left_out(tm
     lines = done.stdout.splitlines()
     assert done.returncode == 0
     assert lines[0] == "Len 4 4"
-    assert lines[1] == f"MAP@1: {1 / 1.0000001} 1"  # only the item with the one right picture counts
+    assert lines[1] == f"MAP@1: {1 / 1.0000001} 1"  # only the item with the one correct image counts
     assert lines[3:7] == ["MAP@2: 0.0 0", "Acc@2: 0.0 0", "MAP@3: 0.0 0", "Acc@3: 0.0 0"]
     assert lines[7] == "Acc@1.0: 0.0 0"
-    assert done.stderr.strip() == "2 of 5 pictures are in no score file and were left out"
 
 
 def test_an_empty_test_list_prints_zeros(tmp_path):
@@ -171,13 +182,18 @@ def test_an_empty_test_list_prints_zeros(tmp_path):
     "name, values", [("s_t2i.json", [0.5, 0.75]), ("s_i2t.json", [1.0, 0.25]), ("s.json", [0.75, 0.5])]
 )
 def test_the_file_name_says_which_direction_counts(tmp_path, name, values):
-    write_scores(tmp_path / name, [["a", "b"]], [[0.5, 0.75]], [[1.0, 0.25]])
-    assert compute_map.read_scores(str(tmp_path / name)) == [{"a": values[0], "b": values[1]}]
+    write_scores(tmp_path / name, [[], ["a", "b"]], [[], [0.5, 0.75]], [[], [1.0, 0.25]])
+    assert load_dist_from_file(str(tmp_path / name)) == {"a@2": values[0], "b@2": values[1]}
 
 
-def test_a_url_that_some_files_lack_is_weighted_over_the_others():
-    ranked = compute_map.mix([("a", 1), ("b", 0), ("c", 1)], [{"a": 1.0}, {"a": 0.0, "b": 0.5}], [1.0, 3.0])
-    assert ranked == [(0.5, 0), (0.25, 1)]
+def test_scores_are_the_weighted_mean_over_the_files_that_hold_the_url(tmp_path, capsys):
+    write_test_list(tmp_path / "list.json", [["a", "b", "c"]], [[1, 0, 1]])
+    write_scores(tmp_path / "1_t2i.json", [["a"]], [[1.0]])
+    write_scores(tmp_path / "2_t2i.json", [["a", "b"]], [[0.0, 0.5]])
+    paths = [str(tmp_path / "1_t2i.json"), str(tmp_path / "2_t2i.json")]
+    found = load_data_from_PFAN(paths, [1.0, 3.0], tmp_path / "list.json")
+    assert found == ([["a", "b"]], [[0.25, 0.5]], [[1, 0]])
+    assert capsys.readouterr().err == "1 of 3 images are in no score file and are left out\n"
 
 
 def test_the_weight_of_a_file_follows_its_name_unless_given(tmp_path):

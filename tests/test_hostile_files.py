@@ -153,7 +153,7 @@ def read_coco(path):
 
 
 def read_scores(path):
-    compute_map.read_scores(str(path))
+    compute_map.load_dist_from_file(str(path))
 
 
 def read_test_list(path):
