@@ -1,10 +1,19 @@
 """What the page at / asks for: the items of a tencent_data_meta folder, with their pictures, as requests to send."""
 
 import os
+import sys
 
 from fastapi.responses import FileResponse
 
-from lib.datasets.news import Pictures, read_flags, read_words
+from lib.datasets.news import (
+    FILES,
+    Images,
+    load_img_url_to_id,
+    process_json_file,
+    process_tsv_file,
+    read_flags,
+    read_words,
+)
 from lib.web import Answer, Refused
 
 
@@ -16,7 +25,8 @@ class Items:
         self.folder = folder
         self.sentences, self.tags = ([words for words, _ in read_words(path, kind)] for kind in ("sentence", "tag"))
         self.flags = read_flags(path)
-        self.pictures = Pictures(folder, {url for item in self.flags for url, _ in item})
+        ids, rows, wholes = (os.path.join(folder, name) for name in FILES)
+        self.images = Images(load_img_url_to_id(ids), process_tsv_file(rows, sys.maxsize), process_json_file(wholes))
 
     def listing(self):
         """[{"sentence", "tags", "pictures": how many}], the items in order."""
@@ -27,9 +37,9 @@ class Items:
         """{"pictures": [{"url", "image_id", "right"}], "boxes", "whole_items"}, the last two as a request has them."""
         if not 0 <= number < len(self.flags):
             raise Refused(404, f"item {number}: expected 0 to {len(self.flags) - 1}")
-        shown = [(url, right) for url, right in self.flags[number] if not self.pictures.missing(url)]
-        boxes, wholes = zip(*(self.pictures.read(url) for url, _ in shown), strict=True) if shown else ([], [])
-        pictures = [{"url": url, "image_id": self.pictures.ids[url], "right": right == 1} for url, right in shown]
+        shown = [(url, right) for url, right in self.flags[number] if not self.images.missing(url)]
+        boxes, wholes = zip(*(self.images.read(url) for url, _ in shown), strict=True) if shown else ([], [])
+        pictures = [{"url": url, "image_id": self.images.ids[url], "right": right == 1} for url, right in shown]
         return {"pictures": pictures, "boxes": boxes, "whole_items": wholes}
 
     def image(self, number):
