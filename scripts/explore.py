@@ -9,7 +9,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.errors import run
-from lib.web import listen, serve
+from lib.web import in_brackets, listen, serve
 from scripts.explorer.answers import Explorer
 from scripts.explorer.app import make_app
 
@@ -47,8 +47,7 @@ def main():
         parser.error("expected --candidates of 1 or more and --port 1 to 65535")
     with listen(opt.host, opt.port) as listening:  # before the models are read, which takes a while
         app = make_app(Explorer(opt))
-        host = f"[{opt.host}]" if ":" in opt.host else opt.host
-        print(f"open http://{host}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
+        print(f"open http://{in_brackets(opt.host)}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
         serve(app, listening, timeout_graceful_shutdown=2)
 
 

@@ -134,6 +134,11 @@ def _read_annotations(path, ids, n_regions):
     return boxes, found
 
 
+def are_shares(boxes: np.ndarray | float, sizes: np.ndarray | float) -> bool:
+    """Whether boxes (…, 4) are shares of their images' sides, which are larger than that; else they are pixels."""
+    return bool(np.max(boxes) <= 1 + WELL_OUTSIDE and np.max(sizes) > 2)
+
+
 class Reach:
     """Counts boxes that reach well outside their images, and would under other readings of the same numbers."""
 
@@ -160,7 +165,7 @@ class Reach:
 
     def check(self) -> str:
         """A note about the boxes, or "". Raises InputError, naming the likely mistake, where many lie outside."""
-        if self.n and self.largest <= 1 + WELL_OUTSIDE and self.largest_side > 2:
+        if self.n and are_shares(self.largest, self.largest_side):
             mistake = "boxes from 0 to 1 need --sizes 1x1"
             raise InputError(f"{self.path}: no box reaches beyond 1, in images of {self.largest_side:g}: {mistake}")
         if self.outside > MANY_OUTSIDE * self.n:

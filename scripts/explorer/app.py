@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from lib.web import REFUSALS, Answer, Refused, check_host_names, refuse, refuse_parameters
+from lib.web import REFUSALS, Answer, Refused, guard, refuse, refuse_parameters
 from scripts.explorer.answers import BadSentence
 from scripts.explorer.hard_cases import HardCases
 
@@ -19,7 +19,7 @@ def make_app(explorer):
     """The FastAPI app of an Explorer."""
     handlers = {**REFUSALS, BadSentence: refuse_sentence, RequestValidationError: refuse_parameters}
     app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
-    check_host_names(app, explorer.opt.host, explorer.opt.allowed_hosts)
+    guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
     add_routes(app, explorer)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
