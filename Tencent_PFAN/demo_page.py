@@ -5,63 +5,39 @@ import sys
 
 from fastapi.responses import FileResponse
 
-from lib.datasets.news import (
-    FILES,
-    Images,
-    load_img_url_to_id,
-    process_json_file,
-    process_tsv_file,
-    read_flags,
-    read_words,
-)
+from lib.datasets import news
 from lib.web import Answer, Refused
 
 
-class Items:
-    """The items of folder/test_list.json. Images to look at are images/ID.png there, where that exists."""
-
-    def __init__(self, folder):
-        path = os.path.join(folder, "test_list.json")
-        self.folder = folder
-        self.sentences, self.tags = ([words for words, _ in read_words(path, kind)] for kind in ("sentence", "tag"))
-        self.flags = read_flags(path)
-        ids, rows, wholes = (os.path.join(folder, name) for name in FILES)
-        self.images = Images(load_img_url_to_id(ids), process_tsv_file(rows, sys.maxsize), process_json_file(wholes))
-
-    def listing(self):
-        """[{"sentence", "tags", "images": how many}], the items in order."""
-        columns = zip(self.sentences, self.tags, self.flags, strict=True)
-        return [{"sentence": words, "tags": tags, "images": len(flags)} for words, tags, flags in columns]
-
-    def item(self, number):
-        """{"images": [{"url", "image_id", "correct"}], "boxes", "whole_items"}, the last two as a request has them."""
-        if not 0 <= number < len(self.flags):
-            raise Refused(404, f"item {number}: expected 0 to {len(self.flags) - 1}")
-        shown = [(url, flag) for url, flag in self.flags[number] if not self.images.missing(url)]
-        boxes, wholes = zip(*(self.images.read(url) for url, _ in shown), strict=True) if shown else ([], [])
-        images = [{"url": url, "image_id": self.images.ids[url], "correct": flag == 1} for url, flag in shown]
-        return {"images": images, "boxes": boxes, "whole_items": wholes}
-
-    def image(self, number):
-        path = os.path.join(self.folder, "images", f"{number}.png")
-        if not os.path.isfile(path):
-            raise Refused(404, f"no image {number}")
-        return path
-
-
 def add_demo(app, folder, dependencies):
-    """Give app the addresses under /demo; folder: a tencent_data_meta one."""
-    items = Items(folder)
+    """Give app the addresses under /demo: the items of folder/test_list.json, and folder/images/ID.png."""
+    path = os.path.join(folder, "test_list.json")
+    items, tags, flags = news.read_words(path, "sentence"), news.read_words(path, "tag"), news.read_flags(path)
+    ids, rows, wholes = (os.path.join(folder, name) for name in news.FILES)
+    images = news.Images(
+        news.load_img_url_to_id(ids), news.process_tsv_file(rows, sys.maxsize), news.process_json_file(wholes)
+    )
     options = {"dependencies": dependencies, "include_in_schema": False}
 
     @app.get("/demo/items", **options)
     def listing():
-        return items.listing()
+        """[{"sentence", "tags", "images": how many}], the items in order."""
+        pairs = zip(items, tags, strict=True)
+        return [{"sentence": words, "tags": tag, "images": len(urls)} for (words, urls), (tag, _) in pairs]
 
     @app.get("/demo/items/{number}", **options)
     def item(number: int):
-        return Answer(items.item(number))
+        """{"images": [{"url", "image_id", "correct"}], "boxes", "whole_items"}, the last two as a request has them."""
+        if not 0 <= number < len(flags):
+            raise Refused(404, f"item {number}: expected 0 to {len(flags) - 1}")
+        shown = [(url, flag) for url, flag in flags[number] if not images.missing(url)]
+        boxes, whole_items = zip(*(images.read(url) for url, _ in shown), strict=True) if shown else ([], [])
+        described = [{"url": url, "image_id": images.ids[url], "correct": flag == 1} for url, flag in shown]
+        return Answer({"images": described, "boxes": boxes, "whole_items": whole_items})
 
     @app.get("/demo/images/{number}", **options)
     def image(number: int):
-        return FileResponse(items.image(number))
+        path = os.path.join(folder, "images", f"{number}.png")
+        if not os.path.isfile(path):
+            raise Refused(404, f"no image {number}")
+        return FileResponse(path)

@@ -50,6 +50,7 @@ class Service:
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
         self.requests = prometheus.Counter("pfan_requests", "Scoring requests", ["status"], registry=registry)
         self.errors = prometheus.Counter("pfan_errors", "Scoring requests answered with 4xx or 5xx", registry=registry)
         self.latency = prometheus.Histogram(
@@ -79,7 +80,7 @@ class Service:
     def check_health(self):
         """Raises Refused where nothing is scored any more, though requests are taken."""
         if self.task.done():
-            raise Refused(503, "scoring has ended, restart the server")
+            raise Refused(503, f"scoring has ended, restart the server ({self.task.exception()!r})")
         if self.scoring_since and asyncio.get_running_loop().time() - self.scoring_since > self.opt.timeout:
             raise Refused(503, f"a batch has been scored for over {self.opt.timeout:g} seconds (--timeout)")
 

@@ -70,9 +70,10 @@ class EndUnread:
         self.app = app
 
     async def __call__(self, scope, receive, send):
-        headers = Headers(scope=scope) if scope["type"] == "http" else Headers()
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
         announced = int(headers.get("content-length", 0))
         unread = announced > 0 or "transfer-encoding" in headers
+        left = LINGER_BYTES if announced <= LINGER_BYTES else 0
 
         async def receive_on():
             nonlocal unread
@@ -81,24 +82,21 @@ class EndUnread:
             return message
 
         async def send_on(message):
+            nonlocal left
             if unread and message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
             elif unread and not message.get("more_body"):
                 await send({**message, "more_body": True})
-                await linger(LINGER_BYTES if announced <= LINGER_BYTES else 0)
-                message = {"type": "http.response.body", "body": b""}
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(LINGER_SECONDS):
+                        while unread and left > 0:
+                            left -= len((await receive_on()).get("body", b""))
+                        if unread:  # the client has time to read the answer before the reset
+                            await asyncio.sleep(LINGER_SECONDS)
+                message = {"type": "http.response.body"}
             await send(message)
 
-        async def linger(left):
-            """Read up to so many bytes, if they come soon; where that was not all, give the client time to read."""
-            with suppress(TimeoutError):
-                async with asyncio.timeout(LINGER_SECONDS):
-                    while left > 0 and unread:
-                        left -= len((await receive_on()).get("body", b""))
-                    if unread:
-                        await asyncio.sleep(LINGER_SECONDS)
-
-        await self.app(scope, receive_on if unread else receive, send_on if unread else send)
+        await self.app(scope, receive_on, send_on)
 
 
 class HostNames:
