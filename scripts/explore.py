@@ -27,8 +27,8 @@ def get_parser():
     add("--data_path", help="folder of the data sets (default: the checkpoint's)")
     add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
     add("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
-    add("--images", metavar="DIR", help="picture files named by id (default: SPLIT_images beside the data, if there)")
-    two_stages = "search splits of more pictures in two stages, with an index made once (default: %(default)s)"
+    add("--images", metavar="DIR", help="image files named by id (default: SPLIT_images beside the data, if there)")
+    two_stages = "search splits of more images in two stages, with an index made once (default: %(default)s)"
     add("--index_above", type=int, default=5000, metavar="N", help=two_stages)
     add("--candidates", type=int, default=1000, help="results that the second stage scores (default: %(default)s)")
     add("--host", default="127.0.0.1", help="to listen on (default: %(default)s, this machine alone)")

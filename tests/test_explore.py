@@ -126,7 +126,7 @@ def test_a_model_that_knows_no_word_shows_nothing_beside_one_that_does(made, exp
 
 
 def test_a_picture_ranks_the_captions(made, explorer, address):
-    _, answer = get(address, "pictures/3/captions", k=60)
+    _, answer = get(address, "images/3/captions", k=60)
     for path, found in zip(made[1], answer["models"], strict=True):
         model, loader = load_split(str(path), None, None, "test")
         images, captions, lens = encode_data(model, loader)
@@ -140,7 +140,7 @@ def test_a_picture_ranks_the_captions(made, explorer, address):
 def test_attention_is_the_formulas(made, explorer, address):
     """t2i: softmax over regions of λ · LeakyReLU(S) / ‖·‖ over words, and the same with the roles swapped."""
     sentence = explorer.captions[0]
-    _, answer = get(address, "pictures/2/attention", sentence=sentence)
+    _, answer = get(address, "images/2/attention", sentence=sentence)
     for path, shown in zip(made[1], answer["models"], strict=True):
         model, loader = load_split(str(path), None, None, "test")
         images, captions, lens = encode_data(model, loader)
@@ -163,7 +163,7 @@ def test_pair_attention_rows_sum_to_1():
 
 
 def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
-    _, answer = get(address, "pictures/4")
+    _, answer = get(address, "images/4")
     grids = np.load(made[0] / "data" / "demo" / "test_boxes.npy")[4]
     assert np.array(answer["cells"]) == pytest.approx(grids[:, :15])
     assert np.array(answer["area"]) == pytest.approx(grids[:, 15:30], abs=1e-4)
@@ -192,7 +192,7 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, ad
     _, answer = get(address, "search", sentence=case["sentence"], k=1)
     assert [found["rank"] for found in answer["models"]] == case["ranks"]
     picture = next(case for case in hard["cases"] if not case["sentence"])
-    _, answer = get(address, f"pictures/{picture['image']}/captions", k=1)
+    _, answer = get(address, f"images/{picture['image']}/captions", k=1)
     assert [found["rank"] for found in answer["models"]] == picture["ranks"]
 
 
@@ -209,14 +209,14 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, ad
             400,
             "The models know none of these words: xyzzy, plugh.",
         ),
-        ("pictures/3/attention", {"sentence": "xyzzy"}, 400, "The models know none of these words: xyzzy."),
+        ("images/3/attention", {"sentence": "xyzzy"}, 400, "The models know none of these words: xyzzy."),
         ("search", {"sentence": "a", "k": 101}, 400, "100"),
         ("search", {"k": 5}, 400, "sentence"),
-        ("pictures/12", {}, 404, "expected 0 to 11"),
-        ("pictures/-1", {}, 404, "expected 0 to 11"),
-        ("pictures/x", {}, 404, "There is no picture x: expected 0 to 11"),
-        ("pictures/²", {}, 404, "There is no picture ²"),
-        ("pictures/x/captions", {"k": 5}, 404, "There is no picture x"),
+        ("images/12", {}, 404, "expected 0 to 11"),
+        ("images/-1", {}, 404, "expected 0 to 11"),
+        ("images/x", {}, 404, "There is no image x: expected 0 to 11"),
+        ("images/²", {}, 404, "There is no image ²"),
+        ("images/x/captions", {"k": 5}, 404, "There is no image x"),
         ("nothing", {}, 404, "Not Found"),
     ],
 )
@@ -278,7 +278,7 @@ def test_more_pictures_than_index_above_are_searched_in_two_stages(made, explore
         ("test_ids.txt", lambda rows: rows[::-1], "other pictures than"),
         ("test_pixel_boxes.npy", lambda rows: rows[:, ::-1], "other regions than"),
         ("test_pixel_boxes.npy", lambda rows: rows[::-1], "not the regions of"),
-        ("test_pixel_boxes.npy", lambda rows: rows * 1.7, "% of the boxes reach outside the pictures in"),
+        ("test_pixel_boxes.npy", lambda rows: rows * 1.7, "% of the boxes reach outside the images in"),
         ("test_boxes.npy", lambda rows: rows[::-1], "not the regions of"),
         ("test_caps.txt", lambda rows: rows[::-1], "other captions than"),
     ],
@@ -321,7 +321,7 @@ def test_models_of_different_captions_are_refused(made, tmp_path):
     "flags, said",
     [
         (["--split", "nosuch"], "nosuch_ims.npy: no such file"),
-        (["--images", "nowhere"], "nowhere: no such folder of pictures"),
+        (["--images", "nowhere"], "nowhere: no such folder of images"),
         (["--port", "0"], "--port 1 to 65535"),
         (["--host", "192.0.2.1"], "cannot assign requested address, expected this machine's and a free one"),
     ],
@@ -399,7 +399,7 @@ def test_ids_of_another_number_of_pictures_are_refused(tmp_path, lines, captions
 
 def test_a_folder_without_the_pictures_is_refused(made, tmp_path):
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(InputError, match="no file of the pictures, expected names such as 300000.jpg"):
+    with pytest.raises(InputError, match="no file of the images, expected names such as 300000.jpg"):
         Explorer(options(made[1][0], "--images", tmp_path))
 
 
@@ -436,7 +436,7 @@ class Person:
         driver.get("about:blank")
         driver.get_log("browser")  # of the page before
         driver.get(address)
-        self.until(lambda: "pictures" in self.text("#about"))
+        self.until(lambda: "images" in self.text("#about"))
 
     def size(self, width, height):
         self.driver.execute_cdp_cmd(
@@ -599,10 +599,10 @@ def test_unknown_words_are_marked_and_errors_are_sentences(person):
     assert "(1 unknown to the model)" in person.text(".tokens")
     person.open_first()[2].click()  # the failure hides what has the focus
     person.run("location.hash = 'q=a+ring&open=99999'")
-    person.until(lambda: "There is no picture 99999: expected 0 to 11." in person.text("#detail-status"))
+    person.until(lambda: "There is no image 99999: expected 0 to 11." in person.text("#detail-status"))
     assert not person.run("return document.getElementById('region').checkVisibility()")  # nothing to point at
     person.run("location.hash = 'q=a+ring&open=abc'")
-    person.until(lambda: "There is no picture abc: expected 0 to 11." in person.text("#detail-status"))
+    person.until(lambda: "There is no image abc: expected 0 to 11." in person.text("#detail-status"))
     person.run("location.hash = 'q=a+ring&open=3'")
     person.until(lambda: person.run("return document.getElementById('region').checkVisibility()"))
     person.run("document.getElementById('detail').close()")
@@ -699,7 +699,7 @@ def test_without_picture_files_boxes_stand_on_a_blank_frame(browser, made, tmp_p
     explorer = Explorer(options(made[1][0], "--data_path", tmp_path))
     with serve(explorer) as address:
         person = Person(browser, address)
-        assert "No picture files" in person.text("#about")
+        assert "No image files" in person.text("#about")
         assert not person.run("return document.getElementById('tab-hard').checkVisibility()")  # one model alone
         person.search(explorer.captions[0])
         assert not person.all(".card img") and len(person.one(".card").find_elements("css selector", "rect")) == 36
@@ -739,7 +739,7 @@ def test_pictures_without_captions_are_searched(made, explorer, without_captions
 def test_the_page_of_pictures_without_captions_offers_what_there_is(browser, without_captions):
     with serve(without_captions) as address:
         person = Person(browser, address)
-        assert "12 pictures, no captions" in person.text("#about")
+        assert "12 images, no captions" in person.text("#about")
         visible = "return [...arguments].map(id => document.getElementById(id).checkVisibility())"
         assert person.run(visible, "example", "tab-hard", "sentence") == [False, False, True]
         person.search("a red ring")

@@ -34,10 +34,10 @@ def add_routes(app, explorer):
     hard_cases, count = HardCases(explorer), Query(ge=1, le=MAX_RESULTS)
 
     def existing(number):
-        """A picture's index (int) from the text in an address."""
+        """An image's index (int) from the text in an address."""
         n = explorer.n_images
         if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < n):
-            raise Refused(404, f"There is no picture {number[:20]}: expected 0 to {n - 1}.")
+            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {n - 1}.")
         return int(number)
 
     def locked(answer, *args):
@@ -56,15 +56,15 @@ def add_routes(app, explorer):
     def hard():
         return Answer(hard_cases.ask())
 
-    @app.get("/api/pictures/{number}")
-    def picture(number: str):
+    @app.get("/api/images/{number}")
+    def describe(number: str):
         return locked(explorer.picture, existing(number))
 
-    @app.get("/api/pictures/{number}/captions")
+    @app.get("/api/images/{number}/captions")
     def captions(number: str, k: int = count):
         return locked(explorer.captions_for, existing(number), k)
 
-    @app.get("/api/pictures/{number}/attention")
+    @app.get("/api/images/{number}/attention")
     def attention(number: str, sentence: str):
         return locked(explorer.attention, existing(number), sentence)
 
@@ -72,5 +72,5 @@ def add_routes(app, explorer):
     def image(number: str):
         path = explorer.pictures.files.get(explorer.pictures.ids[existing(number)])
         if path is None:
-            raise Refused(404, f"Picture {number} has no file in {explorer.pictures.folder}.")
+            raise Refused(404, f"Image {number} has no file in {explorer.pictures.folder}.")
         return FileResponse(path)
