@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from folders import make_folder, write_lines
+from folders import write_lines
 from PIL import Image
 from processes import LIMIT, serve_app, wait_for
 from test_evaluation import save_model
@@ -89,27 +89,24 @@ def get(address, path, **parameters):
 # ---------------------------------------------------------------- answers
 
 
-def test_a_sentence_ranks_the_images_as_evalrank_scores_them(made, explorer, address):
+@pytest.fixture(scope="module")
+def embeddings(made):
+    """Of each model: images, captions, their lengths, as evalrank encodes them, and opt."""
+    splits = [load_split(str(path), None, None, "test") for path in made[1]]
+    return [(*encode_data(model, loader), model.opt) for model, loader in splits]
+
+
+def test_a_sentence_ranks_the_images_as_evalrank_scores_them(embeddings, explorer, address):
     caption = 17
     status, answer = get(address, "search", sentence=explorer.captions[caption], k=5)
     assert status == 200 and answer["right"] == [caption // 5]
-    for path, found in zip(made[1], answer["models"], strict=True):
-        model, loader = load_split(str(path), None, None, "test")
-        images, captions, lens = encode_data(model, loader)
-        scores = shard_xattn(images, captions[caption : caption + 1], lens[caption : caption + 1], model.opt)[:, 0]
+    for (images, captions, lens, opt), found in zip(embeddings, answer["models"], strict=True):
+        scores = shard_xattn(images, captions[caption : caption + 1], lens[caption : caption + 1], opt)[:, 0]
         best = np.argsort(-scores)
         assert [result["image"] for result in found["results"]] == best[:5].tolist()
         assert [result["score"] for result in found["results"]] == pytest.approx(scores[best[:5]].tolist(), abs=1e-5)
         assert found["rank"] == 1 + best.tolist().index(caption // 5)
         assert [result["right"] for result in found["results"]] == [i == caption // 5 for i in best[:5]]
-
-
-def test_words_that_a_model_does_not_know_are_said(address):
-    _, answer = get(address, "search", sentence="A red unicorn.", k=1)
-    tokens = answer["models"][0]["tokens"]
-    assert [token["text"] for token in tokens] == ["<start>", "a", "red", "unicorn", ".", "<end>"]
-    assert [token["text"] for token in tokens if not token["known"]] == ["unicorn"]
-    assert answer["right"] == [] and answer["models"][0]["rank"] is None
 
 
 def test_a_model_that_knows_no_word_shows_nothing_beside_one_that_does(made, explorer, monkeypatch):
@@ -123,32 +120,28 @@ def test_a_model_that_knows_no_word_shows_nothing_beside_one_that_does(made, exp
     assert not any(token["known"] for token in second["tokens"][1:-1])
 
 
-def test_an_image_ranks_the_captions(made, explorer, address):
+def test_an_image_ranks_the_captions(embeddings, explorer, address):
     _, answer = get(address, "images/3/captions", k=60)
-    for path, found in zip(made[1], answer["models"], strict=True):
-        model, loader = load_split(str(path), None, None, "test")
-        images, captions, lens = encode_data(model, loader)
-        scores = shard_xattn(images[3:4], captions, lens, model.opt)[0]
+    for (images, captions, lens, opt), found in zip(embeddings, answer["models"], strict=True):
+        scores = shard_xattn(images[3:4], captions, lens, opt)[0]
         assert [r["score"] for r in found["results"]] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-5)
         own = [i for i, result in enumerate(found["results"]) if result["right"]]
         assert len(own) == 5 and found["rank"] == own[0] + 1
         assert {found["results"][i]["text"] for i in own} == set(explorer.captions[15:20])
 
 
-def test_attention_is_the_formulas(made, explorer, address):
+def test_attention_is_the_formulas(embeddings, explorer, address):
     """t2i: softmax over regions of λ · LeakyReLU(S) / ‖·‖ over words, and the same with the roles swapped."""
     sentence = explorer.captions[0]
     _, answer = get(address, "images/2/attention", sentence=sentence)
-    for path, shown in zip(made[1], answer["models"], strict=True):
-        model, loader = load_split(str(path), None, None, "test")
-        images, captions, lens = encode_data(model, loader)
+    for (images, captions, lens, opt), shown in zip(embeddings, answer["models"], strict=True):
         S = captions[0, : lens[0]] @ images[2].T  # words × regions
         clipped = torch.where(S > 0, S, 0.1 * S)
         t2i = (9 * clipped / clipped.norm(dim=0)).softmax(1)
         i2t = (9 * clipped / clipped.norm(dim=1, keepdim=True)).T.softmax(1)
         assert np.array(shown["t2i"]) == pytest.approx(t2i.numpy(), abs=1e-4)
         assert np.array(shown["i2t"]) == pytest.approx(i2t.numpy(), abs=1e-4)
-        expected = shard_xattn(images[2:3], captions[:1], lens[:1], model.opt)[0, 0]
+        expected = shard_xattn(images[2:3], captions[:1], lens[:1], opt)[0, 0]
         assert shown["score"] == pytest.approx(float(expected), abs=1e-5)
 
 
@@ -338,27 +331,6 @@ def test_boxes_come_from_pixels_or_else_from_grid_cells(made):
     assert from_cells[small] == pytest.approx(share[small], abs=1 / 16)
     shown.grids = None
     assert shown.boxes(5) is None
-
-
-def test_ids_that_repeat_for_each_caption_are_read(tmp_path):
-    data, vocab = make_folder(tmp_path, splits={"dev": 3, "test": 4}, n_regions=4)
-    write_lines(tmp_path / "data" / "toy_precomp" / "test_ids.txt", np.repeat([7, 8, 9, 10], 5))
-    save_model(tmp_path / "m.pth.tar", data, vocab)
-    _, loader = load_split(str(tmp_path / "m.pth.tar"), None, None, "test")
-    assert Pictures(loader.dataset).ids == ["7", "8", "9", "10"]
-
-
-@pytest.mark.parametrize("lines, captions", [([], 0), (["7", "8"], 2), (["7", "8", "9"], 20)])
-def test_ids_of_another_number_of_images_are_refused(tmp_path, lines, captions):
-    data, vocab = make_folder(tmp_path, splits={"dev": 3, "test": 4}, n_regions=4)
-    folder = tmp_path / "data" / "toy_precomp"
-    write_lines(folder / "test_ids.txt", lines)
-    os.remove(folder / "test_caps.txt")
-    if captions:
-        write_lines(folder / "test_caps.txt", ["a red ball"] * captions)
-    save_model(tmp_path / "m.pth.tar", data, vocab)
-    with pytest.raises(InputError, match=f"test_ids.txt: {len(lines)} ids for 4 images"):
-        Explorer(options(tmp_path / "m.pth.tar"))
 
 
 def test_a_folder_without_the_images_is_refused(made, tmp_path):
