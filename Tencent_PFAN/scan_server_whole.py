@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -75,7 +76,7 @@ class Service:
     def stop(self):
         self.task.cancel()
         self.parsers.shutdown()
-        self.model_thread.shutdown()
+        self.model_thread.shutdown(wait=False)  # a batch that hangs would be waited for without end
 
     def check_health(self):
         """Raises Refused where nothing is scored any more, though requests are taken."""
@@ -300,13 +301,13 @@ def main():
     torch.set_num_threads(opt.threads)
     with web.listen(opt.host, opt.port) as listening:  # before the model is read, which takes a while
         scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
+        app = make_app(scorer, opt)
         print(f"{opt.model}: http://{web.in_brackets(opt.host)}:{opt.port}", flush=True)
-        web.serve(
-            make_app(scorer, opt),
-            listening,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(2 * opt.timeout) + 1,  # to read what has begun to arrive, and to score it
-        )
+        # as long as it takes to read what has begun to arrive, and to score it
+        web.serve(app, listening, timeout_keep_alive=30, timeout_graceful_shutdown=int(2 * opt.timeout) + 1)
+    if app.state.service.scoring_since:
+        print("error: a batch was still being scored", file=sys.stderr)
+        os._exit(1)  # Python's own end waits for its thread
 
 
 if __name__ == "__main__":

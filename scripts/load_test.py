@@ -10,6 +10,7 @@ again a second after its connection has ended.
 """
 
 import argparse
+import http.client
 import json
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import numpy as np
 if not __package__:
     import _root  # noqa: F401
 
-from lib.errors import run
+from lib.errors import InputError, run
 from scripts.load.hostile import hostile_clients
 from scripts.load.measurement import Load
 from scripts.load.server import Client, make_model, make_request, running_server
@@ -37,7 +38,12 @@ WARM_UP = 5  # seconds until all hostile clients are at work
 def measure(port, bodies, opt):
     """Serial answers first, then the load; prints. Returns whether all went well."""
     client = Client(port)
-    expected = [client.score(body) for body in bodies]  # which also fills the cache, where there is one
+    try:
+        expected = [client.score(body) for body in bodies]  # which also fills the cache, where there is one
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        raise InputError(f"--port {port}: {error}, expected scores") from None
+    if any(scores is None for scores in expected):
+        raise InputError(f"--port {port}: 429, expected a server that nobody else asks")
     load, ok = Load(port, bodies, expected), True
     for clients in opt.clients if opt.hostile else (1, *opt.clients):
         if opt.hostile:

@@ -102,6 +102,16 @@ def test_scores_are_the_weighted_mean_over_the_files_that_hold_the_url(tmp_path,
     assert capsys.readouterr().err == "1 of 3 images are in no score file and are left out\n"
 
 
+def test_scores_of_images_that_are_not_in_the_list_are_said(tmp_path):
+    write_test_list(tmp_path / "list.json", [["a", "b", "c"]], [[1, 0, 1]])
+    write_scores(tmp_path / "s_t2i.json", [["a", "b", "x"]], [[1.0, 0.5, 0.2]])
+    done = run(tmp_path, "s_t2i.json", "--test_list", "list.json")
+    assert done.returncode == 0 and done.stderr.splitlines() == [
+        "s_t2i.json:1: scores x, which is not in line 1 of list.json (1 such images are left out)",
+        "1 of 3 images are in no score file and are left out",
+    ]
+
+
 def test_the_weight_of_a_file_follows_its_name_unless_given(tmp_path):
     write_test_list(tmp_path / "list.json", [["a", "b"]], [[1, 0]])
     write_scores(tmp_path / "dist_tag_new_t2i.json", [["a", "b"]], [[0.5, 0.0]])

@@ -308,15 +308,35 @@ def test_the_command_says_what_is_wrong_in_one_line(made, monkeypatch, capsys, f
 
 
 def test_image_files_are_found_by_id_by_name_and_by_number(tmp_path):
-    names = ("17.png", "beach.JPG", "COCO_val2014_000000391895.jpg", "notes.txt")
-    for name in names:
+    for name in (
+        "17.png",
+        "beach.JPG",
+        "COCO_val2014_000000391895.jpg",
+        "notes.txt",
+        "a.jpg",
+        "a.png",
+        "b_7.jpg",
+        "c_7.jpg",
+    ):
         (tmp_path / name).touch()
-    ids = ["17", "beach.JPG", "391895", "18", "notes", "../17"]
-    assert find_files(tmp_path, ids) == {
-        "17": str(tmp_path / "17.png"),
-        "beach.JPG": str(tmp_path / "beach.JPG"),
-        "391895": str(tmp_path / "COCO_val2014_000000391895.jpg"),
-    }
+    ids = ["17", "beach.JPG", "391895", "18", "notes", "../17", "a.png"]
+    files = {"17": "17.png", "beach.JPG": "beach.JPG", "391895": "COCO_val2014_000000391895.jpg", "a.png": "a.png"}
+    assert find_files(tmp_path, ids) == {name: str(tmp_path / file) for name, file in files.items()}
+    for name, two in ("a", "a.jpg and a.png"), ("7", "b_7.jpg and c_7.jpg"):
+        with pytest.raises(InputError, match=f"{two} for image {name}, expected one file"):
+            find_files(tmp_path, [name])
+    assert find_files(tmp_path, ["391895"], by_number=False) == {}  # a row's number, not an id
+
+
+def test_a_photograph_that_lies_on_its_side_is_shown_with_its_regions_upright(made, tmp_path):
+    shutil.copytree(made[0] / "data" / "demo", tmp_path / "demo")
+    first = sorted((tmp_path / "demo" / "test_images").iterdir())[0]
+    with Image.open(first) as image:
+        turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+        exif[0x0112] = 6  # to be turned clockwise
+        turned.save(first, exif=exif)
+    _, loader = load_split(str(made[1][0]), str(tmp_path), None, "test")
+    assert turned.size == (216, 288) and Pictures(loader.dataset).size(0) == (288, 216)
 
 
 def test_boxes_come_from_pixels_or_else_from_grid_cells(made):

@@ -4,7 +4,7 @@ import os
 import re
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lib.constants import N_CELLS, N_SLOTS
 from lib.errors import InputError
@@ -38,7 +38,7 @@ class Pictures:
         self.folder = folder or self.prefix + "_images"
         ids = dataset.read_ids()
         self.has_ids, self.ids = ids is not None, ids or [str(i) for i in range(self.n)]
-        self.files = find_files(self.folder, self.ids)
+        self.files = find_files(self.folder, self.ids, by_number=self.has_ids)
         if folder is not None and not self.files:
             raise InputError(f"{folder}: no file of the images, expected names such as {self.ids[0]}.jpg")
         self.pixel_boxes, self.grids = self._open("_pixel_boxes.npy"), self._open("_boxes.npy")
@@ -100,7 +100,7 @@ class Pictures:
         if self.ids[number] in self.files:
             try:
                 with Image.open(self.files[self.ids[number]]) as image:
-                    return image.size
+                    return upright_size(image)
             except OSError:  # the page shows a broken image on the frame
                 pass
         if self.pixel_boxes is not None:
@@ -129,6 +129,15 @@ class Pictures:
         return np.concatenate([np.minimum(first, last), last], 1)  # a region without cells has no extent
 
 
+def upright_size(image):
+    """Width and height of an image as it is shown, and as its regions were found: turned as its EXIF block says."""
+    try:
+        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # a broken block: Pillow raises whatever its parser meets
+        lies_on_its_side = False
+    return image.size[::-1] if lies_on_its_side else image.size
+
+
 def iou(a, b):
     """Intersection over union of boxes a (n, 4) and b (n, 4): (n,)."""
     sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
@@ -137,14 +146,24 @@ def iou(a, b):
     return both / np.maximum(areas - both, 1e-12)
 
 
-def find_files(folder, ids):
-    """{id: path} of the ids that have an image file in folder: ID.png, ID itself, or NAME_000…ID.jpg (COCO's)."""
-    named, numbered = {}, {}
+def find_files(folder, ids, by_number=True):
+    """{id: path} of the ids that have an image file in folder: ID.png, ID itself, or NAME_000…ID.jpg (COCO's).
+
+    by_number: whether the last form counts. Raises InputError where two files have the name of one id.
+    """
+    named, stems, numbers = {}, {}, {}
     for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         stem, ending = os.path.splitext(entry)
         if ending.lower() in FILES:
-            named[stem] = named[entry] = os.path.join(folder, entry)
-            if number := re.search(r"(?:^|\D)0*(\d+)$", stem):
-                numbered.setdefault(number[1], named[stem])
-    found = {name: named.get(name) or numbered.get(name) for name in ids}
-    return {name: path for name, path in found.items() if path}
+            named[entry] = [entry]
+            stems.setdefault(stem, []).append(entry)
+            if by_number and (number := re.search(r"(?:^|\D)0*(\d+)$", stem)):
+                numbers.setdefault(number[1], []).append(entry)
+    found = {}
+    for name in ids:
+        entries = next((names[name] for names in (named, stems, numbers) if name in names), [])
+        if len(entries) > 1:
+            raise InputError(f"{folder}: {' and '.join(entries[:2])} for image {name}, expected one file")
+        if entries:
+            found[name] = os.path.join(folder, entries[0])
+    return found

@@ -72,7 +72,9 @@ class Client:
 
     def ask(self, method, path, body=None):
         """Status and body (bytes) of an answer."""
-        self.connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
+        key = os.environ.get("PFAN_API_KEY")
+        headers = {"Content-Type": "application/json", **({"X-API-Key": key} if key else {})}
+        self.connection.request(method, path, body, headers)
         response = self.connection.getresponse()
         return response.status, response.read()
 

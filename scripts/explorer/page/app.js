@@ -199,7 +199,8 @@ addEventListener('hashchange', show)
 
 try {
   about = await ask('api/about')
-  const files = about.files ? '' : ' No image files: the regions are drawn on a blank frame.'
+  const files = !about.files ? ' No image files: the regions are drawn on a blank frame.'
+    : about.files < about.pictures ? ` Files of ${number(about.files)} images.` : ''
   const captions = about.captions ? `${number(about.captions)} captions` : 'no captions'
   $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} images, ${captions}.${files}`
   $('tab-hard').hidden = about.models.length < 2 || !about.captions
