@@ -293,26 +293,30 @@ def test_other_addresses_methods_and_content_types_are_refused_as_json(port):
     assert get(port, "/health", method="HEAD") == (200, "")  # load balancers ask so
 
 
-def raw(port, head, body=b""):
-    """What a server sends to raw bytes, up to the end of a JSON object or of the connection."""
-    answer = b""
-    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as connection:
-        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
-        while not answer.endswith(b"}") and (more := connection.recv(65536)):
-            answer += more
-    return answer
-
-
 HEAD = f"POST {PATH} HTTP/1.1\nHost: localhost\nContent-Type: application/json\n"
 
 
+def begin(port, head, body=b""):
+    """A connection over which the head of a request was sent, and so much of its body."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=LIMIT)
+    connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body)
+    return connection
+
+
+def rest(connection):
+    """What a server sends to the connection's end."""
+    return connection.makefile("rb").read()
+
+
 def test_a_body_over_the_limit_is_refused_before_it_is_read(port):
-    assert raw(port, HEAD + "Content-Length: 900000000000\n").startswith(b"HTTP/1.1 413 ")  # none of it was sent
     chunk = b"100000\r\n" + b" " * 0x100000 + b"\r\n"
-    # a byte too many: with more of them on their way, closing the connection could take the answer with it
-    answer = raw(port, HEAD + "Transfer-Encoding: chunked\n", 2 * chunk + b"1\r\n \r\n")
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b'{"error":"body: over 2 MB (--max_body_mb)"}' in answer
+    for head, body in (
+        ("Content-Length: 900000000000\n", b""),  # none of it was sent
+        ("Transfer-Encoding: chunked\n", 2 * chunk + b"1\r\n \r\n"),
+    ):
+        with begin(port, HEAD + head, body) as connection:
+            answer = rest(connection)
+        assert answer.startswith(b"HTTP/1.1 413 ") and answer.endswith(b'{"error":"body: over 2 MB (--max_body_mb)"}')
     status, answer, _ = post(port, b" " * (3 << 20))  # a client that sends all before it reads hears the reason
     assert (status, answer) == (413, {"error": "body: over 2 MB (--max_body_mb)"})
 
@@ -354,9 +358,8 @@ def test_packed_bodies_have_the_limit_of_others_and_a_reason(port, body, encodin
     ],
 )
 def test_an_answer_before_the_body_ends_the_connection(port, head, status):
-    with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as connection:
-        connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n")
-        answer = connection.makefile("rb").read()  # to the connection's end
+    with begin(port, head) as connection:
+        answer = rest(connection)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and answer.endswith(b"}")
 
 
@@ -378,21 +381,18 @@ def test_only_local_names_reach_a_server_on_a_local_address(scorer, port):
 
 def test_a_body_that_stops_coming_is_given_up(scorer):
     with serve(scorer, "--timeout", "0.3") as port:
-        assert raw(port, HEAD + "Content-Length: 1000\n", b"{").startswith(b"HTTP/1.1 408 ")
-        with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as connection:
-            connection.sendall(HEAD.replace("\n", "\r\n").encode() + b"Content-Length: 1000\r\n\r\n{")
-        assert scores(port, make_request()).shape == (2, 2)
+        with begin(port, HEAD + "Content-Length: 1000\n", b"{") as connection:
+            assert rest(connection).startswith(b"HTTP/1.1 408 ")
+        begin(port, HEAD + "Content-Length: 1000\n", b"{").close()
+        wait_for(lambda: post(port, make_request())[0] == 200)
 
 
 @contextlib.contextmanager
 def unfinished_bodies(port, n, begun=b"{"):
-    """n connections over which a body has begun to arrive, as sockets."""
+    """n connections over which a body has begun to arrive."""
     with contextlib.ExitStack() as stack:
-        connections = []
-        for _ in range(n):
-            connections.append(stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=LIMIT)))
-            head = HEAD + f"Content-Length: {len(begun) + 1000}\n"
-            connections[-1].sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + begun)
+        head = HEAD + f"Content-Length: {len(begun) + 1000}\n"
+        connections = [stack.enter_context(begin(port, head, begun)) for _ in range(n)]
         wait_for(lambda: arriving(port) == n)
         yield connections
 
@@ -413,7 +413,7 @@ def test_where_no_more_bodies_may_arrive_the_slowest_gives_way(scorer, monkeypat
     with serve(scorer, "--bodies", "2") as port, unfinished_bodies(port, 2) as connections:
         connections[0].sendall(b" " * 500)
         assert scores(port, make_request()).shape == (2, 2)
-        answer = connections[1].makefile("rb").read()
+        answer = rest(connections[1])
         assert answer.startswith(b"HTTP/1.1 429 ") and b"the slowest; others needed its place" in answer
         assert arriving(port) == 1
 
@@ -440,7 +440,7 @@ def test_bodies_of_too_many_bytes_together_give_way(scorer, monkeypatch):
 def test_a_body_slower_than_the_least_rate_is_given_up(scorer, monkeypatch):
     monkeypatch.setattr(bodies, "FREE_SECONDS", 0.1)
     with serve(scorer, "--min_rate", "50") as port, unfinished_bodies(port, 1) as (connection,):
-        answer = connection.makefile("rb").read()  # to the connection's end
+        answer = rest(connection)
         assert answer.startswith(b"HTTP/1.1 408 ")
         assert b'{"error":"body: slower than 50 KB a second (--min_rate)"}' in answer
 
@@ -594,14 +594,12 @@ def test_sigterm_lets_what_has_begun_finish(tmp_path):
         assert "mod\\xe8le/model.pth.tar: http://127.0.0.1:" in process.stdout.readline()
         wait_for(lambda: answers(port))
         body = json.dumps(make_request()).encode()
-        with socket.create_connection(("127.0.0.1", port), timeout=LIMIT) as connection:
-            head = HEAD + f"Content-Length: {len(body)}\nConnection: close\n"
-            connection.sendall(head.replace("\n", "\r\n").encode() + b"\r\n" + body[:-10])
+        with begin(port, HEAD + f"Content-Length: {len(body)}\nConnection: close\n", body[:-10]) as connection:
             wait_for(lambda: waiting(port) == 1)
             process.send_signal(signal.SIGTERM)
             wait_for(lambda: not answers(port))
             connection.sendall(body[-10:])
-            assert connection.makefile("rb").read().startswith(b"HTTP/1.1 200 ")
+            assert rest(connection).startswith(b"HTTP/1.1 200 ")
         assert process.wait(LIMIT) == 0
 
 
