@@ -607,33 +607,27 @@ def test_one_models_attention_stands_beside_its_grid_where_the_window_is_wide(br
             assert grids[1] + grids[3] <= captions[1]
 
 
-def test_three_models_fit_a_narrow_screen(browser, made):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_three_models_fit_a_narrow_screen_in_both_schemes_and_nothing_jumps(browser, made, scheme):
     first, second = made[1]
     with serve(Explorer(options(first, second, first))) as address:
-        person = Person(browser, address, (360, 740))
+        person = Person(browser, address, (360, 740), scheme)
         assert person.run("return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth") == 0
         cards = person.places(".model li:first-child .card")
         assert len(cards) == 3 and min(width for _, _, width, _ in cards) > 120
         assert all(one[0] + one[2] <= other[0] for one, other in zip(cards, cards[1:], strict=False))
-        person.open_first()
+        words = person.open_first()
+        assert person.run("const d = document.getElementById('detail'); return d.scrollWidth - d.clientWidth") == 0
         one, other, *_ = person.places(".grid")
         assert one[1] == other[1] and one[0] + one[2] <= other[0]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_narrow_screens_and_both_schemes_show_all_and_nothing_jumps(browser, address, scheme):
-    person = Person(browser, address, (360, 740), scheme)
-    assert person.run("return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth") == 0
-    words = person.open_first()
-    assert person.run("const d = document.getElementById('detail'); return d.scrollWidth - d.clientWidth") == 0
-    person.run("arguments[0].focus()", words[1])
-    person.until(lambda: "attends" in person.text("#detail-status"))
-    selector = ".word, #views .frame, .grid .map, #captions button"
-    on_word = person.places(selector)
-    person.choose_region(3)
-    person.until(lambda: person.text("#detail-status").startswith("Region 3"))
-    assert person.places(selector) == on_word
-    shades = person.run("const s = getComputedStyle(detail); return [s.color, s.backgroundColor]")
+        person.run("arguments[0].focus()", words[1])
+        person.until(lambda: "attends" in person.text("#detail-status"))
+        selector = ".word, #views .frame, .grid .map, #captions button"
+        on_word = person.places(selector)
+        person.choose_region(3)
+        person.until(lambda: person.text("#detail-status").startswith("Region 3"))
+        assert person.places(selector) == on_word
+        shades = person.run("const s = getComputedStyle(detail); return [s.color, s.backgroundColor]")
     light = [relative_luminance([int(number) for number in re.findall(r"\d+", shade)[:3]]) for shade in shades]
     assert (light[0] < light[1]) == (scheme == "light")
     assert (max(light) + 0.05) / (min(light) + 0.05) > 7
