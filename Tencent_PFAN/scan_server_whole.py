@@ -267,21 +267,12 @@ def get_parser():
     add("--api_key", type=api_key, help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
     add("--timeout", type=at_least(0.1, float), default=60, help="seconds for a body to arrive, and for its scores")
     add("--max_body_mb", type=at_least(1), default=256, help="largest body; 8 images have about 3.5 MB")
-    add(
-        "--bodies",
-        type=at_least(1),
-        default=128,
-        help="bodies that may arrive at a time; for one more the slowest ends",
-    )
+    add("--bodies", type=at_least(1), default=128, help="bodies that may arrive at a time, before the slowest ends")
     add("--bodies_mb", type=at_least(1), default=512, help="size of what has arrived of them")
-    add(
-        "--min_rate", type=at_least(0, float), default=8, help="KB a second at which a body must arrive, 0 for any rate"
-    )
+    add("--min_rate", type=at_least(0, float), default=8, help="KB a second at which a body must arrive, 0 for any")
     add("--queue", type=at_least(1), default=64, help="requests with their bodies there that may wait; more get 429")
     add("--queue_mb", type=at_least(1), default=1024, help="size of the bodies of the requests that wait")
-    add(
-        "--cache_mb", type=at_least(0), default=256, help="memory for embeddings of images that may come again, 0: none"
-    )
+    add("--cache_mb", type=at_least(0), default=256, help="memory for embeddings of images that come again, 0: none")
     add("--threads", type=at_least(1), default=os.cpu_count(), help="of the matrix products")
     add("--demo_path", help="a tencent_data_meta folder whose items the page at / offers")
     add("--device", default="auto", help="auto, cpu, cuda, …")
