@@ -1,5 +1,6 @@
 """What a user can do wrong: one exception, and one way for a command to report it."""
 
+import io
 import os
 import reprlib
 import signal
@@ -33,14 +34,22 @@ def report(message: str) -> None:
     sys.exit(2)
 
 
+def make_streams_safe() -> None:
+    """Have stdout and stderr print what they cannot encode as escapes; where there is no stderr, messages are lost."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
     What stdout cannot encode, such as a path, is printed with escapes.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    make_streams_safe()
     try:
         main()
     except InputError as error:
