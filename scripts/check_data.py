@@ -117,7 +117,7 @@ def check_folder(folder, opt):
         raise InputError(f"{folder}: no such folder")
     report = Report()
     report.row("file", "shape", "type", "contents")
-    vocab_path = os.path.join(opt.vocab_path, os.path.basename(os.path.normpath(folder)) + Vocabulary.suffix)
+    vocab_path = Vocabulary.file(opt.vocab_path, os.path.basename(os.path.normpath(folder)))
     vocab = None
     try:
         vocab = deserialize_vocab(vocab_path)
