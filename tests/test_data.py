@@ -89,12 +89,13 @@ def test_features_of_any_number_type_are_read_and_float16_stays_what_it_is(toy, 
     np.testing.assert_array_equal(grids, boxes.astype(np.float32)[np.array(ids) // 5])
 
 
-def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy, workers):
     ims = toy.load("dev_ims").astype(np.float16)
     ims[4, 35, 15] = np.inf
     toy.save("dev_ims", ims)
     with pytest.raises(InputError, match="dev_ims.npy, image 4: NaN or infinite features"):
-        list(loaders(toy)[1])
+        list(loaders(toy, workers)[1])
 
 
 def test_a_process_tokenises_a_caption_once(toy):
