@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lib.kernels.blocks import equal_length_groups
-from lib.tensors import norm
+from lib.tensors import has_bfloat16, norm
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,7 @@ def attend_pieces(contexts: Sequence[Tensor], queries: Sequence[Tensor], config:
     """model.attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each."""
     from lib.kernels import attention_kernel  # here, because numba takes half a second to import
 
-    has_bfloat16 = any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
-    bfloat16 = has_bfloat16 and torch.get_float32_matmul_precision() == "medium"
+    bfloat16 = torch.get_float32_matmul_precision() == "medium" and has_bfloat16()
     left = [left_side(blocks, bfloat16) for blocks in cut(contexts, ROWS)]
     right = [right_side(blocks, bfloat16) for blocks in cut(queries, COLUMNS)]
     jobs = [(rows, columns) for columns in right for rows in left]  # the columns stay in the cache for all rows
