@@ -18,7 +18,7 @@ from lib import distributed, eccv, report
 from lib.checkpoint import load_checkpoint
 from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
-from lib.files import check_outputs, digest_lines
+from lib.files import check_output, digest_lines
 from lib.gpu import BlockLimit, resident_chunks
 from lib.intervals import RECALL_AT
 from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
@@ -335,7 +335,9 @@ def evalrank(
     settings, overrides = evaluation_options(options)
     if settings.eccv and fold5:
         raise InputError("--eccv: ranks all 5,000 images of testall, expected no --fold5")
-    check_outputs(settings.save_ranks, settings.save_topk)
+    for path, other in ((settings.save_ranks, ""), (settings.save_topk, settings.save_ranks)):
+        if path:
+            check_output(path, other)
     scored = Split((data_path, vocab_path, split, make_model), overrides, 5 if fold5 else 1, settings.eccv)
     sims = scored.mean_sims(as_list(model_path))
     result, ranks = rank_folds(sims)

@@ -1,10 +1,16 @@
 """What a user can do wrong: one exception, and one way for a command to report it."""
 
+import io
 import os
+import reprlib
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+LONGEST = 40  # characters that a message quotes
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, LONGEST, LONGEST, LONGEST
 
 
 class InputError(ValueError):
@@ -12,11 +18,14 @@ class InputError(ValueError):
 
 
 def brief(value: Any) -> str:
-    """A value as ASCII text of at most 40 characters on one line."""
+    """A value as ASCII text of at most 40 characters on one line; of an array its shape and type."""
+    if getattr(value, "shape", ()):
+        return f"an array {value.shape} of {value.dtype}"
     try:
-        return " ".join(ascii(value)[:40].split())
-    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
+        text = SHORT.repr(value)  # repr alone would spell out all of a list in a list in a list …
+    except (ValueError, RecursionError):  # a number of thousands of digits
         return f"a large {type(value).__name__}"
+    return " ".join(text.encode("ascii", "backslashreplace").decode()[:LONGEST].split())
 
 
 def report(message: str) -> None:
@@ -25,11 +34,22 @@ def report(message: str) -> None:
     sys.exit(2)
 
 
+def make_streams_safe() -> None:
+    """Have stdout and stderr print what they cannot encode as escapes; where there is no stderr, messages are lost."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
+    What stdout cannot encode, such as a path, is printed with escapes.
     """
+    make_streams_safe()
     try:
         main()
     except InputError as error:

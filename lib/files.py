@@ -10,28 +10,14 @@ import numpy as np
 
 from lib.errors import InputError
 
+PIECES, PIECE_BYTES = 64, 4096  # of a file, that its digest covers
+
 
 def make_folder(path: str | os.PathLike) -> None:
     """Make the folder path where there is none. Raises InputError where something else has that name."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"{path}: is no folder, expected one or a free name")
     os.makedirs(path, exist_ok=True)
-
-
-def check_outputs(*paths: str) -> None:
-    """Raise InputError for a file that cannot be written, or two of the same name; empty paths are passed over."""
-    seen = set()
-    for path in map(os.fspath, filter(None, paths)):
-        folder = os.path.dirname(os.path.realpath(path))
-        if not os.path.isdir(folder):
-            raise InputError(f"{path}: no such folder")
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise InputError(f"{path}: is no file, expected one or a free name")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"{path}: its folder cannot be written to")
-        if os.path.realpath(path) in seen:
-            raise InputError(f"{path}: named twice, expected another file for each output")
-        seen.add(os.path.realpath(path))
 
 
 @contextlib.contextmanager
@@ -47,17 +33,19 @@ def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
 def replace(path: str | os.PathLike, write: Callable) -> None:
     """Write a file whole or not at all: write(file) fills path.part, which is synced to disk and then renamed to path.
 
-    Raises InputError or OSError naming path where it cannot be written; what was there before stays.
+    Where path is a link, the file that it points to is replaced. Raises InputError or OSError naming path where it
+    cannot be written; what was there before stays.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
-    part = os.fspath(path) + ".part"
+    target = os.path.realpath(path)
+    part = target + ".part"
     try:
         with name_in_errors(path), open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
+        os.replace(part, target)
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -93,6 +81,23 @@ def save_tensors(value: object, file: BinaryIO) -> None:
         raise
 
 
+def check_output(path: str | os.PathLike, *others: str | os.PathLike | None) -> None:
+    """Raise InputError or OSError, before the work begins, where replace(path, …) could not write.
+
+    others: files that are read or written as well, which path must not be.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected one or a free name")
+    if os.path.realpath(path) in (os.path.realpath(other) for other in others if other):
+        raise InputError(f"{path}: is read or written as well, expected another file")
+    part = os.path.realpath(path) + ".part"
+    is_new = not os.path.exists(part)
+    with name_in_errors(path):
+        open(part, "ab").close()
+    if is_new:
+        os.remove(part)
+
+
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
     """Write lines (str, without line ends) as UTF-8, whole or not at all."""
     replace(path, lambda file: file.writelines(line.encode() + b"\n" for line in lines))
@@ -118,6 +123,17 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def digest_lines(lines: Iterable[str]) -> str:
     """SHA-256 of lines (str, without line ends), in hexadecimal digits."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sample_digest(path: str | os.PathLike) -> str:
+    """SHA-256, in hexadecimal digits, of pieces spread over a file, its first and last bytes among them."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in range(PIECES):
+            file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:

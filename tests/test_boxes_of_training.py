@@ -46,7 +46,7 @@ def test_right_boxes_raise_no_warning(folder, caplog):
 def test_boxes_of_other_images_are_warned_of(folder, caplog, order):
     np.save(folder + "_boxes.npy", order(np.load(folder + "_boxes.npy")))
     [message] = warnings_of(folder, caplog)
-    assert message.startswith(folder + "_boxes.npy: of other ") and "scripts/align.py" in message
+    assert message.startswith(folder + "_boxes.npy: of other images or regions") and "scripts/align.py" in message
     assert warnings_of(folder, caplog, position="none") == []
 
 

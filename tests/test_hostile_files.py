@@ -126,7 +126,7 @@ def read_coco(path):
 
 
 def read_scores(path):
-    compute_map.read_scores(str(path))
+    compute_map.load_dist_from_file(str(path))
 
 
 def read_test_list(path):
@@ -135,14 +135,17 @@ def read_test_list(path):
 
 def read_pictures(path):
     news.read_words(str(path.parent / "test_list.json"), "sentence")
-    pictures = news.Pictures(str(path.parent), set(URLS))
+    paths = (str(path.parent / name) for name in news.FILES)
+    readers = news.load_img_url_to_id, news.process_tsv_file, news.process_json_file
+    images = news.Images(*(read(path) for read, path in zip(readers, paths, strict=True)))
     for url in URLS:
-        if not pictures.missing(url):
-            pictures.read(url)
+        if not images.missing(url):
+            images.read(url)
 
 
 def read_part(path):
-    lines = client.read_part(str(path), ["0123", "4567"])
+    with client.held(str(path)) as part:
+        lines = client.read_part(part, ["0123", "4567"])
     client.write_out(str(path.parent / "out.json"), lines)
 
 

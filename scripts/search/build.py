@@ -57,7 +57,7 @@ class Files:
         """Write an array of a shape as the file name. make(block) → first row and rows, for a slice of blocks."""
         if self.is_done(name):
             return
-        file = ArrayWriter(self.path(name), shape[0], shape[1:], dtype, resume=name in self.done)
+        file = ArrayWriter(self.path(name), shape, dtype, resume=name in self.done)
         done = self.done.get(name, 0) if file.resumed else 0
         with tqdm(desc=name, initial=done, total=len(blocks), unit="batch", leave=False, disable=None) as bar:
             for step, block in enumerate(blocks[done:], done + 1):
@@ -177,7 +177,7 @@ def largest_products(elements, starts, centroids):
 def transpose_table(files, k, n):
     """Write table.npy (K, n) from by_item.npy (n, K), some rows at a time."""
     by_item = open_npy(files.path("by_item.npy"))
-    file = ArrayWriter(files.path("table.npy"), k, (n,), np.float16)
+    file = ArrayWriter(files.path("table.npy"), (k, n), np.float16)
     for block in cut(k, max(1, TRANSPOSE_BYTES // (2 * max(1, n)))):
         file.write(block.start, np.ascontiguousarray(by_item[:, block].T))
     file.commit()
