@@ -14,11 +14,11 @@ import traceback
 
 import _root  # noqa: F401
 import torch
+from training import last_checkpoint
 
 import evaluation
 import train
 from lib import distributed
-from lib.checkpoint import last_checkpoint
 from Tencent_PFAN import evaluation_whole, train_whole
 
 

@@ -14,12 +14,12 @@ import pytest
 import torch
 from conftest import ROOT
 from processes import LIMIT, run, started, wait_for
-from training import NAME, Place, assert_same, load
+from training import NAME, Place, assert_same, last_checkpoint, load
 
 import train
 from data import get_loaders
 from lib import distributed, interrupts
-from lib.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.errors import InputError
 from lib.files import replace
 from lib.workers import watched
