@@ -77,4 +77,5 @@ def open_events(folder: str) -> Any:
 
         __del__ = close
 
-    return Events(folder)
+    with name_in_errors(folder):  # it writes at once
+        return Events(folder)

@@ -306,16 +306,6 @@ def test_without_position_no_boxes_are_needed(toy):
             loaders(toy, position=position)
 
 
-def test_empty_captions_are_refused_unless_allowed(toy):
-    captions = random_captions(np.random.default_rng(0), 30)
-    captions[6] = "  "
-    write_lines(toy.folder / "dev_caps.txt", captions)
-    with pytest.raises(InputError, match="dev_caps.txt, line 7: empty caption"):
-        loaders(toy)
-    dataset = loaders(toy, allow_empty_captions=True)[1].dataset
-    assert dataset[6][2].tolist() == [1, 2]  # <start> <end>
-
-
 def test_padded_regions_without_cells_are_read(toy):
     boxes = random_boxes(np.random.default_rng(0), 6)
     boxes[:, 30:, :15], boxes[:, 30:, 15:] = 256, 0

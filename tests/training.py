@@ -8,6 +8,7 @@ from folders import make_folder, make_whole_folder
 
 import train
 from lib.checkpoint import load_checkpoint
+from lib.run_folder import RunFolder
 from Tencent_PFAN import train_whole
 
 NAME = "toy_precomp"
@@ -28,8 +29,9 @@ class Place:
     trainer = train
 
     def __init__(self, root, more="", **shape):
-        self.root = root
-        self.data_path, self.vocab_path = make_folder(str(root), NAME, **{"n_regions": 4, **shape})
+        self.root, self.data_path, self.vocab_path = root, str(root / "data"), str(root / "vocab")
+        if not (root / "data").exists():
+            make_folder(str(root), NAME, **{"n_regions": 4, **shape})
         self.vocab_file = root / "vocab" / f"{NAME}_vocab.json"
         self.flags = f"--data_path {self.data_path} --vocab_path {self.vocab_path} --data_name {NAME} {SMALL} {more}"
 
@@ -62,6 +64,11 @@ def load(folder, name="checkpoint_0"):
     return load_checkpoint(str(folder / f"{name}.pth.tar"))
 
 
+def last_checkpoint(folder):
+    """Path and contents of what --resume auto continues."""
+    return RunFolder(str(folder)).last()
+
+
 def change(path, **changes):
     """Rewrite a checkpoint; a change of None removes the key."""
     checkpoint = {**torch.load(path, weights_only=False), **changes}
@@ -82,9 +89,9 @@ def values(folder, name):
 
 
 def flat(tree):
-    """A checkpoint's contents without its options, as a list of (place, value)."""
+    """A checkpoint's contents without its options and its run's mark, as a list of (place, value)."""
     if isinstance(tree, dict):
-        return [(f"{k}.{at}", v) for k, sub in tree.items() if k != "opt" for at, v in flat(sub)]
+        return [(f"{k}.{at}", v) for k, sub in tree.items() if k not in ("opt", "run") for at, v in flat(sub)]
     if isinstance(tree, (list, tuple)):
         return [(f"{i}.{at}", v) for i, sub in enumerate(tree) for at, v in flat(sub)]
     return [("", tree)]
