@@ -1,4 +1,4 @@
-"""A folder of feature files, one a image (.npz or .npy) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
+"""A folder of feature files, one an image (.npz or .npy) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
 
 An .npz file holds x (R, D), and bbox (R, 4) x1 y1 x2 y2 in pixels, image_h, image_w and num_bbox, each in an array of
 its name or in the dict of an array called info; feat, features, boxes and num_boxes are known as well. An .npy file
@@ -136,10 +136,10 @@ def get_parser():
         "--out data/coco_precomp --ids train=train_ids.txt",
     )
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="the folder of feature files, one a image")
+    add("folder", metavar="FOLDER", help="the folder of feature files, one an image")
     add_flags(add)
     add("--split", choices=SPLITS, help="instead of id lists: every image of the folder, by name, as this split")
-    help_number = "regions a image (default: fixed, as many as the first file has; best 36; all 100)"
+    help_number = "regions an image (default: fixed, as many as the first file has; best 36; all 100)"
     add("--n_regions", type=int, metavar="N", help=help_number)
     add("--boxes", metavar="FOLDER", help="the folder of the boxes, NAME.npy (R, 4) each, where they stand apart")
     help_sizes = (

@@ -51,7 +51,7 @@ def ok(name, *args, **more):
 
 
 def draw(path, ground="white", shape="red", size=(96, 64), mode="RGB", **options):
-    """A image of a block on a ground."""
+    """An image of a block on a ground."""
     image = Image.new("RGB", size, COLOURS[ground])
     width, height = size
     ImageDraw.Draw(image).rectangle((width // 8, height // 8, width // 3, height // 2), fill=COLOURS[shape])
@@ -145,7 +145,7 @@ def write_coco(path, paths, boxes, described):
         {"id": i + 1, "file_name": path.name, "height": height, "width": width}
         for i, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True))
     ]
-    found.reverse()  # a image's best stand last: scores decide
+    found.reverse()  # an image's best stand last: scores decide
     path.write_text(json.dumps({"images": images, "annotations": found} if described else found))
 
 
@@ -306,10 +306,10 @@ def test_exif_orientation_turns_the_image(tmp_path):
 
 
 def test_unreadable_and_absent_images_are_named_and_skipped_with_their_captions(tmp_path, photos):
-    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a image")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     whole = (photos / "red_blue.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (photos / "notes.txt").write_text("not a image")
+    (photos / "notes.txt").write_text("not an image")
     out = tmp_path / "o"
     out.mkdir()
     ids = ["red_blue.png", "broken.jpg", "cut.png", "nowhere.png", "blue_red"]
@@ -512,7 +512,7 @@ def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, photos):
 
 def test_images_none_of_which_can_be_read_leave_no_file(tmp_path):
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a image")
+    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     for more in ((), ("--tsv", tmp_path / "t.tsv")):
         with pytest.raises(InputError, match="none of the 1 images could be used"):
             extract(*windows_args(tmp_path / "broken", tmp_path / "o", *more))

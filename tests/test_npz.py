@@ -1,4 +1,4 @@
-"""Folders of .npz and .npy files, one a image, → a dataset folder; pickles of plain types that run nothing."""
+"""Folders of .npz and .npy files, one an image, → a dataset folder; pickles of plain types that run nothing."""
 
 import json
 import os

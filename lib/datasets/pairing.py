@@ -75,7 +75,7 @@ class Split:
 
 
 class Partner(NamedTuple):
-    """A image of the source: its Split and row there."""
+    """An image of the source: its Split and row there."""
 
     split: Split
     row: int
@@ -144,7 +144,7 @@ def pair(
 def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     """Of partners in several splits those in the split's namesake, else those in the first of the splits.
 
-    A image that stands in test and in testall is one image.
+    An image that stands in test and in testall is one image.
     """
     same = [hit for hit in hits if hit.split.split == split.split]
     return same or [hit for hit in hits if hit.split is hits[0].split]

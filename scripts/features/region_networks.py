@@ -31,12 +31,12 @@ WINDOWS = (  # columns, rows, width and height as shares of the image's
     (3, 1, 0.5, 1),
     (1, 3, 1, 0.5),
 )
-BOXES_AT_ONCE = 250  # of a image's 1,000 proposals: 12 MB of pooled values
+BOXES_AT_ONCE = 250  # of an image's 1,000 proposals: 12 MB of pooled values
 SAME = 0.7  # boxes overlapping by more than this show the same thing
 
 
 def windows(height, width):
-    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of a image of that size.
+    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of an image of that size.
 
     4×4 of two fifths of its sides, 3×3 of a half, 2×2 of two thirds, 3 upright and 3 level strips of a half,
     and last the whole image.
@@ -154,7 +154,7 @@ def _efficientnet_lite(name, weights):
 
 
 class Detector(nn.Module):
-    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes a image."""
+    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes an image."""
 
     NAMES = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
 
