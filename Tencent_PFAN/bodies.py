@@ -16,26 +16,26 @@ FREE_SECONDS = 5  # in which a body may arrive at any rate
 YOUNG_SECONDS = 1  # in which no body gives way: its rate is not known yet
 
 
+def now():
+    return asyncio.get_running_loop().time()
+
+
 class Arrival:
-    """One body under way. limit: the asyncio.Timeout in which it is read, moved on with every chunk."""
+    """One body under way. limit: the asyncio.Timeout in which it is read. refusal: why it gave way, or None."""
 
-    def __init__(self, started):
-        self.started, self.size, self.limit = started, 0, None
-
-    def age(self):
-        return asyncio.get_running_loop().time() - self.started
+    def __init__(self):
+        self.started, self.chunks, self.size, self.limit, self.refusal = now(), [], 0, None, None
 
     def rate(self):
         """Bytes a second so far."""
-        return self.size / max(self.age(), 1e-3)
+        return self.size / max(now() - self.started, 1e-3)
 
 
 class Bodies:
     """The bodies under way. opt: max_body_mb, bodies, bodies_mb, min_rate, timeout, as the command line has them."""
 
     def __init__(self, opt):
-        self.opt = opt
-        self.under_way = set()
+        self.opt, self.under_way = opt, set()
 
     def __len__(self):
         return len(self.under_way)
@@ -47,30 +47,28 @@ class Bodies:
 
     async def read(self, request):
         """The body of a request (bytes). Raises Refused."""
-        if len(self) >= self.opt.bodies and not self.drop_slowest():
-            raise Refused(429, f"{len(self)} bodies arrive, come back later", Retry_After="1")
-        arrival, chunks = Arrival(asyncio.get_running_loop().time()), []
+        if len(self) >= self.opt.bodies:
+            self.drop_slowest()
+        arrival = Arrival()
         self.under_way.add(arrival)
         try:
             async with asyncio.timeout_at(self.deadline(arrival)) as arrival.limit:
                 async for chunk in request.stream():
-                    if arrival not in self.under_way:  # it gave way, and the timeout is about to say so
-                        raise TimeoutError
-                    chunks.append(chunk)
+                    arrival.chunks.append(chunk)
                     arrival.size += len(chunk)
                     self.check_size(arrival.size)
-                    self.make_room()
-                    if arrival in self.under_way:
-                        arrival.limit.reschedule(self.deadline(arrival))
+                    while len(self) > 1 and sum(x.size for x in self.under_way) > self.opt.bodies_mb << 20:
+                        self.drop_slowest()
+                    if arrival.refusal:
+                        raise arrival.refusal
+                    arrival.limit.reschedule(self.deadline(arrival))
         except TimeoutError:
-            request.scope["no_linger"] = True  # to read on what gave way would cost what it was to save
-            raise self.refusal(arrival) from None
+            raise arrival.refusal or Refused(408, self.lateness(arrival)) from None
         except ClientDisconnect:
             raise Refused(400, "body: the connection ended before it was complete") from None
         finally:
             self.under_way.discard(arrival)
-        request.scope["body_read"] = True
-        return b"".join(chunks)
+        return b"".join(arrival.chunks)
 
     def deadline(self, arrival):
         """When a body must be complete, or have more bytes (the loop's time)."""
@@ -79,31 +77,23 @@ class Bodies:
             return end
         return min(end, arrival.started + FREE_SECONDS + arrival.size / (1000 * self.opt.min_rate))
 
-    def make_room(self):
-        """Drop the slowest until all bytes under way fit. A single body always does."""
-        while len(self) > 1 and sum(arrival.size for arrival in self.under_way) > self.opt.bodies_mb << 20:
-            if not self.drop_slowest():
-                raise Refused(429, f"{len(self)} bodies arrive, come back later", Retry_After="1")
+    def lateness(self, arrival):
+        if now() - arrival.started >= self.opt.timeout:
+            return f"body: not complete after {self.opt.timeout:g} seconds"
+        return f"body: slower than {self.opt.min_rate:g} KB a second (--min_rate)"
 
     def drop_slowest(self):
-        """End the slowest body that is not young. False where all are."""
-        old = [arrival for arrival in self.under_way if arrival.age() > YOUNG_SECONDS]
+        """End the slowest body that is not young. Raises Refused where all are."""
+        old = [arrival for arrival in self.under_way if now() - arrival.started > YOUNG_SECONDS]
         if not old:
-            return False
+            raise Refused(429, f"{len(self)} bodies arrive, come back later", Retry_After="1")
         slowest = min(old, key=Arrival.rate)
-        self.under_way.remove(slowest)
+        reason = f"body: {slowest.rate() / 1000:.0f} KB a second, the slowest; others needed its place"
+        slowest.refusal = Refused(429, reason, Retry_After="1")
+        slowest.chunks.clear()
         if not slowest.limit.expired():
-            slowest.limit.reschedule(asyncio.get_running_loop().time())
-        return True
-
-    def refusal(self, arrival):
-        """Why a body that was not complete is read no further, as Refused."""
-        if arrival not in self.under_way:
-            rate = f"{arrival.rate() / 1000:.0f} KB a second"
-            return Refused(429, f"body: {rate}, the slowest; others needed its place", Retry_After="1")
-        if arrival.age() >= self.opt.timeout:
-            return Refused(408, f"body: not complete after {self.opt.timeout:g} seconds")
-        return Refused(408, f"body: slower than {self.opt.min_rate:g} KB a second (--min_rate)")
+            slowest.limit.reschedule(now())
+        self.under_way.remove(slowest)
 
 
 def unpacked_size(packed):

@@ -1,62 +1,43 @@
-"""What the page at / asks for: the items of a tencent_data_meta folder, with their pictures, as requests to send."""
+"""What the page at / asks for: the items of a tencent_data_meta folder, with their images, as requests to send."""
 
 import os
+import sys
 
 from fastapi.responses import FileResponse
 
-from lib.datasets.news import Pictures, read_flags, read_words
+from lib.datasets import news
 from lib.web import Answer, Refused
 
 
-class Items:
-    """The items of folder/test_list.json. Pictures to look at are images/ID.png there, where that exists."""
-
-    def __init__(self, folder):
-        path = os.path.join(folder, "test_list.json")
-        self.folder = folder
-        self.sentences, self.tags = ([words for words, _ in read_words(path, kind)] for kind in ("sentence", "tag"))
-        self.flags = read_flags(path)
-        self.pictures = Pictures(folder, {url for item in self.flags for url, _ in item})
-
-    def listing(self):
-        """[{"sentence", "tags", "pictures": how many}], the items in order."""
-        columns = zip(self.sentences, self.tags, self.flags, strict=True)
-        return [{"sentence": words, "tags": tags, "pictures": len(flags)} for words, tags, flags in columns]
-
-    def item(self, number):
-        """{"pictures": [{"url", "image_id", "right"}], "boxes", "whole_items"}, the last two as a request has them."""
-        if not 0 <= number < len(self.flags):
-            raise Refused(404, f"item {number}: expected 0 to {len(self.flags) - 1}")
-        shown = [(url, right) for url, right in self.flags[number] if not self.pictures.missing(url)]
-        boxes, wholes = zip(*(self.pictures.read(url) for url, _ in shown), strict=True) if shown else ([], [])
-        pictures = [{"url": url, "image_id": self.pictures.ids[url], "right": right == 1} for url, right in shown]
-        return {"pictures": pictures, "boxes": boxes, "whole_items": wholes}
-
-    def image(self, number):
-        path = os.path.join(self.folder, "images", f"{number}.png")
-        if not os.path.isfile(path):
-            raise Refused(404, f"no picture {number}")
-        return path
-
-
 def add_demo(app, folder, dependencies):
-    """Give app the addresses under /demo; folder: a tencent_data_meta one, or None."""
-    items = Items(folder) if folder else None
+    """Give app the addresses under /demo: the items of folder/test_list.json, and folder/images/ID.png."""
+    path = os.path.join(folder, "test_list.json")
+    items, tags, flags = news.read_words(path, "sentence"), news.read_words(path, "tag"), news.read_flags(path)
+    ids, rows, wholes = (os.path.join(folder, name) for name in news.FILES)
+    images = news.Images(
+        news.load_img_url_to_id(ids), news.process_tsv_file(rows, sys.maxsize), news.process_json_file(wholes)
+    )
     options = {"dependencies": dependencies, "include_in_schema": False}
-
-    def present():
-        if items is None:
-            raise Refused(404, "the server runs without --demo_path")
-        return items
 
     @app.get("/demo/items", **options)
     def listing():
-        return items.listing() if items else []
+        """[{"sentence", "tags", "images": how many}], the items in order."""
+        pairs = zip(items, tags, strict=True)
+        return [{"sentence": words, "tags": tag, "images": len(urls)} for (words, urls), (tag, _) in pairs]
 
     @app.get("/demo/items/{number}", **options)
     def item(number: int):
-        return Answer(present().item(number))
+        """{"images": [{"url", "image_id", "correct"}], "boxes", "whole_items"}, the last two as a request has them."""
+        if not 0 <= number < len(flags):
+            raise Refused(404, f"item {number}: expected 0 to {len(flags) - 1}")
+        shown = [(url, flag) for url, flag in flags[number] if not images.missing(url)]
+        boxes, whole_items = zip(*(images.read(url) for url, _ in shown), strict=True) if shown else ([], [])
+        described = [{"url": url, "image_id": images.ids[url], "correct": flag == 1} for url, flag in shown]
+        return Answer({"images": described, "boxes": boxes, "whole_items": whole_items})
 
     @app.get("/demo/images/{number}", **options)
     def image(number: int):
-        return FileResponse(present().image(number))
+        path = os.path.join(folder, "images", f"{number}.png")
+        if not os.path.isfile(path):
+            raise Refused(404, f"no image {number}")
+        return FileResponse(path)

@@ -17,7 +17,8 @@ for word in "$@"; do
     [ "$previous" = --host ] && host=$word
     previous=$word
 done
-[ "$host" = 0.0.0.0 ] && host=127.0.0.1
+case "$host" in 0.0.0.0) host=127.0.0.1 ;; ::) host=::1 ;; esac
+case "$host" in *:*) address="[$host]" ;; *) address=$host ;; esac
 
 pids=
 stop() {
@@ -35,9 +36,9 @@ start() {
 }
 start "$sentence" "$sentence_port" "$@"
 start "$tag" "$tag_port" "$@"
-answers() {
-    python -c 'import sys, urllib.request as u; u.urlopen(f"http://{sys.argv[1]}:{sys.argv[2]}/health", timeout=2)' \
-        "$host" "$1" 2>/dev/null
+answers() { # straight to the server, whatever proxies the environment names
+    python -c 'import sys, http.client as h; c = h.HTTPConnection(*sys.argv[1:], timeout=2); c.request("GET", "/health")
+sys.exit(c.getresponse().status != 200)' "$host" "$1" 2>/dev/null
 }
 alive() { for pid in $pids; do kill -0 "$pid" 2>/dev/null || return 1; done; }
 for port in "$sentence_port" "$tag_port"; do
@@ -48,7 +49,7 @@ for port in "$sentence_port" "$tag_port"; do
 done
 # another server on the same port would have answered too, while ours ended
 alive || { echo "error: a server ended, see above" >&2 && stop 1; }
-echo "ready: sentences on http://$host:$sentence_port, tags on http://$host:$tag_port; Ctrl-C stops both"
+echo "ready: sentences on http://$address:$sentence_port, tags on http://$address:$tag_port; Ctrl-C stops both"
 while alive; do sleep 1 & wait $!; done
 echo "error: a server ended, see above" >&2
 stop 1

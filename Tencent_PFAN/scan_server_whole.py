@@ -1,4 +1,4 @@
-"""The scoring server: how well pictures fit a sentence, by a whole-image model.
+"""The scoring server: how well images fit a sentence, by a whole-image model.
 
 python -m Tencent_PFAN.scan_server_whole ./runs/sentence_t2i.pth.tar 5091
 
@@ -9,7 +9,9 @@ a thread. Whatever waits is scored as one batch while the next requests are read
 import argparse
 import asyncio
 import hmac
+import math
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -32,7 +34,7 @@ from Tencent_PFAN.demo_page import add_demo
 from Tencent_PFAN.scoring import BadRequest, Scorer
 from Tencent_PFAN.web import PATH, Counting, json_of, request_schema, responses
 
-BATCH_PICTURES = 256  # of the requests that are scored together; a single request may have more
+BATCH_IMAGES = 256  # of the requests that are scored together; a single request may have more
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 # ---------------------------------------------------------------- the service
@@ -45,29 +47,43 @@ class Service:
         self.scorer, self.opt = scorer, opt
         self.bodies = Bodies(opt)
         self.waiting, self.waiting_bytes = 0, 0  # requests whose bodies are there and that are not answered
+        self.scoring_since = None  # when the batch under way began (the loop's time)
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.registry = registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=registry)
         self.requests = prometheus.Counter("pfan_requests", "Scoring requests", ["status"], registry=registry)
         self.errors = prometheus.Counter("pfan_errors", "Scoring requests answered with 4xx or 5xx", registry=registry)
         self.latency = prometheus.Histogram(
             "pfan_latency_seconds", "From a request's headers to its answer", registry=registry
         )
-        self.batch_requests, self.batch_pictures = (
-            prometheus.Histogram(
-                f"pfan_batch_{what}",
-                f"{what.capitalize()} scored as one batch",
-                registry=registry,
-                buckets=[2**i for i in range(11)],
-            )
-            for what in ("requests", "pictures")
+        powers = [2**i for i in range(11)]
+        self.batch_requests, self.batch_images = (
+            prometheus.Histogram(f"pfan_batch_{name}", f"{what} scored as one batch", registry=registry, buckets=powers)
+            for name, what in (("requests", "Requests"), ("pictures", "Images"))
         )
-        self.pictures = prometheus.Counter("pfan_pictures", "Pictures, by where from", ["source"], registry=registry)
+        self.images = prometheus.Counter("pfan_pictures", "Images, by where from", ["source"], registry=registry)
         for name, what, count in (
             ("pfan_waiting", "Requests not answered yet", self.unanswered),
             ("pfan_bodies", "Bodies that arrive", self.bodies.__len__),
         ):
             prometheus.Gauge(name, what, registry=registry).set_function(count)
+
+    def start(self):
+        """Score what comes, until stop(). Called in the loop that answers the requests."""
+        self.queue, self.task = asyncio.Queue(), asyncio.create_task(self.score_batches())
+
+    def stop(self):
+        self.task.cancel()
+        self.parsers.shutdown()
+        self.model_thread.shutdown(wait=False)  # a batch that hangs would be waited for without end
+
+    def check_health(self):
+        """Raises Refused where nothing is scored any more, though requests are taken."""
+        if self.task.done():
+            raise Refused(503, f"scoring has ended, restart the server ({self.task.exception()!r})")
+        if self.scoring_since and asyncio.get_running_loop().time() - self.scoring_since > self.opt.timeout:
+            raise Refused(503, f"a batch has been scored for over {self.opt.timeout:g} seconds (--timeout)")
 
     def unanswered(self):
         return len(self.bodies) + self.waiting
@@ -111,28 +127,29 @@ class Service:
         if unpacked is not None:
             body = await loop.run_in_executor(self.parsers, unpack, body, unpacked)
         job = await loop.run_in_executor(self.parsers, self.scorer.read, body)
-        self.pictures.labels("cache").inc(len(job.embeddings))
-        self.pictures.labels("new").inc(len(job.new))
+        self.images.labels("cache").inc(len(job.embeddings))
+        self.images.labels("new").inc(len(job.new))
         future = loop.create_future()
         await self.queue.put((job, future))
         return Answer(await future, headers={"X-Model": self.scorer.digest})
 
     async def score_batches(self):
         """Take what waits, score it as one batch, hand out the results; forever."""
-        loop, self.queue = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
         while True:
             batch = [await self.queue.get()]
-            while not self.queue.empty() and sum(len(job.keys) for job, _ in batch) < BATCH_PICTURES:
+            while not self.queue.empty() and sum(len(job.keys) for job, _ in batch) < BATCH_IMAGES:
                 batch.append(self.queue.get_nowait())
             batch = [(job, future) for job, future in batch if not future.done()]  # done: nobody waits any more
             if not batch:
                 continue
             self.batch_requests.observe(len(batch))
-            self.batch_pictures.observe(sum(len(job.keys) for job, _ in batch))
+            self.batch_images.observe(sum(len(job.keys) for job, _ in batch))
             jobs, futures = zip(*batch, strict=True)
-            for future, result in zip(
-                futures, await loop.run_in_executor(self.model_thread, self.score_jobs, jobs), strict=True
-            ):
+            self.scoring_since = loop.time()
+            results = await loop.run_in_executor(self.model_thread, self.score_jobs, jobs)
+            self.scoring_since = None
+            for future, result in zip(futures, results, strict=True):
                 if not future.done():
                     (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
 
@@ -165,11 +182,9 @@ def make_app(scorer, opt):
 
     @asynccontextmanager
     async def lifespan(app):
-        task = asyncio.create_task(service.score_batches())
+        service.start()
         yield
-        task.cancel()  # uvicorn comes here when every request has been answered
-        service.parsers.shutdown()
-        service.model_thread.shutdown()
+        service.stop()  # uvicorn comes here when every request has been answered
 
     async def check_key(key=Security(APIKeyHeader(name="X-API-Key", auto_error=False))):  # noqa: B008
         if opt.api_key and not hmac.compare_digest((key or "").encode(), opt.api_key.encode()):
@@ -178,14 +193,14 @@ def make_app(scorer, opt):
     app = FastAPIOffline(
         title="PFAN scoring server",
         version="1",
-        description="How well pictures fit a sentence, words to regions (t2i) and regions to words (i2t).",
+        description="How well images fit a sentence, words to regions (t2i) and regions to words (i2t).",
         redoc_url=None,
         lifespan=lifespan,
         exception_handlers={**web.REFUSALS, RequestValidationError: web.refuse_parameters},
     )
     app.state.service = service
-    web.check_host_names(app, opt.host, opt.allowed_hosts)
     app.add_middleware(Counting, service=service)
+    web.guard(app, opt.host, opt.allowed_hosts)
     keyed = [Depends(check_key)]
 
     @app.post(
@@ -195,11 +210,13 @@ def make_app(scorer, opt):
         responses=responses(),
     )
     async def score(request: Request) -> Response:
-        """Scores of every picture with the sentence, both ways; with `sentences`, a list for each of them."""
+        """Scores of every image with the sentence, both ways; with `sentences`, a list for each of them."""
         return await service.score(request)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health():
+        service.check_health()
         return {"status": "ok", "waiting": service.unanswered()}
 
     @app.get("/metrics", dependencies=keyed, response_class=PlainTextResponse)
@@ -210,13 +227,34 @@ def make_app(scorer, opt):
     async def page():
         return FileResponse(os.path.join(HERE, "page.html"))
 
-    add_demo(app, opt.demo_path, keyed)
+    if opt.demo_path:
+        add_demo(app, opt.demo_path, keyed)
     return app
+
+
+def at_least(least, kind=int):
+    """For argparse: a finite number that is not smaller."""
+
+    def parse(text):
+        number = kind(text)
+        if not least <= number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text}, expected at least {least}")
+        return number
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def api_key(text):
+    """For argparse: a key that a header can carry."""
+    if not (text.isascii() and text.isprintable() and text == text.strip() and text):
+        raise argparse.ArgumentTypeError("expected printable ASCII characters, no blanks around them")
+    return text
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
-        description="Score pictures against sentences over HTTP.",
+        description="Score images against sentences over HTTP.",
         epilog="example: python -m Tencent_PFAN.scan_server_whole ./runs/sentence_t2i.pth.tar 5091",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -226,16 +264,16 @@ def get_parser():
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
     add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
-    add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY, as others can read command lines")
-    add("--timeout", type=float, default=60, help="seconds for a body to arrive, and again for its scores")
-    add("--max_body_mb", type=int, default=256, help="largest body; 8 pictures have about 3.5 MB")
-    add("--bodies", type=int, default=128, help="bodies that may arrive at a time; for one more the slowest gives way")
-    add("--bodies_mb", type=int, default=512, help="size of what has arrived of them")
-    add("--min_rate", type=float, default=8, help="KB a second at which a body must arrive, 0 for any rate")
-    add("--queue", type=int, default=64, help="requests with their bodies there that may wait; a further one gets 429")
-    add("--queue_mb", type=int, default=1024, help="size of the bodies of the requests that wait")
-    add("--cache_mb", type=int, default=256, help="memory for embeddings of pictures that may come again, 0 for none")
-    add("--threads", type=int, default=os.cpu_count(), help="of the matrix products")
+    add("--api_key", type=api_key, help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
+    add("--timeout", type=at_least(0.1, float), default=60, help="seconds for a body to arrive, and for its scores")
+    add("--max_body_mb", type=at_least(1), default=256, help="largest body; 8 images have about 3.5 MB")
+    add("--bodies", type=at_least(1), default=128, help="bodies that may arrive at a time, before the slowest ends")
+    add("--bodies_mb", type=at_least(1), default=512, help="size of what has arrived of them")
+    add("--min_rate", type=at_least(0, float), default=8, help="KB a second at which a body must arrive, 0 for any")
+    add("--queue", type=at_least(1), default=64, help="requests with their bodies there that may wait; more get 429")
+    add("--queue_mb", type=at_least(1), default=1024, help="size of the bodies of the requests that wait")
+    add("--cache_mb", type=at_least(0), default=256, help="memory for embeddings of images that come again, 0: none")
+    add("--threads", type=at_least(1), default=os.cpu_count(), help="of the matrix products")
     add("--demo_path", help="a tencent_data_meta folder whose items the page at / offers")
     add("--device", default="auto", help="auto, cpu, cuda, …")
     return parser
@@ -244,27 +282,23 @@ def get_parser():
 def main():
     parser = get_parser()
     opt = parser.parse_args()
-    opt.api_key = opt.api_key or os.environ.get("PFAN_API_KEY")
-    counts = ("queue", "queue_mb", "bodies", "bodies_mb", "max_body_mb", "threads")
-    for name, fine in {
-        **{name: getattr(opt, name) >= 1 for name in counts},
-        **{name: getattr(opt, name) >= 0 for name in ("cache_mb", "min_rate")},
-        "timeout": opt.timeout > 0,
-    }.items():
-        if not fine:
-            parser.error(f"--{name}: {getattr(opt, name)}, expected a larger number")
     if not 0 < opt.port < 65536:
         parser.error(f"port: {opt.port}, expected 1 to 65535")
+    if not opt.api_key and (key := os.environ.get("PFAN_API_KEY")):
+        try:
+            opt.api_key = api_key(key)
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"PFAN_API_KEY: {error}")
     torch.set_num_threads(opt.threads)
     with web.listen(opt.host, opt.port) as listening:  # before the model is read, which takes a while
         scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
-        print(f"{opt.model}: http://{opt.host}:{opt.port}", flush=True)
-        web.serve(
-            make_app(scorer, opt),
-            listening,
-            timeout_keep_alive=30,
-            timeout_graceful_shutdown=int(2 * opt.timeout) + 1,  # to read what has begun to arrive, and to score it
-        )
+        app = make_app(scorer, opt)
+        print(f"{opt.model}: http://{web.in_brackets(opt.host)}:{opt.port}", flush=True)
+        # as long as it takes to read what has begun to arrive, and to score it
+        web.serve(app, listening, timeout_keep_alive=30, timeout_graceful_shutdown=int(2 * opt.timeout) + 1)
+    if app.state.service.scoring_since:
+        print("error: a batch was still being scored", file=sys.stderr)
+        os._exit(1)  # Python's own end waits for its thread
 
 
 if __name__ == "__main__":

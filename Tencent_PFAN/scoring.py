@@ -1,9 +1,10 @@
 """Requests of the scoring server → arrays → scores: parse and check one request, score many as one batch.
 
 Every way in which a request can be wrong raises BadRequest with one line that names the field and the index.
-Sizes in the docstrings: P pictures of R = 36 regions, S sentences of W words, D embed_size.
+Sizes in the docstrings: P images of R = 36 regions, S sentences of W words, D embed_size.
 """
 
+import codecs
 import hashlib
 import re
 import threading
@@ -21,14 +22,16 @@ from msgspec import UNSET, Meta, UnsetType
 from data import pad
 from lib.checkpoint import load_checkpoint
 from lib.constants import N_REGIONS
-from lib.errors import InputError
+from lib.datasets.boxes import SQUARE
+from lib.datasets.regions import are_shares
 from lib.segmentation import segment
+from model import load_model
 from position import position_grid
-from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
-from Tencent_PFAN.vocab import Vocabulary, read_vocab
+from Tencent_PFAN.model_whole import SCAN
+from Tencent_PFAN.vocab import Vocabulary
 from vocab import checkpoint_vocab
 
-MAX_PIXELS = 1e6  # height and width of a picture
+MAX_PIXELS = 1e6  # height and width of an image
 LARGEST = 1e9  # of a feature's values, so that no product of float32 overflows
 MAX_CHARACTERS, MAX_WORDS, MAX_SENTENCES = 20_000, 1_000, 100  # of a request: text costs more than its bytes show
 BLOCK_PICTURES = 128  # pictures that are encoded, or scored with one request's sentences, at once
@@ -67,7 +70,7 @@ Boxes = described(str, f"float32, {N_REGIONS} x 4: x1, y1, x2, y2 in pixels", co
 Features = described(str, f"float32, {N_REGIONS} x img_dim", contentEncoding="base64")
 
 
-class Picture(msgspec.Struct):
+class Image(msgspec.Struct):
     image_id: described(Any, "yours; not read")
     image_h: Size
     image_w: Size
@@ -79,14 +82,14 @@ class Picture(msgspec.Struct):
 class Body(msgspec.Struct):
     """A request: sentence or sentences, and a whole item for each of boxes."""
 
-    boxes: described(list[Picture], minItems=1)
+    boxes: described(list[Image], minItems=1)
     whole_items: described(list[list[float]], "one for each of boxes", minItems=1)
     sentence: described(Sentence, "words, or a string, cut into words where it is Chinese") | UnsetType = UNSET
     sentences: described(list[Sentence], "several, instead of sentence", minItems=1) | UnsetType = UNSET
 
 
 class Scores(msgspec.Struct):
-    """An answer: a number for each picture; with sentences, a list of these for each of them."""
+    """An answer: a number for each image; with sentences, a list of these for each of them."""
 
     sim_t2i: list[float | list[float]]
     sim_i2t: list[float | list[float]]
@@ -99,7 +102,7 @@ MISSING = re.compile(r"Object missing required field `(\w+)`$")
 def parse(body):
     """bytes → Body. Raises BadRequest."""
     try:
-        return decode_body(body)
+        return decode_body(body.removeprefix(codecs.BOM_UTF8))
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         place = place.rstrip("`").lstrip(".")
@@ -130,7 +133,7 @@ def floats(text, shape, field):
 
 
 def check_features(features, field):
-    """features (…, img_dim) of one picture: finite, and small enough to calculate with."""
+    """features (…, img_dim) of one image: finite, and small enough to calculate with."""
     if not max(features.max(), -features.min()) <= LARGEST:  # NaN is not <= anything either
         *place, _ = np.argwhere(~(np.abs(features) <= LARGEST))[0]
         where = f", region {place[0]}" if place else ""
@@ -138,18 +141,22 @@ def check_features(features, field):
 
 
 def check_boxes(boxes, sizes, indices):
-    """boxes (P, 36, 4) as x1, y1, x2, y2, sizes (P, 2) as height, width, indices: of the pictures in the request."""
+    """boxes (P, 36, 4) as x1, y1, x2, y2, sizes (P, 2) as height, width, indices: of the images in the request."""
     x1, y1, x2, y2 = np.moveaxis(boxes, 2, 0)
     height, width = sizes.T[:, :, None]
     inside = (np.minimum(x2, width) > np.maximum(x1, 0)) & (np.minimum(y2, height) > np.maximum(y1, 0))
     for bad, what in (
         (~np.isfinite(boxes).all(2), "is NaN or infinite"),
         ((x2 < x1) | (y2 < y1), "is reversed, expected x1 < x2 and y1 < y2"),
-        (~inside, "has no area inside the picture"),
+        (~inside, "has no area inside the image"),
     ):
         if bad.any():
             i, box = np.argwhere(bad)[0]
             raise BadRequest(f"boxes[{indices[i]}].boxes: box {box} {boxes[i, box].tolist()} {what}")
+    for i, corners, size in zip(indices, boxes, sizes, strict=True):
+        if are_shares(corners) and size.max() > SQUARE:
+            found = f"none reaches beyond 1 in an image of {size[0]:g} x {size[1]:g}"
+            raise BadRequest(f"boxes[{i}].boxes: {found}, expected pixels, not shares of its sides")
 
 
 # ---------------------------------------------------------------- jobs
@@ -157,7 +164,7 @@ def check_boxes(boxes, sizes, indices):
 
 @dataclass
 class Job:
-    """One checked request: the S sentences' word ids, the P pictures' keys, and what is not in the cache yet."""
+    """One checked request: the S sentences' word ids, the P images' keys, and what is not in the cache yet."""
 
     captions: list  # S tensors (W,) int64
     single: bool  # asked with `sentence`: scores are lists, with `sentences` lists of lists
@@ -167,7 +174,7 @@ class Job:
 
 
 def bytes_of(embeddings):
-    """Size of a picture's cached embeddings."""
+    """Size of an image's cached embeddings."""
     return sum(x.nbytes for x in embeddings) + 500  # and what Python keeps beside
 
 
@@ -175,14 +182,11 @@ class Scorer:
     """A checkpoint with its vocabulary. read() may run in any number of threads, score() in one."""
 
     def __init__(self, model_path, vocab_path=None, cache_bytes=256 << 20, **overrides):
-        self.model = load_model(model_path, **overrides)
-        opt = self.model.opt
+        checkpoint = load_checkpoint(model_path)
+        opt = checkpoint["opt"]
         opt.vocab_path = vocab_path or opt.vocab_path
-        self.vocab = Vocabulary.of(checkpoint_vocab(model_path, load_checkpoint(model_path), opt, read_vocab))
-        if len(self.vocab) != opt.vocab_size:
-            raise InputError(
-                f"{model_path}: made with a vocabulary of {opt.vocab_size} words, found one of {len(self.vocab)}"
-            )
+        self.vocab = checkpoint_vocab(model_path, checkpoint, opt, Vocabulary)
+        self.model = load_model(model_path, len(self.vocab), SCAN, checkpoint, **overrides)
         self.img_dim = opt.img_dim
         with open(model_path, "rb") as file:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -203,7 +207,7 @@ class Scorer:
         if not single and not 0 < len(body.sentences) <= MAX_SENTENCES:
             raise BadRequest(f"sentences: {len(body.sentences)}, expected 1 to {MAX_SENTENCES}")
         if not body.boxes:
-            raise BadRequest("boxes: no pictures")
+            raise BadRequest("boxes: no images")
         if len(body.whole_items) != len(body.boxes):
             raise BadRequest(f"whole_items: {len(body.whole_items)}, but {len(body.boxes)} boxes")
         named = (
@@ -212,25 +216,25 @@ class Scorer:
             else [(sentence, f"sentences[{i}]") for i, sentence in enumerate(body.sentences)]
         )
         captions = [self.word_ids(*sentence) for sentence in named]
-        return Job(captions, single, *self.read_pictures(body))
+        return Job(captions, single, *self.read_images(body))
 
-    def read_pictures(self, body):
-        """The pictures of a Body → keys, embeddings, new, as Job has them. A picture in the cache passed before."""
+    def read_images(self, body):
+        """The images of a Body → keys, embeddings, new, as Job has them. An image in the cache passed before."""
         keys, embeddings, new = [], {}, {}
-        for i, (picture, whole) in enumerate(zip(body.boxes, body.whole_items, strict=True)):
-            if picture.num_boxes != N_REGIONS:
-                raise BadRequest(f"boxes[{i}].num_boxes: {picture.num_boxes}, expected {N_REGIONS}")
+        for i, (image, whole) in enumerate(zip(body.boxes, body.whole_items, strict=True)):
+            if image.num_boxes != N_REGIONS:
+                raise BadRequest(f"boxes[{i}].num_boxes: {image.num_boxes}, expected {N_REGIONS}")
             for name in ("image_h", "image_w"):
-                if not 1 <= getattr(picture, name) <= MAX_PIXELS:
-                    found = f"{getattr(picture, name):g}"
+                if not 1 <= getattr(image, name) <= MAX_PIXELS:
+                    found = f"{getattr(image, name):g}"
                     raise BadRequest(f"boxes[{i}].{name}: {found}, expected 1 to {MAX_PIXELS:.0f} pixels")
             if len(whole) != self.img_dim:
                 raise BadRequest(f"whole_items[{i}]: {len(whole)} numbers, expected {self.img_dim}")
-            boxes = floats(picture.boxes, (N_REGIONS, 4), f"boxes[{i}].boxes")
-            features = floats(picture.features, (N_REGIONS, self.img_dim), f"boxes[{i}].features")
+            boxes = floats(image.boxes, (N_REGIONS, 4), f"boxes[{i}].boxes")
+            features = floats(image.features, (N_REGIONS, self.img_dim), f"boxes[{i}].features")
             with np.errstate(over="ignore"):  # beyond float32: infinite, which the check below finds
                 whole = np.array(whole, np.float32)
-            size = np.array([picture.image_h, picture.image_w])
+            size = np.array([image.image_h, image.image_w])
             digest = hashlib.sha256(features)
             digest.update(boxes + whole.tobytes() + size.tobytes())
             keys.append(key := digest.digest())
@@ -258,14 +262,14 @@ class Scorer:
         known.update(self.encode(new))
         captions = [ids for job in jobs for ids in job.captions]
         lengths = [len(ids) for ids in captions]
-        words, finals = self.model.encode_captions(pad(captions), lengths)
+        words, _, finals = self.model.encode_captions(pad(captions), lengths)
         results, start = [], 0
         for job in jobs:
             mine = slice(start, start + len(job.captions))
             start = mine.stop
             entries = [known[key] for key in job.keys]
             text = words[mine, : max(lengths[mine])], lengths[mine], finals[mine]
-            results.append({f"sim_{way}": self.sims(entries, text, way, job.single) for way in XATTN_SCORE})
+            results.append({f"sim_{way}": self.sims(entries, text, way, job.single) for way in ("t2i", "i2t")})
         return results
 
     def encode(self, new):
@@ -285,7 +289,7 @@ class Scorer:
         """Scores of the pictures' entries with words (S, W, D), lengths, finals (S, D): (P,) or (S, P), as lists."""
         blocks = [entries[at : at + BLOCK_PICTURES] for at in range(0, len(entries), BLOCK_PICTURES)]
         stacked = (map(torch.stack, zip(*block, strict=True)) for block in blocks)
-        sims = torch.cat([XATTN_SCORE[way](*images, *text, self.model.opt) for images in stacked]).T
+        sims = torch.cat([self.model.score(*images, *text, cross_attn=way) for images in stacked]).T
         if not torch.isfinite(sims).all():
             raise BadRequest("boxes: features that have no finite score with this model")
         return (sims[0] if single else sims).tolist()

@@ -30,7 +30,7 @@ def request_schema(img_dim):
     """JSON schema of a request's body, for features of img_dim values."""
     _, parts = msgspec.json.schema_components([Body])
     schema = parts["Body"]
-    schema["properties"]["boxes"]["items"] = parts["Picture"]
+    schema["properties"]["boxes"]["items"] = parts["Image"]
     schema["properties"]["whole_items"]["items"].update(minItems=img_dim, maxItems=img_dim)
     return schema
 
@@ -39,7 +39,7 @@ def responses():
     """What OpenAPI calls responses: status → description and schema."""
     _, parts = msgspec.json.schema_components([Scores, Error])
     refusals = {status: {"description": why, **json_of(parts["Error"])} for status, why in REASONS.items()}
-    return {200: {"description": "a number for each picture", **json_of(parts["Scores"])}, **refusals}
+    return {200: {"description": "a number for each image", **json_of(parts["Scores"])}, **refusals}
 
 
 class Counting:

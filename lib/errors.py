@@ -1,5 +1,6 @@
 """What a user can do wrong: one exception, and one way for a command to report it."""
 
+import io
 import os
 import reprlib
 import signal
@@ -27,30 +28,32 @@ def brief(value: Any) -> str:
     return " ".join(text.encode("ascii", "backslashreplace").decode()[:LONGEST].split())
 
 
-def is_worker_crash(error: RuntimeError) -> bool:
-    """True for PyTorch's RuntimeError when a DataLoader worker dies; a signal handler raises it, so from any line."""
-    return str(error).startswith("DataLoader worker")
-
-
 def report(message: str) -> None:
     """Print `error: message` on stderr and leave with status 2."""
     print("error: " + message, file=sys.stderr)
     sys.exit(2)
 
 
+def make_streams_safe() -> None:
+    """Have stdout and stderr print what they cannot encode as escapes; where there is no stderr, messages are lost."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
-    An InputError of a DataLoader worker arrives with the worker's traceback before it; its text is the last line.
     What stdout cannot encode, such as a path, is printed with escapes.
     """
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    make_streams_safe()
     try:
         main()
     except InputError as error:
-        report(str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: "))
+        report(str(error).strip())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
         sys.exit(1)

@@ -4,10 +4,11 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
-from lib.errors import InputError, is_worker_crash
+from lib.errors import InputError
 
 PIECES, PIECE_BYTES = 64, 4096  # of a file, that its digest covers
 
@@ -40,34 +41,59 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
     target = os.path.realpath(path)
     part = target + ".part"
     try:
-        with open(part, "wb") as file:
+        with name_in_errors(path), open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not say of which file
-            error.filename = os.fspath(path)
-        raise
-    except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
-        if is_worker_crash(error):
-            raise
-        raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
     finally:
         if os.path.exists(part):
             os.remove(part)
 
 
-def check_output(path: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
-    """Raise InputError or OSError, before the work begins, where replace(path, …) could not write or takes an input."""
+class Writer:
+    """A file for torch.save, which raises a RuntimeError of its own where the file raises an OSError; kept here."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_tensors(value: object, file: BinaryIO) -> None:
+    """torch.save(value, file). Raises the file's own OSError, such as that of a full disk."""
+    import torch  # here, because commands that handle text only need not load it
+
+    writer = Writer(file)
+    try:
+        torch.save(value, writer)
+    except RuntimeError:
+        if writer.error:
+            raise writer.error from None
+        raise
+
+
+def check_output(path: str | os.PathLike, *others: str | os.PathLike | None) -> None:
+    """Raise InputError or OSError, before the work begins, where replace(path, …) could not write.
+
+    others: files that are read or written as well, which path must not be.
+    """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
-    for other in inputs:
-        if other and os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other):
-            raise InputError(f"{path}: is read as well, expected another file to write")
+    if os.path.realpath(path) in (os.path.realpath(other) for other in others if other):
+        raise InputError(f"{path}: is read or written as well, expected another file")
     part = os.path.realpath(path) + ".part"
     is_new = not os.path.exists(part)
-    open(part, "ab").close()
+    with name_in_errors(path):
+        open(part, "ab").close()
     if is_new:
         os.remove(part)
 

@@ -20,7 +20,7 @@ from lib.errors import InputError, run
 from scripts.check.arrays import check_features, check_grids, compare_boxes, compare_whole
 from scripts.check.report import Report, open_array
 from scripts.check.texts import check_captions, check_groups, check_ids, compare_splits
-from vocab import deserialize_vocab, vocab_file
+from vocab import Vocabulary, deserialize_vocab
 
 NEEDED = ("train", "dev")  # a training run reads these
 
@@ -117,7 +117,7 @@ def check_folder(folder, opt):
         raise InputError(f"{folder}: no such folder")
     report = Report()
     report.row("file", "shape", "type", "contents")
-    vocab_path = vocab_file(opt.vocab_path, os.path.basename(os.path.normpath(folder)))
+    vocab_path = os.path.join(opt.vocab_path, os.path.basename(os.path.normpath(folder)) + Vocabulary.suffix)
     vocab = None
     try:
         vocab = deserialize_vocab(vocab_path)

@@ -9,7 +9,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.errors import run
-from lib.web import listen, serve
+from lib.web import in_brackets, listen, serve
 from scripts.explorer.answers import Explorer
 from scripts.explorer.app import make_app
 
@@ -27,8 +27,8 @@ def get_parser():
     add("--data_path", help="folder of the data sets (default: the checkpoint's)")
     add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
     add("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
-    add("--images", metavar="DIR", help="picture files named by id (default: SPLIT_images beside the data, if there)")
-    two_stages = "search splits of more pictures in two stages, with an index made once (default: %(default)s)"
+    add("--images", metavar="DIR", help="image files named by id (default: SPLIT_images beside the data, if there)")
+    two_stages = "search splits of more images in two stages, with an index made once (default: %(default)s)"
     add("--index_above", type=int, default=5000, metavar="N", help=two_stages)
     add("--candidates", type=int, default=1000, help="results that the second stage scores (default: %(default)s)")
     add("--host", default="127.0.0.1", help="to listen on (default: %(default)s, this machine alone)")
@@ -47,8 +47,7 @@ def main():
         parser.error("expected --candidates of 1 or more and --port 1 to 65535")
     with listen(opt.host, opt.port) as listening:  # before the models are read, which takes a while
         app = make_app(Explorer(opt))
-        host = f"[{opt.host}]" if ":" in opt.host else opt.host
-        print(f"open http://{host}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
+        print(f"open http://{in_brackets(opt.host)}:{opt.port} in a browser; Ctrl-C ends it", flush=True)
         serve(app, listening, timeout_graceful_shutdown=2)
 
 

@@ -1,9 +1,8 @@
 """Put a scoring server under load and compare every answer with the one that the same request got alone.
 
-Without --port it makes a model of random weights and starts servers of its own on this machine: once with an embedding
-cache that is too small for the pictures, so that every one is new to the server, and once with the default cache,
-where every one has been seen before. The clients run on the same cores, and so does whatever else the machine does:
-the table says what each took.
+Without --port it makes a model of random weights and starts servers of its own on this machine: once without an
+embedding cache, so that every image is new to the server, and once with the default one, where every image has been
+seen before. The clients run on the same cores, and so does whatever else the machine does: what each took is printed.
 
 --hostile measures each row three times alone and three times beside 200 clients that mean harm: 100 send their headers
 a byte at a time, 60 a body at 2 KB a second, 20 break off half-way, 10 send nonsense, 10 announce 100 GB. Each connects
@@ -11,6 +10,8 @@ again a second after its connection has ended.
 """
 
 import argparse
+import http.client
+import json
 import sys
 import tempfile
 import time
@@ -22,29 +23,34 @@ import numpy as np
 if not __package__:
     import _root  # noqa: F401
 
-from lib.errors import run
+from lib.errors import InputError, run
 from scripts.load.hostile import hostile_clients
 from scripts.load.measurement import Load
-from scripts.load.server import Client, Server, make_model, make_request
+from scripts.load.server import Client, make_model, make_request, running_server
 
-CACHE_MB = {"new": 2, "seen": 256}  # room for the pictures of 3 requests of 8, and the server's default
+CACHE_MB = {"new": 0, "seen": 256}  # none, and the server's default
+DISTINCT = 40  # requests that differ
 LEAST_SHARE = 0.5  # of the calm rate that good clients must keep beside hostile ones
 ROUNDS = 3  # of calm and hostile, in turns: what else runs on the machine changes
 WARM_UP = 5  # seconds until all hostile clients are at work
 
 
-def measure(port, bodies, opt, title, pid=None):
+def measure(port, bodies, opt):
     """Serial answers first, then the load; prints. Returns whether all went well."""
-    print(title, flush=True)
     client = Client(port)
-    expected = [client.score(body) for body in bodies]  # which also fills the cache, where there is one
-    load = Load(port, bodies, expected, pid)
-    if opt.hostile:
-        return all([measure_hostile(load, clients, opt.requests) for clients in opt.clients])
-    ok = True
-    for clients in (1, *opt.clients):
-        print(load.run(clients, min(opt.requests, 200) if clients == 1 else opt.requests), flush=True)
-        ok &= load.fine()
+    try:
+        expected = [client.score(body) for body in bodies]  # which also fills the cache, where there is one
+    except (OSError, http.client.HTTPException, RuntimeError) as error:
+        raise InputError(f"--port {port}: {error}, expected scores") from None
+    if any(scores is None for scores in expected):
+        raise InputError(f"--port {port}: 429, expected a server that nobody else asks")
+    load, ok = Load(port, bodies, expected), True
+    for clients in opt.clients if opt.hostile else (1, *opt.clients):
+        if opt.hostile:
+            ok &= measure_hostile(load, clients, opt.requests)
+        else:
+            print(load.run(clients, min(opt.requests, 200) if clients == 1 else opt.requests), flush=True)
+            ok &= load.fine()
     return ok
 
 
@@ -59,9 +65,8 @@ def measure_hostile(load, clients, n_requests):
             found.append(load.rate)
             ok &= load.fine()
     calm, hostile = map(median, rates.values())
-    print(
-        f"{clients:3d} clients: medians {calm:.1f} and {hostile:.1f} requests/s, {hostile / calm:.0%} kept", flush=True
-    )
+    kept = f"medians {calm:.1f} and {hostile:.1f} requests/s, {hostile / calm:.0%} kept"
+    print(f"{clients:3d} clients: {kept}", flush=True)
     return ok and hostile >= LEAST_SHARE * calm
 
 
@@ -75,36 +80,25 @@ def main():
     add("--port", type=int, help="of a running server on this machine; else own ones are started")
     add("--clients", type=int, nargs="+", default=[8, 32], help="at a time (default: 8 32)")
     add("--requests", type=int, default=400, help="for each number of clients (default: %(default)s)")
-    add("--distinct", type=int, default=40, help="different requests among them (default: %(default)s)")
-    add("--pictures", type=int, default=8, help="a request (default: %(default)s)")
+    add("--images", type=int, default=8, help="a request (default: %(default)s)")
     add("--embed_size", type=int, default=512, help="of the own model (default: %(default)s)")
     add("--img_dim", type=int, default=2048, help="of the features (default: %(default)s)")
-    add(
-        "--cases",
-        nargs="+",
-        choices=list(CACHE_MB),
-        default=list(CACHE_MB),
-        help="pictures that own servers have not seen before, or have (default: both)",
-    )
     add("--hostile", action="store_true", help="measure each row alone and beside 200 clients that mean harm, in turns")
-    add("--server_flags", default="", help="further flags of the own servers, in one string")
     opt = parser.parse_args()
-    if min(opt.requests, opt.distinct, opt.pictures, *opt.clients) < 1:
+    if min(opt.requests, opt.images, *opt.clients) < 1:
         parser.error("expected numbers of at least 1")
     rng = np.random.default_rng(0)
-    bodies = [make_request(rng, opt.pictures, opt.img_dim) for _ in range(opt.distinct)]
-    print(f"{opt.distinct} different requests, {opt.pictures} pictures and {len(bodies[0]) / 1e6:.2f} MB each")
+    bodies = [json.dumps(make_request(rng, opt.images, opt.img_dim)).encode() for _ in range(DISTINCT)]
+    print(f"{DISTINCT} different requests, {opt.images} images and {len(bodies[0]) / 1e6:.2f} MB each")
     if opt.port:
-        ok = measure(opt.port, bodies, opt, f"the server on port {opt.port}")
-    else:
-        ok = True
-        with tempfile.TemporaryDirectory() as folder:
-            model = make_model(folder, opt.embed_size, opt.img_dim)
-            for case in opt.cases:
-                flags = ["--cache_mb", str(CACHE_MB[case]), *opt.server_flags.split()]
-                with Server(model, *flags) as server:
-                    title = f"embed_size {opt.embed_size}, every picture {case}: {' '.join(flags)}"
-                    ok &= measure(server.port, bodies, opt, title, server.process.pid)
+        sys.exit(0 if measure(opt.port, bodies, opt) else 1)
+    ok = True
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(folder, opt.embed_size, opt.img_dim)
+        for case, size in CACHE_MB.items():
+            with running_server(model, "--cache_mb", str(size)) as port:
+                print(f"embed_size {opt.embed_size}, every image {case}:", flush=True)
+                ok &= measure(port, bodies, opt)
     sys.exit(0 if ok else 1)
 
 

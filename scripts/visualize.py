@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageOps
 
 if not __package__:
     import _root  # noqa: F401
@@ -78,7 +78,11 @@ def draw_picture(axis, pictures, number, weights=None):
     if path is not None:
         try:
             with Image.open(path) as picture:
-                axis.imshow(picture.convert("RGB"), extent=(0, width, height, 0), alpha=1 if weights is None else 0.6)
+                axis.imshow(
+                    ImageOps.exif_transpose(picture).convert("RGB"),
+                    extent=(0, width, height, 0),
+                    alpha=1 if weights is None else 0.6,
+                )
         except OSError:
             raise InputError(f"{path}: not a picture that can be read") from None
     else:

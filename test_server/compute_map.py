@@ -1,12 +1,11 @@
-"""Mean average precision of scored test lists: mixes score files, ranks each item's pictures, prints MAP@1-3 and A@1-3.
+"""Mean average precision of scored test lists: mixes score files, ranks each item's images, prints MAP@1-3 and A@1-3.
 
-`python test.py` writes the score files, one line per line of the test list.
+`python test.py` writes the score files, one line per line of the test list. An image counts as correct where the test
+list flags it 1.
 """
 
 import argparse
-import functools
 import math
-import operator
 import os
 import sys
 
@@ -19,88 +18,150 @@ from lib.datasets.news import read_flags, read_json_lines
 WEIGHTS = {"dist_tag_t2i.json": 1.0, "dist_sentence_t2i.json": 1.0, "dist_tag_new_t2i.json": 1.5}  # as published
 EPS = 1e-7  # added to every count that is divided by, so that no item at all gives 0.0; part of the published digits
 
-
-def total(numbers):
-    """Their plain sum, left to right: sum() compensates from Python 3.12 on, which changes the last printed digit."""
-    return functools.reduce(operator.add, numbers, 0)
+# ---------------------------------------------------------------- files
 
 
-def read_scores(path):
-    """A list of {url: score}, one per item.
+def load_dist_from_file(dist_file):
+    """{"URL@LINE": score} of a score file, whose lines count from 1. Raises InputError for a line of another form.
 
     The score is dist_t2i in a file named *_t2i.json, dist_i2t in *_i2t.json, the mean of both in any other.
     """
-    keys = [key for key in ("dist_t2i", "dist_i2t") if path.endswith(f"_{key[-3:]}.json")] or ["dist_t2i", "dist_i2t"]
+    ways = [way for way in ("t2i", "i2t") if dist_file.endswith(f"_{way}.json")] or ["t2i", "i2t"]
 
     def parse(line):
-        columns = [[float(score) for score in line[key]] for key in keys]
+        columns = [[float(score) for score in line[f"dist_{way}"]] for way in ways]
         scores = {url: sum(row) / len(row) for url, *row in zip(line["urls"], *columns, strict=True)}
         if not all(map(math.isfinite, scores.values())):
             raise ValueError
         return scores
 
-    lists = "".join(f', "{key}": [number, ...]' for key in keys)
-    return read_json_lines(path, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
+    lists = "".join(f', "dist_{way}": [number, ...]' for way in ways)
+    lines = read_json_lines(dist_file, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
+    return {f"{url}@{number}": score for number, line in enumerate(lines, 1) for url, score in line.items()}
 
 
-def check_urls(path, scores, items, test_list):
-    """InputError where most of a score file's pictures are not in the same lines of the test list."""
-    foreign = [
-        (number, url)
-        for number, (line, item) in enumerate(zip(scores, items, strict=True), 1)
-        for url in line.keys() - dict(item).keys()
-    ]
-    if 2 * len(foreign) > sum(map(len, scores)):
-        number, url = foreign[0]
-        raise errors.InputError(f"{path}:{number}: scores {url[:60]}, which is not in line {number} of {test_list}")
+def check_dists(dist_file, dists, items, flag_path):
+    """Raise InputError where a score file has another number of lines than its test list, or mostly other urls.
 
-
-def mix(item, scores, weights):
-    """One item's pictures as [(score, flag)], best first: the weighted mean over the files that hold the url.
-
-    scores is one {url: score} per file. A picture that no file holds is left out.
-    A tie counts against the model: the wrong picture goes first.
+    A smaller part of other urls is said on stderr.
     """
-    ranked = []
-    for url, flag in item:
-        held = [(weight, file[url]) for weight, file in zip(weights, scores, strict=True) if url in file]
-        if held:
-            ranked.append((total(w * score for w, score in held) / total(w for w, _ in held), flag))
-    return sorted(ranked, key=lambda picture: (-picture[0], picture[1]))
+    with open(dist_file, "rb") as file:
+        count = sum(1 for _ in file)
+    if count != len(items):
+        raise errors.InputError(f"{dist_file}: {count} lines, expected {len(items)}, as in {flag_path}")
+    known = {f"{url}@{number}" for number, item in enumerate(items, 1) for url, _ in item}
+    foreign = [key for key in dists if key not in known]
+    if foreign:
+        url, _, number = foreign[0].rpartition("@")
+        found = f"{dist_file}:{number}: scores {url[:60]}, which is not in line {number} of {flag_path}"
+        if 2 * len(foreign) > len(dists):
+            raise errors.InputError(found)
+        print(f"{found} ({len(foreign)} such images are left out)", file=sys.stderr)
 
 
-def average_precision(flags, k):
-    """(1/k) * sum over ranks i <= k of hits(i)/i, where hits(i) is how many of the first i flags are 1."""
-    return total(sum(flags[:i]) / i for i in range(1, k + 1)) / k
+def load_data_from_PFAN(dist_paths, weights, flag_path):
+    """Urls, scores and flags, each a list per item, of the images that at least one score file holds.
 
-
-def report(items):
-    """The lines to print about items, each a list of (score, flag), best first. Each ends with its denominator.
-
-    MAP@k, Acc@k: over the items with at least k right pictures, mean AP@k and the share of right ones in the top k.
-    Acc@t: the share of right ones among all pictures scored t or more; Error rate@t: of wrong ones among the rest.
+    An image's score is the weighted mean over the files that hold it. flag_path: the test list. How many images are in
+    no file is said on stderr. Raises InputError for a malformed file, or a score file of another test list.
     """
-    lines = []
+    items = read_flags(flag_path)
+    sums, held = {}, {}
+    for path, weight in zip(dist_paths, weights, strict=True):
+        dists = load_dist_from_file(path)
+        check_dists(path, dists, items, flag_path)
+        for key, dist in dists.items():
+            sums[key] = sums.get(key, 0.0) + weight * dist
+            held[key] = held.get(key, 0.0) + weight
+    url_list, dist_list, flag_list = [], [], []
+    for number, item in enumerate(items, 1):
+        scored = [(url, flag) for url, flag in item if f"{url}@{number}" in sums]
+        url_list.append([url for url, _ in scored])
+        dist_list.append([sums[f"{url}@{number}"] / held[f"{url}@{number}"] for url, _ in scored])
+        flag_list.append([flag for _, flag in scored])
+    total, scored = sum(map(len, items)), sum(map(len, url_list))
+    if scored < total:
+        print(f"{total - scored} of {total} images are in no score file and are left out", file=sys.stderr)
+    return url_list, dist_list, flag_list
+
+
+# ---------------------------------------------------------------- one item
+
+
+def ranked_flags(dist_list, flag_list):
+    """The flags by score, best first. A tie counts against the model: the incorrect image goes first."""
+    images = sorted(zip(dist_list, flag_list, strict=True), key=lambda image: (-image[0], image[1]))
+    return [flag for _, flag in images]
+
+
+def get_right_count(flag_list):
+    """How many images are correct."""
+    return sum(flag_list)
+
+
+def compute_map(dist_list, flag_list, line_num, Top=3):
+    """AP@Top, (1/Top) * sum over ranks i <= Top of hits(i)/i, and line_num where the best image is correct, else -1.
+
+    hits(i) is how many of the first i images are correct; of fewer images than Top, all count.
+    """
+    flags = ranked_flags(dist_list, flag_list)[:Top]
+    hits, precisions = 0, 0.0
+    for rank, flag in enumerate(flags, 1):
+        hits += flag
+        precisions += hits / rank
+    return precisions / max(1, len(flags)), line_num if flags[:1] == [1] else -1
+
+
+def compute_correct_num(dist_list, flag_list, Top=3):
+    """How many of the best Top images are correct, and how many of these there are."""
+    flags = ranked_flags(dist_list, flag_list)[:Top]
+    return sum(flags), len(flags)
+
+
+def compute_correct_score(dist_list, flag_list, score=0.65):
+    """How many of the images scored `score` or more are correct, and how many of these there are."""
+    flags = [flag for dist, flag in zip(dist_list, flag_list, strict=True) if dist >= score]
+    return sum(flags), len(flags)
+
+
+def compute_incorrect_score(dist_list, flag_list, score=0.65):
+    """How many of the images scored below `score` are incorrect, and how many of these there are."""
+    flags = [flag for dist, flag in zip(dist_list, flag_list, strict=True) if dist < score]
+    return len(flags) - sum(flags), len(flags)
+
+
+# ---------------------------------------------------------------- all items
+
+
+def report(dist_list, flag_list):
+    """The lines to print about items, given as load_data_from_PFAN does. Each ends with its denominator.
+
+    MAP@k, Acc@k: over the items with at least k correct images, mean AP@k and the share of correct ones in the top k.
+    Acc@t: the share of correct ones among all images scored t or more; Error rate@t: of incorrect ones below t.
+    """
+    lines, items = [], list(zip(dist_list, flag_list, strict=True))
 
     def add(name, value, count):
         lines.append(f"{name}: {value / (count + EPS)} {count}")
 
-    ranked = [[flag for _, flag in item] for item in items]
+    def add_counts(name, pairs):
+        counts, totals = zip((0, 0), *pairs, strict=True)
+        add(name, sum(counts), sum(totals))
+
     for k in (1, 2, 3):
-        counted = [flags for flags in ranked if sum(flags) >= k]
-        add(f"MAP@{k}", total(average_precision(flags, k) for flags in counted), len(counted))
-        add(f"Acc@{k}", sum(sum(flags[:k]) for flags in counted), k * len(counted))
+        counted = [(dists, flags) for dists, flags in items if get_right_count(flags) >= k]
+        precisions = 0.0  # added one by one: sum() compensates from Python 3.12 on, which changes the last digit
+        for number, item in enumerate(counted, 1):
+            precisions += compute_map(*item, number, k)[0]
+        add(f"MAP@{k}", precisions, len(counted))
+        add_counts(f"Acc@{k}", [compute_correct_num(*item, k) for item in counted])
 
     thresholds = [1.0]
     while thresholds[-1] - 0.05 > 0:  # 0.05 is taken off again and again, as the printed digits show
         thresholds.append(thresholds[-1] - 0.05)
-    pictures = [picture for item in items for picture in item]
-    for threshold in thresholds:
-        above = [flag for score, flag in pictures if score >= threshold]
-        add(f"Acc@{threshold}", sum(above), len(above))
-    for threshold in thresholds:
-        below = [flag for score, flag in pictures if score < threshold]
-        add(f"Error rate@{threshold}", len(below) - sum(below), len(below))
+    for name, count in ("Acc", compute_correct_score), ("Error rate", compute_incorrect_score):
+        for threshold in thresholds:
+            add_counts(f"{name}@{threshold}", [count(*item, threshold) for item in items])
     return lines
 
 
@@ -142,19 +203,9 @@ def main():
     weights = args.weights or [WEIGHTS.get(os.path.basename(path), 1.0) for path in args.files]
     if len(weights) != len(args.files):
         parser.error(f"{len(weights)} weights for {len(args.files)} files")
-
-    items = read_flags(args.test_list)
-    files = [read_scores(path) for path in args.files]
-    for path, file in zip(args.files, files, strict=True):
-        if len(file) != len(items):
-            raise errors.InputError(f"{path}: {len(file)} lines, expected {len(items)}, as in {args.test_list}")
-        check_urls(path, file, items, args.test_list)
-    mixed = [mix(item, [file[i] for file in files], weights) for i, item in enumerate(items)]
-    print("Len", len(items), len(mixed))
-    print(*report(mixed), sep="\n")
-    unscored = sum(map(len, items)) - sum(map(len, mixed))
-    if unscored:
-        print(f"{unscored} of {sum(map(len, items))} pictures are in no score file and were left out", file=sys.stderr)
+    _, dists, flags = load_data_from_PFAN(args.files, weights, args.test_list)
+    print("Len", len(dists), len(flags))
+    print(*report(dists, flags), sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ An interrupted run goes on where it stopped: until the last item is scored, the 
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import http.client
 import json
@@ -13,7 +14,9 @@ import math
 import os
 import random
 import socket
+import sys
 import threading
+import time
 
 from tqdm import tqdm
 
@@ -21,10 +24,19 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib import errors
-from lib.datasets.news import FILES, Pictures, read_words
+from lib.datasets.news import FILES, Images, load_img_url_to_id, process_json_file, process_tsv_file, read_words
 from lib.files import write_lines
 
+try:
+    import fcntl
+except ImportError:  # Windows: two runs on one OUT are not noticed there
+    fcntl = None
+
+g_output_path = "./dist.json"  # what process() writes, and the port that it asks
+g_port = 5091
+
 PATH = "/scan_sentence_image_score"
+LONG_WAIT = 60  # seconds: a longer one, which the server asked for, is announced
 BUSY = (408, 429, 500, 502, 503, 504)  # worth another attempt
 NEVER = (401, 403, 404, 405)  # no item would fare better: a wrong key or a wrong server
 
@@ -38,14 +50,21 @@ class Refused(Exception):
 
 
 class Server:
-    """One scoring server, asked by any number of threads, each over a connection of its own that it keeps open."""
+    """One scoring server, asked by any number of threads, each over a connection of its own that it keeps open.
 
-    def __init__(self, host, port, api_key=None, timeout=60.0, retries=6):
+    api_key: PFAN_API_KEY of the environment where None. retries: further attempts where it is busy or gone.
+    """
+
+    def __init__(self, host="127.0.0.1", port=5091, api_key=None, timeout=60.0, retries=6):
         self.host, self.port, self.timeout, self.retries = host, port, timeout, retries
+        api_key = api_key or os.environ.get("PFAN_API_KEY")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise errors.InputError("the API key (--api_key or PFAN_API_KEY): expected printable ASCII characters")
         self.headers = {"Content-Type": "application/json", **({"X-API-Key": api_key} if api_key else {})}
-        self.local = threading.local()
+        self.local, self.lock = threading.local(), threading.Lock()
         self.stop = threading.Event()  # set: nobody waits for another attempt any more
-        self.model, self.lock = None, threading.Lock()  # what X-Model of the answers says; some servers do not
+        self.model = None  # what X-Model of the answers says; some servers do not
+        self.quiet_until = 0.0  # the time until which a long wait has been announced
 
     def check(self):
         """InputError where nothing listens at the address."""
@@ -72,13 +91,12 @@ class Server:
             connection.close()
             raise
 
-    def ask(self, words, boxes, wholes):
-        """[(sim_t2i, sim_i2t)] of one sentence with each picture.
+    def ask(self, body):
+        """The answer (bytes) to a request's body, after further attempts where that may help.
 
         Refused where the server answers that it cannot; InputError where it does not answer after all attempts,
         or answers what says that no request will be scored.
         """
-        body = json.dumps({"sentence": words, "boxes": boxes, "whole_items": wholes}).encode()
         for attempt in range(self.retries + 1):
             delay = min(0.5 * 2**attempt, 30.0) * random.uniform(1.0, 1.2)
             try:
@@ -88,7 +106,7 @@ class Server:
             else:
                 if status == 200:
                     self.check_model(headers.get("X-Model"))
-                    return self.scores(answer, len(boxes))
+                    return answer
                 reason = f"{status} {explain(answer)}"
                 if status in NEVER or status < 400:
                     raise errors.InputError(f"{self.host}:{self.port}{PATH} answered {reason}")
@@ -97,14 +115,26 @@ class Server:
                 after = headers.get("Retry-After", "")
                 if after.isdecimal():
                     delay = max(delay, min(float(after), 3600.0))
-            if attempt < self.retries and self.stop.wait(delay):
-                break
+            if attempt < self.retries:
+                self.announce(delay, reason)
+                if self.stop.wait(delay):
+                    break
         if status == 500:
             raise Refused(status, reason)
         raise errors.InputError(
             f"{self.host}:{self.port} gave no scores in {attempt + 1} attempts, the last time: {reason}; "
             "run the same command again to go on"
         )
+
+    def announce(self, delay, reason):
+        """Say until when a wait of more than LONG_WAIT seconds lasts, once for all threads that wait."""
+        now = time.time()
+        with self.lock:
+            if delay <= LONG_WAIT or now < self.quiet_until:
+                return
+            self.quiet_until = now + delay
+        end = time.strftime("%H:%M:%S", time.localtime(now + delay))
+        tqdm.write(f"waiting until {end}: {self.host}:{self.port} answered {reason}", file=sys.stderr)
 
     def check_model(self, model):
         """InputError where an answer comes from another model than the ones before."""
@@ -116,18 +146,27 @@ class Server:
                     f"{self.model}: start that one, or remove OUT.part to start over"
                 )
 
-    def scores(self, answer, count):
-        """The answer's (sim_t2i, sim_i2t), one pair for each of count pictures."""
-        try:
-            answer = json.loads(answer)
-            pairs = list(zip(answer["sim_t2i"], answer["sim_i2t"], strict=True))
-        except (KeyError, TypeError, ValueError):
-            raise errors.InputError(
-                f"{self.host}:{self.port} answered {str(answer)[:60]!r}, expected sim_t2i and sim_i2t, equally long"
-            ) from None
-        if len(pairs) != count or not all(isinstance(x, (int, float)) and math.isfinite(x) for p in pairs for x in p):
-            raise Refused(200, f"its answer is not {count} finite scores")
-        return pairs
+
+def get_sim(data, server=None):
+    """A server's answer to a request (dict of "sentence", "boxes", "whole_items"), as text.
+
+    server: a Server; None for the one on port g_port of this machine. Raises Refused and InputError as Server.ask does.
+    """
+    return (server or Server(port=g_port)).ask(json.dumps(data).encode()).decode()
+
+
+def read_scores(answer, count):
+    """[(sim_t2i, sim_i2t)] of an answer's text, one pair for each of count images. Raises Refused and InputError."""
+    try:
+        sims = json.loads(answer)
+        pairs = list(zip(sims["sim_t2i"], sims["sim_i2t"], strict=True))
+    except (KeyError, TypeError, ValueError):
+        raise errors.InputError(
+            f"the server answered {answer[:60]!r}, expected sim_t2i and sim_i2t, equally long"
+        ) from None
+    if len(pairs) != count or not all(isinstance(x, (int, float)) and math.isfinite(x) for p in pairs for x in p):
+        raise Refused(200, f"its answer is not {count} finite scores")
+    return pairs
 
 
 def explain(answer):
@@ -140,27 +179,28 @@ def explain(answer):
     return " ".join(text.split())[:200]
 
 
-def ask_or_say_why(server, words, pictures):
-    """(sim_t2i, sim_i2t) of each picture, or a string that says why there is none."""
-    boxes, wholes = zip(*pictures, strict=True)
+def ask_or_say_why(server, words, images):
+    """(sim_t2i, sim_i2t) of each image, or a string that says why there is none."""
+    boxes, wholes = zip(*images, strict=True)
     try:
-        return server.ask(words, boxes, wholes)
+        answer = get_sim({"sentence": words, "boxes": boxes, "whole_items": wholes}, server)
+        return read_scores(answer, len(boxes))
     except Refused as refusal:
-        if len(pictures) == 1 or refusal.status >= 500:
-            return [f"picture that the server refused: {refusal}"] * len(pictures)
-    # one bad picture does not cost the others of its item
-    return [ask_or_say_why(server, words, [picture])[0] for picture in pictures]
+        if len(images) == 1 or refusal.status >= 500:
+            return [f"image that the server refused: {refusal}"] * len(images)
+    # one bad image does not cost the others of its item
+    return [ask_or_say_why(server, words, [image])[0] for image in images]
 
 
-def score_item(server, pictures, words, urls):
-    """One item → {"urls", "dist_t2i", "dist_i2t", "skipped"}: the scored pictures and why the others are not."""
-    skipped = [reason for reason in map(pictures.missing, urls) if reason]
-    urls = [url for url in urls if not pictures.missing(url)]
-    answers = ask_or_say_why(server, words, [pictures.read(url) for url in urls]) if urls else []
+def score_item(server, images, words, urls):
+    """One item → {"urls", "dist_t2i", "dist_i2t", "skipped"}: the scored images and why the others are not."""
+    skipped = [reason for reason in map(images.missing, urls) if reason]
+    urls = [url for url in urls if not images.missing(url)]
+    answers = ask_or_say_why(server, words, [images.read(url) for url in urls]) if urls else []
     scored = [(url, *answer) for url, answer in zip(urls, answers, strict=True) if not isinstance(answer, str)]
     skipped += [answer for answer in answers if isinstance(answer, str)]
     if not urls and not skipped:
-        skipped = ["item without pictures"]
+        skipped = ["item without images"]
     columns = zip(*scored, strict=True) if scored else ([], [], [])
     return {**dict(zip(("urls", "dist_t2i", "dist_i2t"), columns, strict=True)), "skipped": skipped}
 
@@ -181,33 +221,60 @@ def in_order(function, items, workers, stop):
             pool.shutdown(cancel_futures=True)
 
 
-def fingerprint(kind, words, urls, sizes):
-    """Tells whether a line of OUT.part was made from this item of the test list, and data files of these sizes."""
-    return hashlib.sha256(json.dumps([kind == "tag", words, urls, sizes]).encode()).hexdigest()[:16]
+# ---------------------------------------------------------------- OUT and OUT.part
 
 
-def read_part(path, marks):
+def check_out(path, inputs):
+    """Raise InputError where a finished file cannot have this name, or would replace one of the inputs."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise errors.InputError(f"{path}: is no file, expected one or a free name")
+    if any(os.path.exists(path) and os.path.samefile(path, name) for name in inputs if os.path.exists(name)):
+        raise errors.InputError(f"{path}: is read, expected another file to write")
+
+
+@contextlib.contextmanager
+def held(path):
+    """A file open to read and append, which no other run holds. Raises InputError where one does."""
+    with open(path, "a+b") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise errors.InputError(f"{path}: another run is writing it, expected another OUT") from None
+        yield file
+
+
+def fingerprint(kind, words, urls, digests):
+    """Tells whether a line of OUT.part was made from this item of the test list, and data files of these digests."""
+    return hashlib.sha256(json.dumps([kind == "tag", words, urls, digests]).encode()).hexdigest()[:16]
+
+
+def digest(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_part(file, marks):
     """The lines that an interrupted run left in OUT.part; a last one that was cut off is removed from the file."""
     done, size = [], 0
-    with open(path, "a+b") as file:
-        file.seek(0)
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                file.truncate(size)
-                break
-            try:
-                done.append(json.loads(line))
-                lists = [done[-1][key] for key in ("urls", "dist_t2i", "dist_i2t", "skipped")]
-                fits = done[-1]["item"] == marks[number - 1] and all(isinstance(x, list) for x in lists)
-                fits = fits and all(isinstance(reason, str) for reason in lists[-1])
-            except (IndexError, KeyError, TypeError, ValueError, RecursionError):
-                fits = False
-            if not fits:
-                raise errors.InputError(
-                    f"{path}:{number}: expected a line for the same item of this test list, made with the same data "
-                    "files; remove the file to start over"
-                )
-            size += len(line)
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        if not line.endswith(b"\n"):
+            file.truncate(size)
+            break
+        try:
+            done.append(json.loads(line))
+            lists = [done[-1][key] for key in ("urls", "dist_t2i", "dist_i2t", "skipped")]
+            fits = done[-1]["item"] == marks[number - 1] and all(isinstance(x, list) for x in lists)
+            fits = fits and all(isinstance(reason, str) for reason in lists[-1])
+        except (IndexError, KeyError, TypeError, ValueError, RecursionError):
+            fits = False
+        if not fits:
+            raise errors.InputError(
+                f"{file.name}:{number}: expected a line for the same item of this test list, made with the same data "
+                "files; remove the file to start over"
+            )
+        size += len(line)
     return done
 
 
@@ -219,23 +286,67 @@ def write_out(path, lines):
 
 
 def skipped(lines):
-    """[(reason, how many pictures or items)] of what was not scored, the most frequent first."""
+    """[(reason, how many images or items)] of what was not scored, the most frequent first."""
     return collections.Counter(reason for line in lines for reason in line["skipped"]).most_common()
 
 
-def report(lines, items, pictures):
+def report(lines, items, images):
     """Print what was scored, what was not and why."""
     print(
-        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} pictures, "
+        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} images, "
         f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores"
     )
     for reason, count in skipped(lines):
         print(f"skipped {count}: {reason}")
-    if pictures.rows_without_id:
-        print(f"skipped {pictures.rows_without_id}: row of test_own.tsv.0 without an integer id")
-    for name, count in pictures.repeated.items():
+    if images.rows.without_id:
+        print(f"skipped {images.rows.without_id}: row of test_own.tsv.0 without an integer id")
+    for name, count in zip(FILES[1:], (len(images.rows) - len(images.regions), images.wholes.repeated), strict=True):
         if count:
             print(f"note: {count} rows of {name} repeat an id, whose last row counts")
+
+
+# ---------------------------------------------------------------- the whole list
+
+
+def process(text_input_flag="tag", data_path="../data/tencent_data_meta", workers=4, **server):
+    """Score the items of data_path/test_list.json through the server on port g_port, and write g_output_path.
+
+    text_input_flag: "tag" for the items' Tag words, any other for their Content words. workers: requests at a time.
+    server: further arguments of Server. Raises InputError; what was scored until then stays in OUT.part.
+    """
+    list_path, *paths = (os.path.join(data_path, name) for name in ("test_list.json", *FILES))
+    out = os.path.realpath(g_output_path)  # of a link, the file that it names is written
+    check_out(out, [list_path, *paths])
+    server = Server(port=g_port, **server)
+    server.check()
+    items = read_words(list_path, text_input_flag)
+    if not items:
+        raise errors.InputError(f"{list_path}: no items, expected one a line")
+    digests = [digest(path) for path in paths]
+    marks = [fingerprint(text_input_flag, *item, digests) for item in items]
+    with held(out + ".part") as part:
+        lines = read_part(part, marks)
+        if lines:
+            print(f"going on after item {len(lines)} of {len(items)}, from {part.name}; remove that file to start over")
+        server.model = next((line["model"] for line in lines if line.get("model")), None)
+        ids, rows, wholes = paths
+        images = Images(load_img_url_to_id(ids), process_tsv_file(rows, sys.maxsize), process_json_file(wholes))
+        with tqdm(total=len(items), initial=len(lines), unit="item", disable=None) as bar:
+            todo = items[len(lines) :]
+            for line in in_order(lambda item: score_item(server, images, *item), todo, workers, server.stop):
+                line |= {"item": marks[len(lines)], "model": server.model}
+                lines.append(line)
+                part.write(json.dumps(line).encode() + b"\n")
+                part.flush()
+                bar.update()
+        scored = any(line["urls"] for line in lines)
+        if scored:
+            write_out(out, lines)
+    os.remove(out + ".part")  # after a run without scores too: another attempt must not go on from here
+    if not scored:
+        reason, count = skipped(lines)[0]
+        raise errors.InputError(f"{out}: not written, no image could be scored: {count} x {reason}")
+    report(lines, items, images)
 
 
 def parse_args():
@@ -262,52 +373,20 @@ def parse_args():
         help="further attempts where the server is busy or gone, after 0.5, 1, 2, ... seconds or "
         "what it asks for (default: %(default)s)",
     )
-    parser.add_argument("--api_key", help="sent as X-API-Key")
+    parser.add_argument("--api_key", help="sent as X-API-Key; better in PFAN_API_KEY, as others can read command lines")
     args = parser.parse_args()
     if not 0 < args.port < 65536:
         parser.error(f"port: {args.port}, expected 1 to 65535")
     if args.workers < 1 or args.retries < 0 or not 0 < args.timeout < threading.TIMEOUT_MAX:
         parser.error("expected --workers of at least 1, --retries of at least 0, --timeout above 0")
-    if args.api_key and not (args.api_key.isascii() and args.api_key.isprintable()):
-        parser.error("--api_key: expected printable ASCII characters")
     return args
 
 
 def main():
-    args = parse_args()
-    if os.path.isdir(args.out):
-        raise errors.InputError(f"{args.out}: is a folder, expected a file to write")
-
-    server = Server(args.host, args.port, args.api_key, args.timeout, args.retries)
-    server.check()
-    items = read_words(os.path.join(args.data_path, "test_list.json"), args.kind)
-    if not items:
-        raise errors.InputError(f"{args.data_path}/test_list.json: no items, expected one a line")
-    sizes = [os.path.getsize(os.path.join(args.data_path, name)) for name in FILES]
-    marks = [fingerprint(args.kind, *item, sizes) for item in items]
-    part = args.out + ".part"
-    lines = read_part(part, marks)
-    if lines:
-        print(f"going on after item {len(lines)} of {len(items)}, from {part}; remove that file to start over")
-    server.model = next((line["model"] for line in lines if line.get("model")), None)
-    pictures = Pictures(args.data_path, {url for _, urls in items for url in urls})
-
-    bar = tqdm(total=len(items), initial=len(lines), unit="item", disable=None)
-    with open(part, "a", encoding="utf-8") as file, bar:
-        todo = items[len(lines) :]
-        for line in in_order(lambda item: score_item(server, pictures, *item), todo, args.workers, server.stop):
-            line |= {"item": marks[len(lines)], "model": server.model}
-            lines.append(line)
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            bar.update()
-    if not any(line["urls"] for line in lines):
-        os.remove(part)  # another attempt must not go on from here
-        reason, count = skipped(lines)[0]
-        raise errors.InputError(f"{args.out}: not written, no picture could be scored: {count} x {reason}")
-    write_out(args.out, lines)
-    os.remove(part)
-    report(lines, items, pictures)
+    global g_output_path, g_port
+    options = vars(parse_args())
+    g_output_path, g_port = options.pop("out"), options.pop("port")
+    process(options.pop("kind"), **options)
 
 
 if __name__ == "__main__":

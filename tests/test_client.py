@@ -7,84 +7,56 @@ import socket
 import struct
 import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import processes
 import pytest
 
+from test_server import test as client
+
 SCRIPT = Path(__file__).resolve().parents[1] / "test_server" / "test.py"
 
-
-def floats(*numbers):
-    return base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode()
+# ---------------------------------------------------------------- a server and its data
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Scores picture i of a request with (id + 1000 * length of the sentence) / 1e4, after the planned mishaps.
+    """Scores image i of a request with (id + 1000 * length of the sentence) / 1e4, after the planned mishaps.
 
     server.mishaps: what happens to the first requests: a status, (status, headers, body), or "drop".
-    server.refuse: ids that make a request a bad one. server.seen: (words, ids) of each scored request.
+    server.refuse: ids that make a request a bad one. server.hold: called with each request before it is answered.
+    server.seen: (words, ids) of each scored request; server.asked: headers and boxes of each.
     """
 
     protocol_version = "HTTP/1.1"
 
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            self.server.under_way += 1
-        try:
-            self.respond(request)
-        finally:
-            with self.server.lock:
-                self.server.under_way -= 1
-
-    def respond(self, request):
-        time.sleep(self.server.delay(request))
+        self.server.asked.append((self.path, self.headers, request))
+        self.server.hold(request)
         with self.server.lock:
             mishap = self.server.mishaps.pop(0) if self.server.mishaps else None
-            self.server.times.append(time.monotonic())
+        ids = [box["image_id"] for box in request["boxes"]]
         if mishap == "drop":
             self.close_connection = True
-            return self.connection.shutdown(socket.SHUT_RDWR)
-        if mishap:
-            status, headers, body = mishap if isinstance(mishap, tuple) else (mishap, {}, '{"error": "planned"}')
-            return self.answer(status, body, headers)
-        problem = self.problem(request)
-        if problem:
-            self.server.problems.append(problem)
-        ids = [box["image_id"] for box in request["boxes"]]
-        refused = [i for i in ids if i in self.server.refuse]
-        if refused:
-            return self.answer(400, json.dumps({"error": f"boxes: image_id {refused[0]} is odd"}))
-        self.server.seen.append((request["sentence"], ids))
-        t2i = [(i + 1000 * len(request["sentence"])) / 1e4 for i in ids]
-        self.answer(200, json.dumps({"sim_t2i": t2i, "sim_i2t": [-x for x in t2i]}))
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif mishap:
+            self.answer(*(mishap if isinstance(mishap, tuple) else (mishap, {}, '{"error": "planned"}')))
+        elif refused := [i for i in ids if i in self.server.refuse]:
+            self.answer(400, {}, json.dumps({"error": f"boxes: image_id {refused[0]} is odd"}))
+        else:
+            self.server.seen.append((request["sentence"], ids))
+            t2i = [(i + 1000 * len(request["sentence"])) / 1e4 for i in ids]
+            self.answer(200, {}, json.dumps({"sim_t2i": t2i, "sim_i2t": [-x for x in t2i]}))
 
-    def problem(self, request):
-        """What does not fit the contract, or None. Picture i is i + 1 wide, i + 2 high; its features say i, too."""
-        if self.path != "/scan_sentence_image_score" or self.headers["Content-Type"] != "application/json":
-            return self.path, self.headers["Content-Type"]
-        if self.headers["X-API-Key"] != self.server.api_key:
-            return "key", self.headers["X-API-Key"]
-        if set(request) != {"sentence", "boxes", "whole_items"} or len(request["boxes"]) != len(request["whole_items"]):
-            return sorted(request)
-        for box, whole in zip(request["boxes"], request["whole_items"], strict=True):
-            i = box["image_id"]
-            if box != row(i) or whole != [i / 8] * 4:
-                return box, whole
-
-    def answer(self, status, body, headers=()):
-        body = body.encode()
+    def answer(self, status, headers, body):
         self.send_response(status)
-        if self.server.model:
-            self.send_header("X-Model", self.server.model)
-        for name, value in dict(headers).items():
+        model = {"X-Model": self.server.model} if self.server.model else {}
+        for name, value in {**model, **headers, "Content-Length": str(len(body.encode()))}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        self.wfile.write(body.encode())
 
     def log_message(self, *args):
         pass
@@ -94,9 +66,8 @@ class Handler(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    server.lock, server.delay = threading.Lock(), lambda request: 0
-    server.mishaps, server.refuse, server.seen, server.times, server.problems = [], set(), [], [], []
-    server.api_key, server.under_way, server.model = None, 0, None
+    server.lock, server.hold, server.model = threading.Lock(), lambda request: None, None
+    server.mishaps, server.refuse, server.seen, server.asked = [], set(), [], []
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
@@ -106,78 +77,91 @@ def server():
 
 
 def url(i):
-    return f"http://pictures/{i}.jpg"
+    return f"http://images/{i}.jpg"
 
 
 def row(i):
-    boxes, features = floats(i, i, i, i), floats(*[i] * 4)
+    boxes, features = (base64.b64encode(struct.pack("<4f", *[i * k] * 4)).decode() for k in (1, 2))
     return {"image_id": i, "image_w": i + 1, "image_h": i + 2, "num_boxes": 1, "boxes": boxes, "features": features}
 
 
 def make_data(folder, items, regions=None, wholes=None, ids=None):
-    """items: [(content, tag, [picture numbers])]; the rest: which pictures have what (default: all)."""
-    every = sorted({i for _, _, pictures in items for i in pictures})
+    """items: [(content, tag, [image numbers])]; the rest: which images have what (default: all)."""
+    every = sorted({i for _, _, images in items for i in images})
     with open(folder / "test_list.json", "w") as file:
-        for content, tag, pictures in items:
-            item = {"Tag": tag, "Content": content, "Img_urls": list(map(url, pictures))}
-            file.write(json.dumps({**item, "Img_flags": [0] * len(pictures)}) + "\n")
+        for content, tag, images in items:
+            item = {"Tag": tag, "Content": content, "Img_urls": list(map(url, images))}
+            file.write(json.dumps({**item, "Img_flags": [0] * len(images)}) + "\n")
     # rows in another order than the list, and some that no item needs
     rows = [map(str, row(i).values()) for i in [*reversed(every if regions is None else regions), 900]]
     (folder / "test_own.tsv.0").write_text("".join("\t".join(r) + "\n" for r in rows))
     wholes = [*reversed(every if wholes is None else wholes), 901]
-    # the id is what stands before the first dot of the base name, wherever the picture lay
+    # the id is what stands before the first dot of the base name, wherever the image lay
     lines = [json.dumps([f"x/{i}.0.jpg", [i / 8] * 4]) + "\n" for i in wholes]
     (folder / "test_features.json").write_text("".join(lines))
     ids = every if ids is None else ids
     (folder / "img_id.txt").write_text("".join(f"{url(i)}\t{i}\n" for i in [*ids, 902]))
 
 
-def command(folder, port, *options, kind="sentence"):
-    return [
-        sys.executable,
-        str(SCRIPT),
-        str(folder / "out.json"),
-        kind,
-        str(port),
-        "--data_path",
-        str(folder),
-        *map(str, options),
-    ]
+def command(folder, port, *options, kind="sentence", out=None):
+    words = [SCRIPT, out or folder / "out.json", kind, port, "--data_path", folder, *options]
+    return [sys.executable, *map(str, words)]
 
 
-def run(folder, server, *options, **kind):
+def run(folder, server, *options, env=None, **names):
     port = server if isinstance(server, int) else server.server_port
-    return processes.run(command(folder, port, *options, **kind), cwd=SCRIPT.parent)
+    return processes.run(command(folder, port, *options, **names), cwd=SCRIPT.parent, env={**os.environ, **(env or {})})
 
 
-def expect(words, pictures):
-    t2i = [(i + 1000 * len(words)) / 1e4 for i in pictures]
-    return {"urls": list(map(url, pictures)), "dist_t2i": t2i, "dist_i2t": [-x for x in t2i]}
+def expect(words, images):
+    t2i = [(i + 1000 * len(words)) / 1e4 for i in images]
+    return {"urls": list(map(url, images)), "dist_t2i": t2i, "dist_i2t": [-x for x in t2i]}
 
 
 def read(folder):
     return [json.loads(line) for line in (folder / "out.json").read_text().splitlines()]
 
 
+def is_refused(done, *said):
+    """Whether a command ended with status 2 and one line that says so."""
+    lines = done.stderr.splitlines()
+    return (
+        done.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ") and all(x in lines[0] for x in said)
+    )
+
+
+# ---------------------------------------------------------------- what is scored
+
+
 @pytest.mark.parametrize("kind, key", [("sentence", 0), ("anything", 0), ("tag", 1)])
 def test_one_line_per_item_in_the_lists_order(tmp_path, server, kind, key):
     items = [(["词"] * (i % 3 + 1), ["t"] * (i % 4 + 1), [2 * i, 2 * i + 1, 2]) for i in range(20)]
     make_data(tmp_path, items)
-    server.delay = lambda request: 0.05 if request["boxes"][0]["image_id"] % 8 == 0 else 0  # answers overtake others
-    server.api_key = "s3cret"
+
+    def overtake(request):
+        """Every fourth item is answered after the one that follows."""
+        first = request["boxes"][0]["image_id"]
+        processes.wait_for(lambda: first % 8 or any(ids[0] == first + 2 for _, ids in server.seen))
+
+    server.hold = overtake
     done = run(tmp_path, server, "--api_key", "s3cret", kind=kind)
     assert (done.returncode, done.stderr) == (0, "")
     assert read(tmp_path) == [expect(item[key], item[2]) for item in items]
-    assert server.problems == [] and len(server.seen) == 20
-    assert done.stdout == "scored 60 of 60 pictures, 20 of 20 items have scores\n"
+    assert len(server.asked) == 20
+    for path, headers, request in server.asked:
+        assert (path, headers["Content-Type"]) == ("/scan_sentence_image_score", "application/json")
+        assert headers["X-API-Key"] == "s3cret" and set(request) == {"sentence", "boxes", "whole_items"}
+        ids = [box["image_id"] for box in request["boxes"]]
+        assert request["boxes"] == list(map(row, ids)) and request["whole_items"] == [[i / 8] * 4 for i in ids]
+    assert done.stdout == "scored 60 of 60 images, 20 of 20 items have scores\n"
     assert not (tmp_path / "out.json.part").exists()
 
 
 def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path, server):
-    items = [(["a"], [], [1, 2, 3, 4]), (["b"], [], []), (["c"], [], [5, 3]), (["d"], [], [2, 3]), (["e"], [], [6])]
+    items = [(["a"], [], [1, 2, 3, 4]), (["b"], [], []), (["c"], [], [5, 6, 3]), (["d"], [], [2, 3]), (["e"], [], [6])]
     make_data(tmp_path, items, regions=[1, 3, 4, 5, 6], wholes=[1, 2, 4, 5, 6], ids=[1, 2, 3, 5, 6])
     with open(tmp_path / "test_own.tsv.0", "a") as file:
-        file.write("no number\tmore\n\n")
+        file.write("no number\tmore\n2018_1\t1\t1\t1\tAA==\tAA==\n")
     server.refuse = {6}
     done = run(tmp_path, server)
     assert (done.returncode, done.stderr) == (0, "")
@@ -185,22 +169,49 @@ def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path, server):
     assert read(tmp_path) == [expect(["a"], [1]), nothing, expect(["c"], [5]), nothing, nothing]
     assert sorted(done.stdout.splitlines()) == sorted(
         [
-            "scored 2 of 9 pictures, 2 of 5 items have scores",
-            "skipped 3: picture without a whole-image feature in test_features.json",
-            "skipped 2: picture without region features in test_own.tsv.0",
-            "skipped 1: picture without an id in img_id.txt",
-            "skipped 1: item without pictures",
-            "skipped 1: picture that the server refused: 400 boxes: image_id 6 is odd",
+            "scored 2 of 10 images, 2 of 5 items have scores",
+            "skipped 3: image without a whole-image feature in test_features.json",
+            "skipped 2: image without region features in test_own.tsv.0",
+            "skipped 1: image without an id in img_id.txt",
+            "skipped 1: item without images",
+            "skipped 2: image that the server refused: 400 boxes: image_id 6 is odd",
             "skipped 2: row of test_own.tsv.0 without an integer id",
         ]
     )
 
 
-def test_one_refused_picture_does_not_cost_the_others_of_its_item(tmp_path, server):
-    make_data(tmp_path, [(["a"], [], [1, 2, 3])])
-    server.refuse = {2}
-    assert "skipped 1: picture that the server refused: 400" in run(tmp_path, server).stdout
-    assert read(tmp_path) == [expect(["a"], [1, 3])]
+def test_files_with_byte_order_marks_are_read(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1, 2])])
+    for name in os.listdir(tmp_path):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert run(tmp_path, server).stdout == "scored 2 of 2 images, 1 of 1 items have scores\n"
+    assert read(tmp_path) == [expect(["a"], [1, 2])]
+
+
+def test_the_published_functions_keep_their_signatures_and_results(tmp_path, server, monkeypatch):
+    make_data(tmp_path, [(["a", "b"], ["c"], [3, 4])])
+    rows = client.process_tsv_file(str(tmp_path / "test_own.tsv.0"))
+    assert list(rows) == rows[:] == [row(4), row(3), row(900)]
+    assert len(client.process_tsv_file(str(tmp_path / "test_own.tsv.0"), topn=2)) == 2
+    assert client.load_img_url_to_id(str(tmp_path / "img_id.txt")) == {url(3): 3, url(4): 4, url(902): 902}
+    wholes = client.process_json_file(str(tmp_path / "test_features.json"))
+    assert dict(wholes) == {i: [i / 8] * 4 for i in (4, 3, 901)}
+    folder = tmp_path / "data" / "tencent_data_meta"
+    folder.mkdir(parents=True)
+    make_data(folder, [(["a", "b"], ["c"], [3, 4])])
+    (tmp_path / "test_server").mkdir()
+    monkeypatch.chdir(tmp_path / "test_server")
+    monkeypatch.setattr(client, "g_port", server.server_port)
+    monkeypatch.setattr(client, "g_output_path", "out.json")
+    client.process()
+    assert read(tmp_path / "test_server") == [expect(["c"], [3, 4])]
+    client.process(text_input_flag="sentence")
+    assert read(tmp_path / "test_server") == [expect(["a", "b"], [3, 4])]
+    answer = json.loads(client.get_sim({"sentence": ["a"], "boxes": [rows[0]], "whole_items": [wholes[4]]}))
+    assert answer == {"sim_t2i": [0.1004], "sim_i2t": [-0.1004]}
+
+
+# ---------------------------------------------------------------- attempts
 
 
 def test_errors_and_lost_connections_are_tried_again(tmp_path, server):
@@ -210,126 +221,184 @@ def test_errors_and_lost_connections_are_tried_again(tmp_path, server):
     done = run(tmp_path, server)
     assert done.returncode == 0 and "skipped" not in done.stdout
     assert read(tmp_path) == [expect(*item[::2]) for item in items]
-    assert len(server.times) == 7 and len(server.seen) == 4
+    assert len(server.asked) == 7 and len(server.seen) == 4
 
 
-def test_waits_as_long_as_a_busy_server_asks(tmp_path, server):
-    make_data(tmp_path, [(["a"], [], [1])])
-    server.mishaps = [(429, {"Retry-After": "2"}, "busy")]
-    assert run(tmp_path, server).returncode == 0
-    assert read(tmp_path) == [expect(["a"], [1])]
-    assert server.times[1] - server.times[0] >= 2
+class Waits:
+    """In place of a Server's stop: notes how long it would wait, and waits for nothing."""
+
+    def __init__(self):
+        self.delays = []
+
+    def wait(self, delay):
+        self.delays.append(delay)
 
 
-def test_an_item_that_fails_every_time_is_counted_and_a_wrong_key_stops_the_run(tmp_path, server):
+def test_waits_as_long_as_a_busy_server_asks_and_says_long_ones_once(server, capsys):
+    asked, busy = client.Server(port=server.server_port), '{"error": "busy"}'
+    asked.stop = Waits()
+    body = json.dumps({"sentence": [], "boxes": [], "whole_items": []}).encode()
+    server.mishaps = [(429, {"Retry-After": after}, busy) for after in ("2", "soon", "7200")]
+    asked.ask(body)
+    assert asked.stop.delays == [2, pytest.approx(1.1, abs=0.1), 3600]
+    assert f": 127.0.0.1:{server.server_port} answered 429 busy\n" in capsys.readouterr().err
+    server.mishaps = [(503, {"Retry-After": "1800"}, busy)] * 3
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(asked.ask, [body] * 3))
+    assert capsys.readouterr().err == ""  # the time that was said has not come
+    asked.quiet_until = 0.0
+    server.mishaps = [(503, {"Retry-After": "1800"}, busy)] * 3
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(asked.ask, [body] * 3))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("waiting until ") and line.endswith(f"127.0.0.1:{server.server_port} answered 503 busy")
+
+
+def test_an_item_that_fails_every_time_is_counted(tmp_path, server):
     make_data(tmp_path, [(["a"], [], [1, 2]), (["b"], [], [3])])
     server.mishaps = [500, 500]
     done = run(tmp_path, server, "--retries", 1, "--workers", 1)
-    assert "skipped 2: picture that the server refused: 500 planned" in done.stdout
+    assert "skipped 2: image that the server refused: 500 planned" in done.stdout
     assert read(tmp_path) == [expect([], []), expect(["b"], [3])]
-    server.mishaps = [(401, {}, '{"error": "wrong key"}')]
-    done = run(tmp_path, server, "--workers", 1)
-    address = f"127.0.0.1:{server.server_port}/scan_sentence_image_score"
-    assert (done.returncode, done.stderr) == (2, f"error: {address} answered 401 wrong key\n")
-    server.mishaps = [(200, {}, "<html>")]
-    done = run(tmp_path, server, "--workers", 1)
-    assert done.returncode == 2 and "expected sim_t2i and sim_i2t" in done.stderr
     server.mishaps = [(200, {}, '{"sim_t2i": [NaN, 1], "sim_i2t": [1, 1]}')]
-    done = run(tmp_path, server, "--workers", 1)  # asked again, a picture at a time
-    assert done.returncode == 0 and read(tmp_path)[0] == expect(["a"], [1, 2])
+    assert run(tmp_path, server, "--workers", 1).returncode == 0  # asked again, an image at a time
+    assert read(tmp_path)[0] == expect(["a"], [1, 2])
+
+
+def test_a_server_that_will_score_nothing_ends_the_run(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1, 2]), (["b"], [], [3])])
+    server.mishaps = [(401, {}, '{"error": "wrong key"}')]
+    address = f"127.0.0.1:{server.server_port}"
+    assert is_refused(
+        run(tmp_path, server, "--workers", 1), f"{address}/scan_sentence_image_score answered 401 wrong key"
+    )
+    server.mishaps = [(200, {}, "<html>")]
+    assert is_refused(run(tmp_path, server, "--workers", 1), "'<html>', expected sim_t2i and sim_i2t")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can answer here
+        port = free.getsockname()[1]
+        assert is_refused(run(tmp_path, port), f"no server at 127.0.0.1:{port} (")
+
+
+def test_the_key_is_read_from_the_environment_and_must_be_ascii(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1])])
+    assert run(tmp_path, server, env={"PFAN_API_KEY": "s3cret"}).returncode == 0
+    assert [headers["X-API-Key"] for _, headers, _ in server.asked] == ["s3cret"]
+    assert is_refused(run(tmp_path, server, env={"PFAN_API_KEY": "schlüssel"}), "PFAN_API_KEY", "ASCII")
+    assert is_refused(run(tmp_path, server, "--api_key", "schlüssel"), "--api_key", "ASCII")
+    assert len(server.asked) == 1
+
+
+# ---------------------------------------------------------------- interrupted runs
 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path, server):
     items = [([str(i)], [], [i]) for i in range(30)]
     make_data(tmp_path, items, regions=[i for i in range(30) if i != 2])
-    part = tmp_path / "out.json.part"
-    server.delay = lambda request: 0.05
+    part, go_on = tmp_path / "out.json.part", threading.Event()
+    server.hold = lambda request: request["boxes"][0]["image_id"] < 10 or go_on.wait(processes.LIMIT)
     with processes.started(command(tmp_path, server.server_port, "--workers", 2), cwd=SCRIPT.parent):
-        processes.wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") >= 8)
-    processes.wait_for(lambda: not server.under_way)
-    kept = part.read_bytes().count(b"\n")
-    assert 8 <= kept < 30 and not (tmp_path / "out.json").exists()
+        processes.wait_for(lambda: part.exists() and part.read_bytes().count(b"\n") == 10)
+    go_on.set()
+    processes.wait_for(lambda: len(server.seen) == len(server.asked))
+    assert len(server.asked) <= 10 - 1 + 2 and not (tmp_path / "out.json").exists()  # two were under way
     part.write_bytes(part.read_bytes() + b'{"item": "cut o')
-    first, server.seen = len(server.seen), []
-    assert first <= kept + 2 * 2  # no more than the requests under way are lost
-
     server.mishaps = [None, (401, {}, "stop")]
     assert run(tmp_path, server, "--workers", 1).returncode == 2  # stopped a second time, one item later
-    kept, server.seen = kept + 1, []
-    assert part.read_bytes().count(b"\n") == kept
+    assert part.read_bytes().count(b"\n") == 11
+    server.seen = []
     done = run(tmp_path, server)
-    assert done.returncode == 0
-    assert [pictures for _, pictures in sorted(server.seen, key=lambda s: s[1])] == [[i] for i in range(kept, 30)]
-    assert read(tmp_path) == [expect(words, [] if pictures == [2] else pictures) for words, _, pictures in items]
+    assert sorted(images for _, images in server.seen) == [[i] for i in range(11, 30)]
+    assert read(tmp_path) == [expect(words, [] if images == [2] else images) for words, _, images in items]
     assert done.stdout.splitlines() == [
-        f"going on after item {kept} of 30, from {part}; remove that file to start over",
-        "scored 29 of 30 pictures, 29 of 30 items have scores",
-        "skipped 1: picture without region features in test_own.tsv.0",
+        f"going on after item 11 of 30, from {part}; remove that file to start over",
+        "scored 29 of 30 images, 29 of 30 items have scores",
+        "skipped 1: image without region features in test_own.tsv.0",
     ]
-    assert sorted(os.listdir(tmp_path)) == [
-        "img_id.txt",
-        "out.json",
-        "test_features.json",
-        "test_list.json",
-        "test_own.tsv.0",
-    ]
+    assert not list(tmp_path.glob("out.json.*"))
 
 
 def test_a_server_that_goes_away_ends_the_run_and_keeps_what_was_scored(tmp_path, server):
     items = [([str(i)], [], [i]) for i in range(3)]
     make_data(tmp_path, items)
-    server.delay = lambda request: 0.2 if server.seen else 0
     server.mishaps = [None, "drop", "drop"]
     done = run(tmp_path, server, "--workers", 1, "--retries", 1)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"127.0.0.1:{server.server_port} gave no scores in 2 attempts" in done.stderr
+    assert is_refused(done, f"127.0.0.1:{server.server_port} gave no scores in 2 attempts")
     assert len((tmp_path / "out.json.part").read_text().splitlines()) == 1
     assert run(tmp_path, server).returncode == 0
     assert read(tmp_path) == [expect(*item[::2]) for item in items]
 
 
-def test_a_part_of_another_list_or_of_tags_is_not_continued(tmp_path, server):
-    make_data(tmp_path, [(["a"], ["a"], [1]), (["b"], ["b"], [2])])
-    server.mishaps = [None, (401, {}, "no")]
-    assert run(tmp_path, server, "--workers", 1).returncode == 2
-    done = run(tmp_path, server, kind="tag")
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {tmp_path}/out.json.part:1: expected a line for the same item")
-    assert run(tmp_path, server).returncode == 0
-
-
-def test_an_interrupted_run_goes_on_with_the_same_model_only(tmp_path, server):
-    make_data(tmp_path, [(["a"], [], [1]), (["b"], [], [2]), (["c"], [], [3])])
+def test_an_interrupted_run_goes_on_with_the_same_words_features_and_model_only(tmp_path, server):
+    items = [(["a"], ["b"], [1]), (["b"], ["a"], [2]), (["c"], ["c"], [3])]
+    make_data(tmp_path, items)
     server.model, server.mishaps = "aaaa", [None, (401, {}, "no")]
     assert run(tmp_path, server, "--workers", 1).returncode == 2
+    assert is_refused(run(tmp_path, server, kind="tag"), "out.json.part:1: expected a line for the same item")
     server.model = "bbbb"
-    done = run(tmp_path, server)
-    assert done.returncode == 2 and not (tmp_path / "out.json").exists()
-    assert "answers with model bbbb, the items before were scored with aaaa" in done.stderr
+    assert is_refused(run(tmp_path, server), "answers with model bbbb, the items before were scored with aaaa")
     server.model = "aaaa"
+    features = tmp_path / "test_features.json"
+    text = features.read_text()
+    features.write_text(text.replace("0.125", "0.250"))  # extracted anew, of the same size
+    assert is_refused(run(tmp_path, server), "made with the same data files; remove the file to start over")
+    assert not (tmp_path / "out.json").exists()
+    features.write_text(text)
     assert run(tmp_path, server).returncode == 0
-    assert read(tmp_path) == [expect([word], [i + 1]) for i, word in enumerate("abc")]
+    assert read(tmp_path) == [expect(words, images) for words, _, images in items]
 
 
-def test_an_interrupted_run_goes_on_with_the_same_features_only(tmp_path, server):
-    items = [(["a"], [], [1]), (["b"], [], [2])]
-    make_data(tmp_path, items, regions=[2])
-    server.mishaps = [(401, {}, "no")]
-    assert run(tmp_path, server, "--workers", 1).returncode == 2
-    make_data(tmp_path, items)
-    done = run(tmp_path, server)
-    assert done.returncode == 2 and "made with the same data files; remove the file to start over" in done.stderr
+# ---------------------------------------------------------------- what cannot be read or written
 
 
 def test_a_run_that_scores_nothing_fails_and_writes_nothing(tmp_path, server):
     make_data(tmp_path, [(["a"], [], [1, 2])], ids=[])
-    done = run(tmp_path, server)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "no picture could be scored: 2 x picture without an id in img_id.txt" in done.stderr
+    assert is_refused(run(tmp_path, server), "no image could be scored: 2 x image without an id in img_id.txt")
     assert not list(tmp_path.glob("out.json*"))
     (tmp_path / "test_list.json").write_text("")
-    done = run(tmp_path, server)
-    assert done.returncode == 2 and "test_list.json: no items, expected one a line" in done.stderr
+    assert is_refused(run(tmp_path, server), "test_list.json: no items, expected one a line")
+
+
+def test_two_runs_do_not_write_one_file(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1])])
+    go_on = threading.Event()
+    server.hold = lambda request: go_on.wait(processes.LIMIT)
+    with processes.started(command(tmp_path, server.server_port), cwd=SCRIPT.parent) as first:
+        processes.wait_for(lambda: server.asked)
+        assert is_refused(run(tmp_path, server), "out.json.part: another run is writing it, expected another OUT")
+        go_on.set()
+        assert first.wait(processes.LIMIT) == 0
+    assert read(tmp_path) == [expect(["a"], [1])] and len(server.seen) == 1
+
+
+def test_an_output_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1])])
+    for out, said in (
+        ("nowhere/out.json", "nowhere/out.json.part: No such file or directory"),
+        (tmp_path, "is no file, expected one or a free name"),
+        ("/dev/null", "is no file"),
+        (tmp_path / "test_list.json", "test_list.json: is read, expected another file to write"),
+    ):
+        assert is_refused(run(tmp_path, server, out=out), said)
+    assert server.asked == []
+
+
+def test_the_target_of_a_link_is_written(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1])])
+    (tmp_path / "out.json").symlink_to(tmp_path / "target.json")
+    (tmp_path / "target.json").write_text("old")
+    assert run(tmp_path, server).returncode == 0
+    assert (tmp_path / "out.json").is_symlink() and read(tmp_path) == [expect(["a"], [1])]
+
+
+def test_without_stderr_and_with_an_ascii_stdout_all_is_written(tmp_path, server):
+    make_data(tmp_path, [(["a"], [], [1]), (["b"], [], [2])])
+    server.mishaps = [(400, {}, '{"error": "ü"}')]
+    shell = ["sh", "-c", '"$@" 2>&-', "sh", *command(tmp_path, server.server_port, "--workers", 1)]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = processes.run(shell, cwd=SCRIPT.parent, env=env)
+    assert done.returncode == 0 and "skipped 1: image that the server refused: 400 \\xfc" in done.stdout
+    assert read(tmp_path) == [expect([], []), expect(["b"], [2])]
 
 
 def test_ids_that_stand_twice_are_refused_or_told(tmp_path, server):
@@ -339,43 +408,27 @@ def test_ids_that_stand_twice_are_refused_or_told(tmp_path, server):
     done = run(tmp_path, server)
     assert done.returncode == 0
     for name in ("test_own.tsv.0", "test_features.json"):
-        assert f"note: 1 rows of {name} repeat an id, whose last row counts" in done.stdout
+        assert f"note: 2 rows of {name} repeat an id, whose last row counts" in done.stdout
     with open(tmp_path / "img_id.txt", "a") as file:
         file.write(f"{url(1)}\t7\n")
-    done = run(tmp_path, server)
-    assert done.returncode == 2 and "img_id.txt:3: id 7 for a url that has id 1 already" in done.stderr
-
-
-def test_a_server_that_is_not_up_is_named_on_one_line(tmp_path):
-    make_data(tmp_path, [(["a"], [], [1])])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # bound, not listening: nobody else can answer here
-        port = free.getsockname()[1]
-        done = run(tmp_path, port)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: no server at 127.0.0.1:{port} (") and len(done.stderr.splitlines()) == 1
+    assert is_refused(run(tmp_path, server), "img_id.txt:3: id 7 for a url that has id 1 already")
 
 
 @pytest.mark.parametrize(
     "name, line, told",
     [
-        (
-            "test_list.json",
-            '{"Content": "no list", "Img_urls": []}',
-            'expected {"Content": [word, ...], "Img_urls": [url',
-        ),
+        ("test_list.json", '{"Content": "no list", "Img_urls": []}', '{"Content": [word, ...], "Img_urls": [url'),
         ("img_id.txt", "http://a.jpg 5", "expected url<TAB>id"),
+        ("img_id.txt", "http://a.jpg\t2018_1", "the id an integer"),
         ("test_own.tsv.0", "5\t10\t10\t36\tAAAA", "found 5 fields"),
         ("test_own.tsv.0", "5\t10\tten\t36\tAAAA\tAAAA", "expected image_id, image_w, image_h"),
         ("test_features.json", '["x/5.jpg", ["a"]]', "expected [url, [numbers]]"),
-        ("test_features.json", '["x/a.jpg", [0.5]]', "starting with an integer"),
+        ("test_features.json", '["x/2018_1.jpg", [0.5]]', "an integer up to its first dot"),
     ],
 )
 def test_a_malformed_line_is_named_with_what_was_expected(tmp_path, server, name, line, told):
     make_data(tmp_path, [(["a"], [], [1])])
     text = (tmp_path / name).read_text()
     (tmp_path / name).write_text(f"{text}{line}\n")
-    done = run(tmp_path, server)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert f"{tmp_path}/{name}:{len(text.splitlines()) + 1}: " in done.stderr and told in done.stderr
+    assert is_refused(run(tmp_path, server), f"{tmp_path}/{name}:{len(text.splitlines()) + 1}: ", told)
     assert server.seen == []

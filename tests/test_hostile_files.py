@@ -36,7 +36,7 @@ from model import SCAN
 from scripts import captions_to_dataset, tsv_to_dataset
 from test_server import compute_map
 from test_server import test as client
-from vocab import build_vocab, deserialize_vocab, read_captions, word_list
+from vocab import build_vocab, deserialize_vocab, from_txt, word_list
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
@@ -111,9 +111,9 @@ def read_words(path):
 
 
 def read_lines(path):
-    read_captions(str(path), allow_empty=True)
+    from_txt(str(path), allow_empty=True)
     vocab = build_vocab(str(path.parent), "", [path.name], threshold=1)
-    for caption in read_captions(str(path)):
+    for caption in from_txt(str(path)):
         vocab.encode(caption)
 
 
@@ -137,7 +137,7 @@ def read_coco(path):
 
 
 def read_scores(path):
-    compute_map.read_scores(str(path))
+    compute_map.load_dist_from_file(str(path))
 
 
 def read_test_list(path):
@@ -146,14 +146,17 @@ def read_test_list(path):
 
 def read_pictures(path):
     news.read_words(str(path.parent / "test_list.json"), "sentence")
-    pictures = news.Pictures(str(path.parent), set(URLS))
+    paths = (str(path.parent / name) for name in news.FILES)
+    readers = news.load_img_url_to_id, news.process_tsv_file, news.process_json_file
+    images = news.Images(*(read(path) for read, path in zip(readers, paths, strict=True)))
     for url in URLS:
-        if not pictures.missing(url):
-            pictures.read(url)
+        if not images.missing(url):
+            images.read(url)
 
 
 def read_part(path):
-    lines = client.read_part(str(path), ["0123", "4567"])
+    with client.held(str(path)) as part:
+        lines = client.read_part(part, ["0123", "4567"])
     client.write_out(str(path.parent / "out.json"), lines)
 
 

@@ -38,7 +38,7 @@ def test_demo_trains_serves_scores_and_ranks_well_above_chance(tmp_path):
     command = ["sh", str(ROOT / "Tencent_PFAN" / "demo.sh"), *sizes]
     done = run(command, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("scored 160 of 160 pictures, 16 of 16 items have scores") == 3
+    assert done.stdout.count("scored 160 of 160 images, 16 of 16 items have scores") == 3
     header, *rows = [line.split() for line in done.stdout.splitlines() if re.match(r"  .*chance$|(MAP|A)@\d ", line)]
     assert header == ["sentence", "tag", "tag_new", "mixed", "chance"]
     assert [row[0] for row in rows] == ["MAP@1", "MAP@2", "MAP@3", "A@1", "A@2", "A@3"]

@@ -9,7 +9,8 @@ test_features.json   a line each `[url, [floats]]`; the id is the integer in the
 import array
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -17,6 +18,8 @@ from tqdm import tqdm
 from lib.errors import InputError
 
 FILES = ("img_id.txt", "test_own.tsv.0", "test_features.json")  # of a tencent_data_meta folder
+FIELDS = ("image_id", "image_w", "image_h", "num_boxes", "boxes", "features")  # of a row of test_own.tsv.0
+Place = tuple[int, int]  # of a line in a file: offset, length in bytes
 
 
 def read_json_lines(path: str, expected: str, parse: Callable[[Any], Any]) -> list:
@@ -49,7 +52,7 @@ def read_words(path: str, kind: str) -> list[tuple[list[str], list[str]]]:
 
 
 def read_flags(path: str) -> list[list[tuple[str, int]]]:
-    """A test list's items, each a list of (url, flag): 1 where the picture is a right one for the item, else 0."""
+    """A test list's items, each a list of (url, flag): 1 where the image is correct for the item, else 0."""
 
     def parse(item):
         urls, flags = item["Img_urls"], item["Img_flags"]
@@ -60,113 +63,142 @@ def read_flags(path: str) -> list[list[tuple[str, int]]]:
     return read_json_lines(path, '{"Img_urls": [url, ...], "Img_flags": [0 or 1, ...]}, equally many of both', parse)
 
 
-def read_news_ids(path: str) -> dict[str, int]:
-    """{url: id} of a file with `url<TAB>id` lines."""
+def load_img_url_to_id(img_id_file: str) -> dict[str, int]:
+    """{url: id} of a file with `url<TAB>id` lines. Raises InputError for another line, or a url with two ids."""
     ids = {}
-    with open(path, "rb") as file:
+    with open(img_id_file, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                url, id_text = line.decode().rstrip("\r\n").split("\t")
-                image_id = int(id_text)
+                url, id_text = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+                image_id = _integer(id_text)
             except ValueError:
-                raise InputError(
-                    f"{path}:{number}: expected url<TAB>id, the id an integer, found {line[:60]!r}"
-                ) from None
+                expected = "expected url<TAB>id, the id an integer"
+                raise InputError(f"{img_id_file}:{number}: {expected}, found {line[:60]!r}") from None
             if ids.setdefault(url, image_id) != image_id:
-                raise InputError(f"{path}:{number}: id {image_id} for a url that has id {ids[url]} already: {url[:60]}")
+                found = f"id {image_id} for a url that has id {ids[url]} already"
+                raise InputError(f"{img_id_file}:{number}: {found}: {url[:60]}")
     return ids
 
 
-def scan(path: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number, byte offset, line) of a large file, one line in memory at a time, under a progress bar."""
+def process_tsv_file(tsv_file: str, topn: int = 1000000) -> "Rows":
+    """The first topn rows of a region TSV, as a sequence of dicts that are read from disk when asked for.
+
+    Rows without an integer id are skipped. Raises InputError for any other row that is not of the form above.
+    """
+    return Rows(tsv_file, topn)
+
+
+def process_json_file(json_file: str) -> "Wholes":
+    """{id: whole-image feature} of a file of `[url, [floats]]` lines, read from disk when asked for.
+
+    The last line of an id counts. Raises InputError for a line that is not of this form.
+    """
+    return Wholes(json_file)
+
+
+class Rows(Sequence):
+    """What process_tsv_file returns. ids: each row's image_id. without_id: how many rows were skipped."""
+
+    def __init__(self, path: str, topn: int):
+        self.path, self.ids, self.places, self.without_id = path, [], [], 0
+        for number, place, line in _scan(path):
+            if len(self.ids) == topn:
+                break
+            first, *numbers = line.split(b"\t", 4)[:4]
+            try:
+                image_id = _integer(first.decode("utf-8-sig"))
+            except ValueError:
+                self.without_id += 1
+                continue
+            fields = line.count(b"\t") + 1
+            if fields != len(FIELDS) or not all(n.isdigit() and len(n) < 10 for n in numbers):
+                raise InputError(
+                    f"{path}:{number}: expected image_id, image_w, image_h, num_boxes (integers), boxes, features "
+                    f"(base64) with tabs between, found {fields} fields, {line[:60]!r}"
+                )
+            self.ids.append(image_id)
+            self.places.append(place)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        row = _read_line(self.path, self.places[index]).decode("utf-8-sig", "replace").rstrip("\r\n").split("\t")
+        return dict(zip(FIELDS, [*map(int, row[:4]), *row[4:]], strict=True))
+
+
+class Wholes(Mapping):
+    """What process_json_file returns. repeated: how many lines give an id again."""
+
+    def __init__(self, path: str):
+        self.path, self.places, self.repeated = path, {}, 0
+        for number, place, line in _scan(path):
+            try:
+                url, feature = json.loads(line)
+                image_id = _integer(url.rsplit("/", 1)[-1].split(".", 1)[0])
+                array.array("d", feature)
+            except (AttributeError, TypeError, ValueError, OverflowError, RecursionError):
+                raise InputError(
+                    f"{path}:{number}: expected [url, [numbers]], the base name of the url an integer up to its first "
+                    f"dot, found {line[:60]!r}"
+                ) from None
+            self.repeated += image_id in self.places
+            self.places[image_id] = place
+
+    def __len__(self):
+        return len(self.places)
+
+    def __iter__(self):
+        return iter(self.places)
+
+    def __getitem__(self, image_id):
+        return json.loads(_read_line(self.path, self.places[image_id]))[1]
+
+
+class Images:
+    """The features of images by their url, of what load_img_url_to_id, process_tsv_file, process_json_file return."""
+
+    def __init__(self, ids: Mapping[str, int], rows: Rows, wholes: Wholes):
+        self.ids, self.rows, self.wholes = ids, rows, wholes
+        self.regions = {image_id: index for index, image_id in enumerate(rows.ids)}  # the last row of an id counts
+
+    def missing(self, url: str) -> str | None:
+        """Why an image cannot be scored, or None where it can."""
+        if url not in self.ids:
+            return "image without an id in img_id.txt"
+        if self.ids[url] not in self.regions:
+            return "image without region features in test_own.tsv.0"
+        if self.ids[url] not in self.wholes:
+            return "image without a whole-image feature in test_features.json"
+        return None
+
+    def read(self, url: str) -> tuple[dict, list[float]]:
+        """One entry of a request's "boxes" and one of its "whole_items"."""
+        return self.rows[self.regions[self.ids[url]]], self.wholes[self.ids[url]]
+
+
+def _integer(text):
+    """The int of decimal digits. Raises ValueError for all else: int() reads "2018_1" as 20181."""
+    if not re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
+        raise ValueError
+    return int(text)
+
+
+def _scan(path: str) -> Iterator[tuple[int, Place, bytes]]:
+    """(line number, place, line) of a large file, one line in memory at a time, under a progress bar."""
     bar = tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=os.path.basename(path), disable=None)
     with open(path, "rb", buffering=1 << 20) as file, bar:
         offset = 0
         for number, line in enumerate(file, 1):
-            yield number, offset, line
+            yield number, (offset, len(line)), line
             offset += len(line)
             bar.update(len(line))
 
 
-def index_regions(path: str, wanted: Collection[int]) -> tuple[dict[int, tuple[int, int]], int, int]:
-    """Where the wanted ids' rows lie in a region TSV: {id: (offset, length)} in bytes, the last row of an id.
-
-    Also how many rows have no integer id, which are skipped, and how many repeat a wanted id.
-    """
-    places, skipped, repeated = {}, 0, 0
-    for number, offset, line in scan(path):
-        first, *numbers = line.split(b"\t", 4)[:4]
-        try:
-            image_id = int(first)
-        except ValueError:
-            skipped += 1
-            continue
-        fields = line.count(b"\t") + 1
-        if fields != 6 or not line.isascii() or not all(n.isdigit() and len(n) < 10 for n in numbers):
-            raise InputError(
-                f"{path}:{number}: expected image_id, image_w, image_h, num_boxes (integers), boxes, features (base64) "
-                f"with tabs between, found {fields} fields, {line[:60]!r}"
-            )
-        if image_id in wanted:
-            repeated += image_id in places
-            places[image_id] = offset, len(line)
-    return places, skipped, repeated
-
-
-def index_wholes(path: str, wanted: Collection[int]) -> tuple[dict[int, tuple[int, int]], int]:
-    """Where the wanted ids' rows lie in a file of `[url, [floats]]` lines: {id: (offset, length)} in bytes.
-
-    The last row of an id counts. Also how many repeat a wanted id.
-    """
-    places, repeated = {}, 0
-    for number, offset, line in scan(path):
-        try:
-            url, feature = json.loads(line)
-            image_id = int(url.rsplit("/", 1)[-1].split(".", 1)[0])
-            array.array("d", feature)
-        except (AttributeError, TypeError, ValueError, OverflowError, RecursionError):
-            raise InputError(
-                f"{path}:{number}: expected [url, [numbers]], the base name of the url starting with an integer and "
-                f"a dot, found {line[:60]!r}"
-            ) from None
-        if image_id in wanted:
-            repeated += image_id in places
-            places[image_id] = offset, len(line)
-    return places, repeated
-
-
-class Pictures:
-    """The pictures' features, left on disk: where each row lies is known, and it is read when asked for."""
-
-    def __init__(self, folder, urls):
-        """folder holds img_id.txt, test_own.tsv.0 and test_features.json; urls are those that will be asked for."""
-        ids, self.region_file, self.whole_file = (os.path.join(folder, name) for name in FILES)
-        self.ids = {url: i for url, i in read_news_ids(ids).items() if url in urls}
-        wanted = set(self.ids.values())
-        self.regions, self.rows_without_id, repeated = index_regions(self.region_file, wanted)
-        self.wholes, repeated_wholes = index_wholes(self.whole_file, wanted)
-        self.repeated = dict(zip(FILES[1:], (repeated, repeated_wholes), strict=True))
-
-    def missing(self, url):
-        """Why a picture cannot be scored, or None where it can."""
-        if url not in self.ids:
-            return "picture without an id in img_id.txt"
-        if self.ids[url] not in self.regions:
-            return "picture without region features in test_own.tsv.0"
-        if self.ids[url] not in self.wholes:
-            return "picture without a whole-image feature in test_features.json"
-        return None
-
-    def read(self, url):
-        """One entry of a request's "boxes" and one of its "whole_items"."""
-        row = _read_line(self.region_file, *self.regions[self.ids[url]]).decode().rstrip("\r\n").split("\t")
-        box = dict(zip(("image_id", "image_w", "image_h", "num_boxes"), map(int, row[:4]), strict=True))
-        whole = json.loads(_read_line(self.whole_file, *self.wholes[self.ids[url]]))[1]
-        return {**box, "boxes": row[4], "features": row[5]}, whole
-
-
-def _read_line(path, offset, length):
+def _read_line(path, place):
     """The bytes of a line. Threads read at once, so each opens the file for itself."""
     with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(length)
+        file.seek(place[0])
+        return file.read(place[1])

@@ -172,10 +172,10 @@ def judge_whole(features: np.ndarray, whole: np.ndarray) -> WholeJudgement:
 
 def judge_dataset(dataset: Any) -> Judgement | None:
     """Judge the boxes of a data.PrecompDataset's first images; None where it has no boxes."""
-    if not dataset.need_boxes:
+    if not getattr(dataset, "need_boxes", False):
         return None
-    features, *_, grids = dataset.read_images(0, min(FIRST_IMAGES, dataset.n_images))
-    return judge(features.numpy(), grids.numpy())
+    features, *_, grids = dataset.features(range(min(FIRST_IMAGES, dataset.n_images)))
+    return judge(features.float().numpy(), grids.numpy())
 
 
 def warn_of_boxes(dataset: Any) -> None:

@@ -7,7 +7,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from lib.web import REFUSALS, Answer, Refused, check_host_names, refuse, refuse_parameters
+from lib.web import REFUSALS, Answer, Refused, guard, refuse, refuse_parameters
 from scripts.explorer.answers import BadSentence
 from scripts.explorer.hard_cases import HardCases
 
@@ -19,7 +19,7 @@ def make_app(explorer):
     """The FastAPI app of an Explorer."""
     handlers = {**REFUSALS, BadSentence: refuse_sentence, RequestValidationError: refuse_parameters}
     app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
-    check_host_names(app, explorer.opt.host, explorer.opt.allowed_hosts)
+    guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
     add_routes(app, explorer)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
@@ -34,10 +34,10 @@ def add_routes(app, explorer):
     hard_cases, count = HardCases(explorer), Query(ge=1, le=MAX_RESULTS)
 
     def existing(number):
-        """A picture's index (int) from the text in an address."""
+        """An image's index (int) from the text in an address."""
         n = explorer.n_images
         if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < n):
-            raise Refused(404, f"There is no picture {number[:20]}: expected 0 to {n - 1}.")
+            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {n - 1}.")
         return int(number)
 
     def locked(answer, *args):
@@ -56,15 +56,15 @@ def add_routes(app, explorer):
     def hard():
         return Answer(hard_cases.ask())
 
-    @app.get("/api/pictures/{number}")
-    def picture(number: str):
+    @app.get("/api/images/{number}")
+    def describe(number: str):
         return locked(explorer.picture, existing(number))
 
-    @app.get("/api/pictures/{number}/captions")
+    @app.get("/api/images/{number}/captions")
     def captions(number: str, k: int = count):
         return locked(explorer.captions_for, existing(number), k)
 
-    @app.get("/api/pictures/{number}/attention")
+    @app.get("/api/images/{number}/attention")
     def attention(number: str, sentence: str):
         return locked(explorer.attention, existing(number), sentence)
 
@@ -72,5 +72,5 @@ def add_routes(app, explorer):
     def image(number: str):
         path = explorer.pictures.files.get(explorer.pictures.ids[existing(number)])
         if path is None:
-            raise Refused(404, f"Picture {number} has no file in {explorer.pictures.folder}.")
+            raise Refused(404, f"Image {number} has no file in {explorer.pictures.folder}.")
         return FileResponse(path)

@@ -1,10 +1,10 @@
-"""Which pictures and captions of a split belong together."""
+"""Which images and captions of a split belong together."""
 
 
 class Groups:
-    """Equal consecutive groups of a split's pictures and captions, as many as the shorter side is long.
+    """Equal consecutive groups of a split's images and captions, as many as the shorter side is long.
 
-    Without captions each picture is a group.
+    Without captions each image is a group.
     """
 
     def __init__(self, n_images, n_captions):
@@ -21,7 +21,7 @@ class Groups:
         return caption * self.n // self.n_captions
 
     def images(self, group):
-        """Indices of a group's pictures."""
+        """Indices of a group's images."""
         return self._members(group, self.n_images)
 
     def captions(self, group):

@@ -1,46 +1,46 @@
-"""The picture files of a split, and where in a picture its regions lie."""
+"""The image files of a split, and where in an image its regions lie."""
 
 import os
 import re
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lib.constants import N_CELLS, N_SLOTS
 from lib.errors import InputError
 from lib.files import open_npy
 
 FILES = (".png", ".jpg", ".jpeg", ".webp")
-FRAME = (4, 3)  # width and height of the frame of a picture of which nothing is known
+FRAME = (4, 3)  # width and height of the frame of an image of which nothing is known
 SIDE = round(N_CELLS**0.5)  # cells of the grid in a row
-SAMPLE = 16  # pictures, spread over the split, of which boxes are compared
-SMALL = 0.02  # share of the picture that a region covers whose cells are all listed
+SAMPLE = 16  # images, spread over the split, of which boxes are compared
+SMALL = 0.02  # share of the image that a region covers whose cells are all listed
 MIN_SMALL = 20  # small regions in the sample, below which nothing is compared
-MIN_IOU = 0.1  # of small regions by pixels and by cells; in drawn pictures 0.45, with another picture's cells 0.02
-MAX_OUTSIDE = 0.1  # of the boxes may reach more than OUTSIDE pixels beyond their picture
+MIN_IOU = 0.1  # of small regions by pixels and by cells; in drawn images 0.45, with another image's cells 0.02
+MAX_OUTSIDE = 0.1  # of the boxes may reach more than OUTSIDE pixels beyond their image
 OUTSIDE = 2
 
 
 class Pictures:
-    """Ids, files and regions' boxes of the pictures of a split.
+    """Ids, files and regions' boxes of the images of a split.
 
-    dataset: its PrecompDataset. folder: of the picture files, named ID.png, ID.jpg or as COCO does; where None,
-    SPLIT_images beside the data, and no pictures where there is no such folder either.
+    dataset: its PrecompDataset. folder: of the image files, named ID.png, ID.jpg or as COCO does; where None,
+    SPLIT_images beside the data, and no files where there is no such folder either.
     Raises InputError where arrays have other shapes, where no file in folder has an id's name, and where boxes, grids
-    and picture files are not of the same pictures.
+    and image files are not of the same images.
     """
 
     def __init__(self, dataset, folder=None):
         self.prefix, self.n = dataset.prefix, dataset.n_images
         self.n_regions = dataset.images.shape[1]
         if folder is not None and not os.path.isdir(folder):
-            raise InputError(f"{folder}: no such folder of pictures")
+            raise InputError(f"{folder}: no such folder of images")
         self.folder = folder or self.prefix + "_images"
         ids = dataset.read_ids()
         self.has_ids, self.ids = ids is not None, ids or [str(i) for i in range(self.n)]
-        self.files = find_files(self.folder, self.ids)
+        self.files = find_files(self.folder, self.ids, by_number=self.has_ids)
         if folder is not None and not self.files:
-            raise InputError(f"{folder}: no file of the pictures, expected names such as {self.ids[0]}.jpg")
+            raise InputError(f"{folder}: no file of the images, expected names such as {self.ids[0]}.jpg")
         self.pixel_boxes, self.grids = self._open("_pixel_boxes.npy"), self._open("_boxes.npy")
         self.sample = np.unique(np.linspace(0, self.n - 1, min(self.n, SAMPLE)).astype(int)).tolist()
         self._check_files()
@@ -56,7 +56,7 @@ class Pictures:
         return array
 
     def _check_files(self):
-        """Pixel boxes lie in their picture files."""
+        """Pixel boxes lie in their image files."""
         if self.pixel_boxes is None:
             return
         outside = [
@@ -66,8 +66,8 @@ class Pictures:
         ]
         if outside and (share := np.concatenate(outside).any(1).mean()) > MAX_OUTSIDE:
             raise InputError(
-                f"{self.prefix}_pixel_boxes.npy: {100 * share:.0f} % of the boxes reach outside the pictures in "
-                f"{self.folder}, expected boxes of these pictures at their size"
+                f"{self.prefix}_pixel_boxes.npy: {100 * share:.0f} % of the boxes reach outside the images in "
+                f"{self.folder}, expected boxes of these images at their size"
             )
 
     def _check_grids(self):
@@ -82,26 +82,26 @@ class Pictures:
         if len(overlaps) >= MIN_SMALL and np.mean(overlaps) < MIN_IOU:
             raise InputError(
                 f"{self.prefix}_pixel_boxes.npy: not the regions of {self.prefix}_boxes.npy "
-                f"(overlap {np.mean(overlaps):.2f}), expected boxes of the same pictures in the same order"
+                f"(overlap {np.mean(overlaps):.2f}), expected boxes of the same images in the same order"
             )
 
     def row(self, array, number):
         return np.array(array[number * (len(array) // self.n)][: self.n_regions], dtype=np.float32)
 
     def grid(self, number):
-        """Cells (R, 15) int and area weights (R, 15) of a picture's regions, or None where there is no grid file."""
+        """Cells (R, 15) int and area weights (R, 15) of an image's regions, or None where there is no grid file."""
         if self.grids is None:
             return None
         grid = self.row(self.grids, number)
         return grid[:, :N_SLOTS].astype(int), grid[:, N_SLOTS : 2 * N_SLOTS]
 
     def size(self, number):
-        """Width and height of a picture, in pixels where it has a file or pixel boxes."""
+        """Width and height of an image, in pixels where it has a file or pixel boxes."""
         if self.ids[number] in self.files:
             try:
-                with Image.open(self.files[self.ids[number]]) as picture:
-                    return picture.size
-            except OSError:  # the page shows a broken picture on the frame
+                with Image.open(self.files[self.ids[number]]) as image:
+                    return upright_size(image)
+            except OSError:  # the page shows a broken image on the frame
                 pass
         if self.pixel_boxes is not None:
             return tuple(self.row(self.pixel_boxes, number)[:, 2:].max(0).tolist())
@@ -129,6 +129,15 @@ class Pictures:
         return np.concatenate([np.minimum(first, last), last], 1)  # a region without cells has no extent
 
 
+def upright_size(image):
+    """Width and height of an image as it is shown, and as its regions were found: turned as its EXIF block says."""
+    try:
+        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # a broken block: Pillow raises whatever its parser meets
+        lies_on_its_side = False
+    return image.size[::-1] if lies_on_its_side else image.size
+
+
 def iou(a, b):
     """Intersection over union of boxes a (n, 4) and b (n, 4): (n,)."""
     sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
@@ -137,14 +146,24 @@ def iou(a, b):
     return both / np.maximum(areas - both, 1e-12)
 
 
-def find_files(folder, ids):
-    """{id: path} of the ids that have a picture file in folder: ID.png, ID itself, or NAME_000…ID.jpg (COCO's)."""
-    named, numbered = {}, {}
+def find_files(folder, ids, by_number=True):
+    """{id: path} of the ids that have an image file in folder: ID.png, ID itself, or NAME_000…ID.jpg (COCO's).
+
+    by_number: whether the last form counts. Raises InputError where two files have the name of one id.
+    """
+    named, stems, numbers = {}, {}, {}
     for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         stem, ending = os.path.splitext(entry)
         if ending.lower() in FILES:
-            named[stem] = named[entry] = os.path.join(folder, entry)
-            if number := re.search(r"(?:^|\D)0*(\d+)$", stem):
-                numbered.setdefault(number[1], named[stem])
-    found = {name: named.get(name) or numbered.get(name) for name in ids}
-    return {name: path for name, path in found.items() if path}
+            named[entry] = [entry]
+            stems.setdefault(stem, []).append(entry)
+            if by_number and (number := re.search(r"(?:^|\D)0*(\d+)$", stem)):
+                numbers.setdefault(number[1], []).append(entry)
+    found = {}
+    for name in ids:
+        entries = next((names[name] for names in (named, stems, numbers) if name in names), [])
+        if len(entries) > 1:
+            raise InputError(f"{folder}: {' and '.join(entries[:2])} for image {name}, expected one file")
+        if entries:
+            found[name] = os.path.join(folder, entries[0])
+    return found

@@ -5,101 +5,76 @@ import os
 import re
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from scripts.load.server import Busy, Client
+from scripts.load.server import Client
 
 TOLERANCE = 1e-5  # between the scores of a request alone and among others
 ATTEMPTS = 20  # of a request that is answered 429, a second apart
 
 
-def memory_mb(pid):
-    """Resident memory of a process. Linux only, as cpu_seconds."""
-    with open(f"/proc/{pid}/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+def read_metrics(port):
+    """{name: value} of a server's /metrics, a name with its labels."""
+    text = Client(port).ask("GET", "/metrics")[1].decode()
+    return {name: float(value) for name, value in re.findall(r"^(\w+(?:{.*})?) (\S+)$", text, re.M)}
 
 
-def cpu_seconds(pid):
-    """CPU time so far of a process, of this one, and of the whole machine."""
-    ticks = os.sysconf("SC_CLK_TCK")
-    with open(f"/proc/{pid}/stat") as file:
-        server = sum(map(int, file.read().rpartition(")")[2].split()[11:13]))
+def machine_seconds():
+    """CPU time so far of all programs on this machine, on Linux; else 0."""
+    if not os.path.exists("/proc/stat"):
+        return 0
     with open("/proc/stat") as file:
         user, nice, system, _idle, _iowait, *interrupts = map(int, file.readline().split()[1:8])
-    return np.array([server / ticks, time.process_time(), (user + nice + system + sum(interrupts)) / ticks])
-
-
-def cache_counts(port):
-    """Pictures so far that the server found in its cache, and that it did not."""
-    text = Client(port).get("/metrics")
-    found = {m[1]: float(m[2]) for m in re.finditer(r'^pfan_pictures_total{source="(\w+)"} (\S+)$', text, re.M)}
-    return np.array([found.get("cache", 0), found.get("new", 0)])
+    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
 
 
 class Load:
-    """n_requests requests from so many clients at a time, each answer compared with the expected scores.
+    """Requests from so many clients at a time, each answer compared with the expected scores."""
 
-    pid: the server's process, to measure its CPU time and memory where the system is Linux; None else.
-    """
-
-    def __init__(self, port, bodies, expected, pid=None):
+    def __init__(self, port, bodies, expected):
         self.port, self.bodies, self.expected = port, bodies, expected
-        self.pid = pid if os.path.exists("/proc/stat") else None
+
+    def counts(self):
+        """Images found in the cache and not, and CPU seconds of the server, this process and the machine, so far."""
+        found = read_metrics(self.port)
+        images = (found.get(f'pfan_pictures_total{{source="{source}"}}', 0) for source in ("cache", "new"))
+        return np.array([*images, found.get("process_cpu_seconds_total", 0), time.process_time(), machine_seconds()])
 
     def run(self, clients, n_requests):
-        self.clients, self.n_requests = clients, n_requests
-        self.numbers, self.lock = iter(range(n_requests)), threading.Lock()
+        self.clients, self.n_requests, self.local = clients, n_requests, threading.local()
         self.times, self.refusals, self.wrong, self.failed, self.memory = [], [], [], [], []
-        before, cpu = cache_counts(self.port), cpu_seconds(self.pid) if self.pid else None
-        threads = [threading.Thread(target=self.work) for _ in range(clients)]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        before, started = self.counts(), time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(self.measure, range(n_requests)))
         self.seconds = time.perf_counter() - started
-        self.rate = len(self.times) / self.seconds
-        self.cpu = cpu_seconds(self.pid) - cpu if self.pid else None
-        hits, new = cache_counts(self.port) - before
-        self.from_cache = hits / max(1, hits + new)
+        self.rate, self.used = len(self.times) / self.seconds, self.counts() - before
         return self
 
-    def work(self):
-        client = Client(self.port)
-        while True:
-            with self.lock:
-                number = next(self.numbers, None)
-            if number is None:
-                return
-            if self.pid and number % max(1, self.n_requests // 10) == 0:
-                self.memory.append(memory_mb(self.pid))
-            number %= len(self.bodies)
-            started = time.perf_counter()
-            try:
-                scores = self.ask(client, self.bodies[number])
-            except (OSError, http.client.HTTPException, RuntimeError) as error:
-                self.failed.append(f"{type(error).__name__} {error}")
-                client = Client(self.port)
-                continue
-            self.times.append(time.perf_counter() - started)
-            difference = np.abs(scores - self.expected[number]).max()
-            if not difference <= TOLERANCE:
-                self.wrong.append(difference)
-
-    def ask(self, client, body):
-        """The scores of a request, sent again where the server is busy."""
-        for attempt in range(ATTEMPTS):
-            try:
-                scores = client.score(body)
-            except Busy as busy:
-                reason = busy
+    def measure(self, number):
+        """Send one request, again where the server is busy, and note what came."""
+        if number % max(1, self.n_requests // 10) == 0:
+            self.memory.append(read_metrics(self.port).get("process_resident_memory_bytes", 0) / 2**20)
+        number %= len(self.bodies)
+        started, attempt, scores = time.perf_counter(), 0, None
+        if not hasattr(self.local, "client"):
+            self.local.client = Client(self.port)
+        try:
+            while (scores := self.local.client.score(self.bodies[number])) is None and attempt < ATTEMPTS:
+                attempt += 1
                 time.sleep(1)
-            else:
-                if attempt:
-                    self.refusals.append(attempt)
-                return scores
-        raise reason
+        except (OSError, http.client.HTTPException, RuntimeError) as error:
+            del self.local.client
+            return self.failed.append(f"{type(error).__name__} {error}")
+        if scores is None:
+            return self.failed.append(f"429, {ATTEMPTS} times")
+        self.times.append(time.perf_counter() - started)
+        if attempt:
+            self.refusals.append(attempt)
+        difference = np.abs(scores - self.expected[number]).max()
+        if not difference <= TOLERANCE:
+            self.wrong.append(difference)
 
     def fine(self):
         """Whether every request got its scores."""
@@ -107,18 +82,15 @@ class Load:
 
     def __str__(self):
         middle, late = np.percentile(self.times, [50, 95]) * 1000 if self.times else (float("nan"),) * 2
-        line = (
+        hits, new, server, client, machine = self.used
+        others = max(0, machine - server - client) / (self.seconds * os.cpu_count())
+        lines = [
             f"{self.clients:3d} clients: {self.rate:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, "
             f"{len(self.failed)} of {self.n_requests} failed, {len(self.wrong)} wrong, "
             f"{len(self.refusals)} refused first, at most {max(self.refusals, default=0)} times, "
-            f"{self.from_cache:.0%} of the pictures from the cache"
-        )
-        if self.pid:
-            server, client, machine = self.cpu
-            others = max(0, machine - server - client) / (self.seconds * os.cpu_count())
-            line += (
-                f"\n             CPU a request: server {1000 * server / self.n_requests:.1f} ms, client "
-                f"{1000 * client / self.n_requests:.1f} ms; other programs took {others:.0%} of the machine; "
-                f"memory {self.memory[0]:.0f} -> {self.memory[-1]:.0f} MB, most {max(self.memory):.0f}"
-            )
-        return "\n".join([line, *(f"  failed: {problem}" for problem in self.failed[:3])])
+            f"{hits / max(1, hits + new):.0%} of the images from the cache",
+            f"             CPU a request: server {1000 * server / self.n_requests:.1f} ms, client "
+            f"{1000 * client / self.n_requests:.1f} ms; other programs took {others:.0%} of the machine; "
+            f"memory {self.memory[0]:.0f} -> {self.memory[-1]:.0f} MB, most {max(self.memory):.0f}",
+        ]
+        return "\n".join([*lines, *(f"  failed: {problem}" for problem in self.failed[:3])])

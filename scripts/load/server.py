@@ -1,14 +1,14 @@
-"""What load_test.py asks and what it asks it of: a server of random weights, requests for it, a connection."""
+"""What load_test.py asks and what it asks it of: requests, a connection, and a server of random weights."""
 
 import base64
 import http.client
-import itertools
 import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 
 import numpy as np
 
@@ -20,44 +20,48 @@ from vocab import SPECIAL, Vocabulary, serialize_vocab
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 PATH = "/scan_sentence_image_score"
-HEADERS = {"Content-Type": "application/json"}
-WORDS = ["".join(pair) for pair in itertools.product("天地人和山水火木金土日月星云风雨春夏秋冬", repeat=2)]
+WORDS = "上海 新闻 足球 天气 股市 红色 汽车 iphone news".split()
+HEIGHT, WIDTH = 100, 200  # of the images
 
 
-def make_model(folder, embed_size, img_dim):
-    """A whole-image checkpoint of random weights, the published flags, and its vocabulary. Returns its path."""
+def make_model(folder, embed_size, img_dim, **options):
+    """A whole-image checkpoint of random weights and its vocabulary of WORDS. Returns its path."""
     vocab = Vocabulary()
     for word in (*SPECIAL, *WORDS):
         vocab.add_word(word)
     serialize_vocab(vocab, os.path.join(folder, "load_sent_vocab.json"))
     published = "--max_violation --bi_gru --agg_func Mean --lambda_whole 2 --data_name load --device cpu".split()
     opt = train_whole.get_parser().parse_args(published)
-    vars(opt).update(embed_size=embed_size, img_dim=img_dim, vocab_path=folder, vocab_size=len(vocab))
+    sizes = {"embed_size": embed_size, "img_dim": img_dim, "vocab_size": len(vocab)}
+    vars(opt).update(vocab_path=folder, **sizes, **options)
     state = {"epoch": 1, "model": SCAN(opt).state_dict(), "best_rsum": 0.0, "opt": opt, "Eiters": 0}
     save_checkpoint(state, False, "model.pth.tar", folder)
     return os.path.join(folder, "model.pth.tar")
 
 
-def make_request(rng, n_pictures, img_dim):
-    """The body of a request: a sentence of 4 to 20 words, n_pictures pictures of random features and boxes."""
-
-    def base64_of(array):
-        return base64.b64encode(array.astype("<f4").tobytes()).decode()
-
-    boxes = []
-    for i in range(n_pictures):
-        corners = np.sort(rng.random((36, 2, 2)), axis=1) * (560, 400)
-        corners[:, 1] += 20
-        features = np.maximum(rng.standard_normal((36, img_dim)), 0)
-        picture = {"image_id": i, "image_h": 420, "image_w": 580, "num_boxes": 36}
-        boxes.append({**picture, "boxes": base64_of(corners.reshape(36, 4)), "features": base64_of(features)})
-    wholes = np.maximum(rng.standard_normal((n_pictures, img_dim)), 0).tolist()
-    words = rng.choice(WORDS, rng.integers(4, 21)).tolist()
-    return json.dumps({"sentence": words, "boxes": boxes, "whole_items": wholes}).encode()
+def encode(array):
+    """base64 of float32, as a request has arrays."""
+    return base64.b64encode(np.asarray(array, "<f4").tobytes()).decode()
 
 
-class Busy(RuntimeError):
-    """The server wants the request again later."""
+def make_boxes(rng):
+    """36 random boxes (36, 4) of an image, in pixels."""
+    corners = np.sort(rng.random((36, 2, 2)) * 0.8, axis=1) + [[0], [0.1]]
+    return (corners * (WIDTH, HEIGHT)).reshape(36, 4)
+
+
+def make_request(rng, n_images, img_dim):
+    """A request (dict) of 4 to 20 words and n_images images of random features and boxes."""
+    features = np.maximum(rng.standard_normal((n_images, 37, img_dim)), 0)
+    size = {"image_h": HEIGHT, "image_w": WIDTH, "num_boxes": 36}
+    return {
+        "sentence": rng.choice(WORDS, rng.integers(4, 21)).tolist(),
+        "boxes": [
+            {"image_id": i, **size, "boxes": encode(make_boxes(rng)), "features": encode(features[i, :36])}
+            for i in range(n_images)
+        ],
+        "whole_items": features[:, 36].tolist(),
+    }
 
 
 class Client:
@@ -66,49 +70,41 @@ class Client:
     def __init__(self, port, timeout=120):
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
 
-    def get(self, path):
-        self.connection.request("GET", path)
-        return self.connection.getresponse().read().decode()
+    def ask(self, method, path, body=None):
+        """Status and body (bytes) of an answer."""
+        key = os.environ.get("PFAN_API_KEY")
+        headers = {"Content-Type": "application/json", **({"X-API-Key": key} if key else {})}
+        self.connection.request(method, path, body, headers)
+        response = self.connection.getresponse()
+        return response.status, response.read()
 
     def score(self, body):
-        """(2, P) scores, t2i and i2t. Busy for a 429, RuntimeError for any other answer but 200."""
-        self.connection.request("POST", PATH, body, HEADERS)
-        response = self.connection.getresponse()
-        text = response.read()
-        if response.status != 200:
-            kind = Busy if response.status == 429 else RuntimeError
-            raise kind(f"{response.status} {text.decode(errors='replace')[:100]}")
-        answer = json.loads(text)
-        return np.array([answer["sim_t2i"], answer["sim_i2t"]])
+        """(2, P) scores, t2i and i2t; None for a 429, RuntimeError for any other answer but 200."""
+        status, answer = self.ask("POST", PATH, body)
+        if status == 429:
+            return None
+        if status != 200:
+            raise RuntimeError(f"{status} {answer.decode(errors='replace')[:100]}")
+        scores = json.loads(answer)
+        return np.array([scores["sim_t2i"], scores["sim_i2t"]])
 
 
-class Server:
-    """A server process on a free port of 127.0.0.1, as a context; it ends with it."""
-
-    def __init__(self, model, *flags):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        command = [sys.executable, "-m", "Tencent_PFAN.scan_server_whole", model, str(self.port), *flags]
-        environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-
-    def __enter__(self):
-        for _ in range(240):
-            if self.process.poll() is not None:
-                raise InputError(f"the server ended with status {self.process.returncode}")
-            try:
-                Client(self.port).get("/health")
-                return self
-            except OSError:
-                time.sleep(0.25)
-        self.__exit__()
-        raise InputError("the server did not answer within a minute")
-
-    def __exit__(self, *_):
-        self.process.terminate()
+@contextmanager
+def running_server(model, *flags):
+    """A server process on a free port of 127.0.0.1, which is yielded. It ends with the context."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "Tencent_PFAN.scan_server_whole", model, str(port), *flags]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+            while process.poll() is None:
+                with suppress(OSError):
+                    Client(port).ask("GET", "/health")
+                    break
+                time.sleep(0.25)
+            else:
+                raise InputError("the server ended before it answered")
+            yield port
+        finally:
+            process.terminate()

@@ -97,7 +97,7 @@ def build(folder, made_from, model, loader, n_centroids):
 @torch.no_grad()
 def fill_embeddings(files, model, loader):
     """Write images.npy, words.npy and lens.npy; returns lens (captions,)."""
-    dataset, batch, size = loader.dataset, loader.batch_size, model.opt.embed_size
+    dataset, batch, size = loader.dataset, model.opt.batch_size, model.opt.embed_size
     model.val_start()
     targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
     lens = np.array([len(target) for target in targets], dtype=np.int32)
@@ -105,11 +105,11 @@ def fill_embeddings(files, model, loader):
     replace(files.path("lens.npy"), lambda file: np.save(file, lens))
 
     def images(block):
-        return block.start, model.encode_images(*dataset.read_images(block.start, block.stop)).cpu().numpy()
+        return block.start, model.encode_images(*dataset.features(range(block.start, block.stop)))[0].cpu().numpy()
 
     def words(block):
         block_lens = lens[block].tolist()
-        padded = model.encode_captions(pad(targets[block]), block_lens).cpu()
+        padded = model.encode_captions(pad(targets[block]), block_lens)[0].cpu()
         rows = torch.cat([row[:n_words] for row, n_words in zip(padded, block_lens, strict=True)])
         return int(starts[block.start]), rows.numpy()
 

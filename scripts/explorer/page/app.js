@@ -28,7 +28,7 @@ function go(change, replace = false) {
   show()
 }
 
-// The pictures in the order in which the first model's column shows them, then what only others show.
+// The images in the order in which the first model's column shows them, then what only others show.
 function order() {
   if (state().hard) return [...document.querySelectorAll('.hard')].map(card => Number(card.dataset.image))
   return shown ? [...new Set(shown.models.flatMap(model => model.results.map(result => result.image)))] : []
@@ -51,7 +51,7 @@ async function show() {
   else detail.open(about, open, q)
 }
 
-// ---- sentence → pictures
+// ---- sentence → images
 
 async function search(sentence) {
   asking?.abort()
@@ -68,7 +68,7 @@ async function search(sentence) {
     $('results').replaceChildren(...shown.models.map(column))
     const seconds = (performance.now() - started) / 1000
     const best = about.models.some(model => model.indexed) ? `The best ${number(about.candidates)} of ` : ''
-    say('status', `${best}${number(about.pictures)} pictures ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
+    say('status', `${best}${number(about.pictures)} images ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
     shown = null
@@ -81,14 +81,14 @@ async function search(sentence) {
 
 function truth({right}) {
   if (!about.captions) return ''
-  if (!right.length) return 'The sentence is no caption of this split, so no picture counts as right.'
-  return right.length === 1 ? 'Its own picture is marked.' : `The ${right.length} pictures that it describes are marked.`
+  if (!right.length) return 'The sentence is no caption of this split, so no image counts as right.'
+  return right.length === 1 ? 'Its own image is marked.' : `The ${right.length} images that it describes are marked.`
 }
 
 function column(model, i) {
   const place = !model.scored ? 'The model knows none of these words.'
-    : model.rank ? `its picture at rank ${number(model.rank)} of ${number(model.scored)}`
-    : shown.right.length ? `its picture is not among the ${number(model.scored)} that were scored` : ' '
+    : model.rank ? `its image at rank ${number(model.rank)} of ${number(model.scored)}`
+    : shown.right.length ? `its image is not among the ${number(model.scored)} that were scored` : ' '
   const unknown = model.tokens.filter(token => !token.known).length
   return h('section', {className: 'model'},
     h('h2', {}, about.models[i].name),
@@ -106,10 +106,10 @@ function word(token) {
 
 function card(result, rank) {
   const button = h('button', {type: 'button', className: result.right ? 'card right' : 'card'},
-    drawn(result, `Picture ${result.id}`),
+    drawn(result, `Image ${result.id}`),
     h('div', {className: 'text'},
       h('div', {className: 'line'}, h('b', {}, `${rank + 1}`), h('span', {}, result.score.toFixed(3))),
-      h('span', {className: 'mark'}, result.right ? '✓ its picture' : ''),
+      h('span', {className: 'mark'}, result.right ? '✓ its image' : ''),
       h('span', {className: 'caption'}, result.caption)))
   button.dataset.image = result.image
   button.onclick = () => go({open: result.image})
@@ -125,7 +125,7 @@ async function showHard() {
     if (!state().hard) return
     if (hard.state === 'done') {
       say('hard-status', hard.cases.length ? `Queries whose right answer the models rank most differently, among `
-        + `${number(hard.pictures)} pictures and ${number(hard.captions)} captions. Lower is better.`
+        + `${number(hard.pictures)} images and ${number(hard.captions)} captions. Lower is better.`
         : 'The models rank the right answer of every query alike.')
       if (!$('hard-list').children.length) listHard(hard.cases)
     } else if (hard.state === 'new' || hard.state === 'running') {
@@ -136,16 +136,16 @@ async function showHard() {
 }
 
 function listHard(cases) {
-  for (const [title, list] of [['Sentences that look for their picture', cases.filter(entry => entry.sentence)],
-                                ['Pictures that look for one of their captions', cases.filter(entry => !entry.sentence)]])
+  for (const [title, list] of [['Sentences that look for their image', cases.filter(entry => entry.sentence)],
+                                ['Images that look for one of their captions', cases.filter(entry => !entry.sentence)]])
     if (list.length) $('hard-list').append(h('li', {}, h('h2', {}, title), h('ol', {}, ...list.map(hardCase))))
 }
 
 function hardCase(entry) {
   const best = Math.min(...entry.ranks)
   const button = h('button', {type: 'button', className: 'hard'},
-    drawn(entry, `Picture ${entry.id}`),
-    h('div', {}, h('div', {}, entry.sentence ? `“${entry.sentence}”` : `Picture ${entry.id}: which caption is its own?`),
+    drawn(entry, `Image ${entry.id}`),
+    h('div', {}, h('div', {}, entry.sentence ? `“${entry.sentence}”` : `Image ${entry.id}: which caption is its own?`),
       h('div', {className: 'ranks'}, ...entry.ranks.map((rank, i) =>
         h('span', {className: rank === best ? 'best' : ''}, `${about.models[i].name} `, h('b', {}, `rank ${number(rank)}`))))))
   button.dataset.image = entry.image
@@ -192,17 +192,21 @@ $('form').onsubmit = event => {
   else say('status', 'Type a sentence first.', true)
 }
 let tried = 0
-$('example').onclick = () => go({q: about.examples[tried++ % about.examples.length]})
+const tryCaption = replace => go({q: about.examples[tried++ % about.examples.length]}, replace)
+$('example').onclick = () => tryCaption(false)
 addEventListener('popstate', show)
 addEventListener('hashchange', show)
 
 try {
   about = await ask('api/about')
-  const files = about.files ? '' : ' No picture files: the regions are drawn on a blank frame.'
+  const files = !about.files ? ' No image files: the regions are drawn on a blank frame.'
+    : about.files < about.pictures ? ` Files of ${number(about.files)} images.` : ''
   const captions = about.captions ? `${number(about.captions)} captions` : 'no captions'
-  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} pictures, ${captions}.${files}`
+  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} images, ${captions}.${files}`
   $('tab-hard').hidden = about.models.length < 2 || !about.captions
   $('example').hidden = !about.captions
   document.documentElement.style.setProperty('--models', about.models.length)
-  show()
+  document.documentElement.classList.toggle('one-model', about.models.length === 1)
+  if (about.captions && location.hash.length < 2) tryCaption(true)
+  else show()
 } catch (error) { $('about').textContent = ''; say('status', error.message, true) }

@@ -1,4 +1,4 @@
-// One picture and one sentence: who attends to what, the position grid of a region, the picture's captions.
+// One image and one sentence: who attends to what, the position grid of a region, the image's captions.
 import {$, ask, drawn, h, number, percent, say, svg} from './dom.js'
 
 const SIDE = 16, NO_CELL = 256, CAPTIONS = 10, UNIT = 10  // of the grid's squares
@@ -29,14 +29,14 @@ export class Detail {
     if (!$('detail').open) $('detail').showModal()
     say('detail-status', 'Loading …')
     try {
-      const path = `api/pictures/${encodeURIComponent(image)}`
-      const [picture, captions] = await Promise.all([ask(path), ask(`${path}/captions?k=${CAPTIONS}`)])
+      const path = `api/images/${encodeURIComponent(image)}`
+      const [shown, captions] = await Promise.all([ask(path), ask(`${path}/captions?k=${CAPTIONS}`)])
       if (this.image !== image) return
-      Object.assign(this, {picture, captions})
-      $('region').max = picture.boxes?.length ?? 0
+      Object.assign(this, {shown, captions})
+      $('region').max = shown.boxes?.length ?? 0
       $('captions').parentElement.hidden = !about.captions
-      const sentence = query || picture.captions[0]
-      if (!sentence) throw Error('This split has no captions: type a sentence, and open a picture that it finds.')
+      const sentence = query || shown.captions[0]
+      if (!sentence) throw Error('This split has no captions: type a sentence, and open an image that it finds.')
       await this.read(sentence)
     } catch (error) { this.fail(error) }
   }
@@ -44,18 +44,18 @@ export class Detail {
   fail(error) {
     this.answer = null
     $('detail').classList.add('failed')
-    $('detail-title').textContent = 'Picture'
+    $('detail-title').textContent = 'Image'
     say('detail-status', error.message, true)
   }
 
-  // Show another sentence on the same picture.
+  // Show another sentence on the same image.
   async read(sentence) {
     const image = this.image
-    const answer = await ask(`api/pictures/${image}/attention?sentence=${encodeURIComponent(sentence)}`)
+    const answer = await ask(`api/images/${image}/attention?sentence=${encodeURIComponent(sentence)}`)
     if (this.image !== image) return
     Object.assign(this, {sentence, answer})
     $('detail').classList.remove('failed')
-    $('detail-title').textContent = `${this.picture.id}: “${sentence}”`
+    $('detail-title').textContent = `${this.shown.id}: “${sentence}”`
     $('views').replaceChildren(...answer.models.map((model, i) => this.view(model, i)))
     $('captions').replaceChildren(...this.captions.models.map((model, i) => this.captionList(model, i)))
     this.outline()
@@ -64,8 +64,8 @@ export class Detail {
 
   view(model, i) {
     const {name, cross_attn} = this.about.models[i], words = h('div', {className: 'words'})
-    const frame = drawn(this.picture, `Picture ${this.picture.id}`, true)
-    frame.style.aspectRatio = this.picture.aspect
+    const frame = drawn(this.shown, `Image ${this.shown.id}`, true)
+    frame.style.aspectRatio = this.shown.aspect
     for (const rect of frame.querySelectorAll('rect')) this.listen(rect, {region: Number(rect.dataset.region)})
     model.tokens.forEach((token, word) => {
       const special = word === 0 || word === model.tokens.length - 1
@@ -76,7 +76,7 @@ export class Detail {
     })
     const section = h('section', {className: 'view'}, h('h3', {}, `${name}, score ${model.score.toFixed(3)}`),
       words, frame, h('p', {className: 'note'}, `Trained ${cross_attn === 't2i' ? 'words → regions (t2i)' : 'regions → words (i2t)'}.`))
-    section.style.setProperty('--aspect', this.picture.aspect)
+    section.style.setProperty('--aspect', this.shown.aspect)
     return section
   }
 
@@ -116,7 +116,7 @@ export class Detail {
         button.setAttribute('aria-pressed', same({word: at}, this.pinned))
       })
     })
-    $('region-name').textContent = region === undefined ? 'none' : `${region + 1} of ${this.picture.boxes?.length ?? 0}`
+    $('region-name').textContent = region === undefined ? 'none' : `${region + 1} of ${this.shown.boxes?.length ?? 0}`
     this.grids(region)
     say('detail-status', this.words(word, region))
   }
@@ -142,7 +142,7 @@ export class Detail {
   // ---- the position grid
 
   grids(region) {
-    const {cells, area, learned} = this.picture
+    const {cells, area, learned} = this.shown
     if (!cells) return $('grids').replaceChildren(h('p', {className: 'note'}, 'This data set has no position grids.'))
     const maps = [['Area weights', area]]
     learned.forEach((weights, i) => { if (weights) maps.push([`Learned, ${this.about.models[i].name}`, weights]) })
@@ -167,12 +167,12 @@ export class Detail {
         + (empty > .0005 ? `, ${tenth(empty)} % on ${cells.length - used.length} empty slots` : '') : 'No cell: the region has no area.'
     }
     const map = h('div', {className: 'map'})
-    if (this.picture.file) map.append(h('img', {src: `images/${this.picture.image}`, alt: ''}))
+    if (this.shown.file) map.append(h('img', {src: `images/${this.shown.image}`, alt: ''}))
     map.append(svg('svg', {viewBox: `0 0 ${SIDE * UNIT} ${SIDE * UNIT}`, role: 'img', 'aria-label': `${title}: ${note}`}, ...squares, ...lines))
     return h('div', {className: 'grid'}, h('h4', {}, title), map, h('p', {className: 'note'}, note))
   }
 
-  // ---- picture → captions
+  // ---- image → captions
 
   captionList(model, i) {
     const place = model.rank ? `its own caption first at rank ${number(model.rank)} of ${number(model.scored)}`

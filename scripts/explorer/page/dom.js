@@ -1,4 +1,4 @@
-// Small helpers: elements, numbers, requests, and a picture or the blank frame that stands for it.
+// Small helpers: elements, numbers, requests, and an image or the blank frame that stands for it.
 const UNIT = 1000
 export const $ = id => document.getElementById(id)
 
@@ -36,7 +36,7 @@ export async function ask(path, signal) {
   return body
 }
 
-// Rectangles of a picture's regions in units of a thousandth of its height, the largest first so that none hides one.
+// Rectangles of an image's regions in units of a thousandth of its height, the largest first so that none hides one.
 export function rectangles({boxes, aspect}) {
   const area = ([x1, y1, x2, y2]) => (x2 - x1) * (y2 - y1)
   return (boxes ?? []).map((box, region) => ({box, region})).sort((a, b) => area(b.box) - area(a.box))
@@ -44,7 +44,7 @@ export function rectangles({boxes, aspect}) {
       {x: x1 * UNIT * aspect, y: y1 * UNIT, width: (x2 - x1) * UNIT * aspect, height: (y2 - y1) * UNIT, 'data-region': region}))
 }
 
-// A picture with its regions over it; where there is no file, the regions on a blank frame.
+// An image with its regions over it; where there is no file, the regions on a blank frame.
 export function drawn(look, alt, withRegions = !look.file) {
   const frame = h('span', {className: look.file ? 'frame' : 'frame bare'})
   if (look.file) frame.append(h('img', {src: `images/${look.image}`, alt, loading: 'lazy', decoding: 'async'}))
