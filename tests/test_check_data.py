@@ -50,7 +50,7 @@ def test_check_finds_what_training_would_stumble_over(tmp_path, what):
     assert [line for line in done.stdout.splitlines() if line.startswith("WRONG") and what.split()[0] in line]
     vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
     with pytest.raises(InputError):
-        PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
+        PrecompDataset(str(folder), "train", vocab).features(range(12))
 
 
 def test_check_finds_features_that_were_never_filled(tmp_path):
@@ -72,7 +72,7 @@ def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
         np.save(folder / f"train_{name}.npy", np.asfortranarray(np.load(folder / f"train_{name}.npy")))
     assert "ready to train" in ok("check_data", folder, "--vocab_path", vocab_path)
     vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    images, _ = PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
+    images, _ = PrecompDataset(str(folder), "train", vocab).features(range(12))
     np.testing.assert_array_equal(read_rows(open_rows(str(folder / "train_ims.npy")), 3, 99), images[3:].numpy())
 
 
