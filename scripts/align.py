@@ -152,9 +152,9 @@ def get_parser():
 
 def align(opt):
     """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays."""
+    make_folder(opt.out)
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
-    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "align_problems.txt"))
     pairs = pair(reference, source, by, problems)
     for split in reference:

@@ -59,20 +59,20 @@ def read_sizes(text):
     """--sizes: {canonical id: (height, width)} of a JSON file, or (height, width) of all images."""
     if size := parse_size(text):
         return size
-    sizes = {}
+    sizes, by_id = {}, {}
     try:
         for image in json_items(text, "images"):
-            size = float(image["height"]), float(image["width"])
-            for name in (image["id"], image.get("file_name", image["id"])):
-                sizes[canonical_id(name)] = size
+            by_id[canonical_id(image["id"])] = size = float(image["height"]), float(image["width"])
+            if "file_name" in image:
+                sizes[canonical_id(image["file_name"])] = size
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise InputError(f"{text}: expected images with id, height and width ({reason})") from None
-    if not sizes:
+    if not by_id:
         raise InputError(f"{text}: no sizes, expected JSON with images of id, height and width, or HxW")
-    return sizes
+    return by_id | sizes  # the id of one image may be the file name of another
 
 
 class Reader:

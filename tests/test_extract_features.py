@@ -326,6 +326,19 @@ def test_unreadable_and_absent_images_are_named_and_skipped_with_their_captions(
     assert np.load(out / "dev_ims.npy").shape == (2, 36, 2048)
 
 
+def test_features_that_float16_cannot_hold_are_named_and_left_out(tmp_path, photos):
+    real = extract_features.extract
+
+    def large(pixels, sizes, *more):
+        features, boxes, wholes = real(pixels, sizes, *more)
+        return features * (1e9 if sizes[0][0] > 64 else 1), boxes, wholes
+
+    with patch.object(extract_features, "extract", large):
+        said = extract(*windows_args(photos, tmp_path / "o", "--float16"))
+    assert "train: 8 of 12 images" in said and "4 malformed" in said
+    assert "a feature is too large for float16" in (tmp_path / "o/image_problems.txt").read_text()
+
+
 def test_linked_folders_are_followed_once_and_names_that_are_not_utf8_left_out(tmp_path, photos):
     shown = tmp_path / "shown"
     shown.mkdir()

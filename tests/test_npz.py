@@ -90,7 +90,10 @@ def test_boxes_and_sizes_may_stand_apart(tmp_path):
         tmp_path / "o",
     )
     assert "att/0.npz: no image_h and image_w in it, and boxes in pixels; --sizes gives them" in fails(*args)
-    described = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375, "width": 500} for i in range(3)]
+    described = [  # the id of each is the file name of another one, whose size is another
+        {"id": i + 1, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375 + (i > 2), "width": 500}
+        for i in range(6)
+    ]
     (tmp_path / "instances.json").write_text(json.dumps({"images": described}))
     for sizes in (tmp_path / "instances.json", "375x500"):
         ok(*args, "--sizes", sizes, "--overwrite")

@@ -125,6 +125,7 @@ def pair(
     for split in reference:
         partners = pairs[split.split] = []
         finder.prepare(split)
+        taken: dict = {}
         for row in tqdm(range(split.n), desc=f"{split.split}: pairing by {by}", unit="image", disable=None):
             hits = nearest(finder.find(split, row), split)
             partners.append(hits[0] if len(hits) == 1 else None)
@@ -134,6 +135,9 @@ def pair(
             elif len(hits) > 1:
                 others = "; ".join(hit.split.title(hit.row) for hit in hits[:3])
                 problems.add("ambiguous", split.title(row), f"{len(hits)} partners: {others}")
+            elif (first := taken.setdefault(hits[0], row)) != row:
+                partners[row] = None
+                problems.add("ambiguous", split.title(row), f"has the partner of {split.title(first)}")
     for split in source:
         left = sum((split, row) not in used for row in range(split.n))
         if left:
