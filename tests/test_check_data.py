@@ -41,16 +41,18 @@ FAULTS = ("NaN features", "cell indices", "weights", "regions", "multiple", "emp
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_check_finds_what_training_would_stumble_over(tmp_path, what):
+def test_check_says_what_training_would_stumble_over(tmp_path, what):
     data_path, vocab_path = make_folder(tmp_path)
     folder = Path(data_path) / "toy_precomp"
     break_folder(folder, what)
     done = tool("check_data", folder, "--vocab_path", vocab_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("WRONG") and what.split()[0] in line]
     vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    with pytest.raises(InputError):
+    with pytest.raises(InputError) as caught:
         PrecompDataset(str(folder), "train", vocab).features(range(12))
+    said = f"{folder}/train_ims.npy: NaN or infinite features in 1 images, the first is 3"
+    [wrong] = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
+    assert wrong == "WRONG: " + (said if what == "NaN features" else str(caught.value))
 
 
 def test_check_finds_features_that_were_never_filled(tmp_path):
