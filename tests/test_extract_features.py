@@ -491,18 +491,6 @@ def test_folded_norms_give_the_same_maps(norm):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-def test_feature_pyramid_is_torchvisions():
-    torch.manual_seed(0)
-    fpn = detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).backbone.fpn.eval()
-    sizes = ((256, 25), (512, 13), (1024, 7), (2048, 4))
-    maps = {str(i): torch.randn(2, depth, side, side + 3) for i, (depth, side) in enumerate(sizes)}
-    with torch.no_grad():
-        expected, found = fpn(maps), region_networks.feature_pyramid(fpn, dict(maps))
-    assert list(found) == list(expected)
-    for name, level in expected.items():
-        assert torch.equal(found[name], level)
-
-
 class RunsCode:
     def __init__(self, path):
         self.path = path
