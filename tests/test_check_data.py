@@ -190,16 +190,8 @@ def test_whole_images_of_other_images_are_wrong(tmp_path, folder):
 def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
     lines = [f"image {chr(97 + i % 26)}{i} of a thing{i} by word{i}, seen {j}" for i in range(40) for j in range(5)]
     write_lines(folder / "train_caps.txt", lines)
-    build = (
-        "vocab",
-        "--data_path",
-        tmp_path / "data",
-        "--data_name",
-        "toy_precomp",
-        "--vocab_path",
-        tmp_path / "vocab",
-    )
-    ok(*build, "--threshold", 1, "--overwrite")
+    names = ("--data_path", tmp_path / "data", "--data_name", "toy_precomp", "--vocab_path", tmp_path / "vocab")
+    ok("vocab", *names, "--threshold", 1, "--overwrite")
     assert check(tmp_path)[0] == 0
     if order == "shifted by a line":
         lines, said = lines[1:] + lines[:1], "the first image's from line 5"
