@@ -50,16 +50,8 @@ def test_official_coco_captions(tmp_path):
     files = [tmp_path / f"captions_{name}.json" for name in ("train", "val")]
     write_lines(tmp_path / "tr.txt", ["COCO_train2014_000000000009.jpg", "7"])
     write_lines(tmp_path / "de.txt", ["3"])
-    ok(
-        "captions_to_dataset",
-        "--coco",
-        *files,
-        "--out",
-        tmp_path / "o",
-        "--ids",
-        f"train={tmp_path}/tr.txt",
-        f"dev={tmp_path}/de.txt",
-    )
+    lists = (f"train={tmp_path}/tr.txt", f"dev={tmp_path}/de.txt")
+    ok("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o", "--ids", *lists)
     assert (tmp_path / "o/train_caps.txt").read_text().splitlines() == [f"{i} {j}" for i in (9, 7) for j in range(1, 6)]
     assert "--ids" in fails("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o")
     write_lines(tmp_path / "de.txt", ["3", "444"])
