@@ -8,17 +8,25 @@ python position.py boxes.npz --out data/mine/train_boxes.npy    grids for the bo
 
 import argparse
 import os
-import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from lib.constants import N_REGIONS, N_SLOTS, SPLIT_SIZE
-from lib.errors import InputError, brief, run
-from lib.files import replace
+from lib.errors import InputError, run
+from lib.files import check_output, make_folder, open_npy, replace
 
-REGIONS_AT_ONCE = 128  # × 256 cells × 8 bytes = 0.25 MB an array; arrays of 1 MB were fresh memory in every block
-PICTURES_AT_ONCE = 1024  # read from a file
+REGIONS_AT_ONCE = 1024  # × 256 cells × 8 bytes = 2 MB an array
+IMAGES_AT_ONCE = 1024  # read from a file
+
+
+class BoxError(InputError):
+    """A box, or the size of an image where box is None, from which no grid can be made: image, box, reason."""
+
+    def __init__(self, image: Any, box: int | None, reason: str):
+        super().__init__(f"image {image}" + ("" if box is None else f", box {box}") + f": {reason}")
+        self.image, self.box, self.reason = image, box, reason
 
 
 def position_grid(boxes: Any, image_size: Any, split_size: int = SPLIT_SIZE, top_n: int = N_SLOTS) -> np.ndarray:
@@ -32,19 +40,17 @@ def position_grid(boxes: Any, image_size: Any, split_size: int = SPLIT_SIZE, top
 
     Boxes reaching outside are clipped. Cells covered equally are ordered by the distance of their centre from the
     (clipped) box's centre, then by index, so the result is the same on every machine.
-    Raises InputError, naming picture and box, for NaN, infinite or reversed corners and for sizes not positive.
+    Raises BoxError, an InputError, for NaN, infinite or reversed corners and for sizes not positive.
     """
     boxes = np.asarray(boxes, dtype=np.float64)
     image_size = np.asarray(image_size, dtype=np.float64)
     if boxes.ndim < 2 or boxes.shape[-1] != 4 or image_size.shape != boxes.shape[:-2] + (2,):
         raise InputError(f"boxes {boxes.shape} with image sizes {image_size.shape}: expected (…, R, 4) and (…, 2)")
-    if not 0 < split_size <= 22 or not 0 < top_n <= split_size**2:  # 22² cells fit the 9 bits of _grid's order
-        raise InputError(f"split_size {split_size}, top_n {top_n}: expected 1 to 22, and 1 to split_size²")
-    n_regions = boxes.shape[-2]
-    flat = boxes.reshape(-1, 4)
-    sizes = image_size.reshape(-1, 2)
-    _check(flat, sizes, n_regions)
-    sizes = np.repeat(sizes, n_regions, axis=0)
+    if split_size < 1 or not 0 < top_n <= split_size**2:
+        raise InputError(f"split_size {split_size}, top_n {top_n}: expected at least 1, and 1 to split_size²")
+    flat, sizes = boxes.reshape(-1, 4), image_size.reshape(-1, 2)
+    check_boxes(boxes.reshape(len(sizes), *boxes.shape[-2:]), sizes)
+    sizes = np.repeat(sizes, boxes.shape[-2], axis=0)
     grid = np.empty((len(flat), 2 * top_n + 1), dtype=np.float32)
     for start in range(0, len(flat), REGIONS_AT_ONCE):
         block = slice(start, start + REGIONS_AT_ONCE)
@@ -52,22 +58,16 @@ def position_grid(boxes: Any, image_size: Any, split_size: int = SPLIT_SIZE, top
     return grid.reshape(boxes.shape[:-1] + (2 * top_n + 1,))
 
 
-def _check(boxes, sizes, n_regions):
-    for bad, what in (
-        (~np.isfinite(boxes).all(1), "corners must be numbers"),
-        (
-            (boxes[:, 2] < boxes[:, 0]) | (boxes[:, 3] < boxes[:, 1]),
-            "corners are reversed, expected x1 <= x2, y1 <= y2",
-        ),
+def check_boxes(boxes: np.ndarray, sizes: np.ndarray) -> None:
+    """Raise BoxError for the first of boxes (n, R, 4) or image sizes (n, 2) that is none."""
+    for bad, values, what in (
+        (~np.isfinite(boxes), boxes, "corners must be numbers"),
+        (boxes[..., 2:] < boxes[..., :2], boxes, "corners are reversed, expected x1 <= x2, y1 <= y2"),
+        (~(np.isfinite(sizes) & (sizes > 0)), sizes, "height and width, expected positive numbers"),
     ):
         if bad.any():
-            first = int(np.argmax(bad))
-            picture, box = divmod(first, n_regions)
-            raise InputError(f"picture {picture}, box {box}: {boxes[first].tolist()}: {what}")
-    bad = ~(np.isfinite(sizes) & (sizes > 0)).all(1)
-    if bad.any():
-        first = int(np.argmax(bad))
-        raise InputError(f"picture {first}: height, width {sizes[first].tolist()}: expected positive numbers")
+            image, *box = np.argwhere(bad)[0, :-1].tolist()
+            raise BoxError(image, box[0] if box else None, f"{values[(image, *box)].tolist()}: {what}")
 
 
 def _grid(boxes, sizes, n, top_n):
@@ -82,21 +82,14 @@ def _grid(boxes, sizes, n, top_n):
     covered = np.maximum(np.minimum(high, edge + 1) - np.maximum(low, edge), 0)  # (N, 2, n): of columns, of rows
     area = (covered[:, 0, :, None] * covered[:, 1, None, :]).reshape(len(boxes), n * n)
 
-    # Squared distance of a cell's centre from the box's, in 2⁻²⁶ of the longer side squared; then the cell's index.
-    stretch = (lengths / lengths.max(1, keepdims=True))[..., None]
-    far = np.rint(((edge + 0.5 - (low + high) / 2) * stretch) ** 2 * (2**26 / n**2)).astype(np.int64)
-    far = (far << 9) + np.stack([edge * n, edge])
-    distance = (far[:, 0, :, None] + far[:, 1, None, :]).reshape(len(boxes), n * n)
-
-    # Areas relative to the largest are rounded to 2⁻²⁵, float32's precision: rounding must not decide between equals.
+    # Areas and squared distances of the centres are rounded, so that rounding errors do not decide between equals:
+    # to 2⁻²⁵ of the largest area, float32's precision, and to 2⁻²⁶ of the longer side squared.
     largest = area.max(1, keepdims=True)
-    weight = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1)))
-    weight += area > 0  # any area comes before none
-
-    # Weight, distance and index are 26 + 28 + 9 bits of one integer, which is sorted: lexsort takes five times as long.
-    order = distance - (weight.astype(np.int64) << 37)
-    order.partition(top_n - 1, axis=1)
-    best = np.sort(order[:, :top_n], axis=1) & 511
+    weight = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1))) + (area > 0)  # any area is before none
+    stretch = (lengths / lengths.max(1, keepdims=True))[..., None]
+    far = np.rint(((edge + 0.5 - (low + high) / 2) * stretch) ** 2 * (2**26 / n**2))
+    distance = (far[:, 0, :, None] + far[:, 1, None, :]).reshape(len(boxes), n * n)
+    best = np.lexsort((distance, -weight))[:, :top_n]
 
     weights = np.take_along_axis(area, best, axis=1)
     total = weights.sum(1, keepdims=True)
@@ -104,92 +97,62 @@ def _grid(boxes, sizes, n, top_n):
     return np.concatenate([cells, weights / np.where(total > 0, total, 1), share], axis=1)
 
 
-# ---------------------------------------------------------------- command line
-
-
-def write_grids(opt: argparse.Namespace) -> None:
-    """Read opt.boxes, write their grids to opt.out and print how many there are."""
-    from tqdm import tqdm
-
-    from lib.datasets.boxes import Reach, read_arrays, read_coco_boxes, read_rows
-    from lib.datasets.ids import read_ids
-    from lib.datasets.problems import Problems
-
-    of_json = opt.boxes.endswith(".json")
-    if of_json:
-        problems = Problems(opt.out + ".problems.txt")
-        ids = read_ids(opt.ids, problems) if opt.ids else None
-        if problems.total:
-            raise InputError(f"{opt.ids}: {problems} (listed in {problems.path})")
-        data = read_coco_boxes(opt.boxes, ids, opt.n_regions)
-    else:
-        data = read_arrays(opt.boxes, opt.sizes)
-    n, n_regions = data.boxes.shape[:2]
-    without_area = 0
-    reach = Reach(opt.boxes, opt.sizes or "the image sizes", of_json or opt.xywh)
-
-    def write(file):
-        nonlocal without_area
-        header = {"descr": "<f4", "fortran_order": False, "shape": (n, n_regions, 2 * N_SLOTS + 1)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in tqdm(range(0, n, PICTURES_AT_ONCE), unit=f"{PICTURES_AT_ONCE} pictures", disable=None):
-            boxes = np.array(read_rows(data.boxes, start, PICTURES_AT_ONCE), dtype=np.float64)
-            sizes = np.array(read_rows(data.sizes, start, PICTURES_AT_ONCE), dtype=np.float64)
-            if opt.xywh and not of_json:
-                boxes[..., 2:] += boxes[..., :2]
-            try:
-                grid = position_grid(boxes, sizes)
-            except InputError as error:
-                number, rest = re.fullmatch(r"picture (\d+)(.*)", str(error)).groups()
-                picture = start + int(number)
-                name = f" (image {brief(data.names[picture])})" if data.names else ""
-                hint = " (x, y, width, height need --xywh)" if "reversed" in rest and not (of_json or opt.xywh) else ""
-                raise InputError(f"{opt.boxes}: picture {picture}{name}{rest}{hint}") from None
-            without_area += int((grid[..., -1] == 0).sum())
-            reach.add(boxes, sizes)
-            file.write(grid.astype("<f4", copy=False).tobytes())
-        note = reach.check()
-        if note:
-            print(f"note: {opt.boxes}: {note}")
-
-    replace(opt.out, write)
-    padded = n_regions - data.found
-    print(f"{opt.out}: {n} pictures, {n_regions} regions; {without_area - padded.sum()} boxes without area", end="")
-    print(f", {padded.sum()} regions padded in {(padded > 0).sum()} pictures" if padded.any() else "")
-
-
-def main() -> None:
+def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description="Position grids (SPLIT_boxes.npy) for boxes in pixels, in the order of the features they are of.",
+        description="Position grids (SPLIT_boxes.npy) for boxes in the order of the features that they are of.",
         epilog="example: python position.py boxes.npz --out data/mine/train_boxes.npy",
     )
     add = parser.add_argument
-    add(
-        "boxes",
-        help=".npy or .npz (boxes (n, R, 4): x1 y1 x2 y2; image_sizes (n, 2): height width), or COCO-style JSON",
-    )
+    add("boxes", help=".npy or .npz (boxes (n, R, 4): x1 y1 x2 y2; image_sizes (n, 2): height width), or COCO's JSON")
     add("--out", required=True, metavar="FILE", help="the .npy file to write, (n, R, 31)")
-    add("--sizes", metavar="FILE|HxW", help=".npy of heights and widths, or one for all; 1x1 for boxes from 0 to 1")
+    help_sizes = ".npy of heights and widths, or one for all; 1x1, for boxes from 0 to 1, takes all images for squares"
+    add("--sizes", metavar="FILE|HxW", help=help_sizes)
     add("--xywh", action="store_true", help="the arrays hold x, y, width, height (as JSON always does)")
-    add("--ids", metavar="FILE", help="for JSON: which images in which order, one id or file name a line")
-    add(
-        "--n_regions",
-        type=int,
-        default=N_REGIONS,
-        help="for JSON: regions an image, padded if fewer (default: %(default)s)",
-    )
+    add("--ids", metavar="FILE", help="which images in which order, one id or file name a line; for files with ids")
+    add("--n_regions", type=int, default=N_REGIONS, help="for JSON: regions an image, padded if fewer (default: 36)")
     add("--overwrite", action="store_true", help="replace a file that is there")
-    opt = parser.parse_args()
-    of_json = opt.boxes.endswith(".json")
-    if opt.n_regions < 1:
-        raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
-    if opt.sizes if of_json else opt.ids:
-        raise InputError(f"{opt.boxes}: {'--sizes is for arrays' if of_json else '--ids is for JSON'}")
+    return parser
+
+
+def grids(data: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield first image and grids (m, R, 31) of a lib.datasets.boxes.BoxFile, IMAGES_AT_ONCE images at a time."""
+    from tqdm import tqdm
+
+    for start in tqdm(range(0, len(data.boxes), IMAGES_AT_ONCE), unit=f"{IMAGES_AT_ONCE} images", disable=None):
+        try:
+            yield start, position_grid(*data.rows(start, IMAGES_AT_ONCE))
+        except BoxError as error:
+            raise data.named(error, start) from None
+    if note := data.check.note():
+        print(f"note: {data.path}: {note}")
+
+
+def main() -> None:
+    from lib.datasets.arrays import npy_header
+    from lib.datasets.boxes import BoxFile
+
+    opt = get_parser().parse_args()
+    make_folder(os.path.dirname(opt.out) or ".")
+    check_output(opt.out, opt.boxes, opt.sizes, opt.ids)
+    data = BoxFile(opt.boxes, opt.sizes, opt.ids, opt.n_regions, opt.xywh)
+    n, n_regions = data.boxes.shape[:2]
+    shape = (n, n_regions, 2 * N_SLOTS + 1)
     if os.path.isfile(opt.out) and not opt.overwrite:
-        print(f"{opt.out}: there already (--overwrite makes it anew)")
+        there = open_npy(opt.out)
+        same = (np.allclose(there[start : start + len(grid)], grid) for start, grid in grids(data))
+        if there.shape != shape or not all(same):
+            raise InputError(f"{opt.out}: there already, and not the grids of {opt.boxes} (--overwrite replaces it)")
+        print(f"{opt.out}: there already")
         return
-    os.makedirs(os.path.dirname(opt.out) or ".", exist_ok=True)
-    write_grids(opt)
+
+    def write(file):
+        file.write(npy_header(shape, np.float32))
+        file.writelines(grid.tobytes() for _, grid in grids(data))
+
+    replace(opt.out, write)
+    padded = n_regions - data.found
+    print(f"{opt.out}: {n} images, {n_regions} regions; {data.check.empty - padded.sum()} boxes without area", end="")
+    print(f", {padded.sum()} regions padded in {(padded > 0).sum()} images" if padded.any() else "")
 
 
 if __name__ == "__main__":

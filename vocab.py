@@ -8,7 +8,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -19,11 +20,10 @@ from lib.errors import InputError, run
 from lib.files import read_lines, write_lines
 from lib.segmentation import segment
 
-SUFFIX = "_vocab.json"  # of a vocabulary's file name, after the data set's
 SPLITS = ("train", "dev")  # what a vocabulary is built from
 
 # nltk.word_tokenize finds sentence ends with a downloaded model. These abbreviations, which do not end a sentence,
-# replace the model: the tokens were the same on 40,960 of 40,960 captions.
+# replace the model: the tokens were the same on 20,730 of 20,730 captions.
 ABBREVIATIONS = (
     "mr mrs ms dr st jr sr prof gen col capt lt sgt rev gov sen rep no vs etc inc co corp ltd "
     "e.g i.e u.s u.k d.c a.m p.m"
@@ -65,27 +65,39 @@ def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]
 class Vocabulary:
     """The words of a data set and their ids; a call with a word returns its id.
 
-    word2idx: str → int. idx2word: int → str. idx: number of words. unknown: the word whose id stands for all words
-    outside the vocabulary. segment: whether Chinese text is cut into words with jieba.
+    word2idx: str → int. idx2word: int → str. idx: number of words. segment: whether Chinese text is cut into words with
+    jieba. path: the file that it was read from.
     """
 
+    # what a variant replaces
+    command, suffix = "vocab.py", "_vocab.json"  # what makes a file, and the end of its name, after the data set's
+    data_name = "f30k_precomp"  # the command's default
+    unknown = "<unk>"  # the word whose id stands for all words outside the vocabulary
     lower = staticmethod(str.lower)
 
-    def __init__(self, unknown="<unk>", segment=False):
+    def __init__(self, segment=False):
         self.word2idx = {}
         self.idx2word = {}
         self.idx = 0
-        self.unknown, self.segment = unknown, segment
-        self.path = ""  # the file that it was read from
+        self.segment, self.path = segment, ""
 
     @classmethod
     def from_words(cls, words, segment=False):
         """The vocabulary of words (list of str) in the order of their ids."""
-        vocab = cls()
-        vocab.segment = segment
+        vocab = cls(segment)
         for word in words:
             vocab.add_word(word)
         return vocab
+
+    @classmethod
+    def read(cls, opt):
+        """The vocabulary that opt's vocab_path and data_name lead to. Raises as deserialize_vocab."""
+        return deserialize_vocab(os.path.join(opt.vocab_path, opt.data_name + cls.suffix), cls)
+
+    @classmethod
+    def caption_files(cls, folder):
+        """Names of the caption files in a data set's folder from which its vocabulary is built."""
+        return [f"{split}_caps.txt" for split in SPLITS]
 
     def add_word(self, word):
         if word not in self.word2idx:
@@ -112,29 +124,24 @@ class NoVocabularyError(InputError):
     """There is no vocabulary file."""
 
 
-def vocab_file(vocab_path: str, data_name: str) -> str:
-    """Path of a data set's vocabulary file under vocab_path."""
-    return os.path.join(vocab_path, data_name + SUFFIX)
-
-
 def word_list(vocab: Any) -> list[str]:
     """The words of a vocabulary in the order of their ids."""
     return sorted(vocab.word2idx, key=vocab.word2idx.__getitem__)
 
 
-def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, read_vocab: Callable) -> Any:
+def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, kind: type[Vocabulary] = Vocabulary) -> Vocabulary:
     """The vocabulary of a checkpoint, which lies at path.
 
-    read_vocab(opt) reads the file that opt leads to. A checkpoint with words needs no file; where there is one, it
-    must hold the same words. Raises InputError that names the checkpoint, the file and the first word that differs.
+    opt: names the file. kind: the class of the vocabulary. A checkpoint with words needs no file; where there is one,
+    it must hold the same words. Raises InputError that names the checkpoint, the file and the first word that differs.
     """
     words, segment = checkpoint.get("words"), checkpoint.get("segment", False)
     try:
-        vocab = read_vocab(opt)
+        vocab = kind.read(opt)
     except NoVocabularyError:
         if words is None:
             raise
-        return Vocabulary.from_words(words, segment)
+        return kind.from_words(words, segment)
     if words is None:
         return vocab
     found = word_list(vocab)
@@ -152,6 +159,24 @@ def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, read_vocab: Callable
     if vocab.segment != segment:
         raise InputError(f"{path}: made with{'' if segment else 'out'} --segment, unlike {vocab.path}")
     return vocab
+
+
+def checkpoint_words(path: str, checkpoint: dict, opt: Any, kind: type[Vocabulary] = Vocabulary) -> list[str]:
+    """The words of a checkpoint, which lies at path; an older one's are in the vocabulary of its data set.
+
+    Raises InputError where there is no such file under opt's vocab_path or the checkpoint's, or none of the right size.
+    """
+    if checkpoint.get("words") is not None:
+        return checkpoint["words"]
+    name, n = checkpoint["opt"].data_name, len(checkpoint["model"][1]["embed.weight"])
+    for folder in (opt.vocab_path, checkpoint["opt"].vocab_path):
+        with suppress(NoVocabularyError):
+            vocab = kind.read(argparse.Namespace(vocab_path=folder, data_name=name))
+            if len(vocab) == n:
+                return word_list(vocab)
+    raise InputError(
+        f"{path}: holds no words, and --vocab_path {opt.vocab_path} has no vocabulary of {name} with {n} words"
+    )
 
 
 def unknown_words_message(path: str, unknown: int, words: int) -> str | None:
@@ -175,16 +200,16 @@ def serialize_vocab(vocab: Any, dest: str) -> None:
     write_lines(dest, [json.dumps(stored)])
 
 
-def deserialize_vocab(src: str) -> Vocabulary:
-    """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
+def deserialize_vocab(src: str, kind: type[Vocabulary] = Vocabulary) -> Vocabulary:
+    """Read a Vocabulary of a class from a JSON file. Raises InputError for what is not one."""
     try:
         with open(src, encoding="utf-8") as file:
             stored = json.load(file)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{src}: not a vocabulary, expected JSON ({error})") from None
     except FileNotFoundError:
-        name = os.path.basename(src).removesuffix(SUFFIX)
-        command = f"python vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {os.path.dirname(src) or '.'}"
+        name, folder = os.path.basename(src).removesuffix(kind.suffix), os.path.dirname(src) or "."
+        command = f"python {kind.command} --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
         raise NoVocabularyError(
             f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"
         ) from None
@@ -198,7 +223,7 @@ def deserialize_vocab(src: str) -> Vocabulary:
     if sorted(words.values()) != list(range(len(words))):
         raise InputError(f"{src}: ids with gaps or repeats, expected 0 to {len(words) - 1}")
     check_vocab(src, words)
-    vocab = Vocabulary.from_words(sorted(words, key=words.__getitem__), stored.get("segment") is True)
+    vocab = kind.from_words(sorted(words, key=words.__getitem__), stored.get("segment") is True)
     vocab.path = os.fspath(src)
     return vocab
 
@@ -212,41 +237,47 @@ def check_vocab(path: str, words: Collection[str]) -> None:
         )
 
 
-def read_captions(path: str, allow_empty: bool = False) -> list[str]:
-    """Read a caption file: UTF-8, a caption a line, lines ending at \\n only. Returns a list of str.
+def from_txt(txt: str, allow_empty: bool = False) -> list[str]:
+    """The captions in a file: UTF-8, a caption a line, lines ending at \\n only. Returns a list of str.
 
     Raises InputError naming the line for an empty caption (unless allow_empty) or one that is not UTF-8.
     """
-    captions = read_lines(path)
+    captions = read_lines(txt)
     if not allow_empty and "" in captions:
-        raise InputError(f"{path}, line {captions.index('') + 1}: empty caption (--allow_empty_captions accepts it)")
+        raise InputError(f"{txt}, line {captions.index('') + 1}: empty caption (--allow_empty_captions accepts it)")
     if not captions:
-        raise InputError(f"{path}: no captions, expected one a line")
+        raise InputError(f"{txt}: no captions, expected one a line")
     return captions
+
+
+# The caption files of the public data sets; of any other, Vocabulary.caption_files.
+annotations = {name: [f"{split}_caps.txt" for split in SPLITS] for name in ("coco_precomp", "f30k_precomp")}
 
 
 def build_vocab(
     data_path: str,
     data_name: str,
-    caption_file: Sequence[str] | None = None,
+    caption_file: Mapping[str, Sequence[str]] | Sequence[str] | None = None,
     threshold: int = 4,
     drop: Iterable[str] = (),
-    tokenize: Callable | None = None,
     allow_empty: bool = False,
     segment: bool = False,
+    kind: type[Vocabulary] = Vocabulary,
 ) -> Vocabulary:
     """Count the words of a data set's captions and keep those that occur at least threshold times.
 
-    caption_file: a list of names under data_path/data_name; None means train_caps.txt and dev_caps.txt.
-    drop: words to leave out. tokenize(caption) → list of str, the vocabulary's where None. segment: cut Chinese text
-    into words with jieba. Ids follow the words' alphabetical order, after the four special ones.
+    caption_file: names under data_path/data_name, or a dict of such lists by data_name, such as `annotations`; None
+    means kind.caption_files. drop: words to leave out. segment: cut Chinese text into words with jieba. kind: the class
+    of the vocabulary. Ids follow the words' alphabetical order, after the four special ones.
     """
-    counter, vocab = Counter(), Vocabulary(segment=segment)
-    tokenize = tokenize or vocab.tokenize
-    for name in caption_file or [f"{split}_caps.txt" for split in SPLITS]:
-        captions = read_captions(os.path.join(data_path, data_name, name), allow_empty)
+    folder = os.path.join(data_path, data_name)
+    if isinstance(caption_file, Mapping):
+        caption_file = caption_file.get(data_name)
+    counter, vocab = Counter(), kind(segment)
+    for name in caption_file or kind.caption_files(folder):
+        captions = from_txt(os.path.join(folder, name), allow_empty)
         for caption in tqdm(captions, desc=name, unit="caption", disable=None):
-            counter.update(tokenize(caption))
+            counter.update(vocab.tokenize(caption))
     for word in SPECIAL:
         vocab.add_word(word)
     for word in sorted(word for word, count in counter.items() if count >= threshold and word not in set(drop)):
@@ -254,42 +285,29 @@ def build_vocab(
     return vocab
 
 
-def main(
-    command: str = "vocab.py",
-    data_name: str = "f30k_precomp",
-    suffix: str = SUFFIX,
-    caption_files: Callable[[str], Sequence[str] | None] = lambda folder: None,
-    tokenize: Callable | None = None,
-) -> None:
-    """Write a data set's vocabulary as the flags say. The arguments are what a variant replaces.
+def main(data_path: str | None = None, data_name: str | None = None, kind: type[Vocabulary] = Vocabulary) -> None:
+    """Write ./vocab/NAME_vocab.json of a data set, with SCAN's threshold of 4; without arguments as the flags say.
 
-    data_name: the flag's default. suffix: of the vocabulary's file name. caption_files: folder of the data set →
-    build_vocab's caption_file. tokenize: build_vocab's.
+    kind: the class of the vocabulary.
     """
     parser = argparse.ArgumentParser(
         description="Build the vocabulary of a data set from its train and dev captions.",
-        epilog=f"example: python {command} --data_path ./data --data_name {data_name}",
+        epilog=f"example: python {kind.command} --data_path ./data --data_name {kind.data_name}",
     )
-    parser.add_argument("--data_path", default="./data/", help="folder of the data sets (default: %(default)s)")
-    parser.add_argument("--data_name", default=data_name, help="data set, a folder there (default: %(default)s)")
-    parser.add_argument("--vocab_path", default="./vocab/", help=f"where NAME{suffix} goes (default: %(default)s)")
-    parser.add_argument("--threshold", type=int, default=4, help="least count of a word (default: %(default)s)")
-    parser.add_argument("--stop_words", metavar="FILE", help="words to drop, one a line (none are dropped without it)")
-    parser.add_argument("--segment", action="store_true", help="cut Chinese text into words with jieba")
-    parser.add_argument("--allow_empty_captions", action="store_true", help="accept empty caption lines")
-    parser.add_argument("--overwrite", action="store_true", help="replace a vocabulary of other words")
-    opt = parser.parse_args()
-    vocab = build_vocab(
-        opt.data_path,
-        opt.data_name,
-        caption_files(os.path.join(opt.data_path, opt.data_name)),
-        opt.threshold,
-        read_captions(opt.stop_words) if opt.stop_words else (),
-        tokenize,
-        opt.allow_empty_captions,
-        opt.segment,
-    )
-    write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + suffix), opt.threshold, opt.overwrite)
+    add = parser.add_argument
+    add("--data_path", default=data_path or "./data/", help="folder of the data sets (default: %(default)s)")
+    add("--data_name", default=data_name or kind.data_name, help="data set, a folder there (default: %(default)s)")
+    add("--vocab_path", default="./vocab/", help=f"where NAME{kind.suffix} goes (default: %(default)s)")
+    add("--threshold", type=int, default=4, help="least count of a word (default: %(default)s)")
+    add("--stop_words", metavar="FILE", help="words to drop, one a line (none are dropped without it)")
+    add("--segment", action="store_true", help="cut Chinese text into words with jieba")
+    add("--allow_empty_captions", action="store_true", help="accept empty caption lines")
+    add("--overwrite", action="store_true", help="replace a vocabulary of other words")
+    opt = parser.parse_args(None if data_path is None and data_name is None else [])
+    drop = from_txt(opt.stop_words) if opt.stop_words else ()
+    options = opt.threshold, drop, opt.allow_empty_captions, opt.segment, kind
+    vocab = build_vocab(opt.data_path, opt.data_name, None, *options)
+    write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + kind.suffix), opt.threshold, opt.overwrite)
 
 
 def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = False) -> None:
@@ -299,7 +317,8 @@ def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = 
     of other words without overwrite: checkpoints may have been trained with that one.
     """
     check_vocab(dest, vocab.word2idx)
-    if os.path.exists(dest) and not overwrite and (there := deserialize_vocab(dest)).word2idx != vocab.word2idx:
+    there = deserialize_vocab(dest, type(vocab)) if os.path.exists(dest) and not overwrite else vocab
+    if there.word2idx != vocab.word2idx:
         raise InputError(
             f"{dest}: is a vocabulary of {len(there)} words, not the {len(vocab)} found now (--overwrite replaces it)"
         )

@@ -6,60 +6,31 @@ python Tencent_PFAN/evaluation_whole.py --model_path runs/tencent_data/t2i/model
 if not __package__:
     import _root  # noqa: F401
 
-from functools import partial
-
 import numpy as np
 import torch
 
 import evaluation as root
-from data import pad
-from evaluation import (  # noqa: F401 (SCAN's names)
-    SHARD_SIZE,
-    AverageMeter,
-    LogCollector,
-    cut_folds,
-    embed_captions,
-    embed_images,
-)
+from evaluation import AverageMeter, LogCollector, encode_data, softmax  # noqa: F401 (SCAN's names)
+from lib.distributed import pick_device
 from lib.errors import InputError, run
-from Tencent_PFAN.data_whole import get_test_loader
-from Tencent_PFAN.model_whole import SCAN, region_score, whole_score
-from Tencent_PFAN.vocab import read_vocab
+from lib.options import option
+from Tencent_PFAN.model_whole import SCAN, score
 
 
-@torch.no_grad()
-def encode_data(model, data_loader, log_step=10, logging=print, packed=False):
-    """Embed every image and every caption of a loader's data set once.
-
-    Returns img_embs (n, R, D), whole_img_embs (n, D), cap_embs (n, W, D) padded with 0, cap_lens (list of n int),
-    final_cap_embs (n, D), float32 tensors on the CPU; with packed, cap_embs is (ΣW_i, D), the captions' words one
-    after the other. log_step and logging are SCAN's; a progress bar shows instead.
-    """
-    model.val_start()
-    words, cap_lens, final_cap_embs = embed_captions(model, data_loader, n_more=1)
-    img_embs, whole_img_embs = embed_images(model, data_loader, n_more=1)
-    return img_embs, whole_img_embs, words if packed else pad(words.split(cap_lens)), cap_lens, final_cap_embs
-
-
-@torch.no_grad()
 def shard_xattn(images, whole_images, captions, caplens, final_captions, opt, shard_size=128, cross_attn=None):
     """Scores (n_images, n_captions) float32 numpy, a shard at a time.
 
-    images (n_images, R, D), whole_images (n_images, D), captions (n_captions, W, D) padded or (ΣW_i, D) packed,
-    caplens (n_captions), final_captions (n_captions, D); numpy or tensors. For the rest see the root's shard_xattn.
+    images (n_images, R, D), whole_images (n_images, D), captions (n_captions, W, D), caplens (n_captions),
+    final_captions (n_captions, D); numpy or tensors. For the rest see the root's shard_xattn.
     """
-    cross_attn = cross_attn or opt.cross_attn
-    t2i = cross_attn == "t2i"
-    images, whole_images, final_captions = (
-        torch.as_tensor(x, dtype=torch.float32) for x in (images, whole_images, final_captions)
-    )
-    sims = root.shard_xattn(
-        images, captions, caplens, opt, shard_size, cross_attn, lambda *args: region_score(*args, t2i=t2i)
-    )
-    for at in range(0, len(images), shard_size):
-        part = slice(at, at + shard_size)
-        sims[part] += whole_score(images[part], whole_images[part], final_captions, opt, t2i).numpy()
-    return sims
+    embeddings = images, whole_images, captions, final_captions
+    images, whole_images, captions, finals = (torch.as_tensor(x, dtype=torch.float32) for x in embeddings)
+
+    def score_shard(*shard):
+        return score(*shard, opt, cross_attn)
+
+    device = pick_device(option(opt, "device"))
+    return root.score_shards((images, whole_images), (captions, caplens, finals), score_shard, device, shard_size)
 
 
 def shard_xattn_t2i(images, whole_images, captions, caplens, final_captions, opt, shard_size=128):
@@ -90,13 +61,9 @@ def t2i(images, captions, sims, npts=None, return_ranks=False):
     return root.t2i(images, captions, None, square(sims), npts, return_ranks)
 
 
-load_split = partial(root.load_split, make_model=SCAN, read_vocab=read_vocab, get_test_loader=get_test_loader)
-score_split = partial(root.score_split, load_split=load_split, encode_data=encode_data, shard_xattn=shard_xattn)
-
-
-def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=None, save_ranks=None, **overrides):
+def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=None, make_model=SCAN, **options):
     """Rank a split both ways and print SCAN's lines; see the root's evalrank for arguments and result."""
-    return root.evalrank(model_path, data_path, split, fold5, vocab_path, save_ranks, score_split, **overrides)
+    return root.evalrank(model_path, data_path, split, fold5, vocab_path, make_model, **options)
 
 
 def main():
@@ -106,7 +73,7 @@ def main():
         "example: python Tencent_PFAN/evaluation_whole.py --model_path runs/tencent_data/t2i/model_best.pth.tar "
         "--data_path ./data --split test"
     )
-    root.main(parser, evalrank)
+    root.main(SCAN, parser)
 
 
 if __name__ == "__main__":

@@ -8,21 +8,48 @@ Sizes in the docstrings: B a batch, R regions (36), W words, D embed_size, I ima
 import torch
 
 import model
+from lib.constants import SPLIT_SIZE
 from lib.errors import InputError
 from lib.options import option
-from lib.tensors import EPS, at_least_float32, send
-from model import LINEAR, Attention, l1norm, l2norm, xattn_score  # noqa: F401 (l1norm: one of SCAN's names)
+from lib.tensors import EPS, at_least_float32, norm, to_device
+from model import (  # noqa: F401 (SCAN's names)
+    ScoreConfig,
+    cosine_similarity,
+    func_attention,
+    l1norm,
+    l2norm,
+    xattn_score,
+)
+from Tencent_PFAN.data_whole import PrecompDataset
+from Tencent_PFAN.vocab import Vocabulary
 
 
-class EncoderImage(model.EncoderImage):
+def EncoderImage(
+    data_name, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, need_box_whole=False, **more
+):
+    """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
+    if precomp_enc_type not in ENCODERS:
+        raise InputError(f"precomp_enc_type {precomp_enc_type}: expected one of {', '.join(ENCODERS)}")
+    return ENCODERS[precomp_enc_type](img_dim, embed_size, no_imgnorm, need_box_whole, **more)
+
+
+class EncoderImagePrecomp(model.EncoderImagePrecomp):
     """Region features and position grids → region embeddings; whole-image features → whole-image embeddings.
 
-    With need_box_whole the last region is the whole image: its position feature is the mean of all 257 cells'.
+    With need_box_whole the last region is the whole image: its position feature is the mean of all cells'.
     """
 
-    def __init__(self, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, need_box_whole=False):
-        super().__init__(img_dim, embed_size, precomp_enc_type, no_imgnorm, position="area")
-        self.fc_whole = LINEAR[precomp_enc_type](img_dim, embed_size)
+    def __init__(
+        self,
+        img_dim,
+        embed_size,
+        no_imgnorm=False,
+        need_box_whole=False,
+        split_size=SPLIT_SIZE,
+        position_embed_size=200,
+    ):
+        super().__init__(img_dim, embed_size, no_imgnorm, split_size, position_embed_size, position="area")
+        self.fc_whole = self.linear(img_dim, embed_size)
         self.need_box_whole = need_box_whole
 
     def position_feature(self, images, boxes):
@@ -33,20 +60,29 @@ class EncoderImage(model.EncoderImage):
         everywhere = self.position_embedding.weight.mean(0).expand(len(p), 1, -1)
         return torch.cat([p[:, : images.shape[1] - 1], everywhere], 1)
 
-    def forward(self, images, whole_images, boxes):
+    def forward(self, images, whole_images, boxes=None):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""
         whole = at_least_float32(self.fc_whole(at_least_float32(whole_images)))
         return super().forward(images, boxes), whole if self.no_imgnorm else l2norm(whole, dim=1)
 
 
+class EncoderImageWeightNormPrecomp(EncoderImagePrecomp):
+    """EncoderImagePrecomp with a weight-normalised fc and fc_whole."""
+
+    linear = model.EncoderImageWeightNormPrecomp.linear
+
+
+ENCODERS = {"basic": EncoderImagePrecomp, "weight_norm": EncoderImageWeightNormPrecomp}
+
+
 class EncoderText(model.EncoderText):
     """Word ids → word embeddings, and the sentence embedding: the mean of the last layer's final GRU states."""
 
-    def forward(self, captions, lengths):
-        """captions (B, W) ids, lengths (B ints) → (B, W, D), zero behind a caption's end, and (B, D)."""
-        words, state = self.run_gru(captions, lengths)
+    def forward(self, x, lengths):
+        """x (B, W) word ids, lengths (B ints) → words (B, W, D), zero behind a caption's end, lengths, and (B, D)."""
+        words, state = self.run_gru(x, lengths)
         final = at_least_float32(state[-2:]).mean(0) if self.use_bi_gru else at_least_float32(state[-1])
-        return words, final if self.no_txtnorm else l2norm(final, dim=1)
+        return words, lengths, final if self.no_txtnorm else l2norm(final, dim=1)
 
 
 # ---------------------------------------------------------------- scores
@@ -54,60 +90,41 @@ class EncoderText(model.EncoderText):
 
 def cosine(x, y, pairs=None):
     """Cosines of the rows of x (I, D) and y (C, D): all (I, C), or those of the pairs (P, 2) only, (P,)."""
-    x_norm, y_norm = torch.linalg.vector_norm(x, dim=1), torch.linalg.vector_norm(y, dim=1)
     if pairs is None:
-        return x @ y.T / (x_norm[:, None] * y_norm).clamp(min=EPS)
-    i, c = pairs.T
-    return (x[i] * y[c]).sum(1) / (x_norm[i] * y_norm[c]).clamp(min=EPS)
+        return x @ y.T / (norm(x, 1)[:, None] * norm(y, 1)).clamp(min=EPS)
+    return cosine_similarity(x[pairs[:, 0]], y[pairs[:, 1]]).reshape(len(pairs))
 
 
-def split_box_whole(images, opt, t2i):
-    """Regions that take part in attention, and the whole image's (I, D) that does not: need_box_whole's, in t2i."""
-    return (images[:, :-1], images[:, -1]) if t2i and option(opt, "need_box_whole") else (images, None)
-
-
-def region_score(images, captions, cap_lens, opt, t2i, pairs=None):
-    """Cross attention of regions and words: all scores (I, C), or those of the pairs only, (P,)."""
-    regions, _ = split_box_whole(images, opt, t2i)
-    return xattn_score(regions, captions, cap_lens, Attention(opt, t2i, max_term=True), pairs)
-
-
-def whole_score(images, whole_images, final_captions, opt, t2i, pairs=None):
-    """λ_whole · cos(whole image, sentence), in t2i with need_box_whole also 0.5 · cos(last region, sentence)."""
-    scores = option(opt, "lambda_whole") * cosine(whole_images, final_captions, pairs)
-    _, box_whole = split_box_whole(images, opt, t2i)
-    return scores if box_whole is None else scores + 0.5 * cosine(box_whole, final_captions, pairs)
-
-
-def score(images, whole_images, captions, cap_lens, final_captions, opt, t2i, pairs=None):
+def score(images, whole_images, captions, cap_lens, final_captions, opt, cross_attn=None, pairs=None):
     """Scores (I, C), or (P,) of the pairs (P, 2) only.
 
-    images (I, R, D), whole_images (I, D), captions (C, W, D), cap_lens (C ints), final_captions (C, D).
+    images (I, R, D), whole_images (I, D), captions (C, W, D), cap_lens (C ints), final_captions (C, D). cross_attn:
+    opt's where None. In t2i with need_box_whole the last region takes no part in the attention;
+    0.5 · cos(last region, sentence) is added instead.
     """
-    regions = region_score(images, captions, cap_lens, opt, t2i, pairs)
-    return regions + whole_score(images, whole_images, final_captions, opt, t2i, pairs)
+    config = ScoreConfig.of(opt, cross_attn, max_term=True)
+    whole = option(opt, "lambda_whole") * cosine(whole_images, final_captions, pairs)
+    if config.t2i and option(opt, "need_box_whole"):
+        whole = whole + 0.5 * cosine(images[:, -1], final_captions, pairs)
+        images = images[:, :-1]
+    return xattn_score(images, captions, cap_lens, config, pairs) + whole
 
 
 def xattn_score_t2i(images, whole_images, captions, cap_lens, final_captions, opt):
     """Words attend to regions: scores (n_image, n_caption) of what score takes."""
-    return score(images, whole_images, captions, cap_lens, final_captions, opt, t2i=True)
+    return score(images, whole_images, captions, cap_lens, final_captions, opt, "t2i")
 
 
 def xattn_score_i2t(images, whole_images, captions, cap_lens, final_captions, opt):
     """Regions attend to words: scores (n_image, n_caption) of what score takes."""
-    return score(images, whole_images, captions, cap_lens, final_captions, opt, t2i=False)
-
-
-XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+    return score(images, whole_images, captions, cap_lens, final_captions, opt, "i2t")
 
 
 class ContrastiveLoss(model.ContrastiveLoss):
-    """The root's hinge loss over the whole-image scores; its arguments are what forward_emb returns."""
+    """The root's hinge loss; its arguments are what forward_emb returns."""
 
-    n_image_embeddings = 2
-
-    def score(self, im, whole_im, s, s_l, final_s, pairs=None):
-        return score(im, whole_im, s, s_l, final_s, self.opt, self.opt.cross_attn == "t2i", pairs)
+    def xattn_score(self, im, whole_im, s, s_l, final_s, pairs=None):
+        return score(im, whole_im, s, s_l, final_s, self.opt, pairs=pairs)
 
 
 # ---------------------------------------------------------------- the model
@@ -116,31 +133,32 @@ class ContrastiveLoss(model.ContrastiveLoss):
 class SCAN(model.SCAN):
     """The root's model with the whole-image branch."""
 
-    text_encoder, loss = EncoderText, ContrastiveLoss
+    dataset, vocabulary, text_encoder = PrecompDataset, Vocabulary, EncoderText
 
     def make_img_enc(self, opt):
         if getattr(opt, "position", "area") != "area":
             raise InputError(f"--position {opt.position}: expected area, the whole-image model's only one")
-        return EncoderImage(
-            opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, option(opt, "need_box_whole")
-        )
+        sizes = opt.img_dim, opt.embed_size
+        return EncoderImage("", *sizes, opt.precomp_enc_type, opt.no_imgnorm, option(opt, "need_box_whole"))
 
     def encode_images(self, images, whole_images, boxes):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""
         with self.autocast():
-            return self.img_enc(*(send(x, self.device) for x in (images, whole_images, boxes)))
+            return self.img_enc(*(to_device(x, self.device) for x in (images, whole_images, boxes)))
 
     def forward_emb(self, images, whole_images, boxes, captions, lengths, volatile=False):
         """A batch as collate_fn gives it → img_emb (B, R, D), whole_img_emb (B, D), cap_emb (B, W, D), cap_lens,
         final_cap_emb (B, D). volatile: no gradient."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile):
-            img_emb, whole_img_emb = self.encode_images(images, whole_images, boxes)
-            cap_emb, final_cap_emb = self.encode_captions(captions, lengths)
-        return img_emb, whole_img_emb, cap_emb, lengths, final_cap_emb
+            return *self.encode_images(images, whole_images, boxes), *self.encode_captions(captions, lengths)
+
+    def score(self, img_emb, whole_img_emb, cap_emb, cap_lens, final_cap_emb, pairs=None, cross_attn=None):
+        """Scores (I, C) of what forward_emb returns, or (P,) of the pairs (P, 2) only. cross_attn: opt's where None."""
+        return score(img_emb, whole_img_emb, cap_emb, cap_lens, final_cap_emb, self.opt, cross_attn, pairs)
 
     def train_emb(self, images, whole_images, boxes, captions, lengths, ids=None, *args):
         """One training step on a batch as collate_fn gives it. Returns the loss."""
-        return self.step(images, whole_images, boxes, captions, lengths)
+        return self.step((images, whole_images, boxes, captions, lengths), ids)
 
 
 def load_model(path, vocab_size=None, **overrides):

@@ -22,12 +22,13 @@ from msgspec import UNSET, Meta, UnsetType
 from data import pad
 from lib.checkpoint import load_checkpoint
 from lib.constants import N_REGIONS
-from lib.datasets.boxes import are_shares
-from lib.errors import InputError
+from lib.datasets.boxes import SQUARE
+from lib.datasets.regions import are_shares
 from lib.segmentation import segment
+from model import load_model
 from position import position_grid
-from Tencent_PFAN.model_whole import XATTN_SCORE, load_model
-from Tencent_PFAN.vocab import Vocabulary, read_vocab
+from Tencent_PFAN.model_whole import SCAN
+from Tencent_PFAN.vocab import Vocabulary
 from vocab import checkpoint_vocab
 
 MAX_PIXELS = 1e6  # height and width of an image
@@ -153,7 +154,7 @@ def check_boxes(boxes, sizes, indices):
             i, box = np.argwhere(bad)[0]
             raise BadRequest(f"boxes[{indices[i]}].boxes: box {box} {boxes[i, box].tolist()} {what}")
     for i, corners, size in zip(indices, boxes, sizes, strict=True):
-        if are_shares(corners, size):
+        if are_shares(corners) and size.max() > SQUARE:
             found = f"none reaches beyond 1 in an image of {size[0]:g} x {size[1]:g}"
             raise BadRequest(f"boxes[{i}].boxes: {found}, expected pixels, not shares of its sides")
 
@@ -181,14 +182,11 @@ class Scorer:
     """A checkpoint with its vocabulary. read() may run in any number of threads, score() in one."""
 
     def __init__(self, model_path, vocab_path=None, cache_bytes=256 << 20, **overrides):
-        self.model = load_model(model_path, **overrides)
-        opt = self.model.opt
+        checkpoint = load_checkpoint(model_path)
+        opt = checkpoint["opt"]
         opt.vocab_path = vocab_path or opt.vocab_path
-        self.vocab = Vocabulary.of(checkpoint_vocab(model_path, load_checkpoint(model_path), opt, read_vocab))
-        if len(self.vocab) != opt.vocab_size:
-            raise InputError(
-                f"{model_path}: made with a vocabulary of {opt.vocab_size} words, found one of {len(self.vocab)}"
-            )
+        self.vocab = checkpoint_vocab(model_path, checkpoint, opt, Vocabulary)
+        self.model = load_model(model_path, len(self.vocab), SCAN, checkpoint, **overrides)
         self.img_dim = opt.img_dim
         with open(model_path, "rb") as file:
             self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -264,14 +262,14 @@ class Scorer:
         known.update(self.encode(new))
         captions = [ids for job in jobs for ids in job.captions]
         lengths = [len(ids) for ids in captions]
-        words, finals = self.model.encode_captions(pad(captions), lengths)
+        words, _, finals = self.model.encode_captions(pad(captions), lengths)
         results, start = [], 0
         for job in jobs:
             mine = slice(start, start + len(job.captions))
             start = mine.stop
             entries = [known[key] for key in job.keys]
             text = words[mine, : max(lengths[mine])], lengths[mine], finals[mine]
-            results.append({f"sim_{way}": self.sims(entries, text, way, job.single) for way in XATTN_SCORE})
+            results.append({f"sim_{way}": self.sims(entries, text, way, job.single) for way in ("t2i", "i2t")})
         return results
 
     def encode(self, new):
@@ -291,7 +289,7 @@ class Scorer:
         """Scores of the pictures' entries with words (S, W, D), lengths, finals (S, D): (P,) or (S, P), as lists."""
         blocks = [entries[at : at + BLOCK_PICTURES] for at in range(0, len(entries), BLOCK_PICTURES)]
         stacked = (map(torch.stack, zip(*block, strict=True)) for block in blocks)
-        sims = torch.cat([XATTN_SCORE[way](*images, *text, self.model.opt) for images in stacked]).T
+        sims = torch.cat([self.model.score(*images, *text, cross_attn=way) for images in stacked]).T
         if not torch.isfinite(sims).all():
             raise BadRequest("boxes: features that have no finite score with this model")
         return (sims[0] if single else sims).tolist()

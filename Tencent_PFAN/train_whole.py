@@ -12,10 +12,8 @@ if not __package__:
 import train as root
 from lib.errors import run
 from lib.options import TRAIN_WHOLE, add_options
-from Tencent_PFAN.data_whole import get_loaders
-from Tencent_PFAN.evaluation_whole import SHARD_SIZE, encode_data, shard_xattn
 from Tencent_PFAN.model_whole import SCAN
-from Tencent_PFAN.vocab import read_vocab
+from train import adjust_learning_rate, save_checkpoint, train, validate  # noqa: F401 (SCAN's names)
 
 
 def get_parser():
@@ -30,15 +28,14 @@ def get_parser():
     return parser
 
 
-def rank_dev(opt, val_loader, model, tb):
-    """Rank the dev split both ways, log the recalls, return their sum."""
-    return root.log_recalls(shard_xattn(*encode_data(model, val_loader, packed=True), opt, SHARD_SIZE), model, tb)
+def fit(opt, make_model=SCAN):
+    """The root's fit with the whole-image model."""
+    return root.fit(opt, make_model)
 
 
 def main():
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    opt = get_parser().parse_args()
-    root.fit(opt, SCAN, get_loaders, read_vocab, rank_dev)
+    fit(get_parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ if not __package__:
 
 import vocab as root
 from lib.errors import run
+from vocab import from_txt, serialize_vocab  # noqa: F401 (SCAN's names)
 
 LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
-SUFFIX = "_sent_vocab.json"
 
 
 def lower_ascii(text):
@@ -26,52 +26,48 @@ def tokenize(caption):
     return root.tokenize(caption, lower_ascii)
 
 
-class Vocabulary(root.Vocabulary):
-    """The root's Vocabulary as the published models were trained with it: an unknown word gets id 0, <pad>."""
-
-    lower = staticmethod(lower_ascii)
-
-    def __init__(self):
-        super().__init__(unknown="<pad>")
-
-    @classmethod
-    def of(cls, vocab):
-        """The words of any vocabulary under the rules of this one."""
-        new = cls()
-        new.word2idx, new.idx2word, new.idx, new.segment = vocab.word2idx, vocab.idx2word, vocab.idx, vocab.segment
-        new.path = getattr(vocab, "path", "")
-        return new
-
-
-def deserialize_vocab(src):
-    """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
-    if not os.path.isfile(src):
-        name, folder = os.path.basename(src).removesuffix(SUFFIX), os.path.dirname(src) or "."
-        command = f"python Tencent_PFAN/vocab.py --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
-        raise root.NoVocabularyError(
-            f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"
-        )
-    return Vocabulary.of(root.deserialize_vocab(src))
-
-
-def read_vocab(opt):
-    """The Vocabulary that opt's vocab_path and data_name lead to."""
-    return deserialize_vocab(os.path.join(opt.vocab_path, opt.data_name + SUFFIX))
-
-
 def caption_file(folder, split):
     """Name of a split's caption file: SPLIT_sent_caps.txt, or SPLIT_caps.txt where only that lies in folder."""
     names = f"{split}_sent_caps.txt", f"{split}_caps.txt"
     return next((name for name in names if os.path.isfile(os.path.join(folder, name))), names[0])
 
 
-def caption_files(folder):
-    """Names of the caption files from which a vocabulary is built."""
-    return [caption_file(folder, split) for split in root.SPLITS]
+class Vocabulary(root.Vocabulary):
+    """The root's Vocabulary as the published models were trained with it: an unknown word gets id 0, <pad>."""
+
+    command, suffix = "Tencent_PFAN/vocab.py", "_sent_vocab.json"
+    data_name, unknown = "tencent_data", "<pad>"
+    lower = staticmethod(lower_ascii)
+
+    @classmethod
+    def caption_files(cls, folder):
+        return [caption_file(folder, split) for split in root.SPLITS]
+
+    @classmethod
+    def of(cls, vocab):
+        """The words of any vocabulary under the rules of this one."""
+        new = cls(vocab.segment)
+        new.word2idx, new.idx2word, new.idx = vocab.word2idx, vocab.idx2word, vocab.idx
+        new.path = getattr(vocab, "path", "")
+        return new
 
 
-def main():
-    root.main("Tencent_PFAN/vocab.py", "tencent_data", SUFFIX, caption_files, tokenize)
+annotations = {"tencent_data": [f"{split}_sent_caps.txt" for split in root.SPLITS]}
+
+
+def build_vocab(data_path, data_name, caption_file=None, threshold=4, drop=(), allow_empty=False, segment=False):
+    """The root's build_vocab with this Vocabulary."""
+    return root.build_vocab(data_path, data_name, caption_file, threshold, drop, allow_empty, segment, Vocabulary)
+
+
+def deserialize_vocab(src):
+    """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
+    return root.deserialize_vocab(src, Vocabulary)
+
+
+def main(data_path=None, data_name=None):
+    """The root's main with this Vocabulary: writes ./vocab/NAME_sent_vocab.json."""
+    root.main(data_path, data_name, Vocabulary)
 
 
 if __name__ == "__main__":

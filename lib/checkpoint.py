@@ -9,6 +9,7 @@ import pickletools
 import re
 import shutil
 import warnings
+import zipfile
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from lib.constants import SPECIAL
 from lib.errors import InputError, brief
-from lib.files import replace
+from lib.files import replace, save_tensors
 from lib.options import MODEL, MODEL_NEWER, REQUIRED, WHOLE_IMAGE
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.
     """
 
     def write(file):
-        torch.save(state, file)
+        save_tensors(state, file)
         if is_best:
             file.flush()
             with open(file.name, "rb") as source:
@@ -89,10 +90,8 @@ def load_checkpoint(path: str) -> dict:
         raise InputError(f"{path}: no such checkpoint")
     try:
         checkpoint = load_plain(path)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it names {found[1]}" if found else "damaged"
-        raise InputError(f"{path}: refused, expected nothing but tensors, numbers and options ({reason})") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused, damaged or more than tensors, numbers and options") from None
     except Exception as error:  # torch.load meets broken bytes with many exception types
         raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
     try:
@@ -179,6 +178,16 @@ def check_words(checkpoint: dict) -> None:
         raise InputError(f"segment is {brief(checkpoint['segment'])}, expected True or False")
 
 
+def check_state(encoder: str, own: dict, state: dict) -> None:
+    """Raise InputError, naming an encoder, where a state lacks one of its parameters or has it in another shape."""
+    for key, value in own.items():
+        if key not in state:
+            raise InputError(f"{encoder} encoder: no {key} in the checkpoint")
+        if state[key].shape != value.shape and (value.dim() or state[key].numel() != 1):
+            found, expected = tuple(state[key].shape), tuple(value.shape)
+            raise InputError(f"{encoder} encoder: {key} is {found}, expected {expected}")
+
+
 def infer_position(image_state: dict) -> str:
     """The --position of an image encoder with these parameters."""
     if "fc_att.weight" in image_state:
@@ -222,12 +231,8 @@ def load_plain(path: str) -> Any:
     """torch.load of nothing but tensors, numbers, text, paths (as text) and an argparse.Namespace."""
     with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-        except pickle.UnpicklingError as error:
-            if "Unsupported operand 84" not in str(error):  # 84 is T, the opcode of Python 2 for a long string
-                raise
-            return torch.load(python3_strings(path), map_location="cpu", weights_only=True)  # noqa: TID251
+        file = path if zipfile.is_zipfile(path) else python3_strings(path)
+        return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
 
 
 def python3_strings(path: str) -> io.BytesIO:

@@ -10,15 +10,16 @@ A process that torchrun did not start behaves as the only one.
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from lib.errors import InputError, is_worker_crash
-from lib.tensors import send
+from lib import workers
+from lib.errors import InputError
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -70,14 +71,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+is_alone = False  # inside `alone`
+
+
 def rank() -> int:
     """This process's number, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not is_alone else 0
 
 
 def world_size() -> int:
     """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not is_alone else 1
 
 
 @contextmanager
@@ -89,7 +93,7 @@ def report_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_worker_crash(error) or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+        if workers.have_died() or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
             raise
         where = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         reason = str(error).strip().splitlines()[0]
@@ -97,15 +101,28 @@ def report_lost_peer() -> Iterator[None]:
 
 
 def local_slice(n: int) -> slice:
-    """This process's share of a batch of n pairs. With fewer pairs than processes the first process has them all."""
+    """This process's share of a batch of n pairs. With fewer pairs than processes each process has them all."""
     if n < world_size():
-        return slice(0, n if rank() == 0 else 0)
+        return slice(0, n)
     return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def my_indices(n: int, done: int = 0) -> range:
     """This process's share of n equal pieces of work, which follow done others: one in every world_size."""
     return range((rank() - done) % world_size(), n, world_size())
+
+
+def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[Any, bool]]:
+    """The batches that this process encodes, and True; the first, and False where it is another's, so that each process
+    sees the shapes. With a progress bar."""
+    mine = set(my_indices(len(batches)))
+    numbers = [number for number in range(len(batches)) if number in mine or number == 0]
+    return ((batches[number], number in mine) for number in progress(numbers, desc=desc, unit="batch"))
+
+
+def progress(*args: Any, **more: Any) -> tqdm:
+    """A progress bar of tqdm, which only the first process shows, on a terminal only, until it has ended."""
+    return tqdm(*args, leave=False, disable=True if rank() > 0 else None, **more)
 
 
 # ---------------------------------------------------------------- sums
@@ -129,34 +146,14 @@ def barrier() -> None:
     any_process(False)
 
 
-def same_in_all_processes(number: int) -> bool:
-    """True where all processes have the same number."""
-    return len(set(gather_ints([number]))) == 1
-
-
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of all processes' terms, in every process; each term's gradient is the sum's."""
-
-    @staticmethod
-    def forward(ctx, term):
-        return all_reduce_sum(term.clone())
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient
-
-
-def sum_over_processes(term: torch.Tensor) -> torch.Tensor:
-    """The sum of all processes' terms, with gradient."""
-    return SumOverProcesses.apply(term) if world_size() > 1 else term
-
-
-def all_reduce_gradients(parameters: list) -> None:
-    """Replace each gradient by the sum of all processes', in one message."""
+def all_reduce_gradients(parameters: list, mean: bool = False) -> None:
+    """Replace each gradient by the sum, or the mean, of all processes', in one message."""
     if world_size() > 1:
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         sums = all_reduce_sum(torch.cat([p.grad.flatten() for p in parameters]))
+        if mean:
+            sums /= world_size()
         for p, gradient in zip(parameters, sums.split([p.numel() for p in parameters]), strict=True):
             p.grad.copy_(gradient.view_as(p))
 
@@ -164,8 +161,11 @@ def all_reduce_gradients(parameters: list) -> None:
 # ---------------------------------------------------------------- gathering
 
 
-class GatherRows(torch.autograd.Function):
-    """All processes' rows x (n, …), in the order of ranks: (Σ counts, …). counts: number of rows of each process."""
+class Gather(torch.autograd.Function):
+    """All processes' x (n, …), in the order of ranks: (Σ counts, …). counts: n of each process.
+
+    The gradient is the sum of what all processes have of it: each computes something else from all rows.
+    """
 
     @staticmethod
     def forward(ctx, x, counts):
@@ -182,55 +182,77 @@ class GatherRows(torch.autograd.Function):
         return all_reduce_sum(gradient.contiguous().clone()).split(ctx.counts)[rank()], None
 
 
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """All processes' rows x (n, …), in the order of ranks, where all compute the same from them: the gradient that
+    each has of its own rows is whole."""
+    if world_size() == 1:
+        return x
+    counts = gather_ints([len(x)])
+    blocks = list(Gather.apply(x.detach(), counts).split(counts))
+    blocks[rank()] = x
+    return torch.cat(blocks)
+
+
 def gather_ints(numbers: Iterable[int]) -> list:
     """All processes' integers, in the order of ranks; each process may have another number of them."""
     mine = torch.tensor(list(numbers), dtype=torch.int64)
     if world_size() == 1:
         return mine.tolist()
-    counts = GatherRows.apply(torch.tensor([len(mine)]), [1] * world_size()).tolist()
-    return GatherRows.apply(mine, counts).tolist()
+    counts = Gather.apply(torch.tensor([len(mine)]), [1] * world_size()).tolist()
+    return Gather.apply(mine, counts).tolist()
 
 
-class Batch:
-    """The division of a batch among the processes; all of them construct it at once, each with the number of its pairs.
+def same_in_all_processes(numbers: Iterable[int]) -> bool:
+    """Whether all processes have the same integers, equally many."""
+    numbers = list(numbers)
+    return gather_ints([len(numbers), *numbers]) == [len(numbers), *numbers] * world_size()
 
-    counts: pairs of each process. first: index in the batch of this process's first pair. shared: whether every process
-    has pairs; where one has none, the first has all, and the methods return their arguments, as with a single process.
+
+# ---------------------------------------------------------------- a batch
+
+
+def gather_captions(embeddings: tuple) -> tuple:
+    """What forward_emb returns of this process's pairs, with the captions of the whole batch, with gradient.
+
+    The words (n, W, D) stand before the lengths, which are the only integers, the images' embeddings before them.
     """
+    if world_size() == 1:
+        return embeddings
+    at = next(i for i, x in enumerate(embeddings) if not isinstance(x, torch.Tensor) or not x.is_floating_point())
+    (words, lengths), more = embeddings[at - 1 : at + 1], embeddings[at + 1 :]
+    lengths = gather_ints(int(n) for n in lengths)
+    counts = gather_ints([len(words)])
+    words = torch.nn.functional.pad(words, (0, 0, 0, max(lengths) - words.shape[1]))
+    words, *rest = (Gather.apply(x, counts) for x in (words, *more))
+    return *embeddings[: at - 1], words, lengths, *rest
 
-    def __init__(self, n: int):
-        self.counts = gather_ints([n])
-        self.shared = 0 not in self.counts and world_size() > 1
-        self.first = sum(self.counts[: rank()]) if self.shared else 0
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """This process's rows (n, …) → the whole batch's (B, …), with gradient."""
-        return GatherRows.apply(x, self.counts) if self.shared else x
+def local_pairs(n: int, negatives: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positives (n, 2) and negatives (P, 2) of this process's n images: an image's index, and a caption's in the batch.
 
-    def gather_captions(self, words: torch.Tensor, lengths, *more: torch.Tensor) -> tuple:
-        """This process's captions → the whole batch's, with gradient.
+    negatives: of the whole batch, by image.
+    """
+    numbers = torch.arange(n, device=negatives.device)
+    first = sum(gather_ints([n])[: rank()])
+    positives = torch.stack([numbers, numbers + first], 1)
+    if world_size() > 1:
+        image = negatives[:, 0] - first
+        mine = (image >= 0) & (image < n)
+        negatives = torch.stack([image, negatives[:, 1]], 1)[mine]
+    return positives, negatives
 
-        words (n, W, D) padded, lengths (n ints), more: (n, …) each. Returns words, packed as (ΣW_i, D) where the
-        batch is shared, lengths (B ints), and more, (B, …) each.
-        """
-        if not self.shared:
-            return words, lengths, *more
-        inside = torch.arange(words.shape[1]) < torch.as_tensor(lengths)[:, None]
-        rows = send(inside.flatten().nonzero()[:, 0], words.device)
-        lengths = gather_ints(lengths)
-        ends = torch.tensor(self.counts).cumsum(0).tolist()
-        n_words = [sum(lengths[end - count : end]) for end, count in zip(ends, self.counts, strict=True)]
-        words = GatherRows.apply(words.flatten(0, 1).index_select(0, rows), n_words)
-        return words, lengths, *map(self.gather, more)
 
-    def hardest(self, scores: torch.Tensor) -> tuple:
-        """Largest score (B,) of each column in the whole batch, and its row's index in the batch (B,).
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process computes as the only one."""
+    global is_alone
+    is_alone = True
+    try:
+        yield
+    finally:
+        is_alone = False
 
-        scores (n, B): this process's rows.
-        """
-        best, row = scores.max(0)
-        if not self.shared:
-            return best, row
-        each = GatherRows.apply(best[None], [1] * world_size()).max(0)
-        rows = GatherRows.apply(row[None] + self.first, [1] * world_size())
-        return each.values, rows.gather(0, each.indices[None])[0]
+
+def all_have(ids: Iterable[int] | None) -> bool:
+    """Whether each of several processes has the same pairs, because there are fewer than processes."""
+    return world_size() > 1 and ids is not None and same_in_all_processes(ids)

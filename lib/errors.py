@@ -2,10 +2,15 @@
 
 import io
 import os
+import reprlib
 import signal
 import sys
 from collections.abc import Callable
 from typing import Any
+
+LONGEST = 40  # characters that a message quotes
+SHORT = reprlib.Repr()
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother, SHORT.maxlong = 3, LONGEST, LONGEST, LONGEST
 
 
 class InputError(ValueError):
@@ -13,16 +18,14 @@ class InputError(ValueError):
 
 
 def brief(value: Any) -> str:
-    """A value as ASCII text of at most 40 characters on one line."""
+    """A value as ASCII text of at most 40 characters on one line; of an array its shape and type."""
+    if getattr(value, "shape", ()):
+        return f"an array {value.shape} of {value.dtype}"
     try:
-        return " ".join(ascii(value)[:40].split())
-    except (ValueError, RecursionError):  # a number of thousands of digits, a list in a list in a list …
+        text = SHORT.repr(value)  # repr alone would spell out all of a list in a list in a list …
+    except (ValueError, RecursionError):  # a number of thousands of digits
         return f"a large {type(value).__name__}"
-
-
-def is_worker_crash(error: RuntimeError) -> bool:
-    """True for PyTorch's RuntimeError when a DataLoader worker dies; a signal handler raises it, so from any line."""
-    return str(error).startswith("DataLoader worker")
+    return " ".join(text.encode("ascii", "backslashreplace").decode()[:LONGEST].split())
 
 
 def report(message: str) -> None:
@@ -44,13 +47,12 @@ def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
-    An InputError of a DataLoader worker arrives with the worker's traceback before it; its text is the last line.
     """
     make_streams_safe()
     try:
         main()
     except InputError as error:
-        report(str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: "))
+        report(str(error).strip())
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) went away
         sys.exit(1)

@@ -1,28 +1,79 @@
-"""TensorBoard's event files."""
+"""What a training reports: TensorBoard's event files, and the same numbers in metrics.csv beside them."""
 
+import csv
+import logging
 import os
+import sys
 from contextlib import suppress
+from typing import Any
 
-# tensorboard_logger needs this before protobuf is first imported
-os.environ.setdefault("PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION", "python")
+from lib.files import name_in_errors
 
-import tensorboard_logger
+log = logging.getLogger(__name__)
+
+METRICS = "metrics.csv"  # step,name,value; of a run that was resumed, the last line of a step and name counts
+writers: list = []  # where log_value writes, after `configure`
 
 
-class Events(tensorboard_logger.Logger):
-    """TensorBoard's events in a folder; with is_dummy nowhere. An error in writing them names the folder."""
+def configure(folder: str) -> None:
+    """From now on log_value writes to a folder; before, and after `close`, nowhere."""
+    close()
+    os.makedirs(folder, exist_ok=True)
+    writers.append(Table(os.path.join(folder, METRICS)))
+    try:
+        writers.append(open_events(folder))
+    except TypeError as error:  # of its generated code
+        log.warning("no TensorBoard events, only %s: %s", METRICS, str(error).splitlines()[0])
 
-    def log_value(self, *args, **more):
-        if not self.is_dummy:  # which would keep them in memory
-            super().log_value(*args, **more)
 
-    def _write_event(self, event):
-        try:
-            super()._write_event(event)
-        except OSError as error:
-            error.filename = self.logdir
-            raise
+def close() -> None:
+    while writers:
+        writers.pop().close()
 
-    def __del__(self):
+
+def log_value(name: str, value: float, step: int) -> None:
+    for writer in writers:
+        writer.log_value(name, value, step)
+
+
+class Table:
+    """The rows step,name,value of a CSV file. An error in writing names it."""
+
+    def __init__(self, path):
+        self.path, is_new = path, not os.path.exists(path)
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (`close` does)
+        self.rows = csv.writer(self.file)
+        if is_new:
+            self.rows.writerow(("step", "name", "value"))
+
+    def log_value(self, name, value, step):
+        with name_in_errors(self.path):
+            self.rows.writerow((step, name, value))
+            self.file.flush()
+
+    def close(self):
         with suppress(OSError):  # of the same full disk
-            super().__del__()
+            self.file.close()
+
+
+def open_events(folder: str) -> Any:
+    """tensorboard_logger's Logger in a folder, whose errors in writing name the folder.
+
+    Raises TypeError where protobuf has been loaded in a form that tensorboard_logger's code does not work with.
+    """
+    if "google.protobuf" not in sys.modules:
+        os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"
+    import tensorboard_logger
+
+    class Events(tensorboard_logger.Logger):
+        def log_value(self, name, value, step):
+            with name_in_errors(folder):
+                super().log_value(name, value, step)
+
+        def close(self):
+            with suppress(OSError):  # of the same full disk
+                super().__del__()
+
+        __del__ = close
+
+    return Events(folder)

@@ -4,10 +4,13 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 
-from lib.errors import InputError, is_worker_crash
+from lib.errors import InputError
+
+PIECES, PIECE_BYTES = 64, 4096  # of a file, that its digest covers
 
 
 def make_folder(path: str | os.PathLike) -> None:
@@ -30,28 +33,69 @@ def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
 def replace(path: str | os.PathLike, write: Callable) -> None:
     """Write a file whole or not at all: write(file) fills path.part, which is synced to disk and then renamed to path.
 
-    Raises InputError or OSError naming path where it cannot be written; what was there before stays.
+    Where path is a link, the file that it points to is replaced. Raises InputError or OSError naming path where it
+    cannot be written; what was there before stays.
     """
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path}: is no file, expected one or a free name")
-    part = os.fspath(path) + ".part"
+    target = os.path.realpath(path)
+    part = target + ".part"
     try:
-        with open(part, "wb") as file:
+        with name_in_errors(path), open(part, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        if error.errno and not error.filename:  # a full disk does not say of which file
-            error.filename = os.fspath(path)
-        raise
-    except RuntimeError as error:  # torch.save hides the reason why a file cannot be written
-        if is_worker_crash(error):
-            raise
-        raise InputError(f"{path}: could not be written, is the disk full? ({str(error).splitlines()[0]})") from None
+        os.replace(part, target)
     finally:
         if os.path.exists(part):
             os.remove(part)
+
+
+class Writer:
+    """A file for torch.save, which raises a RuntimeError of its own where the file raises an OSError; kept here."""
+
+    def __init__(self, file):
+        self.file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self):
+        self.file.flush()
+
+
+def save_tensors(value: object, file: BinaryIO) -> None:
+    """torch.save(value, file). Raises the file's own OSError, such as that of a full disk."""
+    import torch  # here, because commands that handle text only need not load it
+
+    writer = Writer(file)
+    try:
+        torch.save(value, writer)
+    except RuntimeError:
+        if writer.error:
+            raise writer.error from None
+        raise
+
+
+def check_output(path: str | os.PathLike, *others: str | os.PathLike | None) -> None:
+    """Raise InputError or OSError, before the work begins, where replace(path, …) could not write.
+
+    others: files that are read or written as well, which path must not be.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"{path}: is no file, expected one or a free name")
+    if os.path.realpath(path) in (os.path.realpath(other) for other in others if other):
+        raise InputError(f"{path}: is read or written as well, expected another file")
+    part = os.path.realpath(path) + ".part"
+    is_new = not os.path.exists(part)
+    with name_in_errors(path):
+        open(part, "ab").close()
+    if is_new:
+        os.remove(part)
 
 
 def write_lines(path: str | os.PathLike, lines: Iterable[str]) -> None:
@@ -79,6 +123,17 @@ def read_lines(path: str | os.PathLike) -> list[str]:
 def digest_lines(lines: Iterable[str]) -> str:
     """SHA-256 of lines (str, without line ends), in hexadecimal digits."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def sample_digest(path: str | os.PathLike) -> str:
+    """SHA-256, in hexadecimal digits, of pieces spread over a file, its first and last bytes among them."""
+    size = os.path.getsize(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in range(PIECES):
+            file.seek(piece * max(0, size - PIECE_BYTES) // (PIECES - 1))
+            digest.update(file.read(PIECE_BYTES))
+    return digest.hexdigest()
 
 
 def open_npy(path: str | os.PathLike) -> np.ndarray:

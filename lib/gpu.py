@@ -1,17 +1,18 @@
-"""Memory of a GPU: what is kept there, how large a block may be, and what happens where it runs out.
+"""Memory of a GPU: what is kept there, and how large a block may be.
 
 On a CPU everything stays where it is and blocks have no limit.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from lib.tensors import send
+from lib.tensors import to_device
 
 log = logging.getLogger(__name__)
 SHARE = 0.5  # of the free memory for what is kept on the GPU; the rest is for blocks
@@ -33,76 +34,100 @@ def resident(X: Any, device: torch.device) -> Any:
     free = free_bytes(device)
     if free is None or not 0 < getattr(X, "nbytes", 0) <= SHARE * free:
         return X
-    return send(X if isinstance(X, Tensor) else torch.from_numpy(np.array(X)), device)
+    return to_device(X if isinstance(X, Tensor) else torch.from_numpy(np.array(X)), device)
 
 
-def resident_chunks(X: Tensor, device: torch.device, multiple: int) -> Iterator[tuple[int, Tensor]]:
-    """Pairs of a first row and the rows from there on, on the device: as many at once as half of the free memory holds.
+def resident_chunks(
+    tensors: tuple[Tensor, ...], device: torch.device, multiple: int
+) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+    """Pairs of a first row and all tensors' rows (n, …) from there on, on the device: as many at once as half of the
+    free memory holds.
 
-    multiple: a chunk is a multiple of this many rows, but for the last. On a CPU the only chunk is X.
+    multiple: a chunk is a multiple of this many rows, but for the last. On a CPU the only chunk are the tensors.
     """
-    free, size = free_bytes(device), max(1, len(X))
-    if free is not None and X.nbytes > SHARE * free:
-        size = max(1, int(SHARE * free * len(X) / X.nbytes) // multiple) * multiple
-    for start in range(0, len(X), size):
-        yield start, X if device.type == "cpu" else send(X[start : start + size], device)
-
-
-def load_rows(rows: Callable, n: int, device: torch.device, share: float) -> list[Tensor] | None:
-    """rows(0) … rows(n - 1), tuples of tensors of equal shapes and types, each stacked (n, …) on a GPU.
-
-    None, with a line, where they take more than this share of its free memory; None on a CPU.
-    """
-    free = free_bytes(device)
-    if free is None:
-        return None
-    first = rows(0)
-    size = n * sum(x.nbytes for x in first)
-    fits = size <= share * free
-    text = "%s: %.1f GB of features %s, %.1f GB are free"
-    log.info(text, device, size / 1e9, "are kept there" if fits else "come batch by batch", free / 1e9)
-    if not fits:
-        return None
-    kept = [torch.empty(n, *x.shape, dtype=x.dtype, device=device) for x in first]
-    for start in range(0, n, ROWS):
-        for target, block in zip(kept, zip(*map(rows, range(start, min(n, start + ROWS))), strict=True), strict=True):
-            target[start : start + ROWS] = send(torch.stack(block), device)
-    return kept
+    free, n, n_bytes = free_bytes(device), len(tensors[0]), sum(x.nbytes for x in tensors)
+    size = max(1, n)
+    if free is not None and n_bytes > SHARE * free:
+        size = max(1, int(SHARE * free * n / n_bytes) // multiple) * multiple
+    for start in range(0, n, size):
+        yield start, tuple(to_device(x[start : start + size], device) for x in tensors)
 
 
 class BlockLimit:
-    """How many images are scored at once on a device. size: the limit; None on a CPU."""
+    """How many images are scored at once on a device: what its free memory holds, less after a failure."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.size: int | None = None
 
-    def fit(self, elements: int) -> int | None:
-        """The limit for images of that many raw similarities each: what the free memory holds, less after a failure."""
+    def fit(self, n_images: int, elements: int) -> int:
+        """The limit for n images of that many raw similarities each."""
         free = free_bytes(self.device)
         if free is None:
-            return None
+            return n_images
         fits = max(1, int(SHARE * free / (4 * TEMPORARIES * max(1, elements))))
-        return fits if self.size is None else min(self.size, fits)
+        return min(n_images, fits, self.size or fits)
 
-    def score(self, images: Tensor, n_words: int, score: Callable[[Tensor], Tensor]) -> Tensor:
-        """score(images) (I, C) on the CPU, in blocks of images.
+    def score(self, score: Callable, images: Sequence[Tensor], captions: tuple) -> Tensor:
+        """score(*images, *captions) (I, C) on the CPU, in blocks of images.
 
-        Where a block runs out of memory, it is scored in halves, with a warning, and so are all after it. Raises
-        torch.OutOfMemoryError where one image is too much.
+        images, captions: as evaluation.score_shards takes them, on the device. Where a block runs out of memory, it is
+        scored in halves, with a warning, and so are all after it. Raises torch.OutOfMemoryError where one image is too
+        much.
         """
-        scores, start = [], 0
-        while start < len(images):
-            size = self.fit(images.shape[1] * n_words) or len(images)
-            block = images[start : start + size]
+        scores, start, n = [], 0, len(images[0])
+        while start < n:
+            size = self.fit(n - start, images[0].shape[1] * int(captions[1].sum()))
             try:
-                scores.append(score(block).cpu())
+                scores.append(score(*(x[start : start + size] for x in images), *captions).cpu())
             except torch.OutOfMemoryError:
-                if len(block) == 1:
+                if size == 1:
                     raise
-                self.size = len(block) // 2
-                log.warning("%s: out of memory with %d images at once, now %d", self.device, len(block), self.size)
+                self.size = size // 2
+                log.warning("%s: out of memory with %d images at once, now %d", self.device, size, self.size)
                 torch.cuda.empty_cache()
                 continue
-            start += len(block)
-        return torch.cat(scores) if len(scores) != 1 else scores[0]
+            start += size
+        return torch.cat(scores)
+
+
+class FeaturesOnGPU:
+    """A DataLoader whose data set's features and grids lie on a GPU: they are put into its batches there.
+
+    The data set's items then have an image's number in their place; the rest of the DataLoader is as it was.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader, dataset = loader, loader.dataset
+        n, first = dataset.n_images, dataset.features(0)
+        self.rows = [torch.empty(n, *x.shape, dtype=x.dtype, device=device) for x in first]
+        for start in range(0, n, ROWS):
+            block = dataset.features(range(start, min(n, start + ROWS)))
+            for target, rows in zip(self.rows, block, strict=True):
+                target[start : start + ROWS] = to_device(rows, device)
+        dataset.numbers_only = True
+
+    def __getattr__(self, name):
+        return getattr(self.loader, name)
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if isinstance(batch, tuple) and batch:
+                numbers = to_device(batch[0], self.rows[0].device)
+                batch = *(x.index_select(0, numbers) for x in self.rows), *batch[1:]
+            yield batch
+
+
+def keep_features(loader: Any, device: torch.device, where: str) -> Any:
+    """loader with its data set's features on a GPU, if where (--features_on) says so and they fit; else loader."""
+    free, dataset = free_bytes(device), getattr(loader, "dataset", None)
+    if free is None or where == "host" or not hasattr(dataset, "numbers_only"):
+        return loader
+    size = dataset.n_images * sum(x.nbytes for x in dataset.features(0))
+    fits = size <= free * (AUTO_SHARE if where == "auto" else 1)
+    text = "%s: %.1f GB of features %s, %.1f GB are free"
+    log.info(text, device, size / 1e9, "are kept there" if fits else "come batch by batch", free / 1e9)
+    return FeaturesOnGPU(loader, device) if fits else loader

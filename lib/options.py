@@ -24,6 +24,7 @@ class Option(NamedTuple):
 
     allowed: least and largest value of a number; the choices of a text, none for any line of text.
     fixed: whether a resumed run must have the same value, because it changes what the model computes or is ranked on.
+    several: whether a text may be a list of texts.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Option(NamedTuple):
     allowed: tuple = ()
     alias: str = ""
     fixed: bool = False
+    several: bool = False
 
     def fits(self, value: Any) -> bool:
         """Whether value is of this option's kind and allowed."""
@@ -43,6 +45,12 @@ class Option(NamedTuple):
         kinds = (int,) if isinstance(self.default, int) else (int, float)
         in_kind = isinstance(value, kinds) and not isinstance(value, bool)
         return in_kind and self.allowed[0] <= value <= self.allowed[1]
+
+    def check(self, value: Any) -> None:
+        """Raise InputError where value does not fit."""
+        if not self.fits(value):
+            shown = brief(value).strip("'")
+            raise InputError(f"--{self.name} {shown}: expected {self.expected()}")
 
     def expected(self) -> str:
         """What fits, for an error message."""
@@ -122,6 +130,16 @@ RUN = (
 )
 WHOLE_IMAGE_RUN = (Option("embed_path", "./vocab/embedding.npy", "accepted and unused, as in the published code"),)
 
+# What an evaluation does beside ranking; evalrank's keywords.
+EVALUATION = (
+    Option("save_ranks", "", "file that the ranks are written to, e.g. ranks.pth.tar"),
+    Option("save_topk", "", "file that each query's best candidates are written to, as JSON lines"),
+    Option("topk", 10, "how many of them", COUNT),
+    Option("eccv", False, "ECCV Caption and CxC metrics of MS-COCO's testall as well"),
+    Option("intervals", False, "95 % intervals as well, bootstrap over images"),
+    Option("versus", "", "other checkpoints: paired difference from these", several=True),
+)
+
 OPTIONS = {row.name: row for row in (*MODEL, *RUN, *MODEL_NEWER, *WHOLE_IMAGE, *WHOLE_IMAGE_RUN)}
 TRAIN, TRAIN_WHOLE = (*MODEL, *RUN, *MODEL_NEWER), tuple(OPTIONS.values())
 REQUIRED = frozenset(row.name for row in MODEL)
@@ -159,19 +177,42 @@ def add_options(parser: argparse.ArgumentParser, options: Iterable[Option | str]
     for row in (OPTIONS[name] if isinstance(name, str) else name for name in options):
         flags = [f"--{name}" for name in (row.name, row.alias) if name]
         if isinstance(row.default, bool):
-            parser.add_argument(*flags, action="store_true", help=row.help)
+            parser.add_argument(*flags, action="store_true", help=row.help.replace("%", "%%"))
             continue
+        more: dict[str, Any] = {"nargs": "+"} if row.several else {}
         default = defaults.get(row.name, row.default)
         choices = " | ".join(row.allowed) + ": " if isinstance(row.default, str) and row.allowed else ""
         shown = "the checkpoint's" if default is None else "none" if default == "" else default
         parser.add_argument(
-            *flags, default=default, type=type(row.default), help=f"{choices}{row.help} (default: {shown})"
+            *flags, default=default, type=type(row.default), help=f"{choices}{row.help} (default: {shown})", **more
         )
 
 
 def check_options(opt: Any, names: Iterable[str] = OPTIONS) -> None:
     """Raise InputError that names the first flag among names whose value in opt is not allowed."""
     for name in names:
-        if hasattr(opt, name) and not OPTIONS[name].fits(value := getattr(opt, name)):
-            shown = brief(value).strip("'")
-            raise InputError(f"--{name} {shown}: expected {OPTIONS[name].expected()}")
+        if hasattr(opt, name):
+            OPTIONS[name].check(getattr(opt, name))
+
+
+def evaluation_options(options: dict[str, Any]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Keyword arguments of evalrank → the rows of EVALUATION, by default where missing or None, and a checkpoint's.
+
+    Raises TypeError for one that there is not, InputError for a value that is not allowed.
+    """
+    own = {row.name: row for row in EVALUATION}
+    options = {name: value for name, value in options.items() if value is not None}
+    for name, value in options.items():
+        row = own.get(name) or OPTIONS.get(name)
+        if row is None:
+            allowed = ", ".join([*own, *OPTIONS])
+            raise TypeError(f"evalrank() got an unexpected keyword argument {name!r}, expected one of {allowed}")
+        for one in as_list(value) if row.several else [value]:
+            row.check(os.fspath(one) if isinstance(one, os.PathLike) else one)
+    settings = {row.name: options.pop(row.name, row.default) for row in EVALUATION}
+    return argparse.Namespace(**settings), options
+
+
+def as_list(paths: Any) -> list:
+    """A list of paths, where one path or several may be given."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)

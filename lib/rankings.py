@@ -7,15 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from lib.files import replace, write_lines
+from lib.files import replace, save_tensors, write_lines
 
 BLOCK = 256  # queries that are sorted at once
 
 
-def write_ranks(path: str, ranks: Sequence[dict]) -> None:
-    """Write each fold's {"rt": (ranks, top1), "rti": (ranks, top1)} as tensors: a list, or a dict for one fold."""
-    folds = [{key: [torch.as_tensor(x) for x in pair] for key, pair in fold.items()} for fold in ranks]
-    replace(path, lambda file: torch.save(folds if len(folds) > 1 else folds[0], file))
+def write_ranks(path: str, ranks: Sequence[dict], captions: str) -> None:
+    """Write each fold's {"rt": (ranks, top1), "rti": (ranks, top1)} as tensors: a list, or a dict for one fold.
+
+    captions: the digest of the split's captions, in each fold as well.
+    """
+    folds: list[dict[str, Any]] = [
+        {key: [torch.as_tensor(x) for x in pair] for key, pair in fold.items()} | {"captions": captions}
+        for fold in ranks
+    ]
+    replace(path, lambda file: save_tensors(folds if len(folds) > 1 else folds[0], file))
 
 
 def write_topk(path: str, folds: Sequence[np.ndarray], k: int, ids: Sequence[str] | None) -> None:

@@ -1,7 +1,7 @@
 """A new run that continues another's checkpoint (--resume) or takes its weights (--init_from)."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,10 @@ log = logging.getLogger(__name__)
 WAY_OUT = "give the same, or start a new run from its weights with --init_from"
 
 
-def caption_digests(loaders: Iterable) -> dict[str, str]:
-    """SHA-256 of the captions of the train and the dev loader, where their data sets have captions."""
-    digests = {}
-    for split, loader in zip(("train", "dev"), loaders, strict=False):
-        if hasattr(loader.dataset, "captions"):
-            digests[split] = digest_lines(loader.dataset.captions)
-    return digests
+def caption_digests(train_loader: Any, dev_loader: Any) -> dict[str, str]:
+    """SHA-256 of the captions of the train and the dev loader's data sets, where these have captions."""
+    datasets = {"train": train_loader.dataset, "dev": dev_loader.dataset}
+    return {split: digest_lines(x.captions) for split, x in datasets.items() if hasattr(x, "captions")}
 
 
 def check_same_options(path: str, checkpoint: dict, opt: Any) -> None:

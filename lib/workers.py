@@ -1,95 +1,157 @@
-"""Loading processes: which item each one reads, so that the death of one can be reported with the item."""
+"""Loading processes: batches in shared memory, and the death of a process reported with the item that it read."""
 
-import multiprocessing.queues
+import multiprocessing
 import os
-import re
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch.utils.data import get_worker_info
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 
 from lib.errors import InputError
 
+PREFETCH = 2  # batches that each loading process keeps ready
 SHARED_MEMORY = "/dev/shm"  # Linux keeps there what processes share; a container has 64 MB by default
 WAY_OUT = "--workers 0 loads without processes; in a container --shm-size makes it larger"
 
 
-def check_shared_memory(batch_bytes: int, n_batches: int) -> None:
-    """Raise InputError where the batches that wait for training do not fit into what is free of /dev/shm.
-
-    batch_bytes: size of a batch. n_batches: how many there may be at a time, in all processes of this machine.
-    """
-    if not os.path.isdir(SHARED_MEMORY):
-        return
-    free, needed = shutil.disk_usage(SHARED_MEMORY).free, batch_bytes * n_batches
-    if needed > free:
-        sizes = f"{free / 1e6:.0f} MB free, {n_batches} batches that wait for training need {needed / 1e6:.0f} MB"
-        raise InputError(f"{SHARED_MEMORY}: {sizes}; {WAY_OUT}")
-
-
 class WorkerLog:
-    """What the loading processes of one data set do, in memory that they share with the process that trains.
+    """What loading processes note, in memory that they share with the process that trains.
 
-    pids (workers,): each one's process id. items (workers,): the index of the item that it reads.
-    watched (): 1 while the process that trains is inside watched_workers. unsent (): 1 where a batch could not be sent.
+    pids, items (workers,): each one's process id, and the index of the item that it reads. watched (): 1 inside
+    `watched`.
     """
 
     def __init__(self, workers: int):
-        self.pids = torch.zeros(workers, dtype=torch.int64).share_memory_()
-        self.items = torch.zeros(workers, dtype=torch.int64).share_memory_()
-        self.watched = torch.zeros((), dtype=torch.int64).share_memory_()
-        self.unsent = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.pids, self.items = (move(torch.zeros(workers, dtype=torch.int64)) for _ in range(2))
+        self.watched = move(torch.zeros((), dtype=torch.int64))
 
-    def note_item(self, index: int) -> None:
-        """In a loading process: it reads item index now."""
-        if worker := get_worker_info():
-            self.items[worker.id] = index
+    def start_worker(self, number: int) -> None:
+        """Set up loading process `number`: note its id and leave signals to the process that trains.
+
+        Ctrl-C is ignored; SIGTERM is ignored while the process that trains is inside `watched`.
+        """
+        global item
+        item = self.items[number]
+        self.pids[number] = os.getpid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: None if self.watched else os._exit(0))
 
 
-def start_worker(number: int) -> None:
-    """Set up loading process `number`: note its process id and leave signals to the process that trains.
+item: Tensor | None = None  # in a loading process: where it notes the item that it reads
 
-    Ctrl-C is ignored; SIGTERM is ignored while the process that trains is inside watched_workers. A batch that cannot
-    be sent ends the process: multiprocessing would print a traceback and leave the process that trains waiting for it.
-    """
 
-    def end(error, batch):
-        worker_log.unsent.fill_(1)
-        os._exit(1)
+def note_item(index: int) -> None:
+    """In a loading process: it reads item index now."""
+    if item is not None:
+        item.fill_(index)
 
-    worker_log = get_worker_info().dataset.worker_log
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: None if worker_log.watched else os._exit(0))
-    queue: Any = multiprocessing.queues.Queue
-    queue._on_queue_feeder_error = staticmethod(end)
-    worker_log.pids[number] = os.getpid()
+
+def is_loading() -> bool:
+    """Whether this is a loading process that a Loader started."""
+    return item is not None
+
+
+class Loader(DataLoader):
+    """torch's DataLoader with loading processes, at most one a core, whose deaths `watched` reports."""
+
+    def __init__(self, dataset: Any, workers: int, **more: Any):
+        workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        self.log, self.processes = WorkerLog(workers) if workers else None, []
+        if self.log:
+            more |= {"worker_init_fn": self.log.start_worker, "prefetch_factor": PREFETCH, "persistent_workers": True}
+        # a generator of its own, so that loading leaves the random state of training alone
+        super().__init__(dataset, num_workers=workers, generator=torch.Generator(), **more)
+
+    def __iter__(self) -> Any:
+        start = self.log and not self.processes
+        if start:
+            self.check_shared_memory()
+        others = multiprocessing.active_children()
+        batches = super().__iter__()
+        if start:
+            self.processes = [child for child in multiprocessing.active_children() if child not in others]
+            loading.add(self)
+        for batch in batches:
+            if isinstance(batch, InputError):  # of a loading process; raised there, it would arrive with a traceback
+                raise batch
+            yield batch
+
+    def dead(self) -> list:
+        """The loading processes that have ended."""
+        return [child for child in self.processes if child.exitcode is not None]
+
+    def check_shared_memory(self) -> None:
+        """Raise InputError where the batches that wait for training do not fit into what is free of /dev/shm."""
+        if not os.path.isdir(SHARED_MEMORY):
+            return
+        batch_size = min(self.batch_size or getattr(self.batch_sampler, "batch_size", 1), len(self.dataset))
+        n_batches = min(PREFETCH * self.num_workers + 1, len(self))  # and the one that is trained on
+        item_bytes = sum(x.nbytes for x in self.dataset[0] if isinstance(x, Tensor))
+        free, needed = shutil.disk_usage(SHARED_MEMORY).free, item_bytes * batch_size * n_batches
+        if needed > free:
+            sizes = f"{free / 1e6:.0f} MB free, {n_batches} batches that wait for training need {needed / 1e6:.0f} MB"
+            raise InputError(f"{SHARED_MEMORY}: {sizes}; {WAY_OUT}")
+
+
+loading: WeakSet[Loader] = WeakSet()  # loaders with loading processes
+
+
+def have_died() -> bool:
+    """Whether a loading process has ended: PyTorch then raises a RuntimeError, from a signal, so in any line."""
+    return any(loader.dead() for loader in loading)
 
 
 @contextmanager
-def watched_workers(dataset: Any) -> Iterator[None]:
+def watched(loader: Any) -> Iterator[None]:
     """Inside, the death of a loading process is an InputError that names the item which that process read.
 
-    dataset: has worker_log, a WorkerLog (None without loading processes), prefix, and describe_item(index) → str.
+    loader: a Loader, whose data set has prefix and describe_item(index) → str; others are not watched.
     """
-    worker_log = dataset.worker_log or WorkerLog(0)
-    worker_log.watched.fill_(1)
+    log = getattr(loader, "log", None)
+    if not log:
+        yield
+        return
+    log.watched.fill_(1)
     try:
         yield
-    except RuntimeError as error:
-        if worker_log.unsent or "unable to allocate shared memory" in str(error):
-            raise InputError(f"{SHARED_MEMORY}: no space for the batches that wait for training; {WAY_OUT}") from None
-        found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(error))
-        dead = set(map(int, found[1].split(","))) if found else ()
-        for pid, index in zip(worker_log.pids.tolist(), worker_log.items.tolist(), strict=True):
-            if pid in dead:
-                raise InputError(
-                    f"{dataset.prefix}: a loading process died when it read {dataset.describe_item(index)} "
-                    f"({str(error).strip().splitlines()[0]})"
-                ) from None
+    except RuntimeError:
+        for child in loader.dead():
+            place = f"{loader.dataset.prefix}: a loading process died with exit code {child.exitcode}"
+            for index in log.items[log.pids == child.pid].tolist():  # none, where it died before it noted its id
+                place += f" when it read {loader.dataset.describe_item(index)}"
+            raise InputError(place) from None
         raise
     finally:
-        worker_log.watched.fill_(0)
+        log.watched.fill_(0)
+
+
+# ---------------------------------------------------------------- shared memory
+
+
+def share(x: Tensor) -> Tensor:
+    """x, in a loading process moved into shared memory. Raises InputError where that is full."""
+    return x if get_worker_info() is None else move(x)
+
+
+def move(x: Tensor) -> Tensor:
+    """x, moved into shared memory. Raises InputError where that is full."""
+    try:
+        return x.share_memory_()
+    except RuntimeError as error:
+        raise InputError(f"{SHARED_MEMORY}: no space for what loading processes share ({error}); {WAY_OUT}") from None
+
+
+def stack(rows: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape, stacked; in a loading process straight into shared memory. Raises as `share`."""
+    if get_worker_info() is None or len({x.shape for x in rows}) > 1:
+        return torch.stack(rows)
+    try:
+        return default_collate(rows)
+    except RuntimeError as error:
+        raise InputError(f"{SHARED_MEMORY}: no space for the batches that wait for training; {WAY_OUT}") from error

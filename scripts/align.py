@@ -1,8 +1,8 @@
 """Put the position files of one dataset folder in the order of another's features.
 
-Pictures are paired by their ids where both folders have SPLIT_ids.txt, else by their captions: all of them the same
+Images are paired by their ids where both folders have SPLIT_ids.txt, else by their captions: all of them the same
 (except for case and punctuation), or most of them; else by their regions: regions that overlap look alike. A partner
-may lie in another split than the picture it belongs to. Whatever they are paired by, the pairs are verified by the
+may lie in another split than the image it belongs to. Whatever they are paired by, the pairs are verified by the
 captions, by the features where both folders have them, and by the regions. Nothing is written where a pair fails.
 """
 
@@ -23,7 +23,7 @@ from lib.datasets.writer import SplitWriter
 from lib.errors import InputError, run
 from lib.files import digest_lines, make_folder, write_lines
 
-SAMPLE = 100  # pictures of a split whose features and regions are compared
+SAMPLE = 100  # images of a split whose features and regions are compared
 CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4
 
 
@@ -47,7 +47,7 @@ def verify(split, partners, problems):
 
 
 def check_captions(split, row, partner, problems):
-    """The share of a picture's different captions that its partner has as well."""
+    """The share of a image's different captions that its partner has as well."""
     captions = set(split.digests[row])
     shared = captions & set(partner.split.digests[partner.row])
     if not shared:
@@ -57,7 +57,7 @@ def check_captions(split, row, partner, problems):
 
 
 def check_features(split, row, partner, problems):
-    """Whether a picture and its partner have the same features."""
+    """Whether a image and its partner have the same features."""
     a, b = (features.astype(np.float32) for features in (split.read("ims", row)[0], partner.read("ims")))
     same = a.shape == b.shape and np.abs(a - b).max() <= CLOSE * max(np.abs(a).max(), 1)
     if not same:
@@ -67,7 +67,7 @@ def check_features(split, row, partner, problems):
 
 
 def check_regions(split, pairs, problems):
-    """Judge whether the partners' boxes belong to the pictures' features."""
+    """Judge whether the partners' boxes belong to the images' features."""
     features = np.concatenate([split.read("ims", row) for row, _ in pairs])
     grids = [partner.read("boxes") for _, partner in pairs]
     if len({grid.shape for grid in grids}) > 1 or features.ndim != 3 or grids[0].ndim != 2:
@@ -79,7 +79,7 @@ def check_regions(split, pairs, problems):
 
 
 def write(split, partners, opt, copy):
-    """Write the source's arrays for the paired pictures of a reference split, in its order.
+    """Write the source's arrays for the paired images of a reference split, in its order.
 
     copy: what else the reference has goes along, so that the folder is whole without it.
     """
@@ -88,18 +88,25 @@ def write(split, partners, opt, copy):
     arrays = {name: common_row(name, sources) for name in opt.arrays}
     kept = {}
     if copy:
-        kept = {name: (r.shape[1:], r.dtype) for name, (r, _) in split.arrays.items() if name not in arrays}
+        kept = {name: (array.shape[1:], array.dtype) for name, (array, _) in split.arrays.items() if name not in arrays}
     ids = [split.names[row] if split.names else f"{split.split} {row}" for row, _ in pairs]
-    inputs = [other.arrays[name][0].path for other in sources for name in arrays]
+    inputs = [other.arrays[name][0].filename for other in sources for name in arrays]
     settings = {"tool": "align", "partners": digest_lines(f"{other.split.split} {other.row}" for _, other in pairs)}
     out = SplitWriter(
-        opt.out, split.split, ids, {**arrays, **kept}, settings, inputs, opt.overwrite, write_ids=bool(split.names)
+        opt.out,
+        split.split,
+        ids,
+        {**arrays, **kept},
+        settings,
+        inputs,
+        overwrite=opt.overwrite,
+        write_ids=bool(split.names),
     )
     with out:
         if out.finished:
             print(f"{split.split}: there already")
             return
-        for i in tqdm(np.flatnonzero(~out.done), desc=f"{split.split}: writing", unit="picture", disable=None):
+        for i in tqdm(np.flatnonzero(~out.done), desc=f"{split.split}: writing", unit="image", disable=None):
             row, partner = pairs[i]
             values = {name: partner.read(name) for name in arrays}
             out.write(i, **values, **{name: split.read(name, row)[0] for name in kept})
@@ -107,7 +114,7 @@ def write(split, partners, opt, copy):
             lines = [line for row, _ in pairs for line in split.captions_of(row)]
             write_lines(os.path.join(opt.out, split.split + "_caps.txt"), lines)
         out.finish()
-    print(f"{split.split}: {', '.join(arrays)} of {len(pairs)} pictures in {opt.out}")
+    print(f"{split.split}: {', '.join(arrays)} of {len(pairs)} images in {opt.out}")
 
 
 def common_row(name, sources):
@@ -118,11 +125,13 @@ def common_row(name, sources):
     first, *others = [source.arrays[name][0] for source in sources]
     for other in others:
         if (other.shape[1:], other.dtype) != (first.shape[1:], first.dtype):
-            raise InputError(f"{other.path}: rows of {other.shape[1:]} {other.dtype}, unlike those of {first.path}")
+            raise InputError(
+                f"{other.filename}: rows of {other.shape[1:]} {other.dtype}, unlike those of {first.filename}"
+            )
     return first.shape[1:], first.dtype
 
 
-def main():
+def get_parser():
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,7 +147,11 @@ def main():
     add("--by", choices=("auto", "ids", "captions", "regions"), default="auto", help="pair by (default: %(default)s)")
     add("--skip_bad", action="store_true", help="leave out what has no partner; copies the rest of the reference")
     add("--overwrite", action="store_true", help="replace what is there")
-    opt = parser.parse_args()
+    return parser
+
+
+def align(opt):
+    """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays."""
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
     make_folder(opt.out)
@@ -155,7 +168,7 @@ def main():
 
 
 def refuse(problems, by, opt):
-    """Raise InputError if the pairs are not proved, or some pictures have none and may not be left out."""
+    """Raise InputError if the pairs are not proved, or some images have none and may not be left out."""
     if any(problems.counts[kind] for kind in ("in disagreement", "of other features", "of other regions")):
         hint = "; --by captions pairs by these" if by == "ids" and problems.counts["in disagreement"] else ""
         raise InputError(f"{problems} (listed in {problems.path}){hint}")
@@ -163,6 +176,10 @@ def refuse(problems, by, opt):
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad leaves them out")
     if problems.total and os.path.realpath(opt.out) == os.path.realpath(opt.reference):
         raise InputError(f"--out {opt.out}: with --skip_bad expected another folder than the reference")
+
+
+def main():
+    align(get_parser().parse_args())
 
 
 if __name__ == "__main__":

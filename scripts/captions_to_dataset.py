@@ -1,13 +1,13 @@
-"""Captions → SPLIT_caps.txt and SPLIT_ids.txt, the same number for each picture (five on the public sets).
+"""Captions → SPLIT_caps.txt and SPLIT_ids.txt, the same number for each image (five on the public sets).
 
   --karpathy FILE   Karpathy's dataset_coco.json, dataset_flickr30k.json and others of that form, with their splits:
-                    restval belongs to train; MS-COCO's 5,000 test pictures are testall, the first 1,000 of them test
+                    restval belongs to train; MS-COCO's 5,000 test images are testall, the first 1,000 of them test
   --coco FILE …     the official captions_*.json of MS-COCO; --ids or --split says what goes where
   --tsv FILE        a caption a line: file name, tab, caption (NAME.jpg#2, as in the token files of Flickr8k and
                     Flickr30K, is NAME.jpg; so is NAME.jpg#zhc#2), or a table whose first line names its columns:
                     Kaggle's results.csv (image_name| comment_number| comment) and captions.txt (image,caption)
 
-A picture with more captions keeps its first ones, one with fewer is left out; both are reported.
+A image with more captions keeps its first ones, one with fewer is left out; both are reported.
 """
 
 import argparse
@@ -40,7 +40,7 @@ def sizes_of(texts):
 
 
 def sample(names, sizes, seed):
-    """Draw pictures at random: {split: names in their old order}, and the names that are left, in their old order."""
+    """Draw images at random: {split: names in their old order}, and the names that are left, in their old order."""
     order = list(names)
     random.Random(seed).shuffle(order)
     splits, position = {}, {name: i for i, name in enumerate(names)}
@@ -53,11 +53,11 @@ def draw(names, sizes, seed):
     """Draw every split at random: {split: names in their old order}; train is the rest where it has no size."""
     sizes = {"train": len(names) - sum(sizes.values()), **sizes}
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(names):
-        raise InputError(f"{len(names)} pictures with captions do not give {sizes}")
+        raise InputError(f"{len(names)} images with captions do not give {sizes}")
     splits, _ = sample(names, sizes, seed)
     if "dev" not in splits:
         splits["dev"] = splits["train"][:DEV_IN_TRAIN]
-        print(f"dev: the first {len(splits['dev'])} pictures of train; --sizes dev=COUNT holds some out instead")
+        print(f"dev: the first {len(splits['dev'])} images of train; --sizes dev=COUNT holds some out instead")
     return splits
 
 
@@ -65,15 +65,15 @@ def cut_from_train(splits, sizes, seed):
     """splits, and those of sizes that it lacks, which are drawn at random from train."""
     train = splits.get("train", [])
     if sum(sizes.values()) >= len(train):
-        raise InputError(f"--sizes: {len(train)} pictures of train do not give {sizes} and leave some to train")
+        raise InputError(f"--sizes: {len(train)} images of train do not give {sizes} and leave some to train")
     drawn, rest = sample(train, sizes, seed)
     for split, names in drawn.items():
-        print(f"{split}: {len(names)} pictures drawn from train")
+        print(f"{split}: {len(names)} images drawn from train")
     return {**splits, "train": rest, **drawn}
 
 
 def splits_of_source(captions, good, test_images):
-    """{split: names} as the source says; {} where it does not say for every picture."""
+    """{split: names} as the source says; {} where it does not say for every image."""
     splits = {}
     for name in good:
         splits.setdefault(captions.splits[name], []).append(name)
@@ -85,7 +85,7 @@ def splits_of_source(captions, good, test_images):
 
 
 def assign(captions, good, opt):
-    """{split: list of ids} as the flags or the source ask. good: names of pictures with enough captions, in order."""
+    """{split: list of ids} as the flags or the source ask. good: names of images with enough captions, in order."""
     splits = splits_of_source(captions, good, opt.test_images)
     if opt.split:
         splits = {opt.split: list(good)}
@@ -95,7 +95,7 @@ def assign(captions, good, opt):
             splits = cut_from_train(splits, sizes, opt.seed)
         else:
             if splits:
-                print(f"note: the source's splits ({', '.join(splits)}) are not used: all pictures are drawn anew")
+                print(f"note: the source's splits ({', '.join(splits)}) are not used: all images are drawn anew")
             splits = draw(list(good), sizes, opt.seed)
     elif not splits:
         raise InputError("the captions do not say which split they are of: --ids, --sizes or --split does")
@@ -133,21 +133,21 @@ def write_split(folder, split, ids, captions):
     prefix = os.path.join(folder, split)
     write_lines(prefix + "_caps.txt", captions)
     write_lines(prefix + "_ids.txt", ids)
-    print(f"{split}: {len(ids)} pictures, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
+    print(f"{split}: {len(ids)} images, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
 
 
 def read_source(opt, problems):
     if opt.karpathy:
-        return read_karpathy(opt.karpathy)
+        return read_karpathy(opt.karpathy, problems)
     if opt.coco:
-        return read_coco(opt.coco)
+        return read_coco(opt.coco, problems)
     captions, form = read_text(opt.tsv, problems)
     print(f"{opt.tsv}: {form}")
     return captions
 
 
 def first_captions(captions, opt, problems):
-    """{name: its first captions} of the pictures that have enough. Raises InputError where none has."""
+    """{name: its first captions} of the images that have enough. Raises InputError where none has."""
     k = opt.captions_per_image
     counts = {name: sum(map(bool, texts)) for name, texts in captions.texts.items()}
     good = {name: [text for text in captions.texts[name] if text][:k] for name in counts if counts[name] >= k}
@@ -156,12 +156,12 @@ def first_captions(captions, opt, problems):
         found = f"most have {usual[0][0]} (--captions_per_image)" if usual else "there are none at all"
         found += f"; {problems} (listed in {problems.path})" if problems.total else ""
         source = opt.karpathy or opt.tsv or ", ".join(opt.coco)
-        raise InputError(f"{source}: no picture has {k} captions, {found}")
+        raise InputError(f"{source}: no image has {k} captions, {found}")
     return good
 
 
 def report_counts(captions, k, splits, opt, problems):
-    """Report pictures that have more or fewer captions than k; with id lists, those of the lists only."""
+    """Report images that have more or fewer captions than k; with id lists, those of the lists only."""
     listed = {canonical_id(image_id) for ids in splits.values() for image_id in ids} if opt.ids else captions.texts
     for name, texts in captions.texts.items():
         count = sum(map(bool, texts))
@@ -185,16 +185,16 @@ def get_parser():
     add = parser.add_argument
     add("--out", required=True, metavar="DIR", help="the dataset folder")
     order = parser.add_mutually_exclusive_group()
-    order.add_argument("--ids", nargs="+", metavar="SPLIT=FILE", help="which pictures, in which order: id lists")
+    order.add_argument("--ids", nargs="+", metavar="SPLIT=FILE", help="which images, in which order: id lists")
     help_sizes = (
-        "pictures drawn for dev and test (and train); from train alone, where the source has splits but not these"
+        "images drawn for dev and test (and train); from train alone, where the source has splits but not these"
     )
     order.add_argument("--sizes", nargs="+", metavar="SPLIT=COUNT", help=help_sizes)
-    order.add_argument("--split", choices=SPLITS, help="all pictures go to this split")
+    order.add_argument("--split", choices=SPLITS, help="all images go to this split")
     add("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
     add("--test_images", type=int, default=COCO_TEST, help="of MS-COCO's testall that make test (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the drawing with --sizes (default: %(default)s)")
-    add("--skip_bad", action="store_true", help="leave out malformed lines and listed pictures without captions")
+    add("--skip_bad", action="store_true", help="leave out malformed lines and listed images without captions")
     add("--overwrite", action="store_true", help="also where features lie there in another order")
     return parser
 
@@ -217,7 +217,7 @@ def main():
         print(f"{problems} (listed in {problems.path})")
     for split, ids in splits.items():  # all of them before the first is written
         if not ids:
-            raise InputError(f"{split}: none of its pictures has {k} captions")
+            raise InputError(f"{split}: none of its images has {k} captions")
         if not opt.overwrite:
             check_order(opt.out, split, ids)
     for split, ids in splits.items():

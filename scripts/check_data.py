@@ -20,7 +20,7 @@ from lib.errors import InputError, run
 from scripts.check.arrays import check_features, check_grids, compare_boxes, compare_whole
 from scripts.check.report import Report, open_array
 from scripts.check.texts import check_captions, check_groups, check_ids, compare_splits
-from vocab import deserialize_vocab, vocab_file
+from vocab import Vocabulary, deserialize_vocab
 
 NEEDED = ("train", "dev")  # a training run reads these
 
@@ -35,11 +35,11 @@ class Found(NamedTuple):
 def check_split(prefix, opt, vocab, report):
     """Check the files of one split. Returns what was Found."""
     images = open_array(prefix + "_ims.npy", ("images", "regions", "img_dim"), report)
-    same = check_features(images, report) if images else None
+    same = check_features(images, report) if images is not None else None
     captions_path = prefix + ("_sent_caps.txt" if os.path.exists(prefix + "_sent_caps.txt") else "_caps.txt")
     captions = check_captions(captions_path, vocab, report, opt.allow_empty_captions)
     n_images = 0
-    if images:
+    if images is not None:
         n_images = count_images(prefix, same, len(captions), report)
         if n_images and len(captions) % n_images == 0:
             check_groups(captions_path, captions, len(captions) // n_images, report)
@@ -49,8 +49,8 @@ def check_split(prefix, opt, vocab, report):
         check_whole(prefix, images, report)
     ids = set()
     if os.path.exists(prefix + "_ids.txt"):
-        ids = check_ids(prefix + "_ids.txt", len(images) if images else 0, len(captions), report)
-    return Found(images.shape[2] if images else None, ids)
+        ids = check_ids(prefix + "_ids.txt", 0 if images is None else len(images), len(captions), report)
+    return Found(None if images is None else images.shape[2], ids)
 
 
 def count_images(prefix, same, n_captions, report):
@@ -79,34 +79,34 @@ def count_images(prefix, same, n_captions, report):
 
 
 def check_boxes(prefix, images, n_images, report):
-    """Check SPLIT_boxes.npy, and whether it belongs to the features (an ArrayReader, or None)."""
+    """Check SPLIT_boxes.npy, and whether it belongs to the features (a mapped array, or None)."""
     boxes = open_array(prefix + "_boxes.npy", ("images", "regions", "30 or 31"), report)
-    if not boxes:
+    if boxes is None:
         return
     if boxes.shape[2] not in (2 * N_SLOTS, 2 * N_SLOTS + 1):
-        report.faults.append(f"{boxes.path}: found {boxes.shape}, expected the last to be 30 or 31 (position.py)")
+        report.faults.append(f"{boxes.filename}: found {boxes.shape}, expected the last to be 30 or 31 (position.py)")
         return
     check_grids(boxes, report)
-    if not images:
+    if images is None:
         return
     if boxes.shape[1] != images.shape[1]:
-        report.faults.append(f"{boxes.path}: {boxes.shape[1]} regions, but {images.shape[1]} in {images.path}")
+        report.faults.append(f"{boxes.filename}: {boxes.shape[1]} regions, but {images.shape[1]} in {images.filename}")
     elif n_images and len(boxes) not in (len(images), n_images):
-        report.faults.append(f"{boxes.path}: {len(boxes)} images, but {len(images)} in {images.path}")
+        report.faults.append(f"{boxes.filename}: {len(boxes)} images, but {len(images)} in {images.filename}")
     elif n_images:
         compare_boxes(images, boxes, n_images, report)
 
 
 def check_whole(prefix, images, report):
-    """Check SPLIT_who_ims.npy, and whether it belongs to the features (an ArrayReader, or None)."""
+    """Check SPLIT_who_ims.npy, and whether it belongs to the features (a mapped array, or None)."""
     whole = open_array(prefix + "_who_ims.npy", ("images", "img_dim"), report)
-    if not whole:
+    if whole is None:
         return
     check_features(whole, report)
-    if not images:
+    if images is None:
         return
     if whole.shape[1] != images.shape[2] or len(whole) != len(images):
-        report.faults.append(f"{whole.path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
+        report.faults.append(f"{whole.filename}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
     else:
         compare_whole(images, whole, report)
 
@@ -117,7 +117,7 @@ def check_folder(folder, opt):
         raise InputError(f"{folder}: no such folder")
     report = Report()
     report.row("file", "shape", "type", "contents")
-    vocab_path = vocab_file(opt.vocab_path, os.path.basename(os.path.normpath(folder)))
+    vocab_path = os.path.join(opt.vocab_path, os.path.basename(os.path.normpath(folder)) + Vocabulary.suffix)
     vocab = None
     try:
         vocab = deserialize_vocab(vocab_path)
@@ -146,7 +146,7 @@ def check_between_splits(folder, found, report):
     for split in found:
         shared = found["train"].ids & found[split].ids if "train" in found and split != "train" else ()
         if shared:
-            report.notes.append(f"{folder}: {len(shared)} pictures of {split} are in train as well")
+            report.notes.append(f"{folder}: {len(shared)} images of {split} are in train as well")
     if "test" in found and "testall" in found:
         compare_splits(folder, "test", "testall", report)
 

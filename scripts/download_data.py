@@ -11,7 +11,7 @@ Without an ITEM nothing is fetched: a table shows what is there and how to get t
   models    trained Tencent-News models         → runs/{sentence,tag}_t2i.pth.tar
   all       all of these
 
-Positions list the pictures in another order than SCAN's features. Where both are there, align.py puts the positions
+Positions list the images in another order than SCAN's features. Where both are there, align.py puts the positions
 in the features' order, data/*_precomp/SPLIT_boxes.npy, and proves each pair by captions, ids or regions.
 So to train on Flickr30K get f30k and scan, on MS-COCO coco and scan, on Tencent-News tencent.
 
@@ -22,9 +22,8 @@ Exit status: 0 if everything asked for is there, else 2 with one line on stderr 
 """
 
 import argparse
-import json
+import contextlib
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -34,30 +33,22 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.download.archives import unpack
-from scripts.download.inventory import ITEMS, PARTS, Folders, print_table
+from scripts.download.sources import ITEMS, SOURCES, Folders, print_table
 from scripts.download.transfer import fetch_drive, fetch_kaggle
 
-DRIVE_IDS = {
-    "f30k": "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO",
-    "coco": "1DaCZxeXOCm05u-Gf-_MG_zSNKO1UxBat",
-    "tencent_train": "1WKq05mhSMc2u0SLtCWkUzgmqTLx95kXR",
-    "tencent_test": "1dPyo2EBHQoHkqx-Dl4R7ISb8t-rVG_KK",
-    "models": "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn",
-}
-ALIGN = Path(__file__).with_name("align.py")
 
-
-def get_part(part: str, folders: Folders) -> None:
-    """Fetch a part's archive unless it is there, unpack it and put its files in place."""
-    if not folders.missing(part):
+def get(name: str, folders: Folders) -> None:
+    """Fetch an archive unless it is there, unpack it and put its files in place."""
+    source = SOURCES[name]
+    if not folders.missing(source):
         return
-    archive = folders.data / "downloads" / part
+    archive = folders.data / "downloads" / name
     archive.parent.mkdir(parents=True, exist_ok=True)
     if not archive.is_file():
-        if part == "scan":
-            fetch_kaggle(part, archive)
+        if source.drive_id:
+            fetch_drive(name, source.drive_id, archive)
         else:
-            fetch_drive(part, DRIVE_IDS[part], archive)
+            fetch_kaggle(name, archive)
     unpacked = Path(f"{archive}.unpacked")
     shutil.rmtree(unpacked, ignore_errors=True)
     try:
@@ -65,35 +56,34 @@ def get_part(part: str, folders: Folders) -> None:
     except BaseException:
         shutil.rmtree(unpacked, ignore_errors=True)
         raise
-    put_in_place(part, unpacked, folders)
-    if missing := folders.missing(part):
+    put_in_place(name, unpacked, folders)
+    if missing := folders.missing(source):
         by_hand = f"; move what stands for them by hand out of {unpacked}" if unpacked.exists() else ""
-        raise InputError(f"{part}: {archive} has no {', '.join(missing)}{by_hand}")
+        raise InputError(f"{name}: {archive} has no {', '.join(missing)}{by_hand}")
 
 
-def put_in_place(part: str, unpacked: Path, folders: Folders) -> None:
+def put_in_place(name: str, unpacked: Path, folders: Folders) -> None:
     """Move the unpacked files whose place is certain, and list all of them with where they are now."""
     files = sorted(path for path in unpacked.rglob("*") if path.is_file())
-    places = {path: folders.place(part, path.relative_to(unpacked)) for path in files}
+    places = {path: folders.place(SOURCES[name], path.relative_to(unpacked)) for path in files}
     claims = Counter(places.values())
     for path, target in places.items():
-        name = f"{part}: {path.relative_to(unpacked)}"
-        if target is None:
-            print(f"{name}: left in {unpacked}")
-        elif claims[target] > 1:
-            print(f"{name}: left in {unpacked}, because {claims[target]} files would be {target}")
-        elif target.exists():
-            print(f"{name}: left in {unpacked}, because {target} is there already")
-        else:
+        reason = ""
+        if target and claims[target] > 1:
+            reason = f", because {claims[target]} files would be {target}"
+        elif target and target.exists():
+            reason = f", because {target} is there already"
+        elif target:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, target)
-            print(f"{name} → {target}")
+        where = f": left in {unpacked}{reason}" if path.exists() else f" → {target}"
+        print(f"{name}: {path.relative_to(unpacked)}{where}")
     for path in [*sorted(unpacked.rglob("*"), reverse=True), unpacked]:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 
-def align(name: str, folders: Folders) -> None:
+def put_beside(name: str, folders: Folders) -> None:
     """Put PFAN's positions of a data set in the order of SCAN's features, where both are there.
 
     Raises InputError where the order cannot be proved, or boxes of unknown order lie beside the features.
@@ -102,32 +92,22 @@ def align(name: str, folders: Folders) -> None:
     splits = [path.name.removesuffix("_boxes.npy") for path in sorted(positions.glob("*_boxes.npy"))]
     if splits and all((positions / f"{split}_{kind}").exists() for split in splits for kind in ("ims.npy", "caps.txt")):
         print(f"{positions}: features, captions and positions, which train as they are: --data_path {positions.parent}")
-    splits = [split for split in splits if (features / f"{split}_ims.npy").exists()]
-    todo = [split for split in splits if not is_aligned(features / split)]
-    if not todo:
-        return
-    command = [sys.executable, str(ALIGN), "--reference", str(features), "--source", str(positions)]
-    command += ["--out", str(features), "--splits", *todo]
-    print("+", " ".join(command), flush=True)
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"align.py ended with status {done.returncode}"]
-        print(*lines[:-1], sep="\n", end="\n" * (len(lines) > 1))
-        reason = lines[-1].removeprefix("error: ")
-        raise InputError(f"{positions}: not put beside the features of {features}: {reason}")
 
+    def is_there(split, *kinds):
+        return all((features / f"{split}_{kind}").exists() for kind in kinds)
 
-def is_aligned(prefix: Path) -> bool:
-    """Whether align.py has put the boxes of a split there. Raises InputError where somebody else has."""
-    boxes, made = Path(f"{prefix}_boxes.npy"), Path(f"{prefix}_made.json")
-    if not boxes.exists():
-        return False
-    try:
-        if json.loads(made.read_bytes())["settings"]["tool"] == "align":
-            return True
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    raise InputError(f"{boxes}: not put there by align.py, its order is unknown; move it away and run this again")
+    # a record tells boxes that align.py has put there, which refuses to replace any other ones
+    todo = [s for s in splits if is_there(s, "ims.npy") and not is_there(s, "boxes.npy", "made.json")]
+    if todo:
+        words = ["--reference", features, "--source", positions, "--out", features, "--splits", *todo]
+        print("+ scripts/align.py", *words, flush=True)
+        from scripts.align import align, get_parser  # here, for it imports PyTorch
+
+        try:
+            with contextlib.redirect_stderr(sys.stdout):  # its list of problems; the error comes below
+                align(get_parser().parse_args(list(map(str, words))))
+        except InputError as error:
+            raise InputError(f"{positions}: not put beside the features of {features}: {error}") from None
 
 
 def main() -> None:
@@ -144,11 +124,10 @@ def main() -> None:
     for item in opt.item:
         if item not in (*ITEMS, "all"):
             raise InputError(f"{item}: expected {', '.join(ITEMS)}, all or an option (see --help)")
-    items = list(ITEMS) if "all" in opt.item else opt.item
-    parts = [part for item in items for part in ITEMS[item]]
+    names = [name for name, source in SOURCES.items() if source.item in opt.item or "all" in opt.item]
     folders = Folders(opt.data_path, opt.vocab_path, opt.model_path)
-    steps = [(get_part, part) for part in parts]
-    steps += [(align, f"{name}_precomp") for name in ("f30k", "coco") if name in parts or "scan" in parts]
+    steps = [(get, name) for name in names]
+    steps += [(put_beside, f"{name}_precomp") for name in ("f30k", "coco") if name in names or "scan" in names]
     failed = False
     for step, name in steps:
         try:
@@ -156,7 +135,7 @@ def main() -> None:
         except InputError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr, flush=True)
-    sound = print_table(parts or list(PARTS), folders)
+    sound = print_table([SOURCES[name] for name in names or SOURCES], folders)
     sys.exit(0 if not opt.item or (sound and not failed) else 2)
 
 

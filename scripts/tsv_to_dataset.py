@@ -1,13 +1,13 @@
-"""Feature files with a picture a line (TSV) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
+"""Feature files with a image a line (TSV) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
 
 The first lines tell the form:
   bottom-up-attention's   image_id image_w image_h num_boxes boxes features, the last two base64 float32 (num_boxes, 4)
                           x1 y1 x2 y2 in pixels and (num_boxes, 2048)
   LXMERT's                img_id img_h img_w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features
   VinVL's                 a key, and JSON with objects (rect, feature, conf) or with num_boxes and features
---fields names other columns. Lines may come in any order, pictures of no list are passed over. Rows follow the id
+--fields names other columns. Lines may come in any order, images of no list are passed over. Rows follow the id
 lists. A stopped run goes on where it was; --skip_bad finishes one that found bad lines. A line that was cut off is no
-loss where the same picture stands whole in another.
+loss where the same image stands whole in another.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from scripts.features.feature_job import FeatureJob, add_flags, default_n_region
 
 
 def convert(paths, form, job, opt):
-    """Write the pictures of the TSV files, and report what is malformed, doubled or missing."""
+    """Write the images of the TSV files, and report what is malformed, doubled or missing."""
     whole, damaged = {}, []  # {canonical id: where}, [(canonical id, where, what)]
     for where, values in read_lines(paths):
         id_text = image_id(values, form)
@@ -37,7 +37,7 @@ def convert(paths, form, job, opt):
                 raise InputError("no image_id")
             regions = form.decode(values, form.fields, opt.img_dim) if name in job.rows else None
             if regions is None:
-                job.counts["of other pictures"] += 1
+                job.counts["of other images"] += 1
             elif name in whole:
                 job.problems.add("doubled", where, f"id {id_text} stands in {whole[name]} already")
             else:
@@ -49,18 +49,18 @@ def convert(paths, form, job, opt):
             job.check_early()
     for name, where, what in damaged:
         if name in whole:
-            job.problems.note(where, f"{what}; the picture stands whole in {whole[name]}")
+            job.problems.note(where, f"{what}; the image stands whole in {whole[name]}")
         else:
             job.problems.add("malformed", where, what)
     job.report_missing({*whole, *(name for name, _, _ in damaged)}, "in none of the TSV files")
 
 
 def all_ids(paths, form):
-    """The ids of the TSV files' pictures in their order. Raises InputError where there are none."""
+    """The ids of the TSV files' images in their order. Raises InputError where there are none."""
     ids = list(dict.fromkeys(image_id(values, form) for _, values in read_lines(paths)))
     ids = [name for name in ids if name]
     if not ids:
-        raise InputError(f"{paths[0]}: no pictures, expected lines of {', '.join(form.fields)}, tab-separated")
+        raise InputError(f"{paths[0]}: no images, expected lines of {', '.join(form.fields)}, tab-separated")
     return ids
 
 
@@ -74,8 +74,8 @@ def get_parser():
     add = parser.add_argument
     add("tsv", nargs="+", help="the TSV file, or all its parts")
     add_flags(add)
-    add("--all", choices=SPLITS, help="instead of id lists: every picture of the TSV, in its order, as this split")
-    add("--n_regions", type=int, metavar="N", help="regions a picture (default: 36, with --regions all 100)")
+    add("--all", choices=SPLITS, help="instead of id lists: every image of the TSV, in its order, as this split")
+    add("--n_regions", type=int, metavar="N", help="regions a image (default: 36, with --regions all 100)")
     add("--img_dim", type=int, default=2048, help="size of a region's feature (default: %(default)s)")
     add("--fields", help=f"the columns' names, {FIELDS} among them; best goes by {SCORES}, if there")
     return parser
@@ -96,7 +96,7 @@ def main():
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
     splits = {opt.all: all_ids(opt.tsv, form)} if opt.all else split_ids(opt.out, opt.ids, problems)
     settings = {"tool": "tsv_to_dataset", "regions": opt.regions, "fields": ",".join(form.fields)}
-    with FeatureJob(opt.tsv[0], splits, settings, opt.tsv, opt, problems) as job:
+    with FeatureJob(opt.tsv[0], splits, settings, opt.tsv, opt, problems, ("ims", "boxes"), opt.regions) as job:
         if job.writers:
             convert(opt.tsv, form, job, opt)
             job.finish("lines")

@@ -1,4 +1,4 @@
-"""What the tests share: the folder of published numbers and real data, SCAN's flags, settings of hypothesis."""
+"""What the tests share: the published numbers, the folder of real data, SCAN's flags, settings of hypothesis."""
 
 import os
 from argparse import Namespace
@@ -18,14 +18,22 @@ settings.load_profile("tests")
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of published numbers and real data beside the checkout; without it the test is skipped."""
+    """The folder of real data and published checkpoints beside the checkout; without it the test is skipped."""
     if not (SHARED / "golden").is_dir():
-        pytest.skip("no ../shared/golden beside this checkout: the published numbers are not at hand")
+        pytest.skip("no ../shared/golden beside this checkout: real data and published checkpoints are not at hand")
     return SHARED
 
 
+def golden(name):
+    """The arrays of golden/NAME.npz: what the published code gave on seeded inputs."""
+    import numpy as np  # which reads the number of threads when it is imported
+
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
 def make_opt(**changes):
-    """The published flags that a model needs, at the small sizes of ../shared/golden/pfan.npz. No newer flag is set."""
+    """The published flags that a model needs, at the small sizes of golden/pfan.npz. No newer flag is set."""
     flags = {
         "margin": 0.2,
         "max_violation": True,

@@ -1,4 +1,4 @@
-"""What the tests of the dataset tools share: running a command, and pictures with boxes and features."""
+"""What the tests of the dataset tools share: running a command, and images with boxes and features."""
 
 import base64
 import contextlib
@@ -37,11 +37,18 @@ def tool(name, *args, **more):
     if more:
         return command(name, *args, **more)
     module = importlib.import_module(name if name in ("position", "vocab") else f"scripts.{name}")
-    argv, status, out, err = [script(name), *map(str, args)], 0, io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), contextlib.chdir(ROOT), no_log_handlers():
+    with contextlib.chdir(ROOT):
+        return call(module.main, script(name), *args)
+
+
+def call(main, *argv):
+    """A command's main() called in this process with sys.argv: a CompletedProcess."""
+    status, out, err = 0, io.StringIO(), io.StringIO()
+    argv = list(map(str, argv))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), no_log_handlers():
         with mock.patch.object(sys, "argv", argv):
             try:
-                errors.run(module.main)
+                errors.run(main)
             except SystemExit as end:
                 status = end.code or 0
             except Exception:
@@ -74,8 +81,8 @@ def fails(name, *args, **more):
     return done.stderr.strip().splitlines()[-1]
 
 
-def picture(rng, n=R, width=500, height=375):
-    """Boxes (n, 4) in a picture of that size, and features (n, D)."""
+def detected(rng, n=R, width=500, height=375):
+    """Boxes (n, 4) in an image of that size, and features (n, D)."""
     low = rng.random((n, 2)) * [width * 0.6, height * 0.6]
     boxes = np.concatenate([low, low + 10 + rng.random((n, 2)) * [width * 0.3, height * 0.3]], 1)
     return boxes.astype("<f4"), rng.standard_normal((n, D)).astype("<f4")

@@ -1,10 +1,14 @@
-"""A small random data folder with its vocabulary, in the published layout."""
+"""A small random data folder with its vocabulary, in the published layout; untrained models of it; random batches."""
 
 import os
 
 import numpy as np
+import torch
+from conftest import make_opt
 
-from vocab import build_vocab, serialize_vocab
+import model
+from lib.checkpoint import save_checkpoint
+from vocab import build_vocab, deserialize_vocab, serialize_vocab
 
 WORDS = "a man woman dog child runs sits jumps holds red blue ball grass water street near with in the two".split()
 
@@ -67,6 +71,33 @@ def make_whole_folder(root, n_regions=4, box_width=31, sizes=(12, 6, 6)):
         np.save(prefix + "_who_ims.npy", rng.standard_normal((n, 8)).astype(np.float32))
     os.rename(os.path.join(vocab_path, "toy_vocab.json"), os.path.join(vocab_path, "toy_sent_vocab.json"))
     return data_path, vocab_path
+
+
+def save_model(path, data_path, vocab_path, seed=0, data_name="toy_precomp", make_model=model.SCAN, **flags):
+    """Write a checkpoint of an untrained model for a folder of make_folder; returns the model."""
+    vocab = deserialize_vocab(os.path.join(vocab_path, data_name + make_model.vocabulary.suffix))
+    sizes = {"img_dim": 16, "embed_size": 16, "word_dim": 8, "batch_size": 4, "vocab_size": len(vocab)}
+    where = {"data_path": data_path, "vocab_path": vocab_path, "data_name": data_name}
+    opt = make_opt(**{**sizes, **where, **flags})
+    torch.manual_seed(seed)
+    untrained = make_model(opt)
+    state = {"epoch": 1, "model": untrained.state_dict(), "best_rsum": 0.0, "opt": opt, "Eiters": 0}
+    save_checkpoint(state, False, os.path.basename(path), os.path.dirname(path))
+    return untrained
+
+
+def random_batch(lens=(6, 4, 1), n_regions=4, img_dim=64, box_width=31, whole=False, n_boxes=None, seed=0):
+    """images, (whole images,) boxes, captions, lengths, a pair for each of lens, the longest first.
+
+    The last region of an image has no box, the first one has 9 cells.
+    """
+    rng, n = np.random.default_rng(seed), len(lens)
+    boxes = random_boxes(rng, n, n_boxes or n_regions, box_width)
+    boxes[:, -1, :15], boxes[:, -1, 15:30] = 256, 0
+    boxes[:, 0, 9:15], boxes[:, 0, 24:30] = 256, 0
+    captions = rng.integers(1, 50, (n, max(lens))) * (np.arange(max(lens)) < np.array(lens)[:, None])
+    images = [rng.standard_normal((n, *shape), np.float32) for shape in ((n_regions, img_dim), (img_dim,))]
+    return *map(torch.tensor, (*images[: 1 + whole], boxes, captions)), list(lens)
 
 
 def write_lines(path, lines):

@@ -10,7 +10,7 @@ from regions import boxes_with_features
 
 
 def folders_to_align(tmp_path, order, ids=True):
-    """scan/ (features, captions) and pfan/ (grids, captions) of the same pictures in another order; the grids."""
+    """scan/ (features, captions) and pfan/ (grids, captions) of the same images in another order; the grids."""
     make_folder(tmp_path, "scan", {"train": 9, "dev": 4}, img_dim=D)
     data = tmp_path / "data"
     (data / "pfan").mkdir()
@@ -46,7 +46,7 @@ def test_positions_are_put_in_the_order_of_the_features(tmp_path, ids):
     assert "there already" in ok(*align(data, "--out", data / "scan"))
 
 
-def test_ids_that_mean_other_pictures_are_found_out_by_the_captions(tmp_path):
+def test_ids_that_mean_other_images_are_found_out_by_the_captions(tmp_path):
     data, grids = folders_to_align(tmp_path, 1)
     write_lines(data / "pfan/train_ids.txt", [f"train{i}" for i in range(9)])
     assert "--by captions" in fails(*align(data, "--out", data / "out"))
@@ -58,12 +58,12 @@ def test_ids_that_mean_other_pictures_are_found_out_by_the_captions(tmp_path):
 def test_what_has_no_partner_is_named_and_can_be_left_out(tmp_path):
     data, grids = folders_to_align(tmp_path, 2, ids=False)
     lines = (data / "scan/train_caps.txt").read_text().splitlines()
-    lines[5:10] = ["no such picture"] * 5  # all five
+    lines[5:10] = ["no such image"] * 5  # all five
     lines[10] = "one caption differs"
     write_lines(data / "scan/train_caps.txt", lines)
     message = fails(*align(data, "--out", data / "out"))
     assert "1 without a partner" in message
-    assert "train, picture 1 (id train1)" in (data / "out/align_problems.txt").read_text()
+    assert "train, image 1 (id train1)" in (data / "out/align_problems.txt").read_text()
     assert "another folder" in fails(*align(data, "--out", data / "scan", "--skip_bad"))
     ok(*align(data, "--out", data / "out", "--skip_bad"))
     kept = [0, 2, 3, 4, 5, 6, 7, 8]
@@ -90,7 +90,7 @@ def test_arrays_that_are_no_rows_or_not_there_are_named(tmp_path):
         write_lines(tmp_path / f"{name}/train_ids.txt", [1])
     np.save(tmp_path / "source/train_boxes.npy", np.float32(1))
     folders = ("--reference", tmp_path / "reference", "--source", tmp_path / "source", "--out", tmp_path / "o")
-    assert "train_boxes.npy: found (), expected a row for each picture" in fails("align", *folders)
+    assert "train_boxes.npy: found (), expected a row for each image" in fails("align", *folders)
     os.remove(tmp_path / "source/train_boxes.npy")
     assert "train_ims.npy: no such file" in fails("align", *folders, "--arrays", "ims")
 
@@ -100,7 +100,7 @@ def test_arrays_that_are_no_rows_or_not_there_are_named(tmp_path):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """reference/ (features) and source/ (grids) of the same 40 + 20 pictures in other orders; the grids by split."""
+    """reference/ (features) and source/ (grids) of the same 40 + 20 images in other orders; the grids by split."""
     grids = {}
     for name in ("reference", "source"):
         (tmp_path / name).mkdir()
@@ -122,19 +122,19 @@ def test_boxes_find_their_features_without_ids_and_captions(tmp_path, photograph
         np.testing.assert_array_equal(np.load(tmp_path / f"reference/{split}_boxes.npy"), grids)
 
 
-def test_a_picture_without_boxes_is_named(tmp_path, photographs):
+def test_a_image_without_boxes_is_named(tmp_path, photographs):
     boxes = np.load(tmp_path / "source/train_boxes.npy")
     np.save(tmp_path / "source/train_boxes.npy", boxes[1:])
     assert "1 without a partner" in fails(*regions(tmp_path, "--by", "regions", "--out", tmp_path / "out"))
     lost = int(np.flatnonzero((photographs["train"] == boxes[0]).all((1, 2)))[0])
-    assert f"train, picture {lost}: without a partner" in (tmp_path / "out/align_problems.txt").read_text()
+    assert f"train, image {lost}: without a partner" in (tmp_path / "out/align_problems.txt").read_text()
     ok(*regions(tmp_path, "--out", tmp_path / "out", "--skip_bad"))
     kept = np.delete(np.arange(40), lost)
     np.testing.assert_array_equal(np.load(tmp_path / "out/train_boxes.npy"), photographs["train"][kept])
 
 
-@pytest.mark.parametrize("what", ["fixed windows", "random features", "other pictures"])
-def test_regions_that_do_not_tell_pictures_apart_are_refused(tmp_path, photographs, what):
+@pytest.mark.parametrize("what", ["fixed windows", "random features", "other images"])
+def test_regions_that_do_not_tell_images_apart_are_refused(tmp_path, photographs, what):
     if what == "fixed windows":
         np.save(tmp_path / "source/train_boxes.npy", np.repeat(photographs["train"][:1], 40, axis=0))
     elif what == "random features":
@@ -143,7 +143,7 @@ def test_regions_that_do_not_tell_pictures_apart_are_refused(tmp_path, photograp
     else:
         np.save(tmp_path / "source/train_boxes.npy", boxes_with_features(40, seed=9)[0])
     message = fails(*regions(tmp_path, "--out", tmp_path / "out"))
-    assert "of 40 pictures fit no boxes" in message and "train_ims.npy" in message
+    assert "of 40 images fit no boxes" in message and "train_ims.npy" in message
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -160,4 +160,4 @@ def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_regio
 def test_without_anything_to_pair_by_it_says_what_is_missing(tmp_path, photographs):
     os.remove(tmp_path / "reference/dev_ims.npy")
     write_lines(tmp_path / "reference/dev_ids.txt", range(20))
-    assert "nothing to pair the pictures by" in fails(*regions(tmp_path, "--out", tmp_path / "out"))
+    assert "nothing to pair the images by" in fails(*regions(tmp_path, "--out", tmp_path / "out"))

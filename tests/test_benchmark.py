@@ -12,7 +12,7 @@ import torch
 from data import PrecompDataset, get_precomp_loader, pad
 from evaluation import encode_data, rank_rows
 from lib.errors import InputError
-from model import SCAN, XATTN_SCORE
+from model import SCAN, xattn_score_i2t, xattn_score_t2i
 from position import position_grid
 from scripts import benchmark
 from scripts.bench import (
@@ -20,6 +20,9 @@ from scripts.bench import (
     measurements,
     published_way,
 )
+
+XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
+
 
 TINY = {
     "repeats": 1,

@@ -85,7 +85,7 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
     fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2)  # train alone would fit; no split is written
     assert (tmp_path / "o/train_ids.txt").read_text().split() == splits["train"]
     write_lines(tmp_path / "caps.tsv", ["no tab here"])
-    assert "no picture has 5 captions" in fails(*args, "--split", "train")
+    assert "no image has 5 captions" in fails(*args, "--split", "train")
 
 
 @pytest.mark.parametrize(
@@ -98,19 +98,25 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
         ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
     ],
 )
-def test_a_picture_of_another_form_is_named(tmp_path, item, found):
+def test_a_image_of_another_form_is_named(tmp_path, item, found):
     good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
     (tmp_path / "k.json").write_text(json.dumps({"images": [good, item]}))
     message = fails("captions_to_dataset", "--karpathy", tmp_path / "k.json", "--out", tmp_path / "o")
-    assert "k.json: picture 2" in message and found in message
+    assert "k.json: image 2" in message and found in message
 
 
 def test_inputs_of_another_kind_are_named(tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "none.json").write_text('{"images": []}')
     for args, said in (
-        (("--karpathy", tmp_path / "list.json"), "list.json: no picture has 5 captions"),
-        (("--tsv", tmp_path / "empty"), "empty: no picture has 5 captions"),
+        (
+            ("--karpathy", tmp_path / "list.json"),
+            "list.json: found b'[]', expected an object with an array called images",
+        ),
+        (("--coco", tmp_path / "none.json"), "expected an object with an array called annotations"),
+        (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
+        (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):
         assert said in fails("captions_to_dataset", *args, "--out", tmp_path / "o"), args
 
@@ -169,7 +175,7 @@ def test_malformed_lines_of_a_table_are_named_and_can_be_skipped(tmp_path):
     listed = (tmp_path / "o/caption_problems.txt").read_text().splitlines()
     where = tmp_path / "captions.txt"
     assert listed == [f"{where}, line {n}: malformed: expected: image, caption separated by commas" for n in (8, 9, 10)]
-    assert "test: 2 pictures, 10 captions" in ok("captions_to_dataset", *args, "--skip_bad")
+    assert "test: 2 images, 10 captions" in ok("captions_to_dataset", *args, "--skip_bad")
 
 
 def test_a_split_that_the_source_lacks_is_cut_from_train(tmp_path):
@@ -189,3 +195,40 @@ def test_a_split_that_the_source_lacks_is_cut_from_train(tmp_path):
     said = ok(*args, "--sizes", "dev=3", "test=1")  # the source has a test split
     assert "note: the source's splits (train, test) are not used" in said
     assert len((tmp_path / "o/train_ids.txt").read_text().split()) == 6
+
+
+@pytest.mark.parametrize("form", ["tsv", "karpathy"])
+def test_two_images_of_one_id_are_refused(tmp_path, form):
+    """Else a.jpg would get the captions of a.png."""
+    names = ["b.jpg", "a.jpg", "a.png"]
+    if form == "tsv":
+        write_lines(tmp_path / "c", [f"{name}\tcaption {j}" for name in names for j in range(5)])
+        place = f"{tmp_path}/c, line 11: "
+    else:
+        images = [{"filename": name, "split": "train", "sentences": [{"raw": "a"}] * 5} for name in names]
+        (tmp_path / "c").write_text(json.dumps({"images": images}))
+        place = f"{tmp_path}/c: image 3: "
+    more = ("--split", "train") if form == "tsv" else ()
+    message = fails("captions_to_dataset", f"--{form}", tmp_path / "c", *more, "--out", tmp_path / "o")
+    assert place + "'a.jpg' and 'a.png' have the same id 'a'" in message
+    assert not list((tmp_path / "o").glob("*.txt"))
+
+
+@pytest.mark.parametrize("form", ["coco", "karpathy"])
+def test_half_of_an_emoji_is_a_listed_problem(tmp_path, form):
+    """A whole one, and an escaped backslash before the same letters, are text."""
+    captions = ["one \ud83d\ude00", "two \ud83d", "three \\ud83d", *"456"]
+    if form == "karpathy":
+        sentences = [{"raw": caption} for caption in captions]
+        value = {"images": [{"filename": "7.jpg", "split": "test", "sentences": sentences}]}
+    else:
+        notes = [{"id": i, "image_id": 7, "caption": caption} for i, caption in enumerate(captions)]
+        value = {"images": [{"id": 7}], "annotations": notes}
+    (tmp_path / "c.json").write_text(json.dumps(value))
+    args = (f"--{form}", tmp_path / "c.json", "--out", tmp_path / "o", *(("--split", "test") if form == "coco" else ()))
+    assert "1 malformed (listed in" in fails("captions_to_dataset", *args)
+    listed = (tmp_path / "o/caption_problems.txt").read_text()
+    assert listed.startswith(f"{tmp_path}/c.json: image ") and "half of a character" in listed
+    ok("captions_to_dataset", *args, "--skip_bad")
+    captions = (tmp_path / "o/test_caps.txt").read_text().splitlines()
+    assert captions == ["one \U0001f600", "three \\ud83d", "4", "5", "6"]

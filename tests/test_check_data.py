@@ -10,7 +10,7 @@ from folders import make_folder, write_lines
 from regions import boxes_with_features
 
 from data import PrecompDataset
-from lib.datasets.arrays import ArrayReader
+from lib.datasets.arrays import open_rows, read_rows
 from lib.errors import InputError
 from vocab import deserialize_vocab
 
@@ -73,7 +73,7 @@ def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
     assert "ready to train" in ok("check_data", folder, "--vocab_path", vocab_path)
     vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
     images, _ = PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
-    np.testing.assert_array_equal(ArrayReader(str(folder / "train_ims.npy")).read(3, 99), images[3:].numpy())
+    np.testing.assert_array_equal(read_rows(open_rows(str(folder / "train_ims.npy")), 3, 99), images[3:].numpy())
 
 
 def test_check_says_what_is_there(tmp_path):
@@ -107,7 +107,7 @@ def wrongs(lines):
 
 @pytest.fixture
 def folder(tmp_path):
-    """data/toy_precomp of 40 pictures whose boxes belong to their features."""
+    """data/toy_precomp of 40 images whose boxes belong to their features."""
     make_folder(tmp_path, splits={"train": 40, "dev": 10})
     for seed, (split, n) in enumerate({"train": 40, "dev": 10}.items()):
         grids, features = boxes_with_features(n, seed=seed)
@@ -122,13 +122,13 @@ def test_boxes_that_belong_to_the_features_are_said_to(tmp_path, folder):
 
 
 @pytest.mark.parametrize("order", ["shifted", "reversed", "regions"])
-def test_boxes_of_other_pictures_or_regions_are_wrong(tmp_path, folder, order):
+def test_boxes_of_other_images_or_regions_are_wrong(tmp_path, folder, order):
     boxes = np.load(folder / "train_boxes.npy")
     changed = {"shifted": np.roll(boxes, 1, axis=0), "reversed": boxes[::-1], "regions": boxes[:, ::-1]}[order]
     np.save(folder / "train_boxes.npy", changed)
     status, lines = check(tmp_path)
     [wrong] = wrongs(lines)
-    assert status == 1 and "train_boxes.npy: of other pictures or regions than" in wrong and "scripts/align.py" in wrong
+    assert status == 1 and "train_boxes.npy: of other images or regions than" in wrong and "scripts/align.py" in wrong
     assert check(tmp_path, "--position", "none")[0] == 0
 
 
@@ -162,7 +162,7 @@ def test_a_vocabulary_of_other_captions_is_wrong(tmp_path, folder):
 
 
 def whole_images(folder):
-    """Whole-image features (40, 256) of pictures of five kinds, whose regions' features get the same kinds."""
+    """Whole-image features (40, 256) of images of five kinds, whose regions' features get the same kinds."""
     rng = np.random.default_rng(0)
     kinds = 20 * rng.standard_normal((5, 256))[rng.integers(0, 5, 40)]
     features = np.load(folder / "train_ims.npy") + kinds[:, None]
@@ -170,7 +170,7 @@ def whole_images(folder):
     return (kinds + rng.standard_normal((40, 256))).astype(np.float32)
 
 
-def test_whole_images_of_other_pictures_are_wrong(tmp_path, folder):
+def test_whole_images_of_other_images_are_wrong(tmp_path, folder):
     whole = whole_images(folder)
     np.save(folder / "train_who_ims.npy", whole)
     status, lines = check(tmp_path)
@@ -178,15 +178,15 @@ def test_whole_images_of_other_pictures_are_wrong(tmp_path, folder):
     for other in (np.roll(whole, 1, axis=0), whole[::-1]):
         np.save(folder / "train_who_ims.npy", other)
         status, lines = check(tmp_path)
-        assert status == 1 and "train_who_ims.npy: of other pictures than" in wrongs(lines)[0]
+        assert status == 1 and "train_who_ims.npy: of other images than" in wrongs(lines)[0]
     np.save(folder / "train_who_ims.npy", np.random.default_rng(0).random((40, 256), np.float32))
     status, lines = check(tmp_path)
-    assert status == 0 and [line for line in lines if "no pictures are more alike than others" in line]
+    assert status == 0 and [line for line in lines if "no images are more alike than others" in line]
 
 
 @pytest.mark.parametrize("order", ["shifted by a line", "one of every image first"])
 def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
-    lines = [f"picture {chr(97 + i % 26)}{i} of a thing{i} by word{i}, seen {j}" for i in range(40) for j in range(5)]
+    lines = [f"image {chr(97 + i % 26)}{i} of a thing{i} by word{i}, seen {j}" for i in range(40) for j in range(5)]
     write_lines(folder / "train_caps.txt", lines)
     build = (
         "vocab",
@@ -209,7 +209,7 @@ def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
 
 
 def test_a_test_split_that_testall_shows_with_other_features_or_captions_is_wrong(tmp_path, folder):
-    captions = [f"picture {i}, caption {j}" for i in range(40) for j in range(5)]
+    captions = [f"image {i}, caption {j}" for i in range(40) for j in range(5)]
     for split, n in (("testall", 40), ("test", 20)):
         for kind in ("ims", "boxes"):
             np.save(folder / f"{split}_{kind}.npy", np.load(folder / f"train_{kind}.npy")[:n])

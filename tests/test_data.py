@@ -26,8 +26,8 @@ class Toy:
         self.vocab = deserialize_vocab(f"{vocab_path}/{NAME}_vocab.json")
         self.opt = Namespace(data_path=self.data_path, img_dim=16)
 
-    def dataset(self, split="test", **options):
-        return PrecompDataset(str(self.folder), split, self.vocab, **options)
+    def dataset(self, split="test", **more):
+        return PrecompDataset(str(self.folder), split, self.vocab, **more)
 
     def load(self, name):
         return np.load(self.folder / f"{name}.npy")
@@ -69,50 +69,32 @@ def test_an_item_is_an_image_its_boxes_and_one_of_its_captions(toy):
     assert toy.vocab.idx2word[int(target[0])] == "<start>" and toy.vocab.idx2word[int(target[-1])] == "<end>"
 
 
-@pytest.mark.parametrize("width", [30, 31])
-def test_both_published_box_widths_are_read(tmp_path, width):
-    toy = Toy(tmp_path, box_width=width)
-    batch = next(iter(loaders(toy)[1]))
-    assert batch[1].shape == (8, 36, width)
-
-
-def test_float16_features_and_float64_boxes_become_float32(toy):
-    ims, boxes = toy.load("test_ims").astype(np.float16), toy.load("test_boxes").astype(np.float64)
-    toy.save("test_ims", ims)
-    toy.save("test_boxes", boxes)
-    image, box, *_ = toy.dataset()[29]
-    assert image.dtype == box.dtype == torch.float32
-    np.testing.assert_array_equal(image, ims[5].astype(np.float32))
-    np.testing.assert_array_equal(box, boxes[5].astype(np.float32))
+@pytest.mark.parametrize(("width", "n_regions"), [(30, 36), (31, 36), (31, 10)])
+def test_both_published_box_widths_and_any_number_of_regions_are_read(tmp_path, width, n_regions):
+    images, boxes, *_ = next(iter(loaders(Toy(tmp_path, box_width=width, n_regions=n_regions))[1]))
+    assert images.shape == (8, n_regions, 16) and boxes.shape == (8, n_regions, width)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_hold_float16_features_as_the_file_does(toy, workers):
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f4", "i2"])
+def test_features_of_any_number_type_are_read_and_float16_stays_what_it_is(toy, dtype, workers):
     """Half as many bytes travel to the device; the model computes in float32 from there."""
-    ims = toy.load("dev_ims").astype(np.float16)
+    ims, boxes = (toy.load("dev_ims") * 10).astype(dtype), toy.load("dev_boxes").astype(np.float64)
     toy.save("dev_ims", ims)
-    images, boxes, _, _, ids = next(iter(loaders(toy, workers=workers)[1]))
-    assert images.dtype == torch.float16 and boxes.dtype == torch.float32
+    toy.save("dev_boxes", boxes)
+    images, grids, *_, ids = next(iter(loaders(toy, workers)[1]))
+    assert images.dtype == (torch.float16 if dtype == "f2" else torch.float32) and grids.dtype == torch.float32
     assert images.is_shared() == (workers > 0)
     np.testing.assert_array_equal(images, ims[np.array(ids) // 5])
+    np.testing.assert_array_equal(grids, boxes.astype(np.float32)[np.array(ids) // 5])
 
 
-def test_features_of_any_number_type_become_float32_batches(toy):
-    for dtype in (np.float64, ">f4", np.int16):
-        ims = (toy.load("dev_ims") * 10).astype(dtype)
-        toy.save("dev_ims", ims)
-        images, *_, ids = next(iter(loaders(toy)[1]))
-        assert images.dtype == torch.float32
-        np.testing.assert_array_equal(images, ims[np.array(ids) // 5].astype(np.float32))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy, workers):
+def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy):
     ims = toy.load("dev_ims").astype(np.float16)
     ims[4, 35, 15] = np.inf
     toy.save("dev_ims", ims)
     with pytest.raises(InputError, match="dev_ims.npy, image 4: NaN or infinite features"):
-        list(loaders(toy, workers=workers)[1])
+        list(loaders(toy)[1])
 
 
 def test_a_process_tokenises_a_caption_once(toy):
@@ -139,12 +121,12 @@ def test_files_that_repeat_every_image_for_each_caption_hold_fewer_images(toy, b
     assert (len(dataset), dataset.n_images, dataset.im_div, dataset.repeats) == (30, 6, 5, 5)
     for item, other in zip(once, (dataset[i] for i in range(30)), strict=True):
         assert all(torch.equal(a, b) if torch.is_tensor(a) else a == b for a, b in zip(item, other, strict=True))
-    images, boxes = dataset.read_images(2, 4)
+    images, boxes = dataset.features([2, 3])
     assert images.shape[0] == boxes.shape[0] == 2
     assert torch.equal(images[1], once[15][0])
 
 
-def test_features_that_repeat_their_pictures_unequally_often_are_refused_with_the_rows(toy):
+def test_features_that_repeat_their_images_unequally_often_are_refused_with_the_rows(toy):
     toy.save("test_ims", toy.load("test_ims").repeat([4, 6, 5, 5, 5, 5], axis=0))
     with pytest.raises(InputError, match="test_ims.npy: rows 0 to 3 are one image and rows 4 to 9 another, 4 and 6"):
         toy.dataset()
@@ -164,7 +146,7 @@ def test_a_split_without_captions_has_images_only_where_that_is_asked_for(toy):
         toy.dataset()
     dataset = toy.dataset(captions_optional=True)
     assert (len(dataset), dataset.n_images, dataset.captions) == (0, 6, [])
-    np.testing.assert_array_equal(dataset.read_images(2, 4)[0], toy.load("test_ims")[2:4])
+    np.testing.assert_array_equal(dataset.features([2, 3])[0], toy.load("test_ims")[2:4])
     loader = get_test_loader("test", NAME, toy.vocab, 8, 0, toy.opt, captions_optional=True)
     assert loader.dataset.n_images == 6
     write_lines(toy.folder / "test_caps.txt", ["a man"] * 30)
@@ -182,7 +164,7 @@ def test_ids_are_one_an_image_whether_the_file_repeats_them_or_not(toy):
     assert toy.dataset().read_ids() is None
 
 
-def test_two_equal_pictures_side_by_side_lengthen_no_others_run(toy):
+def test_two_equal_images_side_by_side_lengthen_no_others_run(toy):
     ims = toy.load("test_ims")
     ims[3] = ims[2]
     toy.save("test_ims", ims.repeat(5, axis=0))
@@ -196,13 +178,13 @@ def test_as_many_images_as_captions_without_repeats_are_one_caption_each(toy):
     assert (len(dataset), dataset.n_images, dataset.im_div) == (6, 6, 1)
 
 
-def test_pictures_that_differ_in_any_one_value_are_different_pictures(toy):
-    """Sparse features: the value that tells two pictures apart may stand anywhere."""
+def test_images_that_differ_in_any_one_value_are_different_images(toy):
+    """Sparse features: the value that tells two images apart may stand anywhere."""
     toy.captions("test", 6)
     for region, value in ((0, 0), (0, 1), (1, 0), (35, 15), (17, 9)):
         ims = np.zeros((6, 36, 16), np.float32)
         ims[:, 0, 0] = np.arange(6) // 2 * 2
-        ims[1::2, region, value] += 1  # the pictures of a pair are told apart by this alone
+        ims[1::2, region, value] += 1  # the images of a pair are told apart by this alone
         toy.save("test_ims", ims)
         assert toy.dataset().n_images == 6, f"region {region}, value {value}"
 
@@ -261,7 +243,7 @@ def test_the_rows_of_a_batch_are_asked_for_before_the_first_is_read(toy, repeats
     asked, dataset = [], toy.dataset("train")
     first, size = dataset.images.offset, images[0].nbytes
     monkeypatch.setattr(os, "posix_fadvise", lambda file, *more: asked.append(more))
-    monkeypatch.setattr(dataset, "_item", lambda index, *_: asked.append(index))
+    monkeypatch.setattr(PrecompDataset, "__getitem__", lambda self, index: asked.append(index))
     dataset.__getitems__([57, 3])
     asked_for = [(first + row * repeats * size, size, os.POSIX_FADV_WILLNEED) for row in (11, 0)]
     assert asked == [*asked_for, 57, 3]
@@ -333,17 +315,6 @@ def test_empty_captions_are_refused_unless_allowed(toy):
     assert dataset[6][2].tolist() == [1, 2]  # <start> <end>
 
 
-def test_options_written_before_the_newer_flags_are_enough(toy):
-    """The published opt has none of position, allow_empty_captions, seed."""
-    train, dev = get_loaders(NAME, toy.vocab, 8, 0, toy.opt)
-    assert len(train.dataset) == 60 and len(dev.dataset) == 30
-
-
-def test_any_number_of_regions_is_read(tmp_path):
-    images, boxes, *_ = next(iter(loaders(Toy(tmp_path, n_regions=10))[0]))
-    assert images.shape == (8, 10, 16) and boxes.shape == (8, 10, 31)
-
-
 def test_padded_regions_without_cells_are_read(toy):
     boxes = random_boxes(np.random.default_rng(0), 6)
     boxes[:, 30:, :15], boxes[:, 30:, 15:] = 256, 0
@@ -352,9 +323,10 @@ def test_padded_regions_without_cells_are_read(toy):
 
 
 def test_the_real_folder_is_read(shared, toy):
-    dataset = PrecompDataset(str(shared / "real" / "flickr8k_precomp"), "dev", toy.vocab, img_dim=1280)
+    opt = Namespace(img_dim=1280)
+    dataset = PrecompDataset(str(shared / "real" / "flickr8k_precomp"), "dev", toy.vocab, opt)
     assert (len(dataset), dataset.n_images, dataset.im_div) == (250, 50, 5)
-    images, boxes = dataset.read_images(0, 50)
-    assert images.shape == (50, 36, 1280) and images.dtype == torch.float32
+    images, boxes = dataset.features(range(50))
+    assert images.shape == (50, 36, 1280)
     total = boxes[..., 15:30].sum(-1)
     assert ((total - 1).abs() < 1e-5).logical_or(total == 0).all()

@@ -13,10 +13,14 @@ from urllib.parse import parse_qs, urlparse
 
 import numpy as np
 import pytest
+from conftest import ROOT
+from dataset_commands import call
 from folders import write_lines
 from regions import boxes_with_features
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "download_data.sh"
+from scripts import download_data
+
+SCRIPT = ROOT / "scripts/download_data.sh"
 F30K = "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO"
 COCO = "1DaCZxeXOCm05u-Gf-_MG_zSNKO1UxBat"
 MODELS = "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn"
@@ -64,17 +68,20 @@ def drive():
 
 
 @pytest.fixture
-def download(tmp_path, drive):
-    """Runs the script in tmp_path with a `kaggle` that is set up only if tmp_path/kaggle.zip exists."""
+def download(tmp_path, drive, monkeypatch):
+    """Runs the command in tmp_path with a `kaggle` that is set up only if tmp_path/kaggle.zip exists."""
     commands = tmp_path / "bin"
     commands.mkdir()
     kaggle = commands / "kaggle"
     kaggle.write_text(f'#!/bin/sh\n[ -f {tmp_path}/kaggle.zip ] && mkdir -p "$6" && cp {tmp_path}/kaggle.zip "$6"\n')
     kaggle.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
 
     def run(*args, url=drive.url):
-        env = {**os.environ, "PFAN_DRIVE_URL": url, "PATH": f"{commands}:{os.environ['PATH']}", "no_proxy": "*"}
-        done = subprocess.run(["sh", SCRIPT, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
+        monkeypatch.setenv("PFAN_DRIVE_URL", url)
+        done = call(download_data.main, "download_data.py", *args)
         return done.returncode, done.stdout, [line for line in done.stderr.splitlines() if line]
 
     return run
@@ -225,7 +232,7 @@ def test_an_archive_saved_by_hand_is_used(tmp_path, drive, download):
 
 def test_faulty_arrays_are_named(drive, download):
     faulty = {
-        "train_boxes.npy": (npy(3, 36, 30)[:-4], "no complete .npy"),
+        "train_boxes.npy": (npy(3, 36, 30)[:-4], "truncated or not an .npy array"),
         "dev_boxes.npy": (npy(3, 36, 30) + b"more", "header promises"),
         "test_boxes.npy": (npy(3, 36, 4), "expected floats (n, 36, 30) or (n, 36, 31)"),
         "testall_boxes.npy": (b"", "empty"),
@@ -233,7 +240,7 @@ def test_faulty_arrays_are_named(drive, download):
     drive.files[COCO] = "application/zip", zipped({name: content for name, (content, _) in faulty.items()})
     status, out, errors = download("coco")
     assert status == 2 and out.count("faulty") == 4
-    for line, (name, (_, told)) in zip(errors, faulty.items(), strict=True):
+    for line, (name, (_, told)) in zip(errors, sorted(faulty.items()), strict=True):
         assert f"/{name}" in line and told in line
 
 
@@ -290,7 +297,8 @@ def test_without_items_nothing_is_fetched(drive, download):
     status, out, errors = download()
     assert (status, errors, drive.ranges) == (0, [], [])
     assert "sh scripts/download_data.sh f30k" in out and "Kaggle" in out
-    assert download("--help")[0] == 0
+    done = subprocess.run(["sh", SCRIPT, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "example: python scripts/download_data.py f30k scan" in done.stdout
     status, _, errors = download("flickr")
     assert status == 2 and "flickr" in errors[0]
 
@@ -302,12 +310,12 @@ N = {"train": 14, "dev": 10, "test": 12}
 
 @pytest.fixture(scope="module")
 def published():
-    """{split: (grids (n, 36, 31), features (n, 36, 2048), captions: n lists of five)} of pictures drawn by chance."""
-    pictures = {}
+    """{split: (grids (n, 36, 31), features (n, 36, 2048), captions: n lists of five)} of images drawn by chance."""
+    images = {}
     for seed, (split, n) in enumerate(N.items()):
-        captions = [[f"A {split} picture, number {i}, caption {j}." for j in range(5)] for i in range(n)]
-        pictures[split] = *boxes_with_features(n, img_dim=2048, seed=seed), captions
-    return pictures
+        captions = [[f"A {split} image, number {i}, caption {j}." for j in range(5)] for i in range(n)]
+        images[split] = *boxes_with_features(n, img_dim=2048, seed=seed), captions
+    return images
 
 
 def scan_data(folder, published):
@@ -322,7 +330,7 @@ def scan_data(folder, published):
 
 
 def positions(published, kinds, order=lambda n: np.arange(n)[::-1]):
-    """Members of PFAN's archive: positions, and what else is asked for, of the pictures in another order."""
+    """Members of PFAN's archive: positions, and what else is asked for, of the images in another order."""
     members = {}
     for split, (grids, features, captions) in published.items():
         rows = order(len(grids))
@@ -363,17 +371,17 @@ def test_features_that_come_later_get_their_positions(tmp_path, drive, download,
 
 
 @pytest.mark.parametrize("kinds", [["boxes.npy", "caps.txt"], ["boxes.npy"]])
-def test_a_picture_without_positions_stops_the_alignment(tmp_path, drive, download, published, kinds):
+def test_a_image_without_positions_stops_the_alignment(tmp_path, drive, download, published, kinds):
     scan_data(tmp_path, published)
     drive.files[F30K] = "application/zip", zipped(positions(published, kinds, lambda n: np.arange(n)[:0:-1]))
     status, out, errors = download("f30k")
     assert status == 2 and len(errors) == 1 and "3 without a partner" in errors[0] and "not put beside" in errors[0]
-    assert "train, picture 0: without a partner" in out
+    assert "train, image 0: without a partner" in out
     assert not list((tmp_path / "data/f30k_precomp").glob("*boxes*"))
     assert len(list((tmp_path / "data/pfan/f30k_precomp").glob("*_boxes.npy"))) == 3
 
 
-def test_a_changed_caption_does_not_part_a_picture_from_its_positions(tmp_path, drive, download, published):
+def test_a_changed_caption_does_not_part_a_image_from_its_positions(tmp_path, drive, download, published):
     scan_data(tmp_path, published)
     members = positions(published, ["boxes.npy", "caps.txt"])
     members["positions/dev_caps.txt"] = members["positions/dev_caps.txt"].replace(b"number 3, caption 2", b"other")
@@ -383,8 +391,8 @@ def test_a_changed_caption_does_not_part_a_picture_from_its_positions(tmp_path, 
     np.testing.assert_array_equal(np.load(tmp_path / "data/f30k_precomp/dev_boxes.npy"), published["dev"][0][..., :30])
 
 
-def test_captions_of_other_pictures_do_not_bring_boxes_to_features(tmp_path, drive, download, published):
-    """The captions of the archive pair all pictures, but its boxes are in another order than its captions."""
+def test_captions_of_other_images_do_not_bring_boxes_to_features(tmp_path, drive, download, published):
+    """The captions of the archive pair all images, but its boxes are in another order than its captions."""
     scan_data(tmp_path, published)
     members = positions(published, ["boxes.npy", "caps.txt"])
     drive.files[F30K] = "application/zip", zipped(members | positions(published, ["boxes.npy"], np.arange))
@@ -398,4 +406,4 @@ def test_boxes_of_unknown_order_are_not_taken_for_aligned_ones(tmp_path, drive, 
     np.save(tmp_path / "data/f30k_precomp/train_boxes.npy", published["train"][0][::-1])
     drive.files[F30K] = "application/zip", zipped(positions(published, ["boxes.npy", "caps.txt"]))
     status, _, errors = download("f30k")
-    assert status == 2 and len(errors) == 1 and "train_boxes.npy: not put there by align.py" in errors[0]
+    assert status == 2 and len(errors) == 1 and "train_boxes.npy: there already, and made otherwise" in errors[0]

@@ -1,4 +1,4 @@
-"""From raw pictures to features, and from a folder of pictures and a captions file to a recall table."""
+"""From raw photos to features, and from a folder of images and a captions file to a recall table."""
 
 import io
 import json
@@ -25,7 +25,7 @@ from lib.errors import InputError
 from position import position_grid
 from scripts import extract_features
 from scripts.features import given_boxes, region_networks
-from scripts.features.pictures import read_picture
+from scripts.features.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (235, 235, 235)}
@@ -51,7 +51,7 @@ def ok(name, *args, **more):
 
 
 def draw(path, ground="white", shape="red", size=(96, 64), mode="RGB", **options):
-    """A picture of a block on a ground."""
+    """A image of a block on a ground."""
     image = Image.new("RGB", size, COLOURS[ground])
     width, height = size
     ImageDraw.Draw(image).rectangle((width // 8, height // 8, width // 3, height // 2), fill=COLOURS[shape])
@@ -59,54 +59,54 @@ def draw(path, ground="white", shape="red", size=(96, 64), mode="RGB", **options
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / "pictures"
+def photos(tmp_path):
+    folder = tmp_path / "photos"
     folder.mkdir()
     for i, (ground, shape) in enumerate((g, s) for g in COLOURS for s in COLOURS if g != s):
         draw(folder / f"{ground}_{shape}.png", ground, shape, size=(96, 64) if i % 3 else (64, 80))
     return folder
 
 
-def windows_args(pictures, out, *more):
-    return ("--images", pictures, "--out", out, "--regions", "windows", *SMALL, *more)
+def windows_args(photos, out, *more):
+    return ("--images", photos, "--out", out, "--regions", "windows", *SMALL, *more)
 
 
-def test_36_windows_cover_the_picture_and_differ():
+def test_36_windows_cover_the_image_and_differ():
     boxes = region_networks.windows(60, 90)
     assert boxes.shape == (36, 4) and len({tuple(box) for box in boxes.tolist()}) == 36
-    assert boxes[-1].tolist() == [0, 0, 90, 60]  # the whole picture stands last
+    assert boxes[-1].tolist() == [0, 0, 90, 60]  # the whole image stands last
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= 90.001).all() and (boxes[:, 3] <= 60.001).all()
 
 
-def test_windows_become_a_dataset_with_whole_picture_features(tmp_path, pictures):
-    out = extract(*windows_args(pictures, tmp_path / "o", "--whole"))
-    assert "train: 12 of 12 pictures" in out
+def test_windows_become_a_dataset_with_whole_image_features(tmp_path, photos):
+    out = extract(*windows_args(photos, tmp_path / "o", "--whole"))
+    assert "train: 12 of 12 images" in out
     images, boxes, whole = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes", "who_ims"))
     assert images.shape == (12, 36, 2048) and images.dtype == np.float32 and whole.shape == (12, 2048)
     assert np.isfinite(images).all() and images.std(0).max() > 0
-    names = sorted(path.name for path in pictures.iterdir())
+    names = sorted(path.name for path in photos.iterdir())
     assert (tmp_path / "o/train_ids.txt").read_text().split() == names
-    sizes = [Image.open(pictures / name).size[::-1] for name in names]
+    sizes = [Image.open(photos / name).size[::-1] for name in names]
     expected = position_grid(np.stack([region_networks.windows(*size) for size in sizes]), sizes)
     np.testing.assert_allclose(boxes[..., 15:], expected[..., 15:], atol=1e-5)
     before = os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns
-    assert "train: there already" in extract(*windows_args(pictures, tmp_path / "o", "--whole"))
+    assert "train: there already" in extract(*windows_args(photos, tmp_path / "o", "--whole"))
     assert os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns == before
     with pytest.raises(InputError, match="--overwrite"):
-        extract(*windows_args(pictures, tmp_path / "o", "--whole", "--float16"))
+        extract(*windows_args(photos, tmp_path / "o", "--whole", "--float16"))
 
 
-def test_features_do_not_depend_on_the_batch(tmp_path, pictures):
+def test_features_do_not_depend_on_the_batch(tmp_path, photos):
     for size in (1, 5):
-        extract(*windows_args(pictures, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
+        extract(*windows_args(photos, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
     one, five = (np.load(tmp_path / f"o{size}/train_ims.npy").astype(np.float32) for size in (1, 5))
     np.testing.assert_allclose(one, five, rtol=2e-3, atol=1e-3 * np.abs(one).max())
 
 
-def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, pictures):
-    for path in sorted(pictures.iterdir())[4:]:
+def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, photos):
+    for path in sorted(photos.iterdir())[4:]:
         path.unlink()
-    args = ("--images", pictures, "--out", tmp_path / "o", *SMALL)
+    args = ("--images", photos, "--out", tmp_path / "o", *SMALL)
     extract(*args)
     images, boxes = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes"))
     assert images.shape == (4, 36, 2048) and np.isfinite(images).all()
@@ -125,8 +125,8 @@ def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, pictur
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_boxes.npy")[..., 30], boxes[..., 30], atol=1e-4)
 
 
-def given(pictures, out, boxes, *more):
-    return ("--images", pictures, "--out", out, "--regions", boxes, "--backbone", "resnet50", *SMALL, *more)
+def given(photos, out, boxes, *more):
+    return ("--images", photos, "--out", out, "--regions", boxes, "--backbone", "resnet50", *SMALL, *more)
 
 
 def sizes_of(paths):
@@ -145,13 +145,15 @@ def write_coco(path, paths, boxes, described):
         {"id": i + 1, "file_name": path.name, "height": height, "width": width}
         for i, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True))
     ]
-    found.reverse()  # a picture's best stand last: scores decide
+    found.reverse()  # a image's best stand last: scores decide
     path.write_text(json.dumps({"images": images, "annotations": found} if described else found))
 
 
-@pytest.mark.parametrize("form", ["shares", "pixels", "pixels_and_sizes", "detections", "annotations"])
-def test_windows_given_as_boxes_of_a_file_have_the_features_and_grids_of_windows(tmp_path, pictures, form):
-    paths = sorted(pictures.iterdir())
+@pytest.mark.parametrize(
+    "form", ["shares", "pixels", "pixels_and_sizes", "shares_and_sizes", "detections", "annotations"]
+)
+def test_windows_given_as_boxes_of_a_file_have_the_features_and_grids_of_windows(tmp_path, photos, form):
+    paths = sorted(photos.iterdir())
     sizes = sizes_of(paths)
     boxes = np.stack([region_networks.windows(*size) for size in sizes])
     sides = np.tile(sizes[:, None, ::-1], 2)
@@ -160,31 +162,33 @@ def test_windows_given_as_boxes_of_a_file_have_the_features_and_grids_of_windows
     ids = np.array([paths[i].name for i in order])
     if form in ("detections", "annotations"):
         write_coco(file, [paths[i] for i in order], boxes[order], form == "annotations")
-    elif form == "pixels_and_sizes":  # found on pictures twice as large
+    elif form == "pixels_and_sizes":  # found on photos twice as large
         np.savez(file, ids=ids, boxes=2 * boxes[order], image_sizes=2 * sizes[order])
+    elif form == "shares_and_sizes":
+        np.savez(file, ids=ids, boxes=(boxes / sides)[order], image_sizes=sizes[order])
     else:
         np.savez(file, ids=ids, boxes=(boxes / sides if form == "shares" else boxes)[order])
-    said = extract(*given(pictures, tmp_path / "given", file, "--pixel_boxes"))
-    relative = form in ("shares", "pixels_and_sizes", "annotations")
-    assert f"36 boxes {'from 0 to 1' if relative else 'in pixels'} for each of 12 pictures" in said
-    extract(*windows_args(pictures, tmp_path / "windows"))
+    said = extract(*given(photos, tmp_path / "given", file, "--pixel_boxes"))
+    relative = form not in ("pixels", "detections")
+    assert f"36 boxes {'from 0 to 1' if relative else 'in pixels'} for each of 12 images" in said
+    extract(*windows_args(photos, tmp_path / "windows"))
     for name in ("ims", "boxes"):
         first, second = (np.load(tmp_path / f"{folder}/train_{name}.npy") for folder in ("given", "windows"))
         np.testing.assert_allclose(first[..., -16:], second[..., -16:], rtol=1e-4, atol=1e-4 * np.abs(second).max())
     pixels = np.load(tmp_path / "given/train_pixel_boxes.npy")
     np.testing.assert_allclose(pixels, boxes, atol=1e-3)
-    assert "train: there already" in extract(*given(pictures, tmp_path / "given", file, "--pixel_boxes"))
+    assert "train: there already" in extract(*given(photos, tmp_path / "given", file, "--pixel_boxes"))
 
 
-def test_any_number_of_boxes_and_pictures_without_boxes_are_named(tmp_path, pictures):
-    names = sorted(path.name for path in pictures.iterdir())
+def test_any_number_of_boxes_and_images_without_boxes_are_named(tmp_path, photos):
+    names = sorted(path.name for path in photos.iterdir())
     boxes = np.tile([[0.0, 0.0, 0.5, 0.5], [0.0, 0.0, 0.0, 0.0], [0.2, 0.3, 1.01, 1.0]], (10, 1, 1))
     np.savez(tmp_path / "boxes.npz", ids=np.array([name.removesuffix(".png") for name in names[2:]]), boxes=boxes)
-    args = given(pictures, tmp_path / "o", tmp_path / "boxes.npz")
+    args = given(photos, tmp_path / "o", tmp_path / "boxes.npz")
     said = extract(*args)
-    assert "train: 10 of 12 pictures, 3 regions" in said and "2 without boxes" in said
-    assert "train: 10 boxes without area" in said
-    listed = (tmp_path / "o/picture_problems.txt").read_text()
+    assert "train: 10 of 12 images" in said and "3 regions of 2048" in said and "2 without boxes" in said
+    assert "10 boxes without area" in said
+    listed = (tmp_path / "o/image_problems.txt").read_text()
     assert names[0] in listed and names[1] in listed and names[2] not in listed
     assert (tmp_path / "o/train_ids.txt").read_text().split() == names[2:]
     images = np.load(tmp_path / "o/train_ims.npy")
@@ -194,14 +198,14 @@ def test_any_number_of_boxes_and_pictures_without_boxes_are_named(tmp_path, pict
         extract(*args)
 
 
-def test_the_best_36_boxes_of_json_count_and_fewer_are_padded(tmp_path, pictures):
-    for path in sorted(pictures.iterdir())[2:]:
+def test_the_best_36_boxes_of_json_count_and_fewer_are_padded(tmp_path, photos):
+    for path in sorted(photos.iterdir())[2:]:
         path.unlink()
-    first, second = sorted(path.name for path in pictures.iterdir())
+    first, second = sorted(path.name for path in photos.iterdir())
     many = [{"image_id": first, "bbox": [i, 1, 5, 5], "score": i / 50} for i in range(50)]
     few = [{"image_id": second, "bbox": [1, 1, 9, 9], "score": 0.5}]
     (tmp_path / "boxes.json").write_text(json.dumps(many + few))
-    extract(*given(pictures, tmp_path / "o", tmp_path / "boxes.json"))
+    extract(*given(photos, tmp_path / "o", tmp_path / "boxes.json"))
     boxes = given_boxes.GivenBoxes(str(tmp_path / "boxes.json"))
     assert boxes.n_regions == 36 and boxes.boxes[0, :, 0].tolist() == list(range(49, 13, -1))
     images, grids = (np.load(tmp_path / f"o/train_{name}.npy") for name in ("ims", "boxes"))
@@ -209,40 +213,34 @@ def test_the_best_36_boxes_of_json_count_and_fewer_are_padded(tmp_path, pictures
     assert (grids[1, 1:, :15] == 256).all() and not grids[1, 1:, 15:].any()
 
 
-def test_boxes_that_do_not_fit_are_one_line(tmp_path, pictures):
-    names = np.array(sorted(path.name for path in pictures.iterdir()))
+def test_boxes_that_do_not_fit_are_one_line(tmp_path, photos):
+    names = np.array(sorted(path.name for path in photos.iterdir()))
     boxes = np.tile([0.1, 0.1, 0.6, 0.6], (12, 2, 1))
     reversed_one, nan = boxes.copy(), boxes.copy()
     reversed_one[3, 1], nan[3, 1] = (0.6, 0.1, 0.1, 0.6), np.nan
     for arrays, said in (
-        ({"boxes": boxes}, "holds boxes; expected ids and boxes"),
-        ({"ids": names[:5], "boxes": boxes}, r"ids \(5,\) with boxes \(12, 2, 4\)"),
-        ({"ids": names, "boxes": boxes[:, 0]}, r"boxes \(12, 4\): expected \(n,\) and \(n, R, 4\)"),
+        ({"boxes": boxes}, "holds boxes without ids, expected ids and boxes"),
+        ({"ids": names[:5], "boxes": boxes}, r"ids \(5,\) of .*, expected \(12,\)"),
+        ({"ids": names, "boxes": boxes[:, 0]}, r"boxes \(12, 4\), expected \(n, R, 4\)"),
         ({"ids": np.repeat(names[:6], 2), "boxes": boxes}, "stands in rows 0 and 1"),
-        ({"ids": names, "boxes": reversed_one}, f"picture '{names[3]}', box 1: .*corners are reversed"),
-        ({"ids": names, "boxes": nan}, "box 1: .*expected numbers"),
-        ({"ids": names, "boxes": boxes.astype("U3")}, "expected names and numbers"),
+        ({"ids": names, "boxes": reversed_one}, f"image 3 .id '{names[3]}'., box 1: .*corners are reversed"),
+        ({"ids": names, "boxes": nan}, "box 1: .*corners must be numbers"),
+        ({"ids": names, "boxes": boxes.astype("U3")}, "boxes are <U3, expected numbers"),
         ({"ids": names.astype(object), "boxes": boxes}, "not an .npz file of names and numbers"),
-        ({"ids": names, "boxes": boxes, "image_sizes": np.zeros((12, 2))}, "expected .12, 2. positive"),
-        ({"ids": np.char.add("x", names), "boxes": boxes}, "boxes of none of the 12 pictures of train"),
-        ({"ids": names, "boxes": 1000 * boxes}, "none of the 12 pictures could be used"),
+        ({"ids": names, "boxes": boxes, "image_sizes": np.zeros((12, 2))}, "expected positive numbers"),
+        ({"ids": names, "boxes": 90 * boxes, "image_sizes": np.full((12, 2), 30)}, "expected sizes in the pixels"),
+        ({"ids": np.char.add("x", names), "boxes": boxes}, "boxes of none of the 12 images of train"),
+        ({"ids": names, "boxes": 1000 * boxes}, "none of the 12 images could be used"),
     ):
         np.savez(tmp_path / "boxes.npz", **arrays)
         with pytest.raises(InputError, match=said):
-            extract(*given(pictures, tmp_path / "o", tmp_path / "boxes.npz"))
-    assert "boxes of another size" in (tmp_path / "o/picture_problems.txt").read_text()
-    for text, said in (
-        ("", "truncated or not JSON"),
-        ("[]", "no boxes in it"),
-        ('[{"bbox": [0, 0, 1, 1]}]', "detection 0: .* expected an object with image_id and bbox"),
-        ('[{"image_id": 1, "bbox": [0, 0, 1]}]', "picture 1, box 0: bbox .*expected x, y, width, height"),
-        ('{"images": [{"file_name": "a.jpg"}], "annotations": []}', "images 0: .* an object with id"),
-    ):
-        (tmp_path / "boxes.json").write_text(text)
-        with pytest.raises(InputError, match=said):
-            extract(*given(pictures, tmp_path / "o", tmp_path / "boxes.json"))
+            extract(*given(photos, tmp_path / "o", tmp_path / "boxes.npz"))
+    assert "boxes of another size" in (tmp_path / "o/image_problems.txt").read_text()
+    (tmp_path / "boxes.json").write_text('[{"bbox": [0, 0, 1, 1]}]')
+    with pytest.raises(InputError, match="detection 0: .* expected an object with image_id"):
+        extract(*given(photos, tmp_path / "o", tmp_path / "boxes.json"))
     with pytest.raises(InputError, match="no.npz: no such file, expected proposals, windows, or an .npz or .json file"):
-        extract(*given(pictures, tmp_path / "o", tmp_path / "no.npz"))
+        extract(*given(photos, tmp_path / "o", tmp_path / "no.npz"))
     assert not list((tmp_path / "o").glob("*.npy"))
 
 
@@ -274,45 +272,52 @@ def test_weights_may_come_from_a_file_as_published_ones_are_stored(tmp_path):
         region_networks.load_backbone("resnet50", str(tmp_path / "nothing.pth"))
 
 
-def test_greyscale_palette_cmyk_16_bit_and_transparent_pictures_are_read(tmp_path):
+def test_greyscale_palette_cmyk_16_bit_and_transparent_images_are_read(tmp_path):
     for mode in ("L", "P", "CMYK", "1", "LA", "RGBA"):
         path = tmp_path / f"x.{'jpg' if mode == 'CMYK' else 'png'}"
         draw(path, "green", "white", mode=mode)
-        pixels, size = read_picture(path, 64, 96)
+        pixels, size = read_image(path, 64, 96)
         assert pixels.shape == (64, 96, 3) and size == (64, 96)
         if mode in ("P", "CMYK", "RGBA"):
             apart = np.abs(pixels[50, 80].astype(int) - COLOURS["green"]).max()
             assert apart < (48 if mode == "P" else 12), mode  # a palette has few colours
     Image.fromarray(np.full((64, 96), 51400, np.uint16)).save(tmp_path / "deep.png")
-    assert (read_picture(tmp_path / "deep.png", 64, 96)[0] == 200).all()
+    assert (read_image(tmp_path / "deep.png", 64, 96)[0] == 200).all()
     Image.new("RGBA", (96, 64), (10, 20, 30, 0)).save(tmp_path / "clear.png")
-    assert (read_picture(tmp_path / "clear.png", 64, 96)[0] == 255).all()
+    assert (read_image(tmp_path / "clear.png", 64, 96)[0] == 255).all()
 
 
-def test_exif_orientation_turns_the_picture(tmp_path):
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+def test_a_broken_exif_block_counts_for_none(tmp_path, name):
+    draw(tmp_path / name, exif=b"Exif\0\0 not a block of EXIF", size=(96, 64))
+    pixels, size = read_image(tmp_path / name, 64, 96)
+    assert pixels.shape == (64, 96, 3) and size == (64, 96)
+
+
+def test_exif_orientation_turns_the_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     draw(tmp_path / "turned.jpg", exif=exif, quality=95)
-    pixels, size = read_picture(tmp_path / "turned.jpg", 64, 96)
+    pixels, size = read_image(tmp_path / "turned.jpg", 64, 96)
     assert size == (96, 64) and pixels.shape == (96, 64, 3)
     red = (pixels[..., 0] > 150) & (pixels[..., 1] < 100)
     rows, columns = np.nonzero(red)
     assert rows.mean() < 48 and columns.mean() > 32  # the block was top left, and is top right now
 
 
-def test_unreadable_and_absent_pictures_are_named_and_skipped_with_their_captions(tmp_path, pictures):
-    (pictures / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
-    whole = (pictures / "red_blue.png").read_bytes()
-    (pictures / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (pictures / "notes.txt").write_text("not a picture")
+def test_unreadable_and_absent_images_are_named_and_skipped_with_their_captions(tmp_path, photos):
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a image")
+    whole = (photos / "red_blue.png").read_bytes()
+    (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (photos / "notes.txt").write_text("not a image")
     out = tmp_path / "o"
     out.mkdir()
     ids = ["red_blue.png", "broken.jpg", "cut.png", "nowhere.png", "blue_red"]
     write_lines(out / "dev_ids.txt", ids)
     write_lines(out / "dev_caps.txt", [f"{name} {j}" for name in ids for j in range(5)])
-    said = extract(*windows_args(pictures, out))
+    said = extract(*windows_args(photos, out))
     assert "dev: 2 of 5" in said and "2 unreadable" in said and "1 missing" in said
-    listed = (out / "picture_problems.txt").read_text()
+    listed = (out / "image_problems.txt").read_text()
     assert all(name in listed for name in ("broken.jpg", "cut.png", "nowhere.png"))
     assert (out / "dev_ids.txt").read_text().split() == ["red_blue.png", "blue_red"]
     assert (out / "dev_caps.txt").read_text().splitlines() == [
@@ -321,21 +326,42 @@ def test_unreadable_and_absent_pictures_are_named_and_skipped_with_their_caption
     assert np.load(out / "dev_ims.npy").shape == (2, 36, 2048)
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, pictures):
-    run_killed("extract_features", 7, *windows_args(pictures, tmp_path / "o", "--batch_size", 2))
+def test_linked_folders_are_followed_once_and_names_that_are_not_utf8_left_out(tmp_path, photos):
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / "link").symlink_to(photos)
+    (photos / "round").symlink_to(shown)
+    os.rename(photos / "red_blue.png", os.fsencode(photos) + b"/caf\xe9.png")
+    said = extract(*windows_args(shown, tmp_path / "o"))
+    assert "train: 11 of 11 images" in said and "1 unreadable" in said
+    assert r"caf\udce9.png: unreadable: the name is not UTF-8" in (tmp_path / "o/image_problems.txt").read_text()
+
+
+def test_images_that_were_changed_are_not_taken_for_those_of_the_features(tmp_path, photos):
+    args = windows_args(photos, tmp_path / "o")
+    extract(*args)
+    draw(photos / "white_red.png", "blue", "red")
+    with pytest.raises(InputError, match="train_ims.npy: there already, and made otherwise; --overwrite"):
+        extract(*args)
+    (photos / "white_red.png").unlink()  # images may go once their features are there
+    assert "train: 12" not in extract(*args, "--ids", f"train={tmp_path}/o/train_ids.txt")
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path, photos):
+    run_killed("extract_features", 7, *windows_args(photos, tmp_path / "o", "--batch_size", 2))
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
-    extract(*windows_args(pictures, tmp_path / "o", "--batch_size", 2))
-    extract(*windows_args(pictures, tmp_path / "at_once", "--batch_size", 2))
+    extract(*windows_args(photos, tmp_path / "o", "--batch_size", 2))
+    extract(*windows_args(photos, tmp_path / "at_once", "--batch_size", 2))
     first, second = (np.load(tmp_path / f"{name}/train_ims.npy") for name in ("o", "at_once"))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max())
     assert (tmp_path / "o/train_ids.txt").read_text() == (tmp_path / "at_once/train_ids.txt").read_text()
 
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "efficientnet_lite2"])
-def test_the_packaged_backbone_needs_no_download(tmp_path, pictures, backbone):
+def test_the_packaged_backbone_needs_no_download(tmp_path, photos, backbone):
     extract(
         "--images",
-        pictures,
+        photos,
         "--out",
         tmp_path / "o",
         "--regions",
@@ -349,14 +375,14 @@ def test_the_packaged_backbone_needs_no_download(tmp_path, pictures, backbone):
     )
     images = np.load(tmp_path / "o/train_ims.npy")
     assert images.shape == (12, 36, 1280) and np.isfinite(images).all()
-    assert len(np.unique(images[:, -1], axis=0)) == 12  # no two pictures are alike as a whole
+    assert len(np.unique(images[:, -1], axis=0)) == 12  # no two photos are alike as a whole
 
 
-def test_the_whole_picture_may_be_one_more_region(tmp_path, pictures):
+def test_the_whole_image_may_be_one_more_region(tmp_path, photos):
     boxes = np.tile(np.array([0.2, 0.2, 0.6, 0.7], dtype=np.float32), (12, 5, 1))
-    names = sorted(path.name for path in pictures.iterdir())
+    names = sorted(path.name for path in photos.iterdir())
     np.savez(tmp_path / "boxes.npz", ids=np.array(names), boxes=boxes)
-    args = ["--images", pictures, "--regions", tmp_path / "boxes.npz", "--backbone", "efficientnet_lite0"]
+    args = ["--images", photos, "--regions", tmp_path / "boxes.npz", "--backbone", "efficientnet_lite0"]
     args += ["--image_size", 64, "--device", "cpu", "--whole", "--pixel_boxes"]
     extract(*args, "--out", tmp_path / "six", "--whole_region")
     extract(*args, "--out", tmp_path / "five")
@@ -370,10 +396,10 @@ def test_the_whole_picture_may_be_one_more_region(tmp_path, pictures):
     assert six.shape == (12, 6, 1280)
     np.testing.assert_array_equal(six[:, :5], five)
     np.testing.assert_array_equal(six[:, 5], wholes)
-    assert (grids[:, 5, -1] == 1).all() and (grids[:, :5, -1] < 1).all()  # the share of the picture that a box covers
+    assert (grids[:, 5, -1] == 1).all() and (grids[:, :5, -1] < 1).all()  # the share of the image that a box covers
     for name, corner in zip(names, corners[:, 5], strict=True):
-        with Image.open(pictures / name) as picture:
-            assert corner.tolist() == [0, 0, *picture.size]
+        with Image.open(photos / name) as image:
+            assert corner.tolist() == [0, 0, *image.size]
 
 
 PEAK = """
@@ -383,14 +409,14 @@ print(open("/proc/self/status").read())  # getrusage's peak would count the proc
 """
 
 
-def test_proposals_of_full_size_take_less_than_1_4_gigabytes(tmp_path, pictures):
-    for path in sorted(pictures.iterdir())[2:]:
+def test_proposals_of_full_size_take_less_than_1_4_gigabytes(tmp_path, photos):
+    for path in sorted(photos.iterdir())[2:]:
         path.unlink()
-    draw(pictures / "long.png", size=(1000, 600))
+    draw(photos / "long.png", size=(1000, 600))
     args = (
         ROOT / "scripts/extract_features.py",
         "--images",
-        pictures,
+        photos,
         "--out",
         tmp_path / "o",
         "--detector_weights",
@@ -404,8 +430,8 @@ def test_proposals_of_full_size_take_less_than_1_4_gigabytes(tmp_path, pictures)
     assert int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024 < 1.4e9
 
 
-def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, pictures):
-    args = windows_args(pictures, tmp_path / "o", "--tsv", tmp_path / "t.tsv")
+def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, photos):
+    args = windows_args(photos, tmp_path / "o", "--tsv", tmp_path / "t.tsv")
     real = extract_features.extract
     calls = []
 
@@ -420,11 +446,15 @@ def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, pictures):
     assert not (tmp_path / "t.tsv").exists()
     extract(*args, "--seed", 1)
     with patch.object(extract_features, "extract", dies):
-        extract(*args, "--seed", 1)  # there already
+        assert "there already" in extract(*args, "--seed", 1)
+        with pytest.raises(InputError, match="t.tsv: there already, and made otherwise; --overwrite"):
+            extract(*args)
+        (tmp_path / "t.tsv.made.json").unlink()
+        assert "kept, though there is no record" in extract(*args)
         assert len(calls) == 5
         (tmp_path / "t.tsv").rename(tmp_path / "seed1.tsv")
         extract(*args)
-    assert len(calls) == 5 + 8  # 4 of the 12 pictures lay in the stopped run's file
+    assert len(calls) == 5 + 8  # 4 of the 12 photos lay in the stopped run's file
     one, other = ((tmp_path / f"{name}.tsv").read_text().splitlines() for name in ("t", "seed1"))
     assert {line.split("\t")[0] for line in one} == {line.split("\t")[0] for line in other} and len(one) == 12
     assert not set(one) & set(other)
@@ -468,59 +498,61 @@ class RunsCode:
         return open, (str(self.path), "w")
 
 
-def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, pictures):
+def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, photos):
     torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran"), protocol=4))
     for name, says in (("zip.pth", "refused, it names io.open"), ("plain.pth", "refused|not a file of weights")):
         for more in (("--weights", tmp_path / name), ("--regions", "proposals", "--detector_weights", tmp_path / name)):
             with pytest.raises(InputError, match=f"{name}: not the weights of .*({says})"):
-                extract(*windows_args(pictures, tmp_path / "o", *more))
-    done = tool("extract_features", *windows_args(pictures, tmp_path / "o", "--weights", tmp_path / "plain.pth"))
+                extract(*windows_args(photos, tmp_path / "o", *more))
+    done = tool("extract_features", *windows_args(photos, tmp_path / "o", "--weights", tmp_path / "plain.pth"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "o").iterdir())
 
 
-def test_pictures_none_of_which_can_be_read_leave_no_file(tmp_path):
+def test_images_none_of_which_can_be_read_leave_no_file(tmp_path):
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a image")
     for more in ((), ("--tsv", tmp_path / "t.tsv")):
-        with pytest.raises(InputError, match="none of the 1 pictures could be used"):
+        with pytest.raises(InputError, match="none of the 1 images could be used"):
             extract(*windows_args(tmp_path / "broken", tmp_path / "o", *more))
     assert not (tmp_path / "t.tsv").exists() and not list((tmp_path / "o").glob("*.npy"))
 
 
-def test_what_does_not_fit_is_one_line(tmp_path, pictures):
+def test_what_does_not_fit_is_one_line(tmp_path, photos):
     (tmp_path / "empty").touch()
-    (tmp_path / "text.txt").write_text("no picture, no weights\n")
+    (tmp_path / "text.txt").write_text("no image, no weights\n")
     torch.save([1], tmp_path / "list.pth")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "shape.pth")
     for args, said in (
         ((tmp_path / "no", tmp_path / "o"), "no such folder"),
-        ((pictures, tmp_path / "o", "--backbone", "detector"), "--regions windows has no detector"),
-        ((pictures, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
+        ((photos, tmp_path / "o", "--backbone", "detector"), "--regions windows has no detector"),
+        ((photos, tmp_path / "o", "--whole_region"), "--whole_region: the last of the windows is the whole image"),
+        ((photos, tmp_path / "o", "--tsv", tmp_path / "no/t.tsv"), "No such file"),
+        ((photos, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
         ((tmp_path / "text.txt", tmp_path / "o"), "text.txt: is no folder"),
-        ((pictures, tmp_path / "o", "--weights", tmp_path / "empty"), "empty: not the weights of resnet50"),
-        ((pictures, tmp_path / "o", "--weights", tmp_path / "text.txt"), "text.txt: not the weights of resnet50"),
-        ((pictures, tmp_path / "o", "--weights", tmp_path / "list.pth"), "list.pth: .*a list, expected a dict"),
-        ((pictures, tmp_path / "o", "--weights", tmp_path / "shape.pth"), "shape.pth: not .*size mismatch for conv1"),
-        ((pictures, tmp_path / "o", "--image_size", 0), "--image_size 0: expected at least 32"),
-        ((pictures, tmp_path / "o", "--seed", 2**64), "--seed 18446744073709551616: expected"),
-        ((pictures, tmp_path / "empty"), "empty: is no folder"),
-        ((pictures, tmp_path / "o", "--tsv", pictures), "pictures: is no file"),
-        ((pictures, tmp_path / "o", "--device", "nonsense"), "--device nonsense"),
-        ((pictures, tmp_path / "o", "--batch_size", 0), "--batch_size 0"),
+        ((photos, tmp_path / "o", "--weights", tmp_path / "empty"), "empty: not the weights of resnet50"),
+        ((photos, tmp_path / "o", "--weights", tmp_path / "text.txt"), "text.txt: not the weights of resnet50"),
+        ((photos, tmp_path / "o", "--weights", tmp_path / "list.pth"), "list.pth: .*a list, expected a dict"),
+        ((photos, tmp_path / "o", "--weights", tmp_path / "shape.pth"), "shape.pth: not .*size mismatch for conv1"),
+        ((photos, tmp_path / "o", "--image_size", 0), "--image_size 0: expected at least 32"),
+        ((photos, tmp_path / "o", "--seed", 2**64), "--seed 18446744073709551616: expected"),
+        ((photos, tmp_path / "empty"), "empty: is no folder"),
+        ((photos, tmp_path / "o", "--tsv", photos), "photos: is no file"),
+        ((photos, tmp_path / "o", "--device", "nonsense"), "--device nonsense"),
+        ((photos, tmp_path / "o", "--batch_size", 0), "--batch_size 0"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises((InputError, OSError), match=said):
             extract(*windows_args(*args))
     done = tool("extract_features", *windows_args(tmp_path / "no", tmp_path / "o"))
     assert done.returncode == 2
-    assert done.stderr.strip() == f"error: {tmp_path}/no: no such folder, expected one of pictures"
+    assert done.stderr.strip() == f"error: {tmp_path}/no: no such folder, expected one of images"
 
 
-def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures):
+def test_from_images_and_captions_to_a_recall_table(tmp_path, photos):
     """The worked example of docs/data.md with random weights at tiny sizes."""
     lines = []
-    for path in sorted(pictures.iterdir()):
+    for path in sorted(photos.iterdir()):
         ground, shape = path.stem.split("_")
         lines += [f"{path.name}\tA {shape} block on a {ground} ground {word} ." for word in ("here", "there")]
     write_lines(tmp_path / "captions.tsv", lines)
@@ -538,7 +570,7 @@ def test_from_pictures_and_captions_to_a_recall_table(tmp_path, pictures):
         "--out",
         out,
     )
-    extract("--images", pictures, "--out", out, *SMALL)
+    extract("--images", photos, "--out", out, *SMALL)
     ok("vocab", *paths, "--threshold", 1)
     ok("check_data", out, "--vocab_path", tmp_path / "vocab")
     ok(

@@ -76,7 +76,7 @@ def test_the_chain_goes_from_photographs_to_recalls_with_intervals(trained):
     tools = ["captions_to_dataset", "extract_features", "vocab", "check_data", "train", "evaluation"]
     assert [os.path.basename(path).removesuffix(".py") for path in commands] == tools
     assert said.startswith("60 photographs, 40 of them to train; on one idle CPU core about\n  features 1 min")
-    assert "36 boxes from 0 to 1 for each of 8091 pictures" in said and "ready to train" in said
+    assert "36 boxes from 0 to 1 for each of 8091 images" in said and "ready to train" in said
     assert "Images: 10, Captions: 50" in said and "95 % intervals" in said
     for split, n in SPLITS.items():
         features = np.load(folder / f"data/flickr8k/{split}_ims.npy")
@@ -179,4 +179,4 @@ def test_check_data_finds_boxes_that_are_shuffled_between_regions(trained, tmp_p
     np.save(data / "train_boxes.npy", grids[:, np.random.default_rng(0).permutation(grids.shape[1])])
     done = tool("check_data", data, "--vocab_path", folder / "vocab")
     (wrong,) = (line for line in done.stdout.splitlines() if line.startswith("WRONG"))
-    assert done.returncode == 1 and "train_boxes.npy: of other pictures or regions than" in wrong
+    assert done.returncode == 1 and "train_boxes.npy: of other images or regions than" in wrong

@@ -13,18 +13,16 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_opt
+from conftest import make_opt
 from folders import make_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import LIMIT
 
 import evaluation
 import train
@@ -35,13 +33,10 @@ from lib.errors import InputError
 from lib.options import MODEL, MODEL_NEWER, WHOLE_IMAGE
 from lib.resume import check_same_options
 from model import SCAN
-from scripts import (
-    captions_to_dataset,
-    tsv_to_dataset,
-)
+from scripts import captions_to_dataset, tsv_to_dataset
 from test_server import compute_map
 from test_server import test as client
-from vocab import build_vocab, deserialize_vocab, read_captions, word_list
+from vocab import build_vocab, deserialize_vocab, from_txt, word_list
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
@@ -116,26 +111,15 @@ def read_words(path):
 
 
 def read_lines(path):
-    read_captions(str(path), allow_empty=True)
+    from_txt(str(path), allow_empty=True)
     vocab = build_vocab(str(path.parent), "", [path.name], threshold=1)
-    for caption in read_captions(str(path)):
+    for caption in from_txt(str(path)):
         vocab.encode(caption)
 
 
 def read_tsv(path):
-    run_script(
-        tsv_to_dataset,
-        path,
-        "--out",
-        path.parent / "out",
-        "--all",
-        "train",
-        "--img_dim",
-        4,
-        "--n_regions",
-        2,
-        "--overwrite",
-    )
+    flags = ("--all", "train", "--img_dim", 4, "--n_regions", 2, "--overwrite")
+    run_script(tsv_to_dataset, path, "--out", path.parent / "out", *flags)
 
 
 def read_caption_tsv(path):
@@ -379,21 +363,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 places = st.sampled_from(
-    [
-        "word2idx",
-        "idx2word",
-        "idx",
-        "images",
-        "annotations",
-        "urls",
-        "dist_t2i",
-        "Img_urls",
-        "Img_flags",
-        "sentences",
-        "filename",
-        "caption",
-        "split",
-    ]
+    "word2idx idx2word idx images annotations urls dist_t2i Img_urls Img_flags sentences filename caption split".split()
 )
 
 
@@ -531,40 +501,6 @@ def test_awkward_captions_are_read_or_refused_by_line(tmp_path, awkward):
     (tmp_path / "captions.txt").write_bytes(b"a man\n" + awkward + b"\na dog\n")
     error = survive("captions.txt", tmp_path)
     assert error is None or "line " in error
-
-
-def test_no_file_of_the_project_is_opened_in_a_way_that_could_run_it():
-    """Beside the lint rules of ruff.toml: every read of an array or a checkpoint says that it is a safe one."""
-    unsafe = re.compile(r"allow_pickle=(?!False)|weights_only=(?!True)|\bpickle\.loads?\b|\bUnpickler\(")
-    for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).parts
-        if parts[0] in ("tests", "runs", "data") or parts[0].startswith("."):
-            continue
-        text = path.read_text(encoding="utf-8")
-        assert not unsafe.search(text), (path, unsafe.search(text))
-        for call in re.findall(r"\btorch\.load\(((?:[^()]|\([^()]*\))*)\)", text):
-            assert "weights_only=True" in call, (path, call)
-
-
-@pytest.mark.parametrize(
-    ("rule", "code"),
-    [
-        ("TID251", "import numpy as np\n\nnp.load('a.npy', allow_pickle=True)\n"),
-        ("TID251", "import numpy\n\nread = numpy.load\n"),
-        ("TID251", "import torch\n\ntorch.load('a.pth.tar', weights_only=False)\n"),
-        ("TID251", "from torch import load\n\nload('a.pth.tar')\n"),
-        ("S301", "import pickle\n\npickle.loads(b'')\n"),
-        ("S302", "import marshal\n\nmarshal.loads(b'')\n"),
-        ("S307", "eval('1')\n"),
-        ("S102", "exec('1')\n"),
-    ],
-)
-def test_lint_bans_what_could_run_a_file(rule, code):
-    pytest.importorskip("ruff", reason="lint needs what requirements-dev.txt lists")
-    for place, found in (("scripts/new.py", True), ("tests/test_new.py", rule != "TID251")):
-        line = [sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "--stdin-filename"]
-        done = subprocess.run([*line, place, "-"], input=code, capture_output=True, text=True, cwd=ROOT, timeout=LIMIT)
-        assert (f" {rule} " in done.stdout) == found and done.returncode == found, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", ["karpathy.json", "coco.json"])

@@ -112,7 +112,7 @@ def test_evalrank_compares_two_models(toy):
 
 
 def test_models_of_different_splits_are_not_compared(toy):
-    with pytest.raises(InputError, match="c.pth.tar: ranks 10 groups"):
+    with pytest.raises(InputError, match="c.pth.tar: ranks 10 images and 50 captions, the first model 25 and 125"):
         printed(toy[0], versus=toy[2])
 
 

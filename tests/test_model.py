@@ -14,7 +14,22 @@ from hypothesis import strategies as st
 import model as model_module
 from evaluation import LogCollector
 from lib.errors import InputError
-from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, Attention, ContrastiveLoss, l1norm, l2norm, xattn_score
+from lib.kernels import pieces
+from lib.kernels.blocks import blocks
+from model import (
+    AGG_FUNC,
+    RAW_FEATURE_NORM,
+    SCAN,
+    ContrastiveLoss,
+    ScoreConfig,
+    l1norm,
+    l2norm,
+    xattn_score,
+    xattn_score_i2t,
+    xattn_score_t2i,
+)
+
+XATTN_SCORE = {"t2i": xattn_score_t2i, "i2t": xattn_score_i2t}
 
 every_form = pytest.mark.parametrize(
     ("norm", "agg", "way"), [(n, a, w) for n in RAW_FEATURE_NORM for a in AGG_FUNC for w in ("t2i", "i2t")]
@@ -29,11 +44,16 @@ shapes = st.fixed_dictionaries(
 )
 
 
-@pytest.fixture(scope="module", params=["amx", "none"], autouse=True)
+@pytest.fixture(scope="module", params=["equal length", "padded", "compiled"], autouse=True)
 def ways(request):
-    """Every test runs with the fast ways of lib/kernels, and with the formulas of model.py alone."""
+    """Every test runs with captions in blocks of equal length, as on CPUs, with padded ones, as on GPUs, and with the
+    compiled form of as many scores as it can compute."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PFAN_KERNELS", request.param)
+        if request.param == "padded":
+            patch.setattr(model_module, "blocks", lambda *args: blocks(*args[:-1], padded=True))
+        if request.param == "compiled":
+            patch.setattr(pieces, "LEAST_ELEMENTS", 0)
+            patch.setattr(pieces, "ROWS", 1)
         yield
 
 
@@ -84,10 +104,9 @@ def test_scores_follow_the_formulas(norm, agg, way, shape):
     ours = XATTN_SCORE[way](images, captions, shape["lens"], opt)
     assert ours.shape == (shape["n_images"], len(shape["lens"]))
     close(ours, expected)
-    packed = torch.cat([caption[:n] for caption, n in zip(captions, shape["lens"], strict=True)])
-    close(XATTN_SCORE[way](images, packed, torch.tensor(shape["lens"]), opt), expected)
+    close(XATTN_SCORE[way](images, captions, torch.tensor(shape["lens"]), opt), expected)
     pairs = torch.cartesian_prod(torch.arange(shape["n_images"]), torch.arange(len(shape["lens"]))).flip(0)
-    ours = xattn_score(images, captions, shape["lens"], Attention.of(opt, way == "t2i"), pairs)
+    ours = xattn_score(images, captions, shape["lens"], ScoreConfig.of(opt, way), pairs)
     close(ours, expected[pairs[:, 0], pairs[:, 1]])
 
 
@@ -238,7 +257,7 @@ def test_word_embeddings_follow_the_formulas(bi_gru, num_layers, no_norm):
     model = SCAN(make_opt(bi_gru=bi_gru, num_layers=num_layers, no_txtnorm=no_norm))
     *_, captions, lens = random_batch()
     state = double(model.state_dict()[1])
-    ours = model.txt_enc(captions, lens)
+    ours, _ = model.txt_enc(captions, lens)
     assert ours.shape == (3, 6, 32)
     for embedding, ids, n in zip(ours, captions, lens, strict=True):
         close(embedding[:n], reference.caption_embedding(state, ids[:n], num_layers, bi_gru, not no_norm))
@@ -251,7 +270,7 @@ def test_gradients_of_the_text_encoder_follow_the_formulas(bi_gru, num_layers):
     *_, captions, lens = random_batch(n=4, lens=(2, 6, 1, 4))
     state = {name: value.detach().double().requires_grad_() for name, value in encoder.named_parameters()}
     weights = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0))
-    (encoder(captions, lens) * weights).sum().backward()
+    (encoder(captions, lens)[0] * weights).sum().backward()
     for ids, n, weight in zip(captions, lens, weights, strict=True):
         (reference.caption_embedding(state, ids[:n], num_layers, bi_gru) * weight[:n]).sum().backward()
     for name, parameter in encoder.named_parameters():
@@ -275,9 +294,9 @@ def test_gradients_of_the_image_encoder_follow_the_formulas(kind, position):
 def test_a_caption_is_embedded_alike_in_any_company_and_order():
     model = SCAN(make_opt(num_layers=2))
     *_, captions, lens = random_batch(n=5, lens=(9, 2, 5, 5, 1))
-    together = model.txt_enc(captions, lens)
+    together, _ = model.txt_enc(captions, lens)
     for i, n in enumerate(lens):
-        close(model.txt_enc(captions[i : i + 1, :n], [n])[0], together[i, :n], atol=1e-6)
+        close(model.txt_enc(captions[i : i + 1, :n], [n])[0][0], together[i, :n], atol=1e-6)
 
 
 # ---------------------------------------------------------------- the model
@@ -365,7 +384,7 @@ def test_an_unknown_device_is_an_error_that_names_it():
 def test_options_without_the_newer_flags_mean_pfan_a_in_full_precision():
     opt = SimpleNamespace(**vars(make_opt()))
     model = SCAN(opt)
-    assert hasattr(model.img_enc, "fc_att") and model.amp is False
+    assert hasattr(model.img_enc, "fc_att")
     assert torch.isfinite(model.train_emb(*random_batch()))
 
 

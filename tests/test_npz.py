@@ -1,14 +1,15 @@
-"""Folders of .npz and .npy files, one a picture, → a dataset folder; pickles of plain types that run nothing."""
+"""Folders of .npz and .npy files, one a image, → a dataset folder; pickles of plain types that run nothing."""
 
 import json
 import os
 import pickle
 import random
+import resource
 import zipfile
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, fails, no_leftovers, ok, picture, run_killed
+from dataset_commands import D, R, detected, fails, no_leftovers, ok, run_killed
 from folders import write_lines
 
 from lib.datasets import plain_pickle
@@ -19,10 +20,10 @@ from position import position_grid
 SIZE = 375, 500
 
 
-def pictures_of(count, n=R, seed=0):
+def images_of(count, n=R, seed=0):
     """[(boxes (n, 4), features (n, D))]"""
     rng = np.random.default_rng(seed)
-    return [picture(rng, n) for _ in range(count)]
+    return [detected(rng, n) for _ in range(count)]
 
 
 def save(path, **arrays):
@@ -30,26 +31,26 @@ def save(path, **arrays):
     np.savez_compressed(path, **arrays)
 
 
-def write_one_array_each(folder, pictures):
-    for i, (boxes, features) in enumerate(pictures):
+def write_one_array_each(folder, images):
+    for i, (boxes, features) in enumerate(images):
         size = {"image_h": 375, "image_w": 500, "num_bbox": len(boxes)}
         save(folder / f"COCO_val2014_{i:012}.jpg.npz", x=features, bbox=boxes, **size, info={"objects": np.arange(R)})
 
 
-def write_info(folder, pictures):
-    for i, (boxes, features) in enumerate(pictures):
+def write_info(folder, images):
+    for i, (boxes, features) in enumerate(images):
         info = {"bbox": boxes, "num_boxes": len(boxes), "image_h": np.int64(375), "image_w": 500, "image_id": f"{i}"}
         save(folder / f"{i}.npz", x=features, info=info)
 
 
-def write_transposed(folder, pictures):
-    for i, (boxes, features) in enumerate(pictures):
+def write_transposed(folder, images):
+    for i, (boxes, features) in enumerate(images):
         save(folder / f"{i}.npz", x=features.T, bbox=boxes, image_h=375, image_w=500)
 
 
-def write_npy_with_info(folder, pictures):
+def write_npy_with_info(folder, images):
     folder.mkdir()
-    for i, (boxes, features) in enumerate(pictures):
+    for i, (boxes, features) in enumerate(images):
         np.save(folder / f"{i}.npy", features)
         info = {"bbox": boxes, "num_boxes": len(boxes), "image_height": 375, "image_width": 500, "cls_prob": features}
         np.save(folder / f"{i}_info.npy", np.array(info, dtype=object))
@@ -61,21 +62,21 @@ LAYOUTS = [write_one_array_each, write_info, write_transposed, write_npy_with_in
 @pytest.mark.parametrize("n", [20, R])
 @pytest.mark.parametrize("write", LAYOUTS)
 def test_files_of_extractors_become_a_dataset(tmp_path, write, n):
-    pictures = pictures_of(3, n)
-    write(tmp_path / "in", pictures)
+    images = images_of(3, n)
+    write(tmp_path / "in", images)
     out = ok("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "test")
-    assert f"features ({n}, {D}), boxes" in out and "test: 3 of 3 pictures" in out
-    images, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
-    np.testing.assert_array_equal(images, [features for _, features in pictures])
-    np.testing.assert_array_equal(grids, [position_grid(boxes, SIZE) for boxes, _ in pictures])
+    assert f"features ({n}, {D}), boxes" in out and "test: 3 of 3 images" in out
+    features, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
+    np.testing.assert_array_equal(features, [features for _, features in images])
+    np.testing.assert_array_equal(grids, [position_grid(boxes, SIZE) for boxes, _ in images])
     assert [name.split(".")[0][-1] for name in (tmp_path / "o/test_ids.txt").read_text().split()] == ["0", "1", "2"]
     assert no_leftovers(tmp_path / "o")
 
 
 def test_boxes_and_sizes_may_stand_apart(tmp_path):
-    pictures = pictures_of(3)
+    images = images_of(3)
     (tmp_path / "boxes").mkdir()
-    for i, (boxes, features) in enumerate(pictures):
+    for i, (boxes, features) in enumerate(images):
         save(tmp_path / f"att/{i}.npz", feat=features)
         np.save(tmp_path / f"boxes/{i}.npy", boxes)
     args = (
@@ -89,13 +90,13 @@ def test_boxes_and_sizes_may_stand_apart(tmp_path):
         tmp_path / "o",
     )
     assert "att/0.npz: no image_h and image_w in it, and boxes in pixels; --sizes gives them" in fails(*args)
-    images = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375, "width": 500} for i in range(3)]
-    (tmp_path / "instances.json").write_text(json.dumps({"images": images}))
+    described = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375, "width": 500} for i in range(3)]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": described}))
     for sizes in (tmp_path / "instances.json", "375x500"):
         ok(*args, "--sizes", sizes, "--overwrite")
-        grids = [position_grid(boxes, SIZE) for boxes, _ in pictures]
+        grids = [position_grid(boxes, SIZE) for boxes, _ in images]
         np.testing.assert_array_equal(np.load(tmp_path / "o/train_boxes.npy"), grids)
-    for i, (boxes, _) in enumerate(pictures):  # shares of the picture need no size
+    for i, (boxes, _) in enumerate(images):  # shares of the image need no size
         np.save(tmp_path / f"boxes/{i}.npy", boxes / np.float32([500, 375, 500, 375]))
     ok(*args, "--overwrite")
     np.testing.assert_allclose(np.load(tmp_path / "o/train_boxes.npy")[..., 15:], np.stack(grids)[..., 15:], atol=1e-5)
@@ -114,7 +115,7 @@ def test_features_without_boxes_are_written_alone(tmp_path):
 
 @pytest.mark.parametrize("choice, n_regions", [("best", 36), ("all", 100)])
 def test_10_to_100_regions_are_cut_or_padded(tmp_path, choice, n_regions):
-    (boxes, features), (few_boxes, few_features) = pictures_of(1, 50) + pictures_of(1, 10)
+    (boxes, features), (few_boxes, few_features) = images_of(1, 50) + images_of(1, 10)
     scores = np.random.default_rng(2).random(50).astype(np.float32)
     size = {"image_h": 375, "image_w": 500}
     save(tmp_path / "in/0.npz", x=features, bbox=boxes, **size, info={"objects_conf": scores})
@@ -134,12 +135,12 @@ def test_10_to_100_regions_are_cut_or_padded(tmp_path, choice, n_regions):
     assert "10 regions, expected 50 (--regions fixed)" in (tmp_path / "fixed/npz_problems.txt").read_text()
 
 
-def test_damaged_missing_and_doubled_pictures_are_named_and_can_be_left_out(tmp_path):
-    pictures = pictures_of(5)
-    write_info(tmp_path / "in", pictures)
+def test_damaged_missing_and_doubled_images_are_named_and_can_be_left_out(tmp_path):
+    images = images_of(5)
+    write_info(tmp_path / "in", images)
     (tmp_path / "in/1.npz").write_bytes((tmp_path / "in/1.npz").read_bytes()[:-40])
-    np.savez(tmp_path / "in/2.npz", x=pictures[2][1] * np.nan, bbox=pictures[2][0], image_h=375, image_w=500)
-    np.savez(tmp_path / "in/3.npz", x=pictures[3][1][:, 1:], bbox=pictures[3][0], image_h=375, image_w=500)
+    np.savez(tmp_path / "in/2.npz", x=images[2][1] * np.nan, bbox=images[2][0], image_h=375, image_w=500)
+    np.savez(tmp_path / "in/3.npz", x=images[3][1][:, 1:], bbox=images[3][0], image_h=375, image_w=500)
     write_lines(tmp_path / "ids.txt", ["4.jpg", "3", "2", "1", "0", "77"])
     args = ("npz_to_dataset", tmp_path / "in", "--ids", f"dev={tmp_path}/ids.txt", "--out", tmp_path / "o")
     message = fails(*args)
@@ -151,9 +152,9 @@ def test_damaged_missing_and_doubled_pictures_are_named_and_can_be_left_out(tmp_
     assert "dev, id 77: missing: no file of this name" in listed
     ok(*args, "--skip_bad")
     assert (tmp_path / "o/dev_ids.txt").read_text() == "4.jpg\n0\n"
-    np.testing.assert_array_equal(np.load(tmp_path / "o/dev_ims.npy"), [pictures[4][1], pictures[0][1]])
+    np.testing.assert_array_equal(np.load(tmp_path / "o/dev_ims.npy"), [images[4][1], images[0][1]])
     (tmp_path / "in/below").mkdir()
-    save(tmp_path / "in/below/0.jpg.npz", x=pictures[0][1])
+    save(tmp_path / "in/below/0.jpg.npz", x=images[0][1])
     assert "1 doubled" in fails("npz_to_dataset", tmp_path / "in", "--split", "test", "--out", tmp_path / "o")
     (tmp_path / "empty").mkdir()
     assert "empty: no .npz and no .npy" in fails(
@@ -167,7 +168,7 @@ def test_damaged_missing_and_doubled_pictures_are_named_and_can_be_left_out(tmp_
 )
 def test_sizes_that_do_not_fit_the_boxes_are_refused_and_nothing_of_them_is_kept(tmp_path, size, said):
     (tmp_path / "boxes").mkdir()
-    for i, (boxes, features) in enumerate(pictures_of(3)):
+    for i, (boxes, features) in enumerate(images_of(3)):
         boxes[:, 2] = 499
         save(tmp_path / f"att/{i}.npz", feat=features)
         np.save(tmp_path / f"boxes/{i}.npy", boxes)
@@ -187,18 +188,55 @@ def test_sizes_that_do_not_fit_the_boxes_are_refused_and_nothing_of_them_is_kept
 
 
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    pictures = pictures_of(40)
-    write_info(tmp_path / "in", pictures)
+    images = images_of(40)
+    write_info(tmp_path / "in", images)
     args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
     run_killed("npz_to_dataset", 25, *args)
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
-    for i in sorted(range(40), key=str)[1:25]:  # written already: read again they would not be the same
-        save(tmp_path / f"in/{i}.npz", x=pictures[0][1], info={"bbox": pictures[0][0], "image_h": 375, "image_w": 500})
-    out = ok("npz_to_dataset", *args)
-    assert "15 used" in out
-    expected = [pictures[i][1] for i in sorted(range(40), key=str)]
+    assert "15 used" in ok("npz_to_dataset", *args)
+    expected = [images[i][1] for i in sorted(range(40), key=str)]
     np.testing.assert_array_equal(np.load(tmp_path / "o/train_ims.npy"), expected)
     assert no_leftovers(tmp_path / "o")
+
+
+def test_files_extracted_again_are_not_taken_for_the_old_ones(tmp_path):
+    write_info(tmp_path / "in", images_of(5))
+    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
+    ok("npz_to_dataset", *args)
+    assert "there already" in ok("npz_to_dataset", *args)
+    write_info(tmp_path / "in", images_of(5, seed=1))
+    assert "made otherwise; --overwrite" in fails("npz_to_dataset", *args)
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    write_info(tmp_path / "disk", images_of(2))
+    write_transposed(tmp_path / "in", images_of(1, seed=1))
+    (tmp_path / "in/0.npz").rename(tmp_path / "in/2.npz")
+    (tmp_path / "in/link").symlink_to(tmp_path / "disk")
+    (tmp_path / "disk/round").symlink_to(tmp_path / "in")
+    out = ok("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
+    assert "train: 3 of 3 images" in out and (tmp_path / "o/train_ids.txt").read_text() == "2\n0\n1\n"
+
+
+def test_names_that_are_not_utf8_are_named_and_left_out(tmp_path):
+    write_info(tmp_path / "in", images_of(2))
+    os.rename(tmp_path / "in/1.npz", os.fsencode(tmp_path / "in") + b"/caf\xe9.npz")
+    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
+    assert "1 unreadable" in fails("npz_to_dataset", *args)
+    assert r"caf\udce9.npz: unreadable: the name is not UTF-8" in (tmp_path / "o/npz_problems.txt").read_text()
+    ok("npz_to_dataset", *args, "--skip_bad")
+    assert (tmp_path / "o/train_ids.txt").read_text() == "0\n"
+
+
+def test_what_is_no_folder_and_files_of_another_kind_are_named(tmp_path):
+    write_info(tmp_path / "in", images_of(1))
+    (tmp_path / "boxes").mkdir()
+    np.save(tmp_path / "boxes/0.npy", np.array({"bbox": [1]}, dtype=object))
+    args = ("--out", tmp_path / "o", "--split", "train")
+    message = fails("npz_to_dataset", tmp_path / "in/0.npz", *args)
+    assert "in/0.npz: is a file, expected a folder" in message
+    message = fails("npz_to_dataset", tmp_path / "in", "--boxes", tmp_path / "boxes", *args)
+    assert f"{tmp_path}/boxes/0.npy: boxes are" in message
 
 
 # ---------------------------------------------------------------- boxes and sizes of SCAN's kind
@@ -206,7 +244,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_sizes_in_an_object_array_of_dicts_are_read(tmp_path, protocol):
-    boxes = np.stack([boxes for boxes, _ in pictures_of(4)])
+    boxes = np.stack([boxes for boxes, _ in images_of(4)])
     sizes = np.array([{"image_w": 500, "image_h": np.int64(375)} for _ in range(4)], dtype=object)
     np.save(tmp_path / "train_ims_bbx.npy", boxes)
     with open(tmp_path / "train_ims_size.npy", "wb") as file:
@@ -218,9 +256,9 @@ def test_sizes_in_an_object_array_of_dicts_are_read(tmp_path, protocol):
     np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid(boxes, [SIZE] * 4))
 
 
-def test_a_picture_without_a_size_is_named(tmp_path):
+def test_a_image_without_a_size_is_named(tmp_path):
     np.save(tmp_path / "s.npy", np.array([{"image_w": 5, "image_h": 5}, {"image_w": 5}], dtype=object))
-    with pytest.raises(InputError, match=r"s.npy: picture 1: found .*, expected image_h and image_w"):
+    with pytest.raises(InputError, match=r"s.npy: image 1: found .*, expected image_h and image_w"):
         read_sizes(str(tmp_path / "s.npy"))
 
 
@@ -235,6 +273,47 @@ class Calls:
 
     def __reduce__(self):
         return self.function, self.arguments
+
+
+def repeated(depth, n):
+    """Lists in lists, each n times the same: n^depth values in a few bytes."""
+    value = [1.0] * n
+    for _ in range(depth - 1):
+        value = [value] * n
+    return value
+
+
+@pytest.mark.parametrize("name", ["bbox", "x", "num_boxes", "image_h", "objects_conf"])
+@pytest.mark.parametrize("depth, n", [(30, 2), (2, 20_000)])
+def test_lists_that_a_pickle_repeats_do_not_fill_the_memory(tmp_path, name, depth, n):
+    info = {"bbox": np.ones((2, 4)), "num_boxes": 2, "image_h": 9, "image_w": 9, name: repeated(depth, n)}
+    arrays = {} if name == "x" else {"x": np.ones((2, 3))}
+    np.savez(tmp_path / "1.npz", **arrays, info=np.array(info, dtype=object))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=r"1\.npz: "):
+        read_regions(str(tmp_path / "1.npz"))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+HOSTILE_PICKLES = {
+    "an index of the memo": b"\x80\x04}r\xff\xff\xff\xff.",
+    "an index of the memo as text": b"\x80\x02}p4000000000\n.",
+    "a size beyond the end": b"\x80\x05\x96" + (10**11).to_bytes(8, "little") + b".",
+    "deep lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
+    "a state for a class": b"\x80\x02cnumpy\ndtype\n}X\x05\x00\x00\x00dtypeK\x01sb.",
+    "slots of a class": b"\x80\x02cnumpy\ndtype\nN}X\x0c\x00\x00\x00__defaults__K\x01s\x86b.",
+    "an array without values": b"\x80\x02cnumpy\nndarray\n)\x81.",
+    "a class": b"\x80\x02cnumpy\nndarray\n.",
+    "a persistent id": b"Pabc\n.",
+    "an attribute of a class": b"\x80\x04\x8c\x05numpy\x8c\x0edtype.__init__\x93.",
+    "a frame that cuts a value": b"\x80\x05\x95\x0c" + bytes(7) + b"\x96\x08" + bytes(7) + b"abcd.",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_PICKLES)
+def test_pickles_made_to_do_harm_are_refused(name):
+    with pytest.raises(InputError, match="pickle"):
+        plain_pickle.load(HOSTILE_PICKLES[name])
 
 
 PLAIN = {
@@ -302,7 +381,7 @@ def write_npz(path, data):
 
 
 @pytest.mark.parametrize("kind", ["npz", "pickle", "npy"])
-def test_damaged_files_end_in_a_picture_or_one_line_that_names_them(tmp_path, kind):
+def test_damaged_files_end_in_a_image_or_one_line_that_names_them(tmp_path, kind):
     info = {"bbox": np.float32([[0, 0, 5, 5], [1, 1, 3, 3]]), "num_boxes": 2, "image_h": 9, "image_w": np.int64(9)}
     np.savez(tmp_path / "good.npz", x=np.ones((2, 3), np.float32), info=info)
     np.save(tmp_path / "good.npy", np.ones((2, 3), np.float32))

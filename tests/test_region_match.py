@@ -12,12 +12,12 @@ from lib.datasets.region_match import Signature, judge, likeness, match, overlap
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return boxes_with_features(60)
 
 
-def test_the_boxes_of_the_features_are_right(pictures):
-    grids, features = pictures
+def test_the_boxes_of_the_features_are_right(images):
+    grids, features = images
     judgement = judge(features, grids)
     assert judgement.wrong is False and judgement.own > 0.3 > abs(judgement.other) + abs(judgement.shuffled)
     assert "alike" in str(judgement) and f"{judgement.own:.2f} with its boxes" in str(judgement)
@@ -26,45 +26,45 @@ def test_the_boxes_of_the_features_are_right(pictures):
 @pytest.mark.parametrize(
     "order",
     [lambda g: np.roll(g, 1, axis=0), lambda g: g[::-1], lambda g: g[:, ::-1], lambda g: np.r_[g[:25], g[26:], g[:1]]],
-    ids=["shifted", "reversed", "regions in another order", "one picture missing"],
+    ids=["shifted", "reversed", "regions in another order", "one image missing"],
 )
-def test_boxes_in_another_order_are_wrong(pictures, order):
-    grids, features = pictures
+def test_boxes_in_another_order_are_wrong(images, order):
+    grids, features = images
     judgement = judge(features, order(grids))
     assert judgement.wrong is True and judgement.misses > 15
 
 
 @pytest.mark.parametrize("img_dim", [4, 16, 64, 2048])
-def test_random_features_raise_no_alarm(pictures, img_dim):
+def test_random_features_raise_no_alarm(images, img_dim):
     rng = np.random.default_rng(0)
     for features in (rng.standard_normal((60, 36, img_dim)), rng.random((60, 36, img_dim))):
-        judgement = judge(features, pictures[0])
+        judgement = judge(features, images[0])
         assert judgement.wrong is None and "no regions are more alike than others" in str(judgement)
 
 
-def test_fixed_windows_raise_no_alarm(pictures):
-    grids, features = pictures
+def test_fixed_windows_raise_no_alarm(images):
+    grids, features = images
     judgement = judge(features, np.repeat(grids[:1], 60, axis=0))
     assert judgement.wrong is None and "have the same boxes" in str(judgement)
 
 
-def test_pictures_that_stand_twice_are_no_fault(pictures):
-    grids, features = (np.repeat(array, 2, axis=0) for array in pictures)
+def test_images_that_stand_twice_are_no_fault(images):
+    grids, features = (np.repeat(array, 2, axis=0) for array in images)
     assert judge(features, grids).wrong is False
     assert judge(features, grids[::-1]).wrong is True
 
 
-def test_what_cannot_be_judged_is_said(pictures):
-    grids, features = pictures
-    assert "7 pictures are too few" in str(judge(features[:7], grids[:7]))
+def test_what_cannot_be_judged_is_said(images):
+    grids, features = images
+    assert "7 images are too few" in str(judge(features[:7], grids[:7]))
     assert judge(features[:0], grids[:0]).wrong is None
     assert judge(features, np.tile([0] * 15 + [1] + [0] * 15, (60, 36, 1))).wrong is None
     assert judge(features * 0, grids).wrong is None
     assert judge(features * np.nan, grids).wrong is None
 
 
-def test_padded_regions_do_not_count(pictures):
-    grids, features = pictures
+def test_padded_regions_do_not_count(images):
+    grids, features = images
     n_regions = np.random.default_rng(0).integers(10, 37, 60)
     padded = np.arange(36) >= n_regions[:, None]
     features, grids = np.where(padded[..., None], 0, features), grids.copy()
@@ -73,23 +73,23 @@ def test_padded_regions_do_not_count(pictures):
     assert judge(features, np.roll(grids, 1, axis=0)).wrong is True
 
 
-def test_boxes_find_their_pictures_again(pictures):
-    grids, features = pictures
+def test_boxes_find_their_images_again(images):
+    grids, features = images
     order = np.random.default_rng(0).permutation(60)
     found = match(likeness(features).pairs, overlaps(grids[order]).pairs)
     np.testing.assert_array_equal(order[found], np.arange(60))
 
 
-def test_pictures_without_boxes_find_none(pictures):
-    grids, features = pictures
+def test_images_without_boxes_find_none(images):
+    grids, features = images
     found = match(likeness(features[:40]).pairs, overlaps(grids[20:]).pairs)
     np.testing.assert_array_equal(found, [*[-1] * 20, *range(20)])
     assert (match(likeness(features).pairs, overlaps(np.repeat(grids[:1], 9, axis=0)).pairs) == -1).all()
     assert match(likeness(features).pairs, overlaps(grids[:0]).pairs).tolist() == [-1] * 60
 
 
-def test_blocks_leave_no_trace(pictures, monkeypatch):
-    grids, features = pictures
+def test_blocks_leave_no_trace(images, monkeypatch):
+    grids, features = images
     alike, overlap = likeness(features).pairs, overlaps(grids[::-1][:50]).pairs
     whole = match(alike, overlap)
     monkeypatch.setattr("lib.datasets.region_match.BLOCK", 7)
@@ -106,8 +106,8 @@ def peak_memory(function, *args):
         tracemalloc.stop()
 
 
-def test_a_pair_of_regions_takes_four_bytes(pictures):
-    grids, features = pictures
+def test_a_pair_of_regions_takes_four_bytes(images):
+    grids, features = images
     assert likeness(features.astype(np.float16)).pairs.dtype == overlaps(grids).pairs.dtype == np.float32
 
 

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, make_opt
 from folders import make_whole_folder, random_boxes, write_lines
 
+from evaluation import load_split, score_split
 from lib import errors
 from model import load_checkpoint
 from position import position_grid
@@ -23,7 +24,7 @@ from Tencent_PFAN import evaluation_whole, train_whole
 from Tencent_PFAN import vocab as vocab_whole
 from Tencent_PFAN.data_whole import PrecompDataset, get_loaders
 from Tencent_PFAN.evaluation_whole import encode_data, evalrank, i2t, shard_xattn_i2t, shard_xattn_t2i, t2i
-from Tencent_PFAN.model_whole import SCAN, XATTN_SCORE, ContrastiveLoss, load_model
+from Tencent_PFAN.model_whole import SCAN, ContrastiveLoss, load_model
 from Tencent_PFAN.vocab import Vocabulary, deserialize_vocab, tokenize
 
 SMALL = {"img_dim": 8, "embed_size": 6, "word_dim": 5, "lambda_whole": 2.0}
@@ -60,7 +61,7 @@ def test_model_gives_the_published_embeddings_scores_loss_and_gradients(golden, 
     for name, ours in zip(("img_emb", "whole_emb", "cap_emb", "lens", "final_cap_emb"), embeddings, strict=True):
         if name in published and published[name].size:
             close(ours, published[name], 1e-5)
-    sims = XATTN_SCORE[opt.cross_attn](*embeddings, opt)
+    sims = model.score(*embeddings)
     close(sims, published["sims"], 2e-4 if opt.agg_func == "Sum" else 1e-5)
     loss = model.forward_loss(*embeddings)
     assert loss.item() == pytest.approx(float(published["loss"]), rel=1e-4)
@@ -95,8 +96,8 @@ def test_published_server_checkpoint_gives_the_published_scores(shared):
             [len(ids)],
             volatile=True,
         )
-        for name, score in XATTN_SCORE.items():
-            close(score(*embeddings, model.opt)[:, 0], response[f"sim_{name}"], 1e-5)
+        for way in ("t2i", "i2t"):
+            close(model.score(*embeddings, cross_attn=way)[:, 0], response[f"sim_{way}"], 1e-5)
 
 
 # ---------------------------------------------------------------- the formulas in plain form
@@ -176,7 +177,7 @@ def test_scores_loss_and_gradients_follow_the_formulas(cross_attn, n_boxes, max_
         ]
     )
     embeddings = model.forward_emb(*batch)
-    close(XATTN_SCORE[cross_attn](*embeddings, opt), plain, 1e-5)
+    close(model.score(*embeddings), plain, 1e-5)
     shard = {"t2i": shard_xattn_t2i, "i2t": shard_xattn_i2t}[cross_attn]
     close(shard(*(x.detach() if torch.is_tensor(x) else x for x in embeddings), opt, shard_size=1), plain, 1e-5)
 
@@ -418,16 +419,12 @@ def test_evalrank_ranks_what_the_trained_models_score(folder, tmp_path, monkeypa
     capsys.readouterr()
     sims = 0
     for path in paths:
-        (block,) = evaluation_whole.score_split(path, None, None, "test", 1)
-        model = load_model(path)
-        dataset = PrecompDataset(
-            folder[0], "test", deserialize_vocab(folder[2] + "/toy_sent_vocab.json"), need_box_whole=bool(more)
-        )
-        loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+        model, loader = load_split(path, split="test", make_model=SCAN)
+        (block,) = score_split(model, loader)
         embeddings = encode_data(model, loader)
         assert [tuple(x.shape[::2]) for x in embeddings[:3:2]] == [(6, 6), (6, 6)]
         assert embeddings[1].shape == embeddings[4].shape == (6, 6) and len(embeddings[3]) == 6
-        close(XATTN_SCORE[model.opt.cross_attn](*embeddings, model.opt), block, 1e-5)
+        close(model.score(*embeddings), block, 1e-5)
         sims = sims + block / 2
     result = evalrank(paths, split="test", batch_size=5)
     assert (result["n_images"], result["n_captions"]) == (6, 6)

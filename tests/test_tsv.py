@@ -6,23 +6,25 @@ import os
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, fails, no_file_grows, no_leftovers, ok, picture, run_killed, tsv_line
+from dataset_commands import D, R, detected, fails, no_file_grows, no_leftovers, ok, run_killed, tsv_line
 from folders import write_lines
 
 from position import position_grid
 
+DEEP = "[" * 100_000
+
 
 @pytest.fixture
 def parts(tmp_path):
-    """Two TSV parts with pictures 10…15 and 99 (of no list), an id list each for train and test; {id: picture}."""
+    """Two TSV parts with images 10…15 and 99 (of no list), an id list each for train and test; {id: image}."""
     rng = np.random.default_rng(0)
-    pictures = {i: picture(rng) for i in (*range(10, 16), 99)}
-    lines = {i: tsv_line(i, *pictures[i]) for i in pictures}
+    images = {i: detected(rng) for i in (*range(10, 16), 99)}
+    lines = {i: tsv_line(i, *images[i]) for i in images}
     write_lines(tmp_path / "a.tsv", [lines[i] for i in (12, 99, 10)])
     write_lines(tmp_path / "b.tsv", [lines[i] for i in (15, 11, 14, 13)])
     write_lines(tmp_path / "train.txt", [10, 11, 12, 13])
     write_lines(tmp_path / "test.txt", ["15.jpg", "COCO_val2014_000000000014.jpg"])
-    return pictures
+    return images
 
 
 def tsv_args(folder, *more):
@@ -42,7 +44,7 @@ def tsv_args(folder, *more):
 
 def test_tsv_parts_become_a_dataset_in_the_order_of_the_id_lists(tmp_path, parts):
     out = ok("tsv_to_dataset", *tsv_args(tmp_path))
-    assert "1 of other pictures" in out and "train: 4 of 4" in out
+    assert "1 of other images" in out and "train: 4 of 4" in out
     for split, ids in (("train", (10, 11, 12, 13)), ("test", (15, 14))):
         images, boxes = (np.load(tmp_path / f"out/{split}_{name}.npy") for name in ("ims", "boxes"))
         assert images.dtype == boxes.dtype == np.float32
@@ -104,7 +106,7 @@ def test_missing_and_doubled_ids_of_a_list_are_named(tmp_path, parts):
     assert "train.txt, line 5: doubled: id 11 stands in line 2" in listed and "train, id 777: missing" in listed
 
 
-def test_skipping_pictures_takes_their_captions_along(tmp_path, parts):
+def test_skipping_images_takes_their_captions_along(tmp_path, parts):
     (tmp_path / "out").mkdir()
     write_lines(tmp_path / "out/train_ids.txt", [10, 11, 777, 13])
     write_lines(tmp_path / "out/train_caps.txt", [f"{i} {j}" for i in (10, 11, 777, 13) for j in range(5)])
@@ -129,7 +131,7 @@ def test_skipping_pictures_takes_their_captions_along(tmp_path, parts):
 @pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
 def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
     rng = np.random.default_rng(1)
-    many, few = picture(rng, 50), picture(rng, 10)
+    many, few = detected(rng, 50), detected(rng, 10)
     scores = rng.random(50)
     fields = "image_id,image_w,image_h,num_boxes,boxes,features,objects_conf"
     write_lines(tmp_path / "t.tsv", [tsv_line(1, *many, 500, 375, scores), tsv_line(2, *few, 500, 375, np.ones(10))])
@@ -174,8 +176,8 @@ def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
 
 def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
     rng = np.random.default_rng(2)
-    pictures = [picture(rng) for _ in range(40)]
-    write_lines(tmp_path / "t.tsv", [tsv_line(i, *pictures[i]) for i in range(40)])
+    images = [detected(rng) for _ in range(40)]
+    write_lines(tmp_path / "t.tsv", [tsv_line(i, *images[i]) for i in range(40)])
     write_lines(tmp_path / "train.txt", range(40))
     args = (tmp_path / "t.tsv", "--out", tmp_path / "out", "--ids", f"train={tmp_path}/train.txt", "--img_dim", D)
     run_killed("tsv_to_dataset", 25, *args)
@@ -184,18 +186,50 @@ def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):
         "train_boxes.npy.part",
         "train_state.part",
     }
-    # what the killed run wrote is not made again: other numbers of the same length do not show
-    other = [tsv_line(i, pictures[0][0], pictures[0][1] + 1) for i in range(25)]
-    write_lines(tmp_path / "t.tsv", other + [tsv_line(i, *pictures[i]) for i in range(25, 40)])
-    ok("tsv_to_dataset", *args)
-    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [features for _, features in pictures])
+    assert "15 used" in ok("tsv_to_dataset", *args)  # what the killed run wrote is not made again
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [features for _, features in images])
     assert no_leftovers(tmp_path / "out")
 
 
-def test_a_command_ends_with_that_line_and_status_2(tmp_path, parts):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/train_made.json").write_text("[" * 100_000)
-    assert f"error: {tmp_path / 'out/train_made.json'}: not JSON" in fails("tsv_to_dataset", *tsv_args(tmp_path))
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_tsv_extracted_again_is_not_taken_for_the_old_one(tmp_path, finished):
+    """Of the same name and size; rows of both would stand in one split."""
+    rng = np.random.default_rng(2)
+    old, new = ([detected(rng) for _ in range(40)] for _ in range(2))
+    args = (tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "train", "--img_dim", D)
+    write_lines(tmp_path / "t.tsv", [tsv_line(i, *old[i]) for i in range(40)])
+    if finished:
+        ok("tsv_to_dataset", *args)
+        assert "there already" in ok("tsv_to_dataset", *args)
+    else:
+        run_killed("tsv_to_dataset", 25, *args)
+    size = os.path.getsize(tmp_path / "t.tsv")
+    write_lines(tmp_path / "t.tsv", [tsv_line(i, *new[i]) for i in range(40)])
+    assert os.path.getsize(tmp_path / "t.tsv") == size
+    if finished:
+        assert "train_ims.npy: there already, and made otherwise; --overwrite" in fails("tsv_to_dataset", *args)
+        np.testing.assert_array_equal(np.load(tmp_path / "o/train_ims.npy"), [features for _, features in old])
+    else:
+        assert "begun anew" in ok("tsv_to_dataset", *args)
+        np.testing.assert_array_equal(np.load(tmp_path / "o/train_ims.npy"), [features for _, features in new])
+
+
+def test_parts_that_come_later_join_a_stopped_run(tmp_path, parts):
+    only_a = [tmp_path / "a.tsv", *tsv_args(tmp_path)[2:]]
+    assert "4 missing" in fails("tsv_to_dataset", *only_a)
+    assert "4 used" in ok("tsv_to_dataset", *tsv_args(tmp_path))
+
+
+def test_files_with_a_record_of_an_older_version_are_kept_and_said_to_be_unproved(tmp_path, parts):
+    ok("tsv_to_dataset", *tsv_args(tmp_path))
+    path = tmp_path / "out/train_made.json"
+    made = json.loads(path.read_text())
+    made["inputs"] = [note[:2] for note in made["inputs"]]  # names and sizes
+    path.write_text(json.dumps(made))
+    assert "train: kept, though there is no digest" in ok("tsv_to_dataset", *tsv_args(tmp_path))
+    for note in (DEEP, "[]", "null"):  # no record at all
+        path.write_text(note)
+        assert "made otherwise; --overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path))
 
 
 def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
@@ -206,7 +240,7 @@ def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
     out, ids = ("--out", tmp_path / "o"), ("--ids", f"train={tmp_path}/train.txt")
     for args, said in (
         ((tmp_path / "empty", *out, *ids), "empty: empty, expected lines of image_id"),
-        ((tmp_path / "head.tsv", *out, "--all", "train"), "head.tsv: no pictures"),
+        ((tmp_path / "head.tsv", *out, "--all", "train"), "head.tsv: no images"),
         ((tmp_path / "wide.tsv", "--out", tmp_path / "w", *ids, "--img_dim", D), "1 malformed"),
         ((tmp_path / "spaces.tsv", *out, *ids), "1 malformed"),
         ((tmp_path / "a.tsv", *out, *ids, "--n_regions", 0), "--n_regions 0: expected at least 1"),
@@ -248,23 +282,23 @@ def vinvl_line(image_id, boxes, features, scores):
 @pytest.mark.parametrize("line, said", [(lxmert_line, "LXMERT's columns"), (vinvl_line, "VinVL's columns")])
 def test_other_peoples_columns_are_told_by_their_kinds(tmp_path, line, said):
     rng = np.random.default_rng(3)
-    pictures = [(*picture(rng, n), rng.random(n).astype("<f4")) for n in (50, 10)]
+    images = [(*detected(rng, n), rng.random(n).astype("<f4")) for n in (50, 10)]
     header = ["img_id\timg_h\timg_w\tobjects_id\tobjects_conf\tattrs_id\tattrs_conf\tnum_boxes\tboxes\tfeatures"]
-    lines = [line(i, *one) for i, one in enumerate(pictures)]
+    lines = [line(i, *one) for i, one in enumerate(images)]
     write_lines(tmp_path / "t.tsv", header + lines if line is lxmert_line else lines)
     args = [tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "test", "--img_dim", D, "--regions", "best"]
     assert said in ok("tsv_to_dataset", *args)
-    images, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
-    (boxes, features, scores), (few_boxes, few_features, _) = pictures
+    written, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
+    (boxes, features, scores), (few_boxes, few_features, _) = images
     best = np.argsort(-scores, kind="stable")[:R]
-    np.testing.assert_array_equal(images[0], features[best])
+    np.testing.assert_array_equal(written[0], features[best])
     np.testing.assert_array_equal(grids[0], position_grid(boxes[best], (375, 500)))
-    np.testing.assert_array_equal(images[1, :10], few_features)
+    np.testing.assert_array_equal(written[1, :10], few_features)
     np.testing.assert_array_equal(grids[1, :10], position_grid(few_boxes, (375, 500)))
 
 
 def test_vinvl_features_that_end_in_their_boxes(tmp_path):
-    boxes, features = picture(np.random.default_rng(4))
+    boxes, features = detected(np.random.default_rng(4))
     share = boxes / np.float32([500, 375, 500, 375])
     sides = share[:, 2:] - share[:, :2]
     value = {"num_boxes": R, "features": base64_of(np.concatenate([features, share, sides], 1))}
@@ -293,7 +327,7 @@ def test_a_file_of_no_known_form_is_refused_at_once(tmp_path, parts):
 @pytest.mark.parametrize("cut", [20, 400, 800])
 @pytest.mark.parametrize("order", ["cut first", "whole first"])
 @pytest.mark.parametrize("glued", [False, True])
-def test_a_cut_line_is_no_loss_where_its_picture_is_whole_elsewhere(tmp_path, parts, cut, order, glued):
+def test_a_cut_line_is_no_loss_where_its_image_is_whole_elsewhere(tmp_path, parts, cut, order, glued):
     line = {i: tsv_line(i, *parts[i]) for i in parts}
     damaged = line[11][:cut] + (line[14] if glued else "")
     lines = [line[11], line[13], line[14], line[15]]
@@ -304,12 +338,12 @@ def test_a_cut_line_is_no_loss_where_its_picture_is_whole_elsewhere(tmp_path, pa
     note = (tmp_path / "out/tsv_problems.txt").read_text()
     number, whole = (1, 2) if order == "cut first" else (5, 1)
     assert note.startswith(f"{tmp_path}/b.tsv, line {number}: note: id 11: ")
-    assert note.endswith(f"the picture stands whole in {tmp_path}/b.tsv, line {whole}\n")
+    assert note.endswith(f"the image stands whole in {tmp_path}/b.tsv, line {whole}\n")
 
 
 @pytest.mark.parametrize("count, looked_at", [(3, 3), (120, 100)])
 def test_swapped_sizes_are_refused_and_the_right_ones_are_not_mixed_with_them(tmp_path, count, looked_at):
-    boxes, features = picture(np.random.default_rng(5))
+    boxes, features = detected(np.random.default_rng(5))
     boxes[:, 2] = 499
     args = ("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "train", "--img_dim", D)
     write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features, width=375, height=500) for i in range(count)])

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,16 +9,19 @@ from conftest import ROOT
 from folders import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import LIMIT
+from processes import run
 
+import vocab as vocab_module
 from lib.errors import InputError
 from lib.segmentation import segment
+from Tencent_PFAN import vocab as tencent
 from vocab import (
     Vocabulary,
+    annotations,
     build_vocab,
     deserialize_vocab,
+    from_txt,
     nltk_tokenizers,
-    read_captions,
     serialize_vocab,
     tokenize,
     unknown_words_message,
@@ -34,9 +36,8 @@ def write_captions(root, train, dev=("a",), name="mine"):
     return str(root / "data"), name
 
 
-def run_vocab(*flags, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "vocab.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LIMIT)
+def run_vocab(*flags):
+    return run([sys.executable, ROOT / "vocab.py", *map(str, flags)])
 
 
 # What nltk.word_tokenize gives: words, clitics, punctuation, quotes; a full stop parts from a word at a sentence's end.
@@ -61,11 +62,11 @@ def test_tokens_are_nltks(caption, tokens):
     assert tokenize(caption) == tokens.split()
 
 
-def test_tokens_of_real_captions_are_nltks(shared):
+def test_tokens_are_those_of_nltk_word_tokenize(shared):
     with gzip.open(shared / "real" / "flickr8k_tokens.jsonl.gz", "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    for caption, tokens in rows[::7] + rows[-500:]:
-        assert tokenize(caption) == tokens
+        pairs = [json.loads(line) for line in file]
+    assert len(pairs) == 20730
+    assert [caption for caption, tokens in pairs if tokenize(caption) != tokens] == []
 
 
 @settings(max_examples=50)
@@ -76,25 +77,7 @@ def test_any_text_has_tokens_without_spaces(caption):
     assert bool(tokens) == bool(caption.strip())
 
 
-PIECES = [
-    "a",
-    "dog",
-    "mr",
-    "can",
-    "not",
-    "cannot",
-    "gon",
-    "na",
-    "wanna",
-    "gotta",
-    "lemme",
-    " ",
-    "  ",
-    ".",
-    ",",
-    ", ",
-    "-",
-]
+PIECES = [*"a dog mr can not cannot gon na wanna gotta lemme . ,".split(), " ", "  ", ", ", "-"]
 
 
 @settings(max_examples=300)
@@ -114,16 +97,14 @@ def test_jieba_is_loaded_when_chinese_text_first_comes():
     code = "import sys, vocab; from lib.segmentation import segment; "
     code += "segment('a red dog'); before = 'jieba' in sys.modules; segment('红球'); "
     code += "print(before, 'jieba' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False True\n"
+    assert run([sys.executable, "-c", code], cwd=ROOT).stdout == "False True\n"
 
 
-def test_lower_casing_is_the_callers_choice():
-    def ascii_only(caption):
-        return "".join(c.lower() if c.isascii() else c for c in caption)
-
-    assert tokenize("The Φ Ⅲ Test", lower=ascii_only) == ["the", "Φ", "Ⅲ", "test"]
-    assert tokenize("The Φ Ⅲ Test") == ["the", "φ", "ⅲ", "test"]
+def test_tencent_news_lower_cases_ascii_letters_only(shared):
+    assert tokenize("The Φ Ⅲ É 平定") == ["the", "φ", "ⅲ", "é", "平定"]
+    assert tencent.tokenize("The Φ Ⅲ É 平定") == ["the", "Φ", "Ⅲ", "É", "平定"]
+    vocab = tencent.deserialize_vocab(shared / "real" / "vocab" / "tencent_data_sent_vocab.json")
+    assert vocab("Φ") > 3 and vocab.encode("Φ zxqvj Ⅲ") == [1, vocab("Φ"), 0, vocab("Ⅲ"), 2]
 
 
 def test_a_vocabulary_starts_with_the_four_special_words(tmp_path):
@@ -135,14 +116,12 @@ def test_a_vocabulary_starts_with_the_four_special_words(tmp_path):
     assert vocab.encode("") == [1, 2]
 
 
-def test_an_unknown_word_is_unk_or_what_the_caller_chose():
-    vocab = Vocabulary()
-    for word in ("<pad>", "<start>", "<end>", "<unk>", "dog"):
-        vocab.add_word(word)
+@pytest.mark.parametrize("kind, unknown", [(Vocabulary, 3), (tencent.Vocabulary, 0)])
+def test_an_unknown_word_is_unk_and_in_tencent_news_id_0(kind, unknown):
+    vocab = kind.from_words(["<pad>", "<start>", "<end>", "<unk>", "a", "dog"])
     vocab.add_word("dog")  # once more changes nothing
-    assert (vocab("dog"), vocab("cat"), len(vocab)) == (4, 3, 5)
-    vocab.unknown = "<pad>"
-    assert vocab("cat") == 0
+    assert (vocab("dog"), vocab("cat"), len(vocab)) == (5, unknown, 6)
+    assert vocab.encode("A dog zxqvj") == [1, 4, 5, unknown, 2]
 
 
 def test_words_below_the_threshold_and_dropped_words_stay_out(tmp_path):
@@ -154,11 +133,26 @@ def test_words_below_the_threshold_and_dropped_words_stay_out(tmp_path):
     assert "the" not in build_vocab(*data, threshold=1, drop=("the",)).word2idx
 
 
-def test_a_vocabulary_can_be_counted_from_other_files_and_tokens(tmp_path):
+def test_build_vocab_takes_a_dict_of_caption_files_by_data_name_or_their_list(tmp_path):
     data_path, name = write_captions(tmp_path, ["a"], ["b"])
-    write_lines(tmp_path / "data" / name / "own_caps.txt", ["x-y"])
-    own = build_vocab(data_path, name, ["own_caps.txt"], threshold=1, tokenize=lambda caption: caption.split("-"))
-    assert list(own.word2idx)[4:] == ["x", "y"]
+    write_lines(tmp_path / "data" / name / "own_caps.txt", ["x y"])
+    for files, words in (
+        ({name: ["own_caps.txt"], "other": ["none.txt"]}, ["x", "y"]),
+        (["own_caps.txt", "dev_caps.txt"], ["b", "x", "y"]),
+        (annotations, ["a", "b"]),  # of the public data sets; of another its train and dev captions
+    ):
+        assert list(build_vocab(data_path, name, files, threshold=1).word2idx)[4:] == words
+    assert annotations["f30k_precomp"] == ["train_caps.txt", "dev_caps.txt"]
+    assert tencent.annotations["tencent_data"] == ["train_sent_caps.txt", "dev_sent_caps.txt"]
+
+
+@pytest.mark.parametrize("module, name", [(vocab_module, "mine_vocab.json"), (tencent, "mine_sent_vocab.json")])
+def test_main_with_arguments_writes_the_vocabulary_of_words_that_occur_four_times(module, name, tmp_path, monkeypatch):
+    data = write_captions(tmp_path, ["dog red"] * 3, ["dog"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pytest", "--not-a-flag"])
+    module.main(*data)
+    assert list(deserialize_vocab(f"vocab/{name}").word2idx)[4:] == ["dog"]
 
 
 def test_a_vocabulary_survives_being_written_and_read(tmp_path):
@@ -187,7 +181,14 @@ def test_published_vocabularies_are_read(shared, name):
     assert vocab.word2idx == stored["word2idx"]
     assert {str(index): word for index, word in vocab.idx2word.items()} == stored["idx2word"]
     assert len(vocab) == stored["idx"]
-    assert vocab.encode("") == [1, 2] and vocab("no such word") == 3
+    assert vocab.encode("zxqvj") == [1, 3, 2]
+
+
+def test_the_published_vocabulary_covers_the_published_captions(shared):
+    vocab = deserialize_vocab(shared / "real" / "vocab" / "f30k_new_vocab.json")
+    captions = from_txt(shared / "real" / "f30k_test" / "train_caps.txt")
+    ids = [i for caption in captions for i in vocab.encode(caption)]
+    assert ids.count(3) < 0.02 * len(ids)  # words seen fewer than four times are unknown
 
 
 def test_a_caption_ends_at_a_newline_only(tmp_path):
@@ -195,11 +196,11 @@ def test_a_caption_ends_at_a_newline_only(tmp_path):
     captions = ["one\rtwo", "three\x0bfour\x0c", "five\u2028six\u2029", "seven\x85eight", "nine\x1cten"]
     path = tmp_path / "caps.txt"
     path.write_bytes("\n".join(captions).encode())  # the last line has no end
-    read = read_captions(str(path))
+    read = from_txt(str(path))
     assert len(read) == 5
     assert read[0] == "one\rtwo" and read[4] == "nine\x1cten"
     path.write_bytes(b"one\r\ntwo\r\n")
-    assert read_captions(str(path)) == ["one", "two"]
+    assert from_txt(str(path)) == ["one", "two"]
 
 
 def test_captions_that_cannot_be_used_are_named_by_line(tmp_path):
@@ -212,11 +213,11 @@ def test_captions_that_cannot_be_used_are_named_by_line(tmp_path):
     ):
         path.write_bytes(content)
         with pytest.raises(InputError, match=message):
-            read_captions(str(path))
+            from_txt(str(path))
     path.write_bytes(b"a\n\nb\n")
-    assert read_captions(str(path), allow_empty=True) == ["a", "", "b"]
+    assert from_txt(str(path), allow_empty=True) == ["a", "", "b"]
     with pytest.raises(InputError, match="none.txt: no such file"):
-        read_captions(str(tmp_path / "none.txt"))
+        from_txt(str(tmp_path / "none.txt"))
 
 
 WORDS = {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}

@@ -1,157 +1,244 @@
-"""Files of pixel boxes, for position.py: .npy, .npz and COCO-style JSON."""
+"""Boxes of images, as detectors give them: .npz and .npy arrays, COCO-style JSON; and whether they fit their images."""
 
+import os
 import re
-from typing import NamedTuple
+import zipfile
+from array import array
 
 import numpy as np
 
-from lib.datasets.ids import canonical_id
+from lib.constants import N_REGIONS
+from lib.datasets.arrays import read_rows
+from lib.datasets.ids import canonical_id, read_ids
 from lib.datasets.json_files import json_items
 from lib.datasets.npz_files import read_sizes
+from lib.datasets.regions import are_shares
 from lib.errors import InputError, brief
 from lib.files import open_npy
 
 BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
 SIZE_NAMES = ("image_sizes", "image_size", "sizes")
+ID_NAMES = ("ids", "image_ids", "image_id", "names")
+SIDES = ("image_h", "image_w")
+SQUARE = 2  # sizes up to this are those of boxes from 0 to 1
 WELL_OUTSIDE = 0.05  # of the image's side
 MANY_OUTSIDE = 0.05  # share of the boxes
 NEARLY_ALL = 0.95  # share of the boxes that another reading must bring inside to be named
 SMALL_REACH = 0.7  # share of the images' sides beyond which some box of a detector reaches
 
 
-class PixelBoxes(NamedTuple):
-    """boxes (n, R, 4): x1, y1, x2, y2 in pixels. sizes (n, 2): height, width. found (n,): boxes before the padding.
+class BoxFile:
+    """The boxes of a file's images.
 
-    names: list of n image ids, or None where the file has none.
+    An .npz holds boxes (n, R, 4), mostly image_sizes (n, 2), heights and widths (or image_h and image_w), and ids (n,);
+    an .npy boxes alone. JSON is COCO's: a list of detections, or an object of images (id, height, width, file_name)
+    and annotations (image_id, bbox: x, y, width, height; score).
+    sizes: of the images, an .npy or HxW for all alike. ids: a file that lists which images in which order.
+    n_regions: of JSON, R; images with fewer boxes are padded with boxes without area. xywh: the arrays hold x, y,
+    width, height. best: of JSON the best boxes of each image by score, n_regions at most; else all in the file's order.
+
+    boxes (n, R, 4): x1, y1, x2, y2 (or as xywh says). sizes (n, 2) or None. found (n,): boxes before the padding.
+    names: list of n ids, or None. file_names: list of n where JSON has them. check: a BoxCheck of the rows read.
+    Raises InputError for a file of another form.
     """
 
-    boxes: np.ndarray
-    sizes: np.ndarray
-    found: np.ndarray
-    names: list | None
-
-
-def read_arrays(path: str, sizes_path: str | None) -> PixelBoxes:
-    """Read the boxes of an .npy or .npz file.
-
-    sizes_path: an .npy of image sizes (numbers, or dicts of image_h and image_w), or HxW for all images alike; None
-    where the .npz holds them.
-    """
-    boxes, sizes = _read_npz(path) if path.endswith(".npz") else (open_npy(path), None)
-    if sizes_path:
-        one_size = re.fullmatch(r"(\d+\.?\d*)[x,](\d+\.?\d*)", sizes_path)
-        if one_size:
-            sizes = np.tile(np.array(one_size.groups(), dtype=np.float64), (len(boxes), 1))
+    def __init__(self, path, sizes=None, ids=None, n_regions=N_REGIONS, xywh=False, best=False):
+        self.path, self.file_names = path, None
+        if n_regions < 1:
+            raise InputError(f"--n_regions {n_regions}: expected at least 1")
+        if not os.path.isfile(path):
+            raise InputError(f"{path}: no such file, expected boxes in an .npz, .npy or .json file")
+        is_npz = path.endswith(".npz") or zipfile.is_zipfile(path)
+        of_json = not is_npz and not path.endswith(".npy")
+        if of_json:
+            self._read_coco(n_regions, best)
+        elif is_npz:
+            self._take(_read_npz(path))
         else:
-            sizes = read_sizes(sizes_path)
-    if sizes is None:
-        raise InputError(f"{path}: no image sizes in it; --sizes gives them")
-    if boxes.ndim != 3 or boxes.shape[2] != 4 or sizes.shape != (len(boxes), 2):
-        raise InputError(f"{path}: boxes {boxes.shape} with image sizes {sizes.shape}: expected (n, R, 4) and (n, 2)")
-    if not boxes.size:
-        raise InputError(f"{path}: boxes {boxes.shape}: none, expected at least one")
-    return PixelBoxes(boxes, sizes, np.full(len(boxes), boxes.shape[1]), None)
+            self._take({"boxes": open_npy(path)})
+        if sizes:
+            size = parse_size(sizes)
+            self.sizes = np.tile(size, (len(self.boxes), 1)) if size else read_sizes(sizes)
+        if self.sizes is not None and self.sizes.shape != (len(self.boxes), 2):
+            found = f"boxes {self.boxes.shape} with image sizes {self.sizes.shape}"
+            raise InputError(f"{path}: {found}, expected ({len(self.boxes)}, 2)")
+        if ids:
+            self._pick(ids)
+        self.xywh = xywh and not of_json
+        self.check = BoxCheck(path, sizes or "the image sizes", of_json or xywh)
+
+    def _take(self, arrays):
+        """Take the arrays of an .npz or .npy, {name: array}."""
+
+        def first(names):
+            return next((arrays[name] for name in names if name in arrays), None)
+
+        self.boxes, self.sizes, ids = map(first, (BOX_NAMES, SIZE_NAMES, ID_NAMES))
+        if self.sizes is None and all(name in arrays for name in SIDES):
+            self.sizes = np.stack([arrays[name] for name in SIDES], axis=-1)
+        n = len(self.boxes) if self.boxes.ndim else 0
+        if self.boxes.ndim != 3 or self.boxes.shape[2] != 4 or not self.boxes.size:
+            raise InputError(f"{self.path}: boxes {self.boxes.shape}, expected (n, R, 4), at least one")
+        for what, values in (("boxes", self.boxes), ("image sizes", self.sizes)):
+            if values is not None and values.dtype.kind not in "fiu":
+                raise InputError(f"{self.path}: {what} are {values.dtype}, expected numbers")
+        if ids is not None and (ids.shape != (n,) or ids.dtype.kind not in "iuUS"):
+            raise InputError(f"{self.path}: ids {ids.shape} of {ids.dtype}, expected ({n},) names or numbers")
+        self.names = None if ids is None else [x.decode() if isinstance(x, bytes) else x for x in ids.tolist()]
+        self.found = np.full(n, self.boxes.shape[1])
+
+    def _read_coco(self, n_regions, best):
+        with open(self.path, "rb") as file:
+            is_list = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        images = {} if is_list else dict(self._items("images", "id"))
+        found = {name: array("f") for name in images}  # x1, y1, x2, y2, score of each box
+        for name, item in self._items("" if is_list else "annotations", "image_id"):
+            values = found.setdefault(name, array("f")) if is_list else found.get(name)
+            if values is None:
+                continue  # of no image of the file
+            try:
+                x, y, width, height = map(float, item["bbox"] if isinstance(item["bbox"], list) else ())
+                values.extend((x, y, x + width, y + height, float(item.get("score", 0))))
+            except (KeyError, TypeError, ValueError, OverflowError):
+                what = f"bbox {brief(item.get('bbox'))}, score {brief(item.get('score'))}"
+                expected = "expected x, y, width, height, and a number"
+                place = f"image {brief(name)}, box {len(values) // 5}"
+                raise InputError(f"{self.path}: {place}: {what}, {expected}") from None
+        counts = np.array([len(values) // 5 for values in found.values()], dtype=np.int64)
+        if not counts.any():
+            raise InputError(f"{self.path}: no boxes for any of {len(found)} images")
+        if best:
+            n_regions = min(n_regions, int(counts.max()))
+        elif counts.max() > n_regions:
+            name = brief(list(found)[counts.argmax()])
+            raise InputError(f"{self.path}: image {name} has more than {n_regions} boxes (--n_regions)")
+        self.boxes = np.zeros((len(found), n_regions, 4), dtype=np.float32)
+        for row, values in enumerate(found.values()):
+            boxes = np.array(values).reshape(-1, 5)
+            if best:
+                boxes = boxes[np.argsort(-boxes[:, 4], kind="stable")][:n_regions]
+            self.boxes[row, : len(boxes)] = boxes[:, :4]
+        self.found, self.names, self.sizes = np.minimum(counts, n_regions), list(found), None
+        if images:
+            self.file_names = [str(image.get("file_name", name)) for name, image in images.items()]
+            self.sizes = _sizes_of(images.values())
+
+    def _items(self, name, key):
+        """Yield (item[key], item) for the items of the array called name, "" for the whole file."""
+        for number, item in enumerate(json_items(self.path, name)):
+            if not isinstance(item, dict) or not isinstance(item.get(key), (int, str)):
+                place = f"{name or 'detection'} {number}"
+                raise InputError(f"{self.path}: {place}: {brief(item)}, expected an object with {key}")
+            yield item[key], item
+
+    def _pick(self, ids_path):
+        """Keep the images of an id list, in its order."""
+        if self.names is None:
+            raise InputError(f"{self.path}: holds no ids, which --ids {ids_path} needs")
+        find, ids = self.finder(), read_ids(ids_path)
+        rows = [find(name) for name in ids]
+        if None in rows:
+            lost = f"no image {brief(ids[rows.index(None)])}"
+            raise InputError(f"{self.path}: {lost} ({rows.count(None)} of {len(ids)} ids are missing)")
+        self.boxes, self.found, self.names, self.file_names = self.boxes[rows], self.found[rows], ids, None
+        self.sizes = None if self.sizes is None else self.sizes[rows]
+
+    def finder(self):
+        """A function of an image's id, file name or path that gives its row; None where the file has no boxes of it.
+
+        File names count before ids, whole names before base names. Raises InputError where an image stands twice.
+        """
+        tables = []
+        for names in filter(None, (self.file_names, self.names)):
+            whole, base = {}, {}
+            for row, name in enumerate(names):
+                if whole.setdefault(canonical_id(name), row) != row:
+                    raise InputError(
+                        f"{self.path}: image {brief(name)} stands in rows {whole[canonical_id(name)]} and {row}"
+                    )
+                base[canonical_id(os.path.basename(str(name)))] = row
+            tables += [whole, base]
+
+        def find(name):
+            names = canonical_id(name), canonical_id(os.path.basename(str(name)))
+            return next((table[each] for table in tables for each in names if each in table), None)
+
+        return find
+
+    def rows(self, start, n):
+        """Boxes (m, R, 4), x1, y1, x2, y2 in pixels, and sizes (m, 2) of the images start … start+n-1, float64."""
+        if self.sizes is None:
+            raise InputError(f"{self.path}: no image sizes in it; --sizes gives them")
+        boxes, sizes = (np.array(read_rows(x, start, n), dtype=np.float64) for x in (self.boxes, self.sizes))
+        if self.xywh:
+            boxes[..., 2:] += boxes[..., :2]
+        boxes = self.check.in_pixels(boxes, sizes)
+        self.check.add(boxes, sizes)
+        return boxes, sizes
+
+    def named(self, error, start=0):
+        """An InputError that says in which image of the file, counted from start, a position.BoxError is."""
+        row = start + error.image
+        title = f"{row} (id {brief(self.names[row])})" if self.names else row
+        is_reversed = "reversed" in error.reason and not self.check.of_widths
+        hint = " (x, y, width, height need --xywh)" if is_reversed else ""
+        return InputError(f"{self.path}: {type(error)(title, error.box, error.reason)}{hint}")
 
 
 def _read_npz(path):
-    """Boxes, and image sizes or None, of an .npz file."""
+    """{name: array} of those arrays of an .npz file whose names are known, boxes among them."""
     try:
         with np.load(path, allow_pickle=False) as archive:  # noqa: TID251
-            names = archive.files
-            arrays = {name: archive[name] for name in (*BOX_NAMES, *SIZE_NAMES, "image_h", "image_w") if name in names}
+            known = [name for name in archive.files if name in (*BOX_NAMES, *SIZE_NAMES, *ID_NAMES, *SIDES)]
+            arrays, there = {name: archive[name] for name in known}, archive.files
     except OSError:  # names the file
         raise
     except Exception as error:  # NumPy, zip and zlib each have their own
         reason = str(error).partition(". If you trust")[0]
-        raise InputError(f"{path}: truncated or not an .npz file of numbers ({reason})") from None
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiu":
-            raise InputError(f"{path}: {name} are {array.dtype}, expected numbers")
-    boxes, sizes = (next((arrays[name] for name in known if name in arrays), None) for known in (BOX_NAMES, SIZE_NAMES))
-    if boxes is None:
-        raise InputError(f"{path}: holds {', '.join(names)[:200]}; expected {' or '.join(BOX_NAMES)}")
-    if sizes is None and {"image_h", "image_w"} <= set(arrays):
-        sizes = np.stack([arrays["image_h"], arrays["image_w"]], axis=-1)
-    return boxes, sizes
+        raise InputError(f"{path}: truncated or not an .npz file of names and numbers ({reason})") from None
+    if not any(name in arrays for name in BOX_NAMES):
+        raise InputError(f"{path}: holds {', '.join(there)[:200]}; expected {' or '.join(BOX_NAMES)}")
+    return arrays
 
 
-def read_rows(array: np.ndarray, start: int, n: int) -> np.ndarray:
-    """Rows start … start+n-1 (n, …) of an array. A file is mapped anew each time: a map keeps its pages in memory."""
-    if isinstance(array, np.memmap) and array.filename:
-        array = open_npy(array.filename)
-    return array[start : start + n]
-
-
-def read_coco_boxes(path: str, ids: list[str] | None, n_regions: int) -> PixelBoxes:
-    """Read the boxes of a COCO-style JSON file, item by item; images of fewer than n_regions are padded with zeros.
-
-    Its images give id, height, width (and file_name), its annotations image_id and bbox x, y, width, height; the
-    regions keep their order in the file. ids: ids or file names of the images to read, None for all in their order.
-    """
+def _sizes_of(images):
+    """Heights and widths (n, 2) of COCO's images; None where one has none."""
     try:
-        images = {image["id"]: image for image in json_items(path, "images")}
-        if ids is not None:
-            images = _pick_images(path, images, ids)
-        sizes = np.array([(image["height"], image["width"]) for image in images.values()], dtype=np.float64)
-        boxes, found = _read_annotations(path, list(images), n_regions)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a COCO-style file of images and annotations ({repr(error)[:200]})") from None
-    if not found.any():
-        raise InputError(f"{path}: no boxes for any of {len(images)} images")
-    return PixelBoxes(boxes, sizes, found, list(images))
+        return np.array([(float(image["height"]), float(image["width"])) for image in images])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
 
 
-def _pick_images(path, images, ids):
-    """The images of a list of ids or file names, in its order."""
-    by_name = {canonical_id(name): id for id, image in images.items() for name in (image.get("file_name", id), id)}
-    lost = [name for name in ids if canonical_id(name) not in by_name]
-    if lost:
-        raise InputError(f"{path}: no image {brief(lost[0])} ({len(lost)} of {len(ids)} ids are missing)")
-    return {by_name[canonical_id(name)]: images[by_name[canonical_id(name)]] for name in ids}
+def parse_size(text: str) -> tuple[float, float] | None:
+    """(height, width) of the text HxW; None of another text."""
+    pair = re.fullmatch(r"(\d+\.?\d*)[x,](\d+\.?\d*)", text)
+    return (float(pair[1]), float(pair[2])) if pair else None
 
 
-def _read_annotations(path, ids, n_regions):
-    """Boxes (n, n_regions, 4) of the images with these ids, and how many each has (n,)."""
-    rows = {id: row for row, id in enumerate(ids)}
-    boxes = np.zeros((len(ids), n_regions, 4), dtype=np.float32)
-    found = np.zeros(len(ids), dtype=np.int64)
-    for annotation in json_items(path, "annotations"):
-        row = rows.get(annotation["image_id"])
-        if row is None:
-            continue
-        image = brief(annotation["image_id"])
-        if found[row] == n_regions:
-            raise InputError(f"{path}: image {image} has more than {n_regions} boxes (--n_regions)")
-        try:
-            x, y, width, height = annotation["bbox"]
-            boxes[row, found[row]] = x, y, x + width, y + height
-        except (KeyError, TypeError, ValueError):
-            what = f"bbox {brief(annotation.get('bbox'))}, expected x, y, width, height"
-            raise InputError(f"{path}: image {image}, box {found[row]}: {what}") from None
-        found[row] += 1
-    return boxes, found
+class BoxCheck:
+    """Brings boxes to pixels, and counts those that reach well outside their images, or would under other readings.
 
+    empty: boxes without area inside their images.
+    """
 
-def are_shares(boxes: np.ndarray | float, sizes: np.ndarray | float) -> bool:
-    """Whether boxes (…, 4) are shares of their images' sides, which are larger than that; else they are pixels."""
-    return bool(np.max(boxes) <= 1 + WELL_OUTSIDE and np.max(sizes) > 2)
+    def __init__(self, path: str, sizes_are: str = "image_h and image_w", of_widths: bool = False):
+        """sizes_are: where the sizes come from, for messages. of_widths: the file has x, y, width, height."""
+        self.path, self.sizes_are, self.of_widths = path, sizes_are, of_widths
+        self.shares: bool | None = None  # told by the first boxes
+        self.n = self.empty = self.outside = self.outside_swapped = self.outside_as_corners = 0
+        self.largest_side, self.farthest = 0.0, 0.0
 
-
-class Reach:
-    """Counts boxes that reach well outside their images, and would under other readings of the same numbers."""
-
-    def __init__(self, path: str, sizes_are: str, read_as_widths: bool):
-        """sizes_are: where the sizes come from, for messages. read_as_widths: the file has x, y, width, height."""
-        self.path, self.sizes_are, self.read_as_widths = path, sizes_are, read_as_widths
-        self.n = self.outside = self.outside_swapped = self.outside_as_corners = 0
-        self.largest, self.largest_side, self.farthest = 0.0, 0.0, 0.0
+    def in_pixels(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+        """Boxes (n, R, 4), x1, y1, x2, y2, of images of sizes (n, 2), height, width, in pixels."""
+        if self.shares is None and boxes.any():
+            self.shares = are_shares(boxes) and bool(sizes.max() > SQUARE)
+        return boxes * np.tile(sizes[:, None, ::-1], 2) if self.shares else boxes
 
     def add(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
-        """Count boxes (n, R, 4), x1, y1, x2, y2, of images of sizes (n, 2), height, width; those without area not."""
+        """Count boxes (n, R, 4) in pixels of images of sizes (n, 2); of those without area only how many there are."""
+        sides = sizes[:, None, ::-1]
+        self.empty += int((np.minimum(boxes[..., 2:], sides) <= np.maximum(boxes[..., :2], 0)).any(-1).sum())
         area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        sides = sizes[:, None, ::-1].astype(np.float64)
         self.n += int(area.sum())
         self.outside += int((_reaches_outside(boxes, sides) & area).sum())
         self.outside_swapped += int((_reaches_outside(boxes, sides[..., ::-1]) & area).sum())
@@ -159,31 +246,32 @@ class Reach:
         reversed_corners = (corners[..., 2:] < corners[..., :2]).any(-1)
         self.outside_as_corners += int(((_reaches_outside(corners, sides) | reversed_corners) & area).sum())
         if area.any():
-            self.largest = max(self.largest, float(boxes[area].max()))
-            self.largest_side = max(self.largest_side, float(sizes.max()))
-            self.farthest = max(self.farthest, float((boxes[..., 2:] / sides)[area].max()))
+            self.largest_side = max(self.largest_side, float(sides.max()))
+            with np.errstate(divide="ignore", invalid="ignore"):  # sizes of 0 are named with the grids
+                self.farthest = max(self.farthest, float((boxes[..., 2:] / sides)[area].max()))
 
-    def check(self) -> str:
-        """A note about the boxes, or "". Raises InputError, naming the likely mistake, where many lie outside."""
-        if self.n and are_shares(self.largest, self.largest_side):
-            mistake = "boxes from 0 to 1 need --sizes 1x1"
-            raise InputError(f"{self.path}: no box reaches beyond 1, in images of {self.largest_side:g}: {mistake}")
+    def note(self) -> str:
+        """What is worth knowing of the boxes, or "". Raises InputError, with the likely mistake, for many outside."""
         if self.outside > MANY_OUTSIDE * self.n:
             found = f"{self.outside} of {self.n} boxes reach well outside their images"
             raise InputError(f"{self.path}: {found}: {self._mistake()}")
         if self.outside:
             return f"{self.outside} boxes reach well outside their images"
+        if self.shares:
+            return "the boxes are from 0 to 1, shares of their images' sides"
+        if self.n and self.largest_side <= SQUARE:
+            return f"{self.sizes_are} of {self.largest_side:g}: the images are taken for squares"
         if self.n and self.farthest < SMALL_REACH:
             return f"no box reaches beyond {self.farthest:.0%} of its image, are the sizes too large?"
         return ""
 
     def _mistake(self):
         few = (1 - NEARLY_ALL) * self.n
-        if self.read_as_widths and self.outside_as_corners <= few:
+        if self.of_widths and self.outside_as_corners <= few:
             return "they look like corners x1, y1, x2, y2, and were read as x, y, width, height"
         if self.outside_swapped <= few:
             return f"height and width look swapped in {self.sizes_are}, expected height first"
-        if self.largest_side <= 2:
+        if self.largest_side <= SQUARE:
             return f"{self.sizes_are} of {self.largest_side:g} are for boxes from 0 to 1, these are in pixels"
         return (
             f"they reach to {self.farthest:.1f} times {self.sizes_are}, expected sizes in the pixels of the boxes "

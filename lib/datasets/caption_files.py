@@ -1,8 +1,6 @@
 """Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
 
-import contextlib
 import csv
-import io
 import os
 import re
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from lib.datasets.ids import canonical_id
-from lib.datasets.json_files import json_items
+from lib.datasets.json_files import HALF, json_items
 from lib.datasets.problems import Problems
 from lib.errors import InputError, brief
 from lib.files import read_lines
@@ -26,59 +24,66 @@ ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.c
 
 
 class Captions:
-    """Captions by picture, in the order of the source: ids, texts and splits are {canonical id: …}."""
+    """Captions by image, in the order of the source: ids, texts and splits are {canonical id: …}."""
 
-    def __init__(self):
+    def __init__(self, problems: Problems):
+        self.problems = problems
         self.ids, self.texts, self.splits = {}, {}, {}
 
-    def add(self, image_id: str | int, captions: list[str], split: str | None = None) -> None:
-        """Append captions of a picture. Raises TypeError where image_id is neither int nor str."""
+    def add(self, where: str, image_id: str | int, captions: list[str], split: str | None = None) -> None:
+        """Append captions of an image. where: the place in the source. What is malformed goes to the problems.
+
+        Raises TypeError where image_id is no name or a caption no text, InputError where two images would be one.
+        """
         if not isinstance(image_id, (int, str)):
             raise TypeError(f"{brief(image_id)} is no name")
-        name = canonical_id(image_id)
-        self.ids.setdefault(name, str(image_id))
-        self.splits.setdefault(name, split)
-        self.texts.setdefault(name, []).extend(LINE_END.sub(" ", text).strip() for text in captions)
+        name, image_id = canonical_id(image_id), str(image_id)
+        if self.ids.setdefault(name, image_id) != image_id:
+            both = f"{brief(self.ids[name])} and {brief(image_id)}"
+            raise InputError(f"{where}: {both} have the same id {brief(name)}, expected names that differ otherwise")
+        if self.splits.setdefault(name, split) != split:
+            raise InputError(f"{where}: {brief(image_id)} stands in {self.splits[name]} and in {split}")
+        texts = self.texts.setdefault(name, [])
+        for text in captions:
+            if HALF in text:
+                self.problems.add("malformed", where, "a caption with half of a character (a surrogate), left out")
+            else:
+                texts.append(LINE_END.sub(" ", text).strip())
 
 
-def read_karpathy(path: str) -> Captions:
+def read_karpathy(path: str, problems: Problems) -> Captions:
     """Karpathy's dataset_NAME.json, and JSON of that form: images with filename, sentences with raw, and mostly split.
 
-    MS-COCO's test pictures (those with a cocoid) are testall. Raises InputError naming the picture that lacks a field.
+    MS-COCO's test images (those with a cocoid) are testall. Raises InputError naming the image that lacks a field.
     """
-    captions = Captions()
+    captions = Captions(problems)
     for number, item in enumerate(json_items(path, "images"), 1):
+        where = f"{path}: image {number}"
         try:
             split = KARPATHY_SPLITS.get(item.get("split"))
             if split is None and "split" in item:
                 expected = ", ".join(KARPATHY_SPLITS)
-                raise InputError(f"{path}: picture {number}: split {brief(item['split'])}, expected {expected}")
-            image_id, texts = item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]]
+                raise InputError(f"{where}: split {brief(item['split'])}, expected {expected}")
             split = "testall" if split == "test" and "cocoid" in item else split
-            other = captions.splits.get(canonical_id(image_id), split)
-            if other != split:
-                raise InputError(f"{path}: picture {number}: {brief(image_id)} stands in {other} and in {split}")
-            captions.add(image_id, texts, split)
+            captions.add(where, item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]], split)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: picture {number} lacks filename or sentences ({error})") from None
+            raise InputError(f"{where} lacks filename or sentences ({error})") from None
     return captions
 
 
-def read_coco(paths: list[str]) -> Captions:
-    """MS-COCO's captions_*.json. Pictures and their captions are in the order of their ids; no split is known."""
-    from pycocotools.coco import COCO
-
-    captions = Captions()
+def read_coco(paths: list[str], problems: Problems) -> Captions:
+    """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
+    captions = Captions(problems)
     for path in paths:
+        found = {}
         try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
-                coco = COCO(path)
-            for image_id in sorted(coco.imgs):
-                annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
-                captions.add(image_id, [annotation["caption"] for annotation in annotations])
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            for image in json_items(path, "images"):
+                found[image["id"]] = []
+            for item in json_items(path, "annotations"):
+                found[item["image_id"]].append((item["id"], item["caption"]))
+            for image_id, pairs in sorted(found.items()):
+                captions.add(f"{path}: image {image_id}", image_id, [text for _, text in sorted(pairs)])
+        except (KeyError, TypeError, AttributeError) as error:
             reason = f"{type(error).__name__}: {str(error)[:100]}"
             raise InputError(f"{path}: not an official captions file ({reason})") from None
     return captions
@@ -95,12 +100,12 @@ def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
     lines = read_lines(path)
     table = _find_table(lines[0]) if lines else None
     parse, form, first = (_parse_pair, PAIR_FORM, 0) if table is None else (table.parse, str(table), 1)
-    captions = Captions()
+    captions = Captions(problems)
     shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
     for number, line in enumerate(tqdm(lines[first:], **shown), first + 1):
         name, text = parse(line)
         if name and text:
-            captions.add(CAPTION_NUMBER.sub("", name), [text])
+            captions.add(f"{path}, line {number}", CAPTION_NUMBER.sub("", name), [text])
         elif line:
             problems.add("malformed", f"{path}, line {number}", f"expected: {form}")
     return captions, form

@@ -1,9 +1,13 @@
 """Checks of features and position grids that training, evaluation and the data tools share."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from lib.constants import N_CELLS, N_SLOTS
+from lib.errors import InputError
 
+ROWS = 1024  # that are checked at once
 MANY_EQUAL = 0.1  # share of images that equal the one before, from which they are repeats of it
 
 
@@ -18,6 +22,27 @@ def bad_weights(grids: np.ndarray) -> np.ndarray:
     """Slots (n, R, 15) bool of position grids (n, R, 30 | 31) whose weight is no number from 0 to 1."""
     weights = grids[..., N_SLOTS : 2 * N_SLOTS]
     return ~((weights >= 0) & (weights <= 1.001))  # the tolerance is for float16
+
+
+def check_grids(path: str, grids: np.ndarray, region_counts: Sequence[int]) -> None:
+    """Raise InputError where grids, of the file at path, are not (n, R, 30 | 31) with cells and weights in range.
+
+    region_counts: what R may be.
+    """
+    if grids.ndim != 3 or grids.shape[1] not in region_counts or grids.shape[2] not in (2 * N_SLOTS, 2 * N_SLOTS + 1):
+        regions = " or ".join(map(str, region_counts))
+        raise InputError(f"{path}: found {grids.shape}, expected (images, {regions}, 30 or 31)")
+    for start in range(0, len(grids), ROWS):
+        block = np.asarray(grids[start : start + ROWS])
+        for name, bad, first, largest in (
+            ("cell index", bad_cells(block), 0, N_CELLS),
+            ("weight", bad_weights(block), N_SLOTS, 1),
+        ):
+            if bad.any():
+                image, region, slot = np.argwhere(bad)[0]
+                found = block[image, region, first + slot]
+                where = f"{path}, image {start + image}, region {region}"
+                raise InputError(f"{where}: {name} {found}, expected 0 to {largest}")
 
 
 def same_as_previous(images: np.ndarray) -> np.ndarray:

@@ -1,29 +1,34 @@
-"""Ids of pictures: what two names of one picture have in common, id lists, and the id lists of a folder's splits."""
+"""Ids of images: what two names of one image have in common, id lists, and the id lists of a folder's splits."""
 
+import codecs
 import itertools
 import os
 import re
+from collections.abc import Iterator
 
+import msgspec
+
+from lib.datasets.json_files import json_items
 from lib.datasets.problems import Problems
-from lib.errors import InputError
+from lib.errors import InputError, brief
 from lib.files import read_lines
 
 SPLITS = ("train", "dev", "test", "testall")
-PICTURE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)$", re.IGNORECASE)
+IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)$", re.IGNORECASE)
 
 
 def canonical_id(image_id: str | int) -> str:
-    """The one id of a picture under all its names: "7" for "7", "007.jpg" and "COCO_val2014_000000000007.jpg"."""
-    name = PICTURE_SUFFIX.sub("", str(image_id).strip())
+    """The one id of an image under all its names: "7" for "7", "007.jpg" and "COCO_val2014_000000000007.jpg"."""
+    name = IMAGE_SUFFIX.sub("", str(image_id).strip())
     name = re.sub(r"^(.*/)?COCO_(train|val|test)\d{4}_(?=\d+$)", "", name)
     return (name.lstrip("0") or "0") if name.isdecimal() else name
 
 
-def read_ids(path: str, problems: Problems) -> list[str]:
+def read_ids(path: str, problems: Problems | None = None) -> list[str]:
     """The ids of an id list, one a line. Empty and doubled lines are reported to problems and left out.
 
     A list that repeats every id k times in a row (once per caption) counts as one id per k lines.
-    Raises InputError where there is no id in it.
+    Raises InputError where there is no id in it, and without problems for the first of these lines.
     """
     lines = read_lines(path)
     starts = [i for i, line in enumerate(lines) if i == 0 or line != lines[i - 1]]
@@ -32,21 +37,25 @@ def read_ids(path: str, problems: Problems) -> list[str]:
         return [lines[i] for i in starts]
     ids, seen = [], {}
     for number, line in enumerate(lines, 1):
-        name = canonical_id(line)
+        name, kind = canonical_id(line), ""
         if not line:
-            problems.add("malformed", f"{path}, line {number}", "an empty line, expected an id")
+            kind, what = "malformed", "an empty line, expected an id"
         elif name in seen:
-            problems.add("doubled", f"{path}, line {number}", f"id {line} stands in line {seen[name]} already")
+            kind, what = "doubled", f"id {line} stands in line {seen[name]} already"
         else:
             seen[name] = number
             ids.append(line)
+        if kind and problems is None:
+            raise InputError(f"{path}, line {number}: {what}")
+        if kind:
+            problems.add(kind, f"{path}, line {number}", what)
     if not ids:
         raise InputError(f"{path}: no ids, expected one a line")
     return ids
 
 
 def split_ids(folder: str, id_files: list[str] | None, problems: Problems) -> dict[str, list[str]]:
-    """The pictures of each split, in order: {split: ids}.
+    """The images of each split, in order: {split: ids}.
 
     id_files: strings SPLIT=FILE. Where there are none, the SPLIT_ids.txt in folder are read.
     Raises InputError where there are neither.
@@ -63,3 +72,47 @@ def split_ids(folder: str, id_files: list[str] | None, problems: Problems) -> di
     if not files:
         raise InputError(f"{folder}: no SPLIT_ids.txt, expected one there or --ids SPLIT=FILE")
     return {split: read_ids(path, problems) for split, path in files.items()}
+
+
+def read_file_names(path: str) -> dict[str, str]:
+    """The file names of images, {id: name}, of an id_mapping.json or of Karpathy's dataset_NAME.json.
+
+    id_mapping.json, which vse_infty's data has, is such an object itself. In Karpathy's file the id is the cocoid, or
+    where there is none the imgid; a filepath goes before the name. Raises InputError for a file of another form.
+    """
+    with open(path, "rb") as file:
+        text = file.read().removeprefix(codecs.BOM_UTF8)
+    try:
+        return msgspec.json.decode(text, type=dict[str, str])
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        pass
+    names = {}
+    for number, item in enumerate(json_items(path, "images"), 1):
+        try:
+            image_id = item["cocoid"] if "cocoid" in item else item["imgid"]
+            names[str(image_id)] = os.path.join(item.get("filepath", ""), item["filename"])
+        except (KeyError, TypeError, AttributeError):
+            expected = "expected filename, and cocoid or imgid"
+            raise InputError(f"{path}: image {number}: found {brief(item)}, {expected}") from None
+    return names
+
+
+def walk(folder: str, suffix: re.Pattern[str], problems: Problems) -> Iterator[str]:
+    """Yield the paths of the files in folder and below it whose names end in suffix, in the order of the names.
+
+    Links to folders are followed; a folder that several lead to is entered once. A name that is not UTF-8, which no
+    id list can hold, goes to problems.
+    """
+    entered = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        for path in (os.path.join(root, name) for name in sorted(names) if suffix.search(name)):
+            try:
+                os.path.relpath(path, folder).encode()
+                yield path
+            except UnicodeEncodeError:
+                problems.add("unreadable", path, "the name is not UTF-8; skipped")

@@ -12,15 +12,19 @@ from tqdm import tqdm
 
 from lib.errors import InputError, brief
 
+# An escape in JSON: a surrogate pair, half of one (six bytes) or another.
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
+HALF_LENGTH = 6
+HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
 
-def read_json(path: str, fits: Callable[[Any], bool], expected: str, text: bytes | None = None) -> Any:
-    """The value in a small JSON file, or in text (bytes of it).
+
+def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
+    """The value in a small JSON file.
 
     fits(value) says whether it is of the right form. Raises InputError, naming what was expected, where it is not.
     """
-    if text is None:
-        with open(path, "rb") as file:
-            text = file.read()
+    with open(path, "rb") as file:
+        text = file.read()
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -31,30 +35,38 @@ def read_json(path: str, fits: Callable[[Any], bool], expected: str, text: bytes
 
 
 def json_items(path: str, name: str) -> Iterator[Any]:
-    """Yield the items of the array called name in the object that a JSON file holds; none where there is no such array.
+    """Yield the items of the array called name in the object that a JSON file holds; name "": of the array it holds.
 
-    name "": the file holds an array itself.
-    Memory: the size of the file and 64 bytes an item; the items become Python objects one by one.
-    Raises InputError where the file is truncated or not JSON.
+    Memory: the size of the file and 64 bytes an item; the items become Python objects one by one. Half of a surrogate
+    pair (an emoji cut in two), which is no character, becomes HALF.
+    Raises InputError where the file is truncated or not JSON, or holds no such array.
     """
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
-    array = list[msgspec.Raw]
-    container: Any = msgspec.defstruct("Container", [("items", array, [])], rename={"items": name})
-    try:
-        items = msgspec.json.decode(text, type=container).items if name else msgspec.json.decode(text, type=array)
-    except msgspec.ValidationError:
-        return  # JSON of another form
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InputError(f"{path}: truncated or not JSON ({_describe(error, text)})") from None
+    items = _raw_items(path, name, text)
     decode = msgspec.json.Decoder().decode
     for number, item in enumerate(tqdm(items, os.path.basename(path), leave=False, disable=None), 1):
         try:
             yield decode(item)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise InputError(
-                f"{path}: item {number} of {name or 'the array'} is not JSON ({_describe(error, item)})"
-            ) from None
+            reason = _describe(error, item)
+            raise InputError(f"{path}: item {number} of {name or 'the array'} is not JSON ({reason})") from None
+
+
+def _raw_items(path: str, name: str, text: bytes) -> Any:
+    """The items of that array in text (bytes), each a msgspec.Raw."""
+    array = list[msgspec.Raw]
+    container: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name})
+    try:
+        return msgspec.json.decode(text, type=container).items if name else msgspec.json.decode(text, type=array)
+    except msgspec.ValidationError:
+        expected = f"an object with an array called {name}" if name else "an array"
+        raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
+    except (msgspec.DecodeError, RecursionError) as error:
+        mended = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
+        if mended != text:
+            return _raw_items(path, name, mended)
+        raise InputError(f"{path}: truncated or not JSON ({_describe(error, text)})") from None
 
 
 def _describe(error, text):

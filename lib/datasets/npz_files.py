@@ -1,4 +1,4 @@
-"""A picture's regions in an .npz file, or in .npy files, as extractors of regions write them.
+"""An image's regions in an .npz file, or in .npy files, as extractors of regions write them.
 
 Names differ between extractors; NAMES lists those known. Boxes, counts, sizes and scores may also stand in an object
 array called `info` (a dict), in a file NAME_info.npy beside NAME.npy, or, boxes alone, in a second folder.
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lib.datasets import plain_pickle
-from lib.datasets.regions import Regions
+from lib.datasets.regions import Regions, are_shares
 from lib.errors import InputError, brief
 from lib.files import open_npy
 
@@ -26,24 +26,45 @@ NAMES = {
 }
 INFO = "info"
 MOST_BYTES = 1 << 28  # in an array; 100 regions of 2,048 values are 0.8 MB
+MOST_VALUES = 1 << 24  # in lists
 FOUR = 4  # corners of a box
 
 
 def read_regions(path: str, boxes_path: str | None = None, size: tuple[float, float] | None = None) -> Regions:
-    """The regions of the picture in path (.npz or .npy).
+    """The regions of the image in path (.npz or .npy).
 
     boxes_path: an .npy of its boxes. size: (height, width) where the file may lack it. Features may stand as (D, R)
-    where the boxes tell. Boxes that end at or before 1 are taken as shares of the picture.
+    where the boxes tell. Shares of an image of which no size is known are those of a square.
     Raises InputError naming the file and what is malformed.
     """
+    fields = _read_fields(path)
+    source = path
     try:
-        fields = _read_fields(path)
+        features = _numbers(fields["features"], "features", 2)
+        scores = None if fields["scores"] is None else _numbers(fields["scores"], "scores", 1)
         if boxes_path is not None:
-            fields["boxes"] = read_npy(boxes_path)
-        return _regions(fields, size)
+            source, fields["boxes"] = boxes_path, read_npy(boxes_path)
+        boxes = None if fields["boxes"] is None else _numbers(fields["boxes"], "boxes", 2)
+        if boxes is not None and boxes.shape[1] != FOUR:
+            raise InputError(f"boxes {boxes.shape}, expected (R, 4)")
+        source = path
+        if boxes is not None and len(features) != len(boxes) == features.shape[1]:
+            features = features.T
+        count = len(features) if fields["count"] is None else _integer(fields["count"], "num_bbox")
+        too_few = boxes is not None and (len(boxes) < count or (fields["count"] is None and len(boxes) != count))
+        if not 1 <= count <= len(features) or too_few:
+            found = "" if boxes is None else f" and boxes {boxes.shape}"
+            raise InputError(f"{count} regions (num_bbox) with features {features.shape}{found}")
+        if scores is not None:
+            scores = scores[:count] if len(scores) >= count else None
+        if boxes is None:
+            return Regions(None, features[:count], None, scores)
+        size = _size(fields, size) or ((1, 1) if are_shares(boxes) else None)
+        if size is None:
+            raise InputError("no image_h and image_w in it, and boxes in pixels; --sizes gives them")
+        return Regions(boxes[:count], features[:count], size, scores)
     except InputError as error:
-        is_named = str(error).startswith((path, boxes_path or path))
-        raise InputError(str(error) if is_named else f"{path}: {error}") from None
+        raise InputError(str(error) if str(error).startswith(f"{source}: ") else f"{source}: {error}") from None
 
 
 def read_npy(path: str) -> np.ndarray:
@@ -60,7 +81,7 @@ def read_npy(path: str) -> np.ndarray:
 def read_sizes(path: str) -> np.ndarray:
     """Image sizes (n, 2), height and width, of an .npy file: numbers, or objects that are dicts of image_h and image_w.
 
-    Raises InputError naming the file, and the picture that lacks a size.
+    Raises InputError naming the file, and the image that lacks a size.
     """
     try:
         return open_npy(path)
@@ -70,19 +91,18 @@ def read_sizes(path: str) -> np.ndarray:
             raise
     sizes = np.empty((array.size, 2))
     for number, item in enumerate(array.ravel()):
-        for column, field in enumerate(("height", "width")):
-            name = next((name for name in NAMES[field] if isinstance(item, dict) and name in item), None)
-            if name is None:
-                raise InputError(f"{path}: picture {number}: found {brief(item)}, expected image_h and image_w")
-            try:
-                sizes[number, column] = _integer(item[name], name)
-            except InputError as error:
-                raise InputError(f"{path}: picture {number}: {error}") from None
+        try:
+            size = _size(_known_names([item] if isinstance(item, dict) else []), None)
+        except InputError as error:
+            raise InputError(f"{path}: image {number}: {error}") from None
+        if size is None:
+            raise InputError(f"{path}: image {number}: found {brief(item)}, expected image_h and image_w")
+        sizes[number] = size
     return sizes
 
 
 def _read_fields(path):
-    """{name in NAMES: value} of a picture's file."""
+    """{name in NAMES: value, None where there is none} of an image's file."""
     if path.endswith(".npz"):
         arrays = _read_npz(path)
     else:
@@ -90,9 +110,19 @@ def _read_fields(path):
         info_path = path.removesuffix(".npy") + "_info.npy"
         if os.path.isfile(info_path):
             arrays[INFO] = read_npy(info_path)
-    info = _info(arrays.get(INFO))
+    info = arrays.get(INFO)
+    if isinstance(info, np.ndarray) and info.dtype == object and info.size == 1:
+        info = info.item()
+    if info is None or isinstance(info, np.ndarray):
+        info = {}
+    if not isinstance(info, dict):
+        raise InputError(f"{path}: info is {brief(info)}, expected an object array of a dict")
+    return _known_names([arrays, info])
+
+
+def _known_names(sources):
     return {
-        field: next((source[name] for source in (arrays, info) for name in names if name in source), None)
+        field: next((source[name] for source in sources for name in names if name in source), None)
         for field, names in NAMES.items()
     }
 
@@ -108,22 +138,22 @@ def _read_npz(path):
                 if name in known:
                     with archive.open(member) as file:
                         arrays[name] = _read_array(file, member.file_size)
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except OSError as error:
         if error.filename:  # it cannot be opened
             raise
-        raise InputError(f"damaged .npz file ({error.strerror or error})") from None
+        raise InputError(f"{path}: damaged .npz file ({error.strerror or error})") from None
     except Exception as error:  # zipfile and zlib each have their own
         reason = str(error).partition("\n")[0][:100]
-        raise InputError(f"truncated or not an .npz file ({reason})") from None
+        raise InputError(f"{path}: truncated or not an .npz file ({reason})") from None
     return arrays
 
 
 def _read_array(file, n_bytes):
     """The array in an open .npy file of n_bytes."""
     if n_bytes > MOST_BYTES:
-        raise InputError(f"an array of {n_bytes} bytes, expected a picture's")
+        raise InputError(f"an array of {n_bytes} bytes, expected an image's")
     try:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -142,65 +172,25 @@ def _read_array(file, n_bytes):
         raise InputError(f"truncated or not an array ({type(error).__name__}: {reason})") from None
 
 
-def _info(value):
-    """The dict that an object array of no dimensions holds; {} where there is none."""
-    if isinstance(value, np.ndarray) and value.dtype == object and value.size == 1:
-        value = value.item()
-    if value is None or isinstance(value, np.ndarray):
-        return {}
-    if not isinstance(value, dict):
-        raise InputError(f"info is {brief(value)}, expected an object array of a dict")
-    return value
-
-
-def _regions(fields, size):
-    features = _numbers(fields["features"], "features", 2)
-    boxes = scores = None
-    if fields["boxes"] is not None:
-        boxes = _numbers(fields["boxes"], "boxes", 2)
-        if boxes.shape[1] != FOUR:
-            raise InputError(f"boxes {boxes.shape}, expected (R, 4)")
-        if len(features) != len(boxes) == features.shape[1]:
-            features = features.T
-    count = len(features) if fields["count"] is None else _integer(fields["count"], "num_bbox")
-    if not 1 <= count <= len(features) or (boxes is not None and len(boxes) < count):
-        found = "" if boxes is None else f" and boxes {boxes.shape}"
-        raise InputError(f"{count} regions (num_bbox) with features {features.shape}{found}")
-    if boxes is not None and fields["count"] is None and len(boxes) != count:
-        raise InputError(f"boxes {boxes.shape} with features {features.shape}, expected as many")
-    if fields["scores"] is not None:
-        scores = _numbers(fields["scores"], "scores", 1)
-        scores = scores[:count] if len(scores) >= count else None
-    features = features[:count]
-    if boxes is None:
-        return Regions(None, features, None, scores)
-    return Regions(boxes[:count], features, _size(fields, boxes[:count], size), scores)
-
-
-def _size(fields, boxes, size):
-    if fields["height"] is not None and fields["width"] is not None:
-        return _integer(fields["height"], "image_h"), _integer(fields["width"], "image_w")
-    if size is None and boxes.max() <= 1:
-        return 1, 1
-    if size is None:
-        raise InputError("no image_h and image_w in it, and boxes in pixels; --sizes gives them")
-    return size
+def _size(fields, otherwise):
+    """(height, width) that an image's fields hold, else otherwise."""
+    if fields["height"] is None or fields["width"] is None:
+        return otherwise
+    return _integer(fields["height"], "image_h"), _integer(fields["width"], "image_w")
 
 
 def _numbers(value, name, n_dims):
     """A finite float32 array with n_dims dimensions."""
     if value is None:
         raise InputError(f"no {name}, expected one of {', '.join(NAMES[name])}")
-    if not isinstance(value, (np.ndarray, list)):
-        raise InputError(f"{name} are {brief(value)}, expected an array")
     try:
-        array = np.asarray(value)
+        values = _from_lists(value) if isinstance(value, list) else np.asarray(value)
+        if not isinstance(value, (np.ndarray, list)) or values.dtype.kind not in "fiu":
+            raise InputError(f"{name} are {brief(value)}, expected an array of numbers")
         with np.errstate(over="ignore"):  # to infinite values, which are refused below
-            array = array.astype(np.float32) if array.dtype.kind in "fiu" else None
+            array = values.astype(np.float32)
     except (ValueError, OverflowError):
-        array = None
-    if array is None:
-        raise InputError(f"{name} are {brief(value)}, expected numbers")
+        raise InputError(f"{name} are {brief(value)}, expected an array of numbers") from None
     if array.ndim != n_dims or not array.size:
         raise InputError(f"{name} {array.shape}, expected {n_dims} dimensions")
     if not np.isfinite(array).all():
@@ -208,8 +198,18 @@ def _numbers(value, name, n_dims):
     return array
 
 
+def _from_lists(value):
+    """An array of a list of numbers, or of rows of them. A pickle may repeat a row more often than memory holds."""
+    sizes = [row.size if isinstance(row, np.ndarray) else len(row) if isinstance(row, list) else 1 for row in value]
+    if sum(sizes) > MOST_VALUES:
+        raise ValueError("too many values")
+    if any(isinstance(item, (list, np.ndarray)) for row in value if isinstance(row, list) for item in row):
+        raise ValueError("too many dimensions")
+    return np.array(value)
+
+
 def _integer(value: Any, name: str) -> int:
-    array = np.asarray(value)
+    array = np.asarray(None if isinstance(value, list) else value)
     if array.size != 1 or array.dtype.kind not in "fiu" or not 1 <= (number := array.item()) < 2**31:
         raise InputError(f"{name} is {brief(value)}, expected a number of at least 1")
     return int(number)

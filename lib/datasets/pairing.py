@@ -1,4 +1,4 @@
-"""Pictures of two dataset folders paired by ids, by captions or by regions, for align.py."""
+"""Images of two dataset folders paired by ids, by captions or by regions, for align.py."""
 
 import glob
 import hashlib
@@ -12,74 +12,70 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.datasets import region_match
-from lib.datasets.arrays import ArrayReader
+from lib.datasets.arrays import open_rows, read_rows
 from lib.datasets.checks import rows_per_image, same_as_previous
 from lib.datasets.ids import canonical_id
 from lib.datasets.problems import Problems
 from lib.errors import InputError
-from lib.files import open_npy, read_lines
+from lib.files import read_lines
 
 WORD = re.compile(r"\w+")
-PICTURES_AT_ONCE = 64  # read for their regions
-MOST_UNPROVED = 0.1  # share of pictures without a proved partner above which regions do not tell pictures apart
+IMAGES_AT_ONCE = 64  # read for their regions
+MOST_UNPROVED = 0.1  # share of images without a proved partner above which regions do not tell images apart
 
 
 class Split:
-    """One split of a folder. n: its pictures. ids: list of n canonical ids, or None. names: the ids as they stand.
+    """One split of a folder. n: its images. ids: list of n canonical ids, or None. names: the ids as they stand.
 
-    arrays: {name: (ArrayReader, rows per picture)}. captions: list of lines, or None. digests: n tuples of digests of
-    the pictures' captions, or None.
+    arrays: {name: (array, rows per image)}. captions: list of lines, or None. digests: n tuples of digests of the
+    images' captions, or None.
     """
 
     def __init__(self, folder, split):
         self.folder, self.split, self.prefix = folder, split, os.path.join(folder, split)
-        readers = {}
-        for path in sorted(glob.glob(glob.escape(self.prefix) + "_*.npy")):
-            reader = readers[path[len(self.prefix) + 1 : -len(".npy")]] = ArrayReader(path)
-            if 0 in (reader.shape or (0,)):
-                raise InputError(f"{path}: found {reader.shape}, expected a row for each picture")
+        paths = sorted(glob.glob(glob.escape(self.prefix) + "_*.npy"))
+        arrays = {path[len(self.prefix) + 1 : -len(".npy")]: open_rows(path) for path in paths}
         captions, ids = self._lines("caps.txt"), self._lines("ids.txt")
-        self.n = self._count(readers, captions, ids)
-        for name, lines in (("caps.txt", captions), ("ids.txt", ids), *((f"{n}.npy", r) for n, r in readers.items())):
-            if lines is not None and len(lines) % self.n:
-                raise InputError(f"{self.prefix}_{name}: {len(lines)} rows do not divide by {self.n} pictures")
-        self.arrays = {name: (reader, len(reader) // self.n) for name, reader in readers.items()}
+        self.n = self._count(arrays, captions, ids)
+        for name, rows in {"caps.txt": captions, "ids.txt": ids, **arrays}.items():
+            if rows is not None and len(rows) % self.n:
+                raise InputError(f"{self.prefix}_{name}: {len(rows)} rows do not divide by {self.n} images")
+        self.arrays = {name: (array, len(array) // self.n) for name, array in arrays.items()}
         self.names = ids[:: len(ids) // self.n] if ids else None
         self.ids = [canonical_id(name) for name in self.names] if ids else None
         self.captions, self.digests = captions, None
         if captions:
-            self.per_picture = len(captions) // self.n
+            self.per_image = len(captions) // self.n
             self.digests = [tuple(map(caption_digest, self.captions_of(row))) for row in range(self.n)]
 
     def _lines(self, name):
         path = f"{self.prefix}_{name}"
         return read_lines(path) if os.path.isfile(path) else None
 
-    def _count(self, readers, captions, ids):
-        """How many pictures there are: rows of the arrays, unless these repeat a picture once per caption."""
-        n = min((len(reader) for reader in readers.values()), default=0)
-        if readers and captions and n == len(captions):
-            reader = readers.get("ims") or next(iter(readers.values()))
-            n //= rows_per_image(same_as_previous(open_npy(reader.path)))
+    def _count(self, arrays, captions, ids):
+        """How many images there are: rows of the arrays, unless these repeat an image once per caption."""
+        n = min(map(len, arrays.values()), default=0)
+        if arrays and captions and n == len(captions):
+            n //= rows_per_image(same_as_previous(arrays.get("ims", next(iter(arrays.values())))))
         n = n or len(dict.fromkeys(ids or ())) or len(captions or ()) // 5
         if not n:
             raise InputError(f"{self.prefix}: neither arrays nor ids nor captions")
         return n
 
     def captions_of(self, row):
-        return self.captions[row * self.per_picture : (row + 1) * self.per_picture]
+        return self.captions[row * self.per_image : (row + 1) * self.per_image]
 
     def read(self, name, row, n=1):
-        """The rows (n, …) of the pictures row … row+n-1 in array name."""
-        reader, step = self.arrays[name]
-        return reader.read(row * step, n * step)[::step]
+        """The rows (n, …) of the images row … row+n-1 in array name."""
+        array, step = self.arrays[name]
+        return read_rows(array, row * step, n * step)[::step]
 
     def title(self, row):
-        return f"{self.split}, picture {row}" + (f" (id {self.names[row]})" if self.names else "")
+        return f"{self.split}, image {row}" + (f" (id {self.names[row]})" if self.names else "")
 
 
 class Partner(NamedTuple):
-    """A picture of the source: its Split and row there."""
+    """A image of the source: its Split and row there."""
 
     split: Split
     row: int
@@ -115,7 +111,7 @@ def choose(by: str, reference: Sequence[Split], source: Sequence[Split]) -> str:
         if possible[way]:
             return way
     raise InputError(
-        "nothing to pair the pictures by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
+        "nothing to pair the images by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
         "in the reference and SPLIT_boxes.npy in the source"
     )
 
@@ -123,13 +119,13 @@ def choose(by: str, reference: Sequence[Split], source: Sequence[Split]) -> str:
 def pair(
     reference: Sequence[Split], source: Sequence[Split], by: str, problems: Problems
 ) -> dict[str, list[Partner | None]]:
-    """{split: [Partner or None, for each reference picture]}. What has no partner goes to problems."""
+    """{split: [Partner or None, for each reference image]}. What has no partner goes to problems."""
     finder: Any = {"ids": ById, "captions": ByCaptions, "regions": ByRegions}[by](source)
     pairs, used = {}, set()
     for split in reference:
         partners = pairs[split.split] = []
         finder.prepare(split)
-        for row in tqdm(range(split.n), desc=f"{split.split}: pairing by {by}", unit="picture", disable=None):
+        for row in tqdm(range(split.n), desc=f"{split.split}: pairing by {by}", unit="image", disable=None):
             hits = nearest(finder.find(split, row), split)
             partners.append(hits[0] if len(hits) == 1 else None)
             used.update(hits)
@@ -141,14 +137,14 @@ def pair(
     for split in source:
         left = sum((split, row) not in used for row in range(split.n))
         if left:
-            print(f"note: {left} of {split.n} pictures of {split.prefix} are in no split of {reference[0].folder}")
+            print(f"note: {left} of {split.n} images of {split.prefix} are in no split of {reference[0].folder}")
     return pairs
 
 
 def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     """Of partners in several splits those in the split's namesake, else those in the first of the splits.
 
-    A picture that stands in test and in testall is one picture.
+    A image that stands in test and in testall is one image.
     """
     same = [hit for hit in hits if hit.split.split == split.split]
     return same or [hit for hit in hits if hit.split is hits[0].split]
@@ -164,7 +160,7 @@ class ById:
         pass
 
     def find(self, split, row):
-        """[Partner] of a reference picture: one, or none, or more if that cannot be told."""
+        """[Partner] of a reference image: one, or none, or more if that cannot be told."""
         return self.index.get(split.ids[row], [])
 
 
@@ -196,7 +192,7 @@ class ByRegions:
         self.overlaps = {split: signatures(split, "boxes", region_match.overlaps) for split in source}
 
     def prepare(self, split):
-        """Match a whole split. Raises InputError where regions do not tell its pictures apart."""
+        """Match a whole split. Raises InputError where regions do not tell its images apart."""
         same = [other for other in self.source if other.split == split.split] or self.source
         candidates = [Partner(other, row) for other in same for row in range(other.n)]
         overlaps = self.overlaps[same[0]]
@@ -209,9 +205,9 @@ class ByRegions:
         missing = int((rows < 0).sum())
         if missing > MOST_UNPROVED * split.n:
             raise InputError(
-                f"{split.prefix}_ims.npy: {missing} of {split.n} pictures fit no boxes of {self.source[0].folder} "
+                f"{split.prefix}_ims.npy: {missing} of {split.n} images fit no boxes of {self.source[0].folder} "
                 f"better than all others: these features do not tell (fixed windows, random values?), or the boxes "
-                "are of other pictures"
+                "are of other images"
             )
         self.partners = [candidates[row] if row >= 0 else None for row in rows]
 
@@ -221,22 +217,22 @@ class ByRegions:
 
 
 def index_of(splits: Iterable[Split], names: Callable[[Split], Iterable]) -> dict[Any, list[Partner]]:
-    """{name: [Partner]}; names(split) gives, for each picture, the names it goes by."""
+    """{name: [Partner]}; names(split) gives, for each image, the names it goes by."""
     index = {}
     for split in splits:
-        for row, names_of_picture in enumerate(names(split)):
-            for name in names_of_picture:
+        for row, names_of_image in enumerate(names(split)):
+            for name in names_of_image:
                 index.setdefault(name, []).append(Partner(split, row))
     return index
 
 
 def signatures(split: Split, name: str, signature: Callable[[np.ndarray], region_match.Signature]) -> np.ndarray:
-    """The pairs (n, P) of all pictures of a split: signature, a function of region_match, of its array name."""
-    rows = range(0, split.n, PICTURES_AT_ONCE)
-    bar = tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{PICTURES_AT_ONCE} pictures", disable=None)
+    """The pairs (n, P) of all images of a split: signature, a function of region_match, of its array name."""
+    rows = range(0, split.n, IMAGES_AT_ONCE)
+    bar = tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{IMAGES_AT_ONCE} images", disable=None)
     pairs = np.empty((0, 0))
     for row in bar:
-        block = signature(split.read(name, row, PICTURES_AT_ONCE)).pairs
+        block = signature(split.read(name, row, IMAGES_AT_ONCE)).pairs
         if not row:
             pairs = np.empty((split.n, block.shape[1]), dtype=block.dtype)
         pairs[row : row + len(block)] = block

@@ -1,200 +1,145 @@
 """Plain values in a pickle, read without running anything: numbers, texts, lists, tuples, dicts and NumPy arrays.
 
-NumPy pickles arrays of objects (an `info` dict in an .npz file). Unpickling calls whatever the file names; here the
-instructions are listed by pickletools and carried out by the tables below, and any other one is refused.
+NumPy pickles arrays of objects (an `info` dict in an .npz file). Unpickling calls whatever a file names. Here these
+names stand for the classes below, which build plain values and nothing else, and any other name is refused.
 """
 
 import codecs
+import io
+import pickle
 import pickletools
 import re
+from typing import Any
 
 import numpy as np
 
 from lib.errors import InputError, brief
 
 DTYPE = re.compile(r"[<>=|]?[?bBhHiIlLqQefd]|[<>=|]?[biufUS]\d{1,9}|O8?")
-MARK = object()
+PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+FRAME_BYTES = 9  # of the instruction FRAME
 
 
-class _Array:
-    """An array of which the shape and the values are still to come. memo_keys: where the memo refers to it."""
+class Plain:
+    """What a pickle may name. It has a __setstate__, without which a pickle could set its attributes."""
 
-    def __init__(self):
-        self.memo_keys = []
+    def __setstate__(self, state):
+        raise InputError("a state")
 
 
-class _Dtype:
-    """A NumPy type of which the byte order is still to come."""
+class Bytes(Plain):
+    """Bytes, which protocol 2 has as text."""
 
-    def __init__(self, name):
+    def __new__(cls, text="", encoding="latin-1"):
+        return codecs.encode(text, "latin-1")
+
+
+class Dtype(Plain):
+    """Stands for a NumPy type; the state has the byte order."""
+
+    def __init__(self, name, *_):
         if not isinstance(name, str) or not DTYPE.fullmatch(name):
             raise InputError(f"type {brief(name)}")
         self.dtype = np.dtype(name)
 
+    def __setstate__(self, state):
+        if state[1] in ("<", ">"):
+            self.dtype = self.dtype.newbyteorder(state[1])
 
-def _array(values, dtype, shape, order="C"):
+
+class Values(Plain):
     """An array of raw bytes, or of a list of objects."""
-    if dtype.hasobject:
-        array = np.empty(len(values), dtype=object)
-        array[:] = values
-    else:
-        array = np.frombuffer(values.encode("latin-1") if isinstance(values, str) else values, dtype=dtype)
-    return array.reshape(shape, order=order)
+
+    def __new__(cls, values, dtype, shape, order="C"):
+        if dtype.dtype.hasobject:
+            array = _objects(values)
+        else:
+            array = np.frombuffer(values.encode("latin-1") if isinstance(values, str) else values, dtype.dtype)
+        return array.reshape(shape, order=order)
 
 
-def _reconstruct(kind, shape, code):
-    if kind != "ndarray":
-        raise InputError(f"an array of {brief(kind)}")
-    return _Array()
+class Scalar(Plain):
+    """A NumPy number or text."""
+
+    def __new__(cls, dtype, data):
+        return Values(data, dtype, ())[()]
 
 
-# What a pickle may call, by module and name, without numpy's inner package ("core" or "_core").
-FUNCTIONS = {
-    "numpy.multiarray _reconstruct": _reconstruct,
-    "numpy.multiarray scalar": lambda dtype, data: _array(data, dtype.dtype, ())[()],
-    "numpy.numeric _frombuffer": lambda data, dtype, shape, order: _array(data, dtype.dtype, shape, order),
-    "numpy dtype": lambda name, *_: _Dtype(name),
-    "_codecs encode": lambda text, _: codecs.encode(text, "latin-1"),  # bytes in protocol 2
-    "__builtin__ bytes": lambda: b"",  # no bytes, in protocol 2
+class Array(Plain):
+    """Stands for an array, which its state has."""
+
+    def __init__(self, kind, shape, code):
+        if kind is not Array:
+            raise InputError(f"an array of {brief(kind)}")
+
+    def __setstate__(self, state):
+        _, shape, dtype, is_fortran, values = state
+        self.array = Values(values, dtype, shape, "F" if is_fortran else "C")
+
+
+NAMES = {  # without numpy's inner package ("core" or "_core")
+    "numpy.multiarray _reconstruct": Array,
+    "numpy ndarray": Array,
+    "numpy dtype": Dtype,
+    "numpy.multiarray scalar": Scalar,
+    "numpy.numeric _frombuffer": Values,
+    "_codecs encode": Bytes,
+    "__builtin__ bytes": Bytes,
     "collections OrderedDict": dict,
-    "numpy ndarray": "ndarray",  # named as an argument only
 }
+
+
+class Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        found = NAMES.get(re.sub(r"^numpy\._?core\b", "numpy", module) + " " + name)
+        if found is None:
+            raise InputError(brief(f"{module}.{name}"))
+        return found
 
 
 def load(data: bytes) -> object:
     """The value in a pickle of plain types. Raises InputError for any other type, and for damaged data."""
     try:
-        return _Machine().run(data)
+        pieces, start = [], 0
+        instructions: Any = pickletools.genops(data)  # raises for a size beyond the end
+        for opcode, argument, place in instructions:
+            if opcode.name in PUTS and argument > len(data):  # the memo, a list, would take as much memory
+                raise ValueError(f"{opcode.name} {argument}")
+            if opcode.name == "FRAME":  # only a hint, and wrong ones upset the unpickler
+                pieces.append(data[start:place])
+                start = place + FRAME_BYTES
+        file = io.BytesIO(b"".join([*pieces, data[start:]]))
+        return _finish(Unpickler(file, encoding="latin-1").load(), {})  # noqa: S301 (it builds NAMES only)
     except InputError as error:
         raise InputError(f"pickle of {error}, expected numbers, texts, lists, dicts and arrays") from None
-    except Exception as error:  # pickletools and NumPy raise many kinds for damaged data
+    except Exception as error:  # pickle and NumPy raise many kinds for damaged data
         reason = str(error).partition("\n")[0][:100]
         raise InputError(f"damaged pickle ({type(error).__name__}: {reason})") from None
 
 
-class _Machine:
-    """The pickle's stack and memo. Each instruction NAME is a method or an entry of a table."""
-
-    def __init__(self):
-        self.stack, self.memo = [], {}
-
-    def run(self, data):
-        for opcode, argument, _ in pickletools.genops(data):
-            name = opcode.name
-            if name == "STOP":
-                (value,) = self.stack
-                if isinstance(value, (_Array, _Dtype)):
-                    raise InputError("an unfinished array")
-                return value
-            if name in LITERALS:
-                self.stack.append(argument)
-            elif name in CONSTANTS:
-                self.stack.append(CONSTANTS[name]())
-            elif name in BUILDERS:
-                BUILDERS[name](self)
-            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-                self.put(len(self.memo) if name == "MEMOIZE" else argument)
-            elif name in ("GET", "BINGET", "LONG_BINGET"):
-                self.stack.append(self.memo[argument])
-            elif name == "GLOBAL":
-                self.push_function(*argument.split(" ", 1))
-            elif name not in ("PROTO", "FRAME"):
-                raise InputError(f"instruction {name}")
-        raise ValueError("no end")
-
-    def pop_to_mark(self):
-        items = []
-        while (item := self.stack.pop()) is not MARK:
-            items.append(item)
-        return items[::-1]
-
-    def put(self, key):
-        if isinstance(self.stack[-1], _Array):
-            self.stack[-1].memo_keys.append(key)
-        self.memo[key] = self.stack[-1]
-
-    def push_function(self, module, name):
-        function = FUNCTIONS.get(re.sub(r"^numpy\._?core\b", "numpy", module) + " " + name)
-        if function is None:
-            raise InputError(brief(f"{module}.{name}"))
-        self.stack.append(function)
-
-    def push_named(self):
-        name, module = self.stack.pop(), self.stack.pop()
-        self.push_function(str(module), str(name))
-
-    def reduce(self):
-        arguments, function = self.stack.pop(), self.stack.pop()
-        if not callable(function) or not isinstance(arguments, tuple):  # only FUNCTIONS are callable
-            raise InputError("an instruction REDUCE")
-        self.stack.append(function(*arguments))
-
-    def build(self):
-        state, value = self.stack.pop(), self.stack.pop()
-        if isinstance(value, _Dtype):
-            if state[1] in ("<", ">"):
-                value.dtype = value.dtype.newbyteorder(state[1])
-            self.stack.append(value)
-        elif isinstance(value, _Array):
-            _, shape, dtype, is_fortran, values = state
-            array = _array(values, dtype.dtype, shape, "F" if is_fortran else "C")
-            self.stack.append(array)
-            for key in value.memo_keys:
-                self.memo[key] = array
-        else:
-            raise InputError("an instruction BUILD")
-
-    def append(self, items):
-        self._container(list).extend(items)
-
-    def set_items(self, items):
-        self._container(dict).update(zip(items[::2], items[1::2], strict=True))
-
-    def _container(self, kind):
-        if type(self.stack[-1]) is not kind:
-            raise InputError(f"instructions for a {kind.__name__}")
-        return self.stack[-1]
-
-    def push(self, value):
-        self.stack.append(value)
-
-    def pop_many(self, count):
-        items = self.stack[len(self.stack) - count :]
-        if len(items) < count:
-            raise IndexError("pop from empty stack")
-        del self.stack[len(self.stack) - count :]
-        return items
+def _objects(values):
+    """An array (n,) of n objects, lists among them."""
+    array = np.empty(len(values), dtype=object)
+    for i, value in enumerate(values):
+        array[i] = value
+    return array
 
 
-LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-}
-CONSTANTS = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "EMPTY_DICT": dict,
-    "MARK": lambda: MARK,
-}
-BUILDERS = {
-    "POP": lambda machine: machine.stack.pop(),
-    "POP_MARK": lambda machine: machine.pop_to_mark(),
-    "DUP": lambda machine: machine.push(machine.stack[-1]),
-    "TUPLE": lambda machine: machine.push(tuple(machine.pop_to_mark())),
-    "TUPLE1": lambda machine: machine.push(tuple(machine.pop_many(1))),
-    "TUPLE2": lambda machine: machine.push(tuple(machine.pop_many(2))),
-    "TUPLE3": lambda machine: machine.push(tuple(machine.pop_many(3))),
-    "LIST": lambda machine: machine.push(machine.pop_to_mark()),
-    "DICT": lambda machine: machine.push(dict(zip(*[iter(machine.pop_to_mark())] * 2, strict=True))),
-    "APPEND": lambda machine: machine.append(machine.pop_many(1)),
-    "APPENDS": lambda machine: machine.append(machine.pop_to_mark()),
-    "SETITEM": lambda machine: machine.set_items(machine.pop_many(2)),
-    "SETITEMS": lambda machine: machine.set_items(machine.pop_to_mark()),
-    "STACK_GLOBAL": lambda machine: machine.push_named(),
-    "REDUCE": lambda machine: machine.reduce(),
-    "BUILD": lambda machine: machine.build(),
-}
+def _finish(value, seen):
+    """A value with arrays in place of what stands for them. seen: {id: (value, finished)} of those met before."""
+    if id(value) in seen:
+        return seen[id(value)][1]
+    finished = value.array if isinstance(value, Array) else value
+    seen[id(value)] = value, finished
+    if isinstance(finished, tuple):
+        finished = tuple(_finish(item, seen) for item in finished)
+    elif isinstance(finished, list):
+        finished[:] = [_finish(item, seen) for item in finished]
+    elif isinstance(finished, dict):
+        finished.update((key, _finish(item, seen)) for key, item in list(finished.items()))
+    elif isinstance(finished, np.ndarray) and finished.dtype == object:
+        finished = _objects([_finish(item, seen) for item in finished.flat]).reshape(finished.shape)
+    elif isinstance(finished, Plain) or isinstance(finished, type):
+        raise InputError(f"an unfinished {brief(finished)}")
+    seen[id(value)] = value, finished
+    return finished

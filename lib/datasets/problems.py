@@ -33,7 +33,7 @@ class Problems:
         self._write(f"{where}: note: {what}")
 
     def _write(self, line):
-        self.file = self.file or open(self.path, "w", encoding="utf-8", buffering=1)
+        self.file = self.file or open(self.path, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         self.file.write(line + "\n")
         printed = self.total + self.notes
         if printed <= MOST_PRINTED:

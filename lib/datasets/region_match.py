@@ -1,8 +1,8 @@
-"""Do these boxes belong to these features? Regions of a picture that overlap look alike.
+"""Do these boxes belong to these features? Regions of a image that overlap look alike.
 
-Of each picture, over all pairs of its regions: the overlap of their position grids, and the likeness of their
+Of each image, over all pairs of its regions: the overlap of their position grids, and the likeness of their
 features. With its boxes the two correlate (0.68 on photographs with a detector's boxes, 0.00 with the boxes of another
-picture or with the regions in another order), so boxes in a wrong order are noticed, and found their pictures again.
+image or with the regions in another order), so boxes in a wrong order are noticed, and found their images again.
 Regions without area, and padded ones (features all 0), do not count.
 """
 
@@ -16,26 +16,26 @@ from lib.constants import N_CELLS, N_SLOTS
 
 log = logging.getLogger(__name__)
 
-FEWEST_PICTURES = 8  # that a judgement needs
-FIRST_PICTURES = 32  # of a data set: under a second
-N_OTHERS = 10  # pictures whose boxes are tried on each picture
+FEWEST_IMAGES = 8  # that a judgement needs
+FIRST_IMAGES = 32  # of a data set: under a second
+N_OTHERS = 10  # images whose boxes are tried on each image
 LEAST_SPREAD = 0.15  # standard deviation of the likeness; measured: detector's boxes 0.48, windows 0.22
 RANDOM_FACTOR = 2  # random features of D values have 1 / √D
 LEAST_OVERLAP_SPREAD = 0.05  # measured: detector's boxes 0.22
-SAME_BOXES = 0.9  # correlation of the overlaps in two pictures; measured: detector's boxes 0.00, windows 1
-MOST_SAME = 0.5  # share of pictures with the same boxes
-MOST_MISSES = 0.25  # share of pictures that another picture's boxes fit better; measured: right 0, wrong 0.9
-FEWEST_WHOLE = 30  # pictures that a judgement of whole-image features needs
-LEAST_WHOLE = 0.1  # correlation of whole-image features that belong; of 100 pictures: right 0.27, wrong up to 0.05
+SAME_BOXES = 0.9  # correlation of the overlaps in two images; measured: detector's boxes 0.00, windows 1
+MOST_SAME = 0.5  # share of images with the same boxes
+MOST_MISSES = 0.25  # share of images that another image's boxes fit better; measured: right 0, wrong 0.9
+FEWEST_WHOLE = 30  # images that a judgement of whole-image features needs
+LEAST_WHOLE = 0.1  # correlation of whole-image features that belong; of 100 images: right 0.27, wrong up to 0.05
 LEAST_SCORE = 0.2  # of a pair found by match; measured: right ones 0.27 and more
 LEAST_LEAD = 0.1  # over the next best; measured: wrong ones have less in 997 of 1,000 cases
-BLOCK = 128  # pictures scored at once: 58 MB with the boxes of 113,287
+BLOCK = 128  # images scored at once: 58 MB with the boxes of 113,287
 
 
 class Signature(NamedTuple):
-    """A value for each pair of regions, of n pictures, as unit vectors of mean 0.
+    """A value for each pair of regions, of n images, as unit vectors of mean 0.
 
-    pairs: (n, R (R - 1) / 2) float32; two pictures' correlation is their product. spread: (n,) standard deviations.
+    pairs: (n, R (R - 1) / 2) float32; two images' correlation is their product. spread: (n,) standard deviations.
     """
 
     pairs: np.ndarray
@@ -43,26 +43,26 @@ class Signature(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """own, other, shuffled: mean correlation with the boxes given, another picture's, and the regions in another order.
+    """own, other, shuffled: mean correlation with the boxes given, another image's, and the regions in another order.
 
-    wrong: whether the boxes belong to other pictures or regions; None where that cannot be told, for the reason.
+    wrong: whether the boxes belong to other images or regions; None where that cannot be told, for the reason.
     """
 
     own: float
     other: float
     shuffled: float
     misses: int
-    n_pictures: int
+    n_images: int
     wrong: bool | None
     reason: str
 
     def __str__(self):
         if self.wrong is None:
             return f"whether the boxes belong to the features cannot be told: {self.reason}"
-        said = f"{self.own:.2f} with its boxes, {self.other:.2f} with another picture's, {self.shuffled:.2f} shuffled"
+        said = f"{self.own:.2f} with its boxes, {self.other:.2f} with another image's, {self.shuffled:.2f} shuffled"
         if not self.misses:
             return f"regions that overlap look alike: {said}"
-        better = f"in {self.misses} of {self.n_pictures} pictures others fit better"
+        better = f"in {self.misses} of {self.n_images} images others fit better"
         return f"regions that overlap look alike: {said}; {better}"
 
 
@@ -75,7 +75,7 @@ def overlaps(grids: np.ndarray) -> Signature:
 
 
 def likeness(features: np.ndarray) -> Signature:
-    """How alike regions are: the cosine of their features (n, R, D) less the picture's mean."""
+    """How alike regions are: the cosine of their features (n, R, D) less the image's mean."""
     features = np.nan_to_num(np.asarray(features, dtype=np.float32), posinf=0, neginf=0)
     there = features.any(axis=2, keepdims=True)
     mean = features.sum(1, keepdims=True) / np.maximum(there.sum(1, keepdims=True), 1)
@@ -83,7 +83,7 @@ def likeness(features: np.ndarray) -> Signature:
 
 
 def _signature(vectors):
-    """Cosines of all pairs of vectors (n, R, D), standardised in each picture; a pair with a zero vector counts not."""
+    """Cosines of all pairs of vectors (n, R, D), standardised in each image; a pair with a zero vector counts not."""
     length = np.linalg.norm(vectors, axis=2, keepdims=True)
     there = length[..., 0] > 0
     vectors = vectors / np.where(length > 0, length, 1)
@@ -98,9 +98,9 @@ def _signature(vectors):
 
 
 def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
-    """Judge whether grids (n, R, 30 | 31) belong to features (n, R, D), from a sample of pictures.
+    """Judge whether grids (n, R, 30 | 31) belong to features (n, R, D), from a sample of images.
 
-    The boxes are wrong if in more than MOST_MISSES of the pictures another one's fit as well or better, and if
+    The boxes are wrong if in more than MOST_MISSES of the images another one's fit as well or better, and if
     likeness and overlaps vary so that right boxes would have shown.
     """
     n_regions = min(features.shape[1], grids.shape[1])  # the whole image may follow as a region without a box
@@ -117,10 +117,10 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     misses = int((own <= np.where(same, -1, others).max(0)).sum()) if n > 1 else 0
     wrong = misses > MOST_MISSES * n
     reason = ""
-    if n < FEWEST_PICTURES:
-        reason = f"{n} pictures are too few"
+    if n < FEWEST_IMAGES:
+        reason = f"{n} images are too few"
     elif same.mean() > MOST_SAME:
-        reason = "most pictures have the same boxes"
+        reason = "most images have the same boxes"
     elif wrong:
         reason = _why_untold(alike, overlap, features.shape[2])
     means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
@@ -146,13 +146,13 @@ class WholeJudgement(Judgement):
         if self.wrong is None:
             return f"whether these features belong to the regions' cannot be told: {self.reason}"
         said = f"{self.own:.2f} in this order, {self.other:.2f} in another"
-        return f"pictures whose regions are alike have whole-image features that are alike: {said}"
+        return f"images whose regions are alike have whole-image features that are alike: {said}"
 
 
 def judge_whole(features: np.ndarray, whole: np.ndarray) -> WholeJudgement:
-    """Judge whether whole-image features (n, D) belong to features of regions (n, R, D), from a sample of pictures.
+    """Judge whether whole-image features (n, D) belong to features of regions (n, R, D), from a sample of images.
 
-    Pictures whose regions are alike on average have whole-image features that are alike: over all pairs of pictures
+    Images whose regions are alike on average have whole-image features that are alike: over all pairs of images
     the two likenesses correlate.
     """
     n, img_dim = len(features), features.shape[2]
@@ -164,59 +164,59 @@ def judge_whole(features: np.ndarray, whole: np.ndarray) -> WholeJudgement:
     wrong = misses > 0 or own < LEAST_WHOLE
     reason = ""
     if n < FEWEST_WHOLE:
-        reason = f"{n} pictures are too few"
+        reason = f"{n} images are too few"
     elif wrong and min(alike.spread.mean(), whole_alike.spread.mean()) < RANDOM_FACTOR / np.sqrt(img_dim):
-        reason = "no pictures are more alike than others"
+        reason = "no images are more alike than others"
     return WholeJudgement(own, float(others.mean()), 0.0, misses, n, None if reason else wrong, reason)
 
 
 def judge_dataset(dataset: Any) -> Judgement | None:
-    """Judge the boxes of a data.PrecompDataset's first pictures; None where it has no boxes."""
-    if not dataset.need_boxes:
+    """Judge the boxes of a data.PrecompDataset's first images; None where it has no boxes."""
+    if not getattr(dataset, "need_boxes", False):
         return None
-    features, *_, grids = dataset.read_images(0, min(FIRST_PICTURES, dataset.n_images))
-    return judge(features.numpy(), grids.numpy())
+    features, *_, grids = dataset.features(range(min(FIRST_IMAGES, dataset.n_images)))
+    return judge(features.float().numpy(), grids.numpy())
 
 
 def warn_of_boxes(dataset: Any) -> None:
-    """Log a warning where the boxes of a data set's first pictures do not belong to their features."""
+    """Log a warning where the boxes of a data set's first images do not belong to their features."""
     judgement = judge_dataset(dataset) if distributed.rank() == 0 else None
     if judgement and judgement.wrong:
-        message = "%s_boxes.npy: of other pictures or regions than the features: %s. scripts/align.py orders them."
+        message = "%s_boxes.npy: of other images or regions than the features: %s. scripts/align.py orders them."
         log.warning(message, dataset.prefix, judgement)
 
 
 def match(alike: np.ndarray, overlap: np.ndarray) -> np.ndarray:
-    """Find the boxes of each picture: row of overlap (m, P) that belongs to each row of alike (n, P), -1 for none.
+    """Find the boxes of each image: row of overlap (m, P) that belongs to each row of alike (n, P), -1 for none.
 
     alike, overlap: the pairs of likeness and overlaps. A pair is proved where its correlation is at least LEAST_SCORE
-    and leads by LEAST_LEAD over that of the picture with any other boxes and of the boxes with any other picture.
+    and leads by LEAST_LEAD over that of the image with any other boxes and of the boxes with any other image.
     What is proved is taken out, and the rest compared again, until nothing more is proved.
     """
     partner = np.full(len(alike), -1)
-    pictures, boxes = np.arange(len(alike)), np.arange(len(overlap))
-    while len(pictures) and len(boxes):
+    images, boxes = np.arange(len(alike)), np.arange(len(overlap))
+    while len(images) and len(boxes):
         left = overlap if len(boxes) == len(overlap) else overlap[boxes]
-        best, lead = _leads(alike, pictures, left)
+        best, lead = _leads(alike, images, left)
         proved = lead >= LEAST_LEAD
         if not proved.any():
             break
-        partner[pictures[proved]] = boxes[best[proved]]
-        pictures, boxes = pictures[~proved], np.delete(boxes, best[proved])
+        partner[images[proved]] = boxes[best[proved]]
+        images, boxes = images[~proved], np.delete(boxes, best[proved])
     return partner
 
 
-def _leads(alike, pictures, overlap):
-    """For each of the pictures, rows of alike: the boxes that fit best, and their lead over the next best.
+def _leads(alike, images, overlap):
+    """For each of the images, rows of alike: the boxes that fit best, and their lead over the next best.
 
-    The lead is 0 where the score is low or another picture has the same best boxes with a higher score.
+    The lead is 0 where the score is low or another image has the same best boxes with a higher score.
     """
-    n = len(pictures)
+    n = len(images)
     best, score, second = np.empty(n, dtype=np.int64), np.empty(n), np.zeros(n)
-    rival = np.zeros(len(overlap))  # of each boxes, the highest score of a picture that they are not the best for
+    rival = np.zeros(len(overlap))  # of each boxes, the highest score of a image that they are not the best for
     for start in range(0, n, BLOCK):
         block = slice(start, start + BLOCK)
-        scores = alike[pictures[block]] @ overlap.T
+        scores = alike[images[block]] @ overlap.T
         rows = np.arange(len(scores))
         best[block] = scores.argmax(1)
         score[block] = scores[rows, best[block]]
@@ -224,7 +224,7 @@ def _leads(alike, pictures, overlap):
         second[block] = scores.max(1)
         np.maximum(rival, scores.max(0), out=rival)
     by_score = np.argsort(-score, kind="stable")
-    _, first = np.unique(best[by_score], return_index=True)  # the picture that each boxes fit best
+    _, first = np.unique(best[by_score], return_index=True)  # the image that each boxes fit best
     claims = np.ones(n, dtype=bool)
     claims[by_score[first]] = False  # True: others have these boxes for their best, and a higher score
     np.maximum.at(rival, best[claims], score[claims])

@@ -1,4 +1,4 @@
-"""The regions of one picture as feature files hold them, brought to the same number in every picture."""
+"""The regions of one image as feature files hold them, brought to the same number in every image."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,11 @@ import numpy as np
 from lib.errors import InputError
 
 REGION_CHOICES = ("fixed", "best", "all")
+MOST_SHARE = 1.5  # some detectors overshoot 1 a little
 
 
 class Regions(NamedTuple):
-    """The regions of a picture.
+    """The regions of a image.
 
     boxes (n, 4): x1, y1, x2, y2 in the units of size; None where there are none. features (n, D).
     size: (height, width), (1, 1) for boxes from 0 to 1; None where there are no boxes.
@@ -23,8 +24,13 @@ class Regions(NamedTuple):
     scores: np.ndarray | None = None
 
 
+def are_shares(boxes: np.ndarray) -> bool:
+    """Whether the corners of boxes (…, 4) are shares of their images' sides, from 0 to 1; else they are pixels."""
+    return bool(boxes.max(initial=0) <= MOST_SHARE)
+
+
 def fit(regions: Regions, n_regions: int, choice: str) -> Regions:
-    """Bring a picture to n_regions regions.
+    """Bring a image to n_regions regions.
 
     choice: "fixed" takes no other number; "best" keeps the n_regions best (by score where there is one, else the
     first) and pads with zero features and boxes without area; "all" pads alike and drops none.

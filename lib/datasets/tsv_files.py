@@ -1,4 +1,4 @@
-"""Feature files with a picture a line, tab-separated: bottom-up-attention's, LXMERT's and VinVL's."""
+"""Feature files with a image a line, tab-separated: bottom-up-attention's, LXMERT's and VinVL's."""
 
 import base64
 import binascii
@@ -20,6 +20,7 @@ LXMERT_FIELDS = "image_id,image_h,image_w,objects_id,objects_conf,attrs_id,attrs
 SCORES = "objects_conf"  # a column of this name says how sure the detector was of each box
 LONGEST_LINE = 1 << 26  # bytes; 100 regions are 1.1 MB
 HEADER = {b"image_id", b"img_id", b"features"}  # names of columns
+MOST_PIXELS = 1 << 31  # of a side
 LINES_LOOKED_AT = 100  # to tell the form
 BOX_VALUES = 6  # at the end of a VinVL feature: x1, y1, x2, y2, width, height from 0 to 1
 ANYTHING, INTEGER = re.compile(rb".*", re.DOTALL), re.compile(rb"\s*\d+\s*")
@@ -82,14 +83,14 @@ def read_lines(paths: list[str], progress: bool = True) -> Iterator[tuple[str, l
                     bar.update(len(line))
                     where = f"{path}, line {number}"
                     if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                        raise InputError(f"{where}: longer than {LONGEST_LINE} bytes, expected a picture a line")
+                        raise InputError(f"{where}: longer than {LONGEST_LINE} bytes, expected a image a line")
                     values = line.rstrip(b"\r\n").split(b"\t")
                     if number > 1 or not HEADER & set(values):
                         yield where, values
 
 
 def image_id(values: list[bytes], form: TsvForm) -> str:
-    """The id of a line's picture; "" where the line is too short."""
+    """The id of a line's image; "" where the line is too short."""
     column = form.fields.index("image_id")
     return values[column].decode("utf-8", "replace").strip() if column < len(values) else ""
 
@@ -101,8 +102,9 @@ def decode_columns(values: list[bytes], fields: tuple[str, ...], img_dim: int) -
         width, height, n = (int(row[name]) for name in ("image_w", "image_h", "num_boxes"))
     except ValueError:
         raise InputError("image_w, image_h or num_boxes is no integer") from None
-    if n < 1 or width < 1 or height < 1:
-        raise InputError(f"{n} boxes in a picture of {width}×{height}, expected at least one")
+    if n < 1 or not (1 <= width < MOST_PIXELS and 1 <= height < MOST_PIXELS):
+        found = f"{brief(n)} boxes in an image of {brief(width)}×{brief(height)}"
+        raise InputError(f"{found}, expected at least one, and sides of 1 to {MOST_PIXELS}")
     boxes = _floats(row["boxes"], "boxes", n, 4)
     features = _floats(row["features"], "features", n, img_dim)
     scores = _floats(row[SCORES], SCORES, n, 1)[:, 0] if SCORES in row else None
@@ -146,8 +148,8 @@ def _decode_objects(value, img_dim):
 
 
 def _count(value, name):
-    if not isinstance(value, int) or value < 1:
-        raise InputError(f"{name} is {brief(value)}, expected at least 1")
+    if not isinstance(value, int) or not 1 <= value < MOST_PIXELS:
+        raise InputError(f"{name} is {brief(value)}, expected 1 to {MOST_PIXELS}")
     return value
 
 

@@ -1,7 +1,8 @@
 """A split of a dataset folder, written row by row by a job of hours: a stopped run is continued, nothing is half done.
 
-Each file is written as NAME.part. SPLIT_state.part says which rows are on disk; SPLIT_commit.part exists while the
-files get their names, so that the next run can complete that. SPLIT_made.json records how a finished split was made.
+Each file is written as NAME.part. SPLIT_state.part says which rows are on disk; once all are, it becomes
+SPLIT_commit.part, and the files get their names: the next run completes that. SPLIT_made.json records what a finished
+split was made from.
 """
 
 import contextlib
@@ -13,9 +14,8 @@ import time
 import numpy as np
 
 from lib.datasets.arrays import ArrayWriter
-from lib.datasets.json_files import read_json
 from lib.errors import InputError
-from lib.files import digest_lines, make_folder, name_in_errors, read_lines, write_lines
+from lib.files import digest_lines, make_folder, name_in_errors, read_lines, sample_digest, write_lines
 
 try:
     import fcntl
@@ -23,47 +23,45 @@ except ImportError:  # Windows: two runs that write one split at once are not no
     fcntl = None  # type: ignore[assignment]
 
 SYNC_SECONDS = 10  # a killed run loses at most the rows of so many seconds
+SAMPLE = 64  # items, about, of many
+NOTED = 3  # of each: name, size, digest
 TEXTS = ("ids.txt", "caps.txt", "made.json")
 
 
 class SplitWriter:
     """One split of a dataset folder: its arrays SPLIT_NAME.npy, SPLIT_ids.txt and SPLIT_made.json.
 
-    ids: the pictures, a row each. arrays: {name: (row shape, dtype)}. settings: what else decides the rows' values.
-    inputs: paths of the files they are made from.
+    ids: the images, a row each. arrays: {name: (row shape, dtype)}. settings: what else decides the rows' values.
+    inputs: paths of files that all rows are made from. sources: of each row, the paths of its own files.
     done (n,) bool: rows that this run or a stopped one before it has written.
-    finished: a run with the same settings has made the files already; nothing is left to do.
+    finished: a run with the same settings and inputs has made the files already; nothing is left to do.
     Raises InputError where files of these names were made otherwise, unless overwrite.
     """
 
-    def __init__(self, folder, split, ids, arrays, settings, inputs=(), overwrite=False, write_ids=True):
+    def __init__(self, folder, split, ids, arrays, settings, inputs=(), sources=None, overwrite=False, write_ids=True):
         make_folder(folder)
-        self.prefix, self.ids, self.overwrite, self.write_ids = (
-            os.path.join(folder, split),
-            list(ids),
-            overwrite,
-            write_ids,
-        )
+        self.prefix, self.ids, self.write_ids = os.path.join(folder, split), list(ids), write_ids
         self.done = np.zeros(len(self.ids), dtype=bool)
+        self.sources = sources or [()] * len(self.ids)
         self.arrays = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         self.made = {
             "settings": dict(settings),
             "arrays": {name: [list(shape), str(dtype)] for name, (shape, dtype) in self.arrays.items()},
             "ids": digest_lines(self.ids),
-            "inputs": [[os.path.basename(path), os.path.getsize(path)] for path in inputs],
+            "inputs": [note_of(path) for path in inputs],
         }
+        self.made["rows"] = self._digests(sample(range(len(self.ids))))
         self.state_path, self.commit_path = self.prefix + "_state.part", self.prefix + "_commit.part"
         if os.path.exists(self.commit_path):
             self._commit()
         self.finished = not overwrite and self._is_finished()
         if not self.finished:
-            self._open()
+            self._open(overwrite)
 
     def write(self, row, **values):
         """Write one row of every array."""
         for name, value in values.items():
-            with name_in_errors(self.files[name].part):
-                self.files[name].write(row, value)
+            self.files[name].write(row, value)
         self.done[row] = True
         if time.monotonic() - self.synced > SYNC_SECONDS:
             self.sync()
@@ -71,11 +69,11 @@ class SplitWriter:
     def sync(self):
         """Bring the rows to disk, then mark them as written."""
         for file in self.files.values():
-            with name_in_errors(file.part):
-                file.sync()
+            file.sync()
         with name_in_errors(self.state_path):
-            self.state.seek(self.marks_start)
-            self.state.write(self.done.tobytes())
+            self.state.seek(0)
+            self.state.write(json.dumps(self.made).encode() + b"\n" + self.done.tobytes())
+            self.state.truncate()
             self.state.flush()
             os.fsync(self.state.fileno())
         self.synced = time.monotonic()
@@ -87,24 +85,25 @@ class SplitWriter:
         """
         kept = np.flatnonzero(self.done)
         if not len(kept):
-            raise InputError(f"{self.prefix}: none of the {len(self.ids)} pictures could be used")
+            raise InputError(f"{self.prefix}: none of the {len(self.ids)} images could be used")
         self.sync()
         if len(kept) < len(self.ids):
             for file in self.files.values():
-                with name_in_errors(file.part):
-                    file.copy_rows(kept, file.path + ".kept.part")
+                file.copy(kept)
         ids = [self.ids[i] for i in kept]
         texts = {
             "ids.txt": ids if self.write_ids else None,
             "caps.txt": self._captions(kept),
-            "made.json": [json.dumps({**self.made, "kept_ids": digest_lines(ids)}, indent=1)],
+            "made.json": [
+                json.dumps({**self.made, "rows": self._digests(sample(kept)), "kept_ids": digest_lines(ids)}, indent=1)
+            ],
         }
         for name, lines in texts.items():
             if lines is not None:
-                write_lines(f"{self.prefix}_{name}.part", lines)
+                write_lines(self._path(name) + ".part", lines)
         self._close()
         self.finished = True
-        write_lines(self.commit_path, [])
+        os.replace(self.state_path, self.commit_path)
         self._commit()
         return len(kept)
 
@@ -116,43 +115,63 @@ class SplitWriter:
             self.sync()
             self._close()
 
+    def _path(self, name):
+        return os.path.realpath(f"{self.prefix}_{name}")
+
     def _is_finished(self):
-        paths = [f"{self.prefix}_{name}.npy" for name in self.arrays]
-        there = [path for path in paths if os.path.exists(path)]
-        made, path = {}, self.prefix + "_made.json"
-        if os.path.isfile(path):
-            made = read_json(path, lambda made: isinstance(made, dict), "an object; --overwrite makes the split anew")
-        same = all(made.get(name) == self.made[name] for name in ("settings", "arrays"))
-        asked = made.get("ids") == self.made["ids"] and made.get("inputs") == self.made["inputs"]
-        if len(there) == len(paths) and same and (asked or made.get("kept_ids") == self.made["ids"]):
+        there = [path for name in self.arrays if os.path.exists(path := f"{self.prefix}_{name}.npy")]
+        made = {}
+        if os.path.isfile(self.prefix + "_made.json"):
+            with open(self.prefix + "_made.json", "rb") as file:
+                made = _parse(file.read())
+        asked = self.made["ids"] in (made.get("ids"), made.get("kept_ids"))
+        if len(there) == len(self.arrays) and asked and self._fits(made, "settings", "arrays"):
+            if any(len(note) < NOTED for note in made["inputs"]) or (any(self.sources) and "rows" not in made):
+                print(f"note: {self.prefix}: kept, though there is no digest of what it was made from")
             return True
         if there:
             raise InputError(f"{there[0]}: there already, and made otherwise; --overwrite replaces it")
         return False
 
-    def _open(self):
-        with open(self.state_path, "ab"):
-            pass
-        self.state = open(self.state_path, "r+b")
-        _lock(self.state, self.state_path)
+    def _fits(self, made, *names):
+        """Whether the record of an earlier run has the same names, and inputs and rows' sources that are as they were.
+
+        A stopped run may be given more inputs. Records of older versions have no digests.
+        """
+        inputs, rows = made.get("inputs"), made.get("rows", {})
+        if not isinstance(inputs, list) or not isinstance(rows, dict):
+            return False
+        if not all(
+            isinstance(old, list) and any(old == new[: len(old)] for new in self.made["inputs"]) for old in inputs
+        ):
+            return False
+        digests = self._digests(row for row, image_id in enumerate(self.ids) if image_id in rows)
+        same = all(rows[image_id] == digest for image_id, digest in digests.items())
+        return same and all(made.get(name) == self.made[name] for name in names)
+
+    def _digests(self, rows):
+        """{id: digest of the sources} of those rows that have some."""
+        return {self.ids[row]: digest_lines(map(sample_digest, self.sources[row])) for row in rows if self.sources[row]}
+
+    def _open(self, overwrite):
+        self.state = open(os.open(self.state_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+        if fcntl is not None:
+            try:
+                fcntl.flock(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"{self.state_path}: another run is writing this split") from None
         head, marks = self.state.readline(), self.state.read()
-        resume = not self.overwrite and _continues(self.state_path, head, self.made) and len(marks) == len(self.ids)
+        resume = not overwrite and self._fits(_parse(head), "settings", "arrays", "ids") and len(marks) == len(self.ids)
         self.files = {}
         for name, (shape, dtype) in self.arrays.items():
-            path = f"{self.prefix}_{name}.npy"
-            _remove(path + ".kept.part")
-            with name_in_errors(path):
-                self.files[name] = ArrayWriter(path, len(self.ids), shape, dtype, resume)
+            self.files[name] = ArrayWriter(f"{self.prefix}_{name}.npy", (len(self.ids), *shape), dtype, resume)
+            _remove(self._path(name + ".npy") + ".kept.part")
         for name in TEXTS:
-            _remove(f"{self.prefix}_{name}.part")
+            _remove(self._path(name) + ".part")
         if resume and all(file.resumed for file in self.files.values()):
             self.done[:] = np.frombuffer(marks, dtype=np.uint8) == 1
-        new_head = json.dumps(self.made).encode() + b"\n"
-        self.marks_start = len(new_head)
-        if new_head != head:
-            self.state.seek(0)
-            self.state.write(new_head + self.done.tobytes())
-            self.state.truncate()
+        elif head and not overwrite:
+            print(f"note: {self.prefix}: begun anew, the stopped run was of other settings or inputs")
         self.sync()
 
     def _close(self):
@@ -168,7 +187,7 @@ class SplitWriter:
         lines = read_lines(path)
         ids = read_lines(ids_path) if os.path.isfile(ids_path) else self.ids
         if ids != self.ids or len(lines) % len(ids):
-            print(f"note: {path} is of other pictures, or in another order", file=sys.stderr)
+            print(f"note: {path} is of other images, or in another order", file=sys.stderr)
             return None
         k = len(lines) // len(ids)
         return None if len(kept) == len(ids) else [line for i in kept for line in lines[i * k : (i + 1) * k]]
@@ -176,37 +195,32 @@ class SplitWriter:
     def _commit(self):
         """Rename NAME.kept.part to NAME.part, and that to NAME; what a stopped run has renamed is passed over."""
         for name in [f"{name}.npy" for name in self.arrays] + [*TEXTS]:
-            path = f"{self.prefix}_{name}"
+            path = self._path(name)
             for source, target in ((path + ".kept.part", path + ".part"), (path + ".part", path)):
                 if os.path.exists(source):
                     os.replace(source, target)
-        _remove(self.state_path)
         _remove(self.commit_path)
 
 
-def _lock(file, path):
-    """Lock an open file against other processes, where the system can. Raises InputError where another one holds it."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{path}: another run is writing this split") from None
+def sample(items):
+    """Some of many items, spread over them."""
+    items = list(items)
+    return items[:: len(items) // SAMPLE + 1]
+
+
+def note_of(path):
+    """What a record keeps of a file that something is made from: its name, size and digest."""
+    return [os.path.basename(path), os.path.getsize(path), sample_digest(path)]
+
+
+def _parse(text):
+    """The dict in a note of a run; {} where it holds none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        note = json.loads(text)
+        return note if isinstance(note, dict) else {}
+    return {}
 
 
 def _remove(path):
     with contextlib.suppress(FileNotFoundError):
         os.remove(path)
-
-
-def _continues(path, head, made):
-    """Whether the rows of a stopped run (head: its state's first line) are those of this one; new inputs may join."""
-    if not head.endswith(b"\n"):  # there was none, or it was stopped while it wrote the line
-        return False
-
-    def fits(old):
-        return isinstance(old, dict) and set(old) <= set(made) and isinstance(old.get("inputs"), list)
-
-    old = read_json(path, fits, f"an object of {', '.join(made)}; --overwrite begins anew", head)
-    inputs = old.pop("inputs")
-    return all(entry in made["inputs"] for entry in inputs) and all(old[name] == made[name] for name in old)

@@ -1,12 +1,15 @@
-"""Scores of many images with many captions by torch's matrix products, attended to a piece of S at a time.
+"""Scores of many images with many captions on CPUs: products a piece at a time, attended to in the processor's cache.
 
-For CPUs without AMX; attention_kernel.attend_products does the same where amx.py multiplies. Each thread multiplies a
-piece and attends to it while it is in the processor's cache; no thread waits for another before the end. oneDNN
-multiplies float32 numbers at 240 GFLOP/s a core on an AMD EPYC (Zen 5), where torch.mm, which asks MKL, does 110, and
-bfloat16 ones at 460.
+Each thread multiplies a piece of S and attends to it (attention_kernel.py) while it is in the cache; no thread waits
+for another before the end. oneDNN multiplies float32 numbers at 240 GFLOP/s a core on an AMD EPYC (Zen 5), where
+torch.mm, which asks MKL, does 110, and bfloat16 ones at 460. model.py says when the scores are used.
+
+Sizes in the docstrings: N contexts of L elements, M queries of K elements, D embed_size.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,12 +18,70 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lib.kernels import amx
-from lib.kernels.amx import Array, compiled
-from lib.kernels.attention_kernel import COLUMNS, ROWS, doubled, group_size, kernel_args, score_contexts
+from lib.kernels.blocks import equal_length_groups
 from lib.tensors import norm
 
+log = logging.getLogger(__name__)
+
+Array: TypeAlias = np.ndarray
 Blocks: TypeAlias = list[tuple[int, Tensor]]  # (index of the first context or query, (n, length, D)) each
+
+ROWS, COLUMNS = 288, 1024  # of S in a piece
+LEAST_ELEMENTS = 2**20  # of S: below, compiling would take longer than it saves
+SLOWER = "2 to 5 times slower"
+SHARES = 8  # of the pieces for each thread, which takes the next when it has done one
+
+
+def applies(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, config: Any) -> bool:
+    """Whether `scores` can do this, and pays. The arguments are those of model.xattn_score.
+
+    float32 on the CPU without gradient; an L2 norm, which bounds the exponents of the softmax; exponents in range.
+    """
+    n_regions, n_words = images.shape[0] * images.shape[1], int(torch.as_tensor(cap_lens).sum())
+    return (
+        all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for x in (images, captions))
+        and not torch.is_autocast_enabled("cpu")
+        and config.raw_feature_norm in ("l2norm", "clipped_l2norm")
+        and config.agg_func in ("LogSumExp", "Mean", "Max", "Sum")
+        and 0 <= config.lambda_softmax <= 20
+        and (config.agg_func != "LogSumExp" or 0 < config.lambda_lse <= 80)
+        and n_regions * n_words >= LEAST_ELEMENTS
+        and min(n_regions, n_words) >= ROWS
+    )
+
+
+def scores(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, config: Any) -> Tensor:
+    """Scores (I, C) as model.xattn_score returns them; S is never whole in memory.
+
+    With torch.set_float32_matmul_precision("medium"), products are bfloat16's where the processor has them.
+    """
+    groups, places = equal_length_groups(captions, torch.as_tensor(cap_lens), block_words=COLUMNS)
+    words = [group.words for group in groups]
+    contexts, queries = ([images], words) if config.t2i else (words, [images])
+    found = attend_pieces(contexts, queries, config)
+    return (found if config.t2i else found.T)[:, places]
+
+
+def sample() -> tuple[Tensor, Tensor, list[int]]:
+    """Images, captions and their lengths to compare with: negative similarities, a single word, a region of zeros."""
+    lens, generator = [1, 5, 12, 5, 2], torch.Generator().manual_seed(0)
+    images, captions = (torch.randn(len(lens), n, 16, generator=generator) / 4 for n in (6, max(lens)))
+    images[0, 0] = 0
+    for caption, n in zip(captions, lens, strict=True):
+        caption[n:] = 0
+    return images, captions, lens
+
+
+def agree(expected: Tensor, config: Any) -> bool:
+    """Whether `scores` of the sample are those expected, model.attend's. Logs a warning where they are not."""
+    difference = (scores(*sample(), config) - expected).abs().max().item()
+    if difference <= 1e-4 * max(1, expected.abs().max().item()):
+        return True
+    log.warning("model.attend differs by %.1g from its compiled form, so scoring on CPUs is %s", difference, SLOWER)
+    return False
+
+
+# ---------------------------------------------------------------- pieces
 
 
 class Side(NamedTuple):
@@ -36,7 +97,7 @@ class Side(NamedTuple):
 
 
 def has_bfloat16() -> bool:
-    """True where the processor has instructions that multiply bfloat16 numbers."""
+    """Whether the processor has instructions that multiply bfloat16 numbers."""
     processor = torch.cpu.get_capabilities()
     return any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
@@ -65,7 +126,8 @@ def cut(blocks: Sequence[Tensor], room: int) -> list[Blocks]:
     """Blocks (n, length, D) in pieces of some `room` elements: long blocks are cut, short ones put together."""
     parts, first = [], 0
     for X in blocks:
-        for part in X.split(group_size(len(X), X.shape[1], room)):
+        most = max(1, room // X.shape[1])
+        for part in X.split(len(X) if len(X) <= most else most // 16 * 16 or most):  # 16 at a time vectorise
             parts.append((first, part))
             first += len(part)
     ends = np.cumsum([part.shape[0] * part.shape[1] for _, part in parts])
@@ -75,9 +137,11 @@ def cut(blocks: Sequence[Tensor], room: int) -> list[Blocks]:
 
 def left_side(contexts: Blocks, bfloat16: bool) -> Side:
     """The Side of contexts (N, L, D)."""
-    gram = torch.cat([doubled(X @ X.mT).flatten() for _, X in contexts])
+    grams = [X @ X.mT for _, X in contexts]
+    # a sum over half of a symmetric matrix needs twice what is above the diagonal
+    doubled = torch.cat([(gram.triu() + gram.triu(1)).flatten() for gram in grams])
     elements = torch.cat([X.flatten(0, 1) for _, X in contexts])
-    return Side(factor(elements, bfloat16), np.array([(*X.shape[:2], first) for first, X in contexts]), gram.numpy())
+    return Side(factor(elements, bfloat16), np.array([(*X.shape[:2], first) for first, X in contexts]), doubled.numpy())
 
 
 def right_side(queries: Blocks, bfloat16: bool) -> Side:
@@ -87,38 +151,34 @@ def right_side(queries: Blocks, bfloat16: bool) -> Side:
     return Side(factor(elements, bfloat16), np.array([(*X.shape[:2], first) for first, X in queries]), norms)
 
 
-@compiled
-def score_piece(
-    S: Array, contexts: Array, gram: Array, queries: Array, norms: Array, options: tuple, scores: Array
-) -> None:
-    """attend's scores of all contexts with all queries of a piece S (rows, columns), which is overwritten.
+def attend_pieces(contexts: Sequence[Tensor], queries: Sequence[Tensor], config: Any) -> Tensor:
+    """model.attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each."""
+    from lib.kernels import attention_kernel  # here, because numba takes half a second to import
 
-    contexts, gram, queries, norms: blocks and values of both Sides. options: as kernel_args returns them.
-    """
-    row = value = 0
-    for block in range(len(contexts)):
-        N, L, first = contexts[block]
-        rows = S[row : row + N * L].reshape(N, L, S.shape[1])
-        grams = gram[value : value + N * L * L].reshape(N, L, L)
-        score_contexts(rows, grams, norms, queries, options, scores, first)
-        row, value = row + N * L, value + N * L * L
-
-
-def attend_products(contexts: Sequence[Tensor], queries: Sequence[Tensor], attention: Any) -> Tensor:
-    """attend's scores (ΣN, ΣM) of contexts, (N, L, D) each, with queries, (M, K, D) each; S is never whole in memory.
-
-    With torch.set_float32_matmul_precision("medium"), products are bfloat16's where the processor has them.
-    """
     bfloat16 = torch.get_float32_matmul_precision() == "medium" and has_bfloat16()
     left = [left_side(blocks, bfloat16) for blocks in cut(contexts, ROWS)]
     right = [right_side(blocks, bfloat16) for blocks in cut(queries, COLUMNS)]
     jobs = [(rows, columns) for columns in right for rows in left]  # the columns stay in the cache for all rows
-    args, scores = kernel_args(attention), np.empty((sum(map(len, contexts)), sum(map(len, queries))), np.float32)
+    options = attention_kernel.options_of(config)
+    found = np.empty((sum(map(len, contexts)), sum(map(len, queries))), np.float32)
 
     def share(first: int, last: int) -> None:
         for rows, columns in jobs[first:last]:
             S = multiply(rows.factor, columns.factor).numpy()
-            score_piece(S, rows.blocks, rows.values, columns.blocks, columns.values, args, scores)
+            attention_kernel.score_piece(S, *rows[1:], *columns[1:], options, found)
 
-    amx.in_threads(share, len(jobs), shares=8)
-    return torch.from_numpy(scores)
+    in_threads(share, len(jobs))
+    return torch.from_numpy(found)
+
+
+def in_threads(work: Callable[[int, int], Any], count: int) -> None:
+    """work(first, last) for all of count jobs, in SHARES shares for each of torch.get_num_threads() threads, in each of
+    which torch computes alone."""
+    threads = torch.get_num_threads()
+    cuts = np.linspace(0, count, min(count, threads * SHARES) + 1).astype(int).tolist()
+    torch.set_num_threads(1)  # new threads take it over when they are asked for theirs
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.get_num_threads) as pool:
+            list(pool.map(work, cuts[:-1], cuts[1:]))
+    finally:
+        torch.set_num_threads(threads)

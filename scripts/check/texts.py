@@ -15,7 +15,7 @@ from vocab import Vocabulary, tokenize, unknown_words_message
 
 LONG_CAPTION = 60  # words
 MANY_UNKNOWN = 0.05
-SAMPLE = 1000  # groups of captions, and pictures of two splits, that are compared
+SAMPLE = 1000  # groups of captions, and images of two splits, that are compared
 BETTER = 1.5  # times the words in common that tell one image's captions from two images'
 CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4
 

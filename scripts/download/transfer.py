@@ -21,9 +21,15 @@ KAGGLE_PAGE = "https://www.kaggle.com/datasets/" + KAGGLE_NAME
 ATTEMPTS = 3
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 20  # bytes
+CANNOT_GO_ON = "the server cannot go on where the last transfer stopped (without the .part file it begins anew)"
+PAGES = (  # signs of what is sent instead of a file
+    (r"ServiceLogin|accounts\.google\.com/", "a login page, the file is not public"),
+    ("quota|too many users", "Google's web page 'download quota exceeded'"),
+    ("", "a web page instead of the file"),
+)
 
 
-def fetch_drive(item: str, file_id: str, archive: Path) -> None:
+def fetch_drive(name: str, file_id: str, archive: Path) -> None:
     """Fetch a file of Google Drive to archive, through archive.part; a part that is there is continued.
 
     Raises InputError where it cannot be had, with the way to fetch it by hand.
@@ -31,7 +37,7 @@ def fetch_drive(item: str, file_id: str, archive: Path) -> None:
     # confirm=t: yes, although it is too large for a virus scan
     url = f"{os.environ.get('PFAN_DRIVE_URL') or DRIVE_URL}?id={file_id}&export=download&confirm=t"
     part = Path(f"{archive}.part")
-    print(f"{item}: {url} → {archive}", flush=True)
+    print(f"{name}: {url} → {archive}", flush=True)
     try:
         for attempt in range(ATTEMPTS):
             time.sleep(attempt)
@@ -39,23 +45,19 @@ def fetch_drive(item: str, file_id: str, archive: Path) -> None:
                 os.replace(part, archive)
                 return
     except urllib.error.HTTPError as error:
-        reason = _cannot_go_on(part) if error.code == 416 else f"got HTTP status {error.code}"
+        reason = CANNOT_GO_ON if error.code == 416 else f"got HTTP status {error.code}"
     except urllib.error.URLError as error:
         reason = f"cannot reach {url.partition('?')[0]} ({error.reason})"
     except InputError as error:
         reason = str(error)
     else:
-        raise InputError(f"{item}: the transfer broke off, {_size(part)} bytes are here; run this again to go on")
+        raise InputError(f"{name}: the transfer broke off, {_size(part)} bytes are in {part}; run this again to go on")
     page = DRIVE_PAGE.format(file_id)
-    raise InputError(f"{item}: {reason}; fetch {page} in a browser, save it as {archive} and run this again")
+    raise InputError(f"{name}: {reason}; fetch {page} in a browser, save it as {archive} and run this again")
 
 
 def _size(path):
     return path.stat().st_size if path.exists() else 0
-
-
-def _cannot_go_on(part):
-    return f"the server cannot go on after {_size(part)} bytes (without {part} it begins anew)"
 
 
 def _transfer(url, part):
@@ -69,9 +71,10 @@ def _transfer(url, part):
         with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
             block = answer.read(BLOCK)
             if answer.headers.get_content_type() == "text/html" or block.lstrip(b"\0 \t\r\n").startswith(b"<"):
-                raise InputError(f"got {_name_page(answer.url, block)}")
+                text = answer.url + block.decode(errors="replace")
+                raise InputError("got " + next(page for sign, page in PAGES if re.search(sign, text, re.IGNORECASE)))
             if start and answer.status != 206:
-                raise InputError(_cannot_go_on(part))
+                raise InputError(CANNOT_GO_ON)
             total = start + int(answer.headers.get("Content-Length", 0))
             bar = tqdm(initial=start, total=total, desc=part.stem, unit="B", unit_scale=True, disable=None)
             with open(part, "ab") as file, bar:
@@ -84,26 +87,17 @@ def _transfer(url, part):
     return _size(part) >= total
 
 
-def _name_page(url, start):
-    text = url + start.decode(errors="replace")
-    if re.search(r"ServiceLogin|accounts\.google\.com/", text, re.IGNORECASE):
-        return "a login page, the file is not public"
-    if re.search(r"quota|too many users", text, re.IGNORECASE):
-        return "Google's web page 'download quota exceeded'"
-    return "a web page instead of the file"
-
-
-def fetch_kaggle(item: str, archive: Path) -> None:
+def fetch_kaggle(name: str, archive: Path) -> None:
     """Fetch SCAN's data to archive with the kaggle command. Raises InputError with the way to fetch it by hand."""
     by_hand = f"log in at {KAGGLE_PAGE}, download the archive, save it as {archive} and run this again"
     if not shutil.which("kaggle"):
-        raise InputError(f"{item}: the kaggle command is not installed; {by_hand}")
+        raise InputError(f"{name}: the kaggle command is not installed; {by_hand}")
     folder = Path(f"{archive}.kaggle")
     command = ["kaggle", "datasets", "download", "-d", KAGGLE_NAME, "-p", str(folder)]
-    print(f"{item}: {' '.join(command)}", flush=True)
+    print(f"{name}: {' '.join(command)}", flush=True)
     done = subprocess.run(command)
     archives = list(folder.glob("*.zip"))
     if done.returncode or not archives:
-        raise InputError(f"{item}: kaggle failed; set up its login (https://www.kaggle.com/docs/api) or {by_hand}")
+        raise InputError(f"{name}: kaggle failed; set up its login (https://www.kaggle.com/docs/api) or {by_hand}")
     os.replace(archives[0], archive)
     folder.rmdir()

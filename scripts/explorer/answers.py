@@ -162,7 +162,7 @@ class Explorer:
         model = self.collections[number].model
         if option(model.opt, "position") != "attention":
             return None
-        features, grids = (x.to(model.device) for x in self.datasets[number].read_images(image, image + 1))
+        features, grids = (x.to(model.device, torch.float32) for x in self.datasets[number].features([image]))
         weights = model.img_enc.cell_weights(features, grids)
         return np.round(weights[1][0].float().cpu().numpy(), 5).tolist()
 

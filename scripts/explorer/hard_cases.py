@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import torch
 
-from evaluation import SHARD_SIZE, rank_both, shard_xattn
+from evaluation import rank_both, score_shards
 
 MAX_GROUPS = 1000  # of pictures and captions that are compared, spread over the split
 MAX_CASES = 30  # that are shown, of sentences and of pictures
@@ -57,7 +57,8 @@ class HardCases:
         for start in range(0, len(captions), CAPTION_BLOCK):
             block = captions[start : start + CAPTION_BLOCK]
             words = torch.cat([collection.caption(i) for i in block])
-            scores = shard_xattn(regions, words, collection.lens[block], collection.model.opt, SHARD_SIZE)
+            captions = words, collection.lens[block]
+            scores = score_shards((regions,), captions, collection.model.score, collection.model.device)
             sims[:, start : start + CAPTION_BLOCK] = scores
             done = number + (start + len(block)) / len(captions)
             self.answer = {**self.answer, "share": done / len(self.explorer.collections)}

@@ -19,7 +19,7 @@ if not __package__:
 
 from lib.errors import InputError, run
 from lib.intervals import MEASURES, RECALL_AT, bootstrap, group_hits
-from vocab import read_captions, tokenize
+from vocab import from_txt, tokenize
 
 PLACE_WORDS = frozenset(
     "left right above below under underneath beneath behind beside next between front top bottom middle center centre "
@@ -94,7 +94,7 @@ def get_parser():
 
 def main():
     opt = get_parser().parse_args()
-    captions = read_captions(opt.captions)
+    captions = from_txt(opt.captions)
     n_images, rest = divmod(len(captions), max(1, opt.captions_per_image))
     if rest or opt.captions_per_image < 1:
         raise InputError(f"{opt.captions}: {len(captions)} captions, expected a multiple of {opt.captions_per_image}")

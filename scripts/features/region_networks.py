@@ -24,22 +24,22 @@ BACKBONES = {"resnet50": 2048, "resnet101": 2048, "resnet152": 2048, **dict.from
 STRIDE = 32  # pixels of the input per cell of every backbone's last map
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of torchvision's networks
 LITE = (127 / 255,) * 3, (128 / 255,) * 3  # and of EfficientNet-Lite
-WINDOWS = (  # columns, rows, width and height as shares of the picture's
+WINDOWS = (  # columns, rows, width and height as shares of the image's
     (4, 4, 0.4, 0.4),
     (3, 3, 0.5, 0.5),
     (2, 2, 2 / 3, 2 / 3),
     (3, 1, 0.5, 1),
     (1, 3, 1, 0.5),
 )
-BOXES_AT_ONCE = 250  # of a picture's 1,000 proposals: 12 MB of pooled values
+BOXES_AT_ONCE = 250  # of a image's 1,000 proposals: 12 MB of pooled values
 SAME = 0.7  # boxes overlapping by more than this show the same thing
 
 
 def windows(height, width):
-    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of a picture of that size.
+    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of a image of that size.
 
     4×4 of two fifths of its sides, 3×3 of a half, 2×2 of two thirds, 3 upright and 3 level strips of a half,
-    and last the whole picture.
+    and last the whole image.
     """
     boxes = []
     for columns, rows, w, h in WINDOWS:
@@ -154,7 +154,7 @@ def _efficientnet_lite(name, weights):
 
 
 class Detector(nn.Module):
-    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes a picture."""
+    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes a image."""
 
     NAMES = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
 
@@ -179,7 +179,7 @@ class Detector(nn.Module):
         return last, torch.stack(best)
 
     def classify(self, levels, proposals, shape):
-        """Proposals (n, 4) of one picture → boxes (n, 4) fitted to what each shows most likely, how likely (n,)."""
+        """Proposals (n, 4) of one image → boxes (n, 4) fitted to what each shows most likely, how likely (n,)."""
         heads = self.network.roi_heads
         pooled = heads.box_roi_pool(levels, [proposals], [shape])
         logits, deltas = heads.box_predictor(heads.box_head(pooled))

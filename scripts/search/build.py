@@ -57,7 +57,7 @@ class Files:
         """Write an array of a shape as the file name. make(block) → first row and rows, for a slice of blocks."""
         if self.is_done(name):
             return
-        file = ArrayWriter(self.path(name), shape[0], shape[1:], dtype, resume=name in self.done)
+        file = ArrayWriter(self.path(name), shape, dtype, resume=name in self.done)
         done = self.done.get(name, 0) if file.resumed else 0
         with tqdm(desc=name, initial=done, total=len(blocks), unit="batch", leave=False, disable=None) as bar:
             for step, block in enumerate(blocks[done:], done + 1):
@@ -97,7 +97,7 @@ def build(folder, made_from, model, loader, n_centroids):
 @torch.no_grad()
 def fill_embeddings(files, model, loader):
     """Write images.npy, words.npy and lens.npy; returns lens (captions,)."""
-    dataset, batch, size = loader.dataset, loader.batch_size, model.opt.embed_size
+    dataset, batch, size = loader.dataset, model.opt.batch_size, model.opt.embed_size
     model.val_start()
     targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
     lens = np.array([len(target) for target in targets], dtype=np.int32)
@@ -105,11 +105,11 @@ def fill_embeddings(files, model, loader):
     replace(files.path("lens.npy"), lambda file: np.save(file, lens))
 
     def images(block):
-        return block.start, model.encode_images(*dataset.read_images(block.start, block.stop)).cpu().numpy()
+        return block.start, model.encode_images(*dataset.features(range(block.start, block.stop)))[0].cpu().numpy()
 
     def words(block):
         block_lens = lens[block].tolist()
-        padded = model.encode_captions(pad(targets[block]), block_lens).cpu()
+        padded = model.encode_captions(pad(targets[block]), block_lens)[0].cpu()
         rows = torch.cat([row[:n_words] for row, n_words in zip(padded, block_lens, strict=True)])
         return int(starts[block.start]), rows.numpy()
 
@@ -177,7 +177,7 @@ def largest_products(elements, starts, centroids):
 def transpose_table(files, k, n):
     """Write table.npy (K, n) from by_item.npy (n, K), some rows at a time."""
     by_item = open_npy(files.path("by_item.npy"))
-    file = ArrayWriter(files.path("table.npy"), k, (n,), np.float16)
+    file = ArrayWriter(files.path("table.npy"), (k, n), np.float16)
     for block in cut(k, max(1, TRANSPOSE_BYTES // (2 * max(1, n)))):
         file.write(block.start, np.ascontiguousarray(by_item[:, block].T))
     file.commit()

@@ -6,10 +6,10 @@ Sizes in the docstrings: n pictures of R regions, W words, D embed_size.
 import numpy as np
 import torch
 
-from evaluation import encode_data
-from lib import kernels
+from evaluation import embed_captions, embed_images
 from lib.gpu import resident
-from model import XATTN_SCORE, pair_attention
+from lib.tensors import pad_rows
+from model import func_attention
 
 IMAGE_BLOCK = 1024  # pictures that are scored at once, at most
 CAPTION_BLOCK = 4096  # captions that are scored at once
@@ -32,13 +32,13 @@ class Collection:
     @classmethod
     def encode(cls, model, loader):
         """The collection of a loader's data set, in memory."""
-        return cls(model, loader.dataset.vocab, *encode_data(model, loader, packed=True))
+        return cls(model, loader.dataset.vocab, *embed_images(model, loader), *embed_captions(model, loader))
 
     @torch.no_grad()
     def embed(self, sentence):
         """Word embeddings (W, D) of a sentence (str), <start> and <end> included."""
         ids = torch.tensor([self.vocab.encode(sentence)])
-        return self.model.encode_captions(ids, [ids.shape[1]])[0]
+        return self.model.encode_captions(ids, [ids.shape[1]])[0][0]
 
     def caption(self, index):
         """Word embeddings (W, D) of one of the collection's captions."""
@@ -53,19 +53,18 @@ class Collection:
         return rows.to(self.model.device, torch.float32)
 
     def score(self, images, words, lens):
-        """Exact scores (images, captions) on the CPU."""
-        return XATTN_SCORE[self.model.opt.cross_attn](images, words, lens, self.model.opt).cpu()
+        """Exact scores (images, captions) on the CPU; words (ΣW_i, D)."""
+        return self.model.score(images, pad_rows(words, torch.as_tensor(lens)), lens).cpu()
 
     @torch.no_grad()
     def score_images(self, words, rows=None):
         """Exact scores float32 of a sentence's words (W, D) with all pictures (n,), or with rows (len(rows),)."""
         rows = range(len(self.images)) if rows is None else rows
-        step = min(IMAGE_BLOCK, kernels.images_before_compiling(self.images.shape[1], len(words)) or IMAGE_BLOCK)
         scores = np.empty(len(rows), dtype=np.float32)
-        for start in range(0, len(rows), step):
-            block = rows[start : start + step]
+        for start in range(0, len(rows), IMAGE_BLOCK):
+            block = rows[start : start + IMAGE_BLOCK]
             images = self.images[block.start : block.stop] if isinstance(block, range) else self.images[block]
-            scores[start : start + step] = self.score(self.tensor(images), words, [len(words)])[:, 0]
+            scores[start : start + IMAGE_BLOCK] = self.score(self.tensor(images), words, [len(words)])[:, 0]
         return scores
 
     @torch.no_grad()
@@ -103,7 +102,10 @@ class Collection:
 
         Returns t2i (W, R) and i2t (R, W), each row with the sum 1.
         """
-        return [pair_attention(image, words, self.model.opt, t2i).cpu().numpy() for t2i in (True, False)]
+        opt = self.model.opt
+        sides = (words, image), (image, words)
+        both = [func_attention(query[None], context[None], opt, opt.lambda_softmax)[1][0].T for query, context in sides]
+        return [attention.cpu().numpy() for attention in both]
 
 
 def best(scores: np.ndarray, rows: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:

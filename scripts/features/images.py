@@ -1,0 +1,120 @@
+"""Image files: found below a folder, read a little ahead, grouped into batches of one shape."""
+
+import contextlib
+import os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+from PIL.Image import Transpose
+
+from lib.datasets.ids import IMAGE_SUFFIX, canonical_id, walk
+from lib.errors import InputError
+
+MOST_PIXELS = 10**8  # a larger image than this is not read, unless its format can be read in small
+LEAST_SIDE = 32  # pixels that an image is scaled to at least
+ORIENTATION, LIES_ON_ITS_SIDE = 0x0112, 5  # EXIF's number, and its first value for images on their side
+TURNS = {  # what brings an image of an orientation upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+
+
+def find_images(folder, problems):
+    """{key: paths below folder (a list)} of the image files, in the order of their names."""
+    if not os.path.isdir(folder):
+        found = "is no folder" if os.path.exists(folder) else "no such folder"
+        raise InputError(f"{folder}: {found}, expected one of images")
+    found = {}
+    for path in walk(folder, IMAGE_SUFFIX, problems):
+        path, name = os.path.relpath(path, folder), os.path.basename(path)
+        for alias in {canonical_id(path), canonical_id(name), path, name}:
+            found.setdefault(alias, []).append(path)
+    if not found:
+        raise InputError(f"{folder}: no images (jpg, png, bmp, gif, webp, tif, ppm) in it")
+    return found
+
+
+def read_image(path, short, long):
+    """An image as RGB uint8 (h, w, 3), upright by its EXIF orientation, scaled so that its shorter side is short
+    (or its longer one long, if that would be longer), and its upright size (height, width) before scaling.
+
+    Greyscale, palette, 16-bit and CMYK become RGB; what is transparent becomes white. A broken EXIF block counts for
+    none.
+    """
+    with Image.open(path) as image:
+        size = image.size
+        image.draft(None, (2 * long, 2 * long))  # a JPEG several times too large is decoded smaller at once
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS}")
+        orientation = 1
+        with contextlib.suppress(Exception):  # Pillow's readers raise whatever a broken block leads them to
+            orientation = image.getexif().get(ORIENTATION, 1)
+        if orientation in TURNS:
+            image = image.transpose(TURNS[orientation])
+            size = size[::-1] if orientation >= LIES_ON_ITS_SIDE else size
+        if image.mode.startswith("I"):  # 16 bits: convert() would cut at 255
+            values = np.asarray(image, dtype=np.float64)
+            image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+        if "A" in image.getbands() or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        width, height = size
+        scale = min(short / min(size), long / max(size))
+        target = max(LEAST_SIDE, round(width * scale)), max(LEAST_SIDE, round(height * scale))
+        pixels = np.array(image.convert("RGB").resize(target, Image.Resampling.BILINEAR, reducing_gap=3.0))
+    return pixels, (height, width)
+
+
+def read_ahead(paths, opt, problems, boxes_of):
+    """Yield (path, pixels, size, boxes) of paths below opt.images, read by threads a little ahead.
+
+    boxes_of(path, size) → boxes or None. Images that cannot be read or used are reported to problems.
+    """
+
+    def load(path):
+        full = os.path.join(opt.images, path)
+        try:
+            pixels, size = read_image(full, opt.image_size, opt.image_size * 5 // 3)
+            return path, pixels, size, boxes_of(path, size)
+        except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
+            return full, f"{type(error).__name__}: {error}; skipped"
+
+    def readable(loaded):
+        if len(loaded) == 2:
+            problems.add("unreadable", *loaded)
+            return ()
+        return (loaded,)
+
+    with ThreadPoolExecutor(opt.workers) as pool:
+        waiting = deque()
+        for path in paths:
+            waiting.append(pool.submit(load, path))
+            if len(waiting) > 2 * opt.workers:
+                yield from readable(waiting.popleft().result())
+        while waiting:
+            yield from readable(waiting.popleft().result())
+
+
+def batches(images, batch_size):
+    """Group (path, pixels, …) by shape, so that no image is padded and its features are its own alone.
+
+    At most 4 batches' worth of images wait for others of their shape.
+    """
+    groups, waiting = {}, 0
+    for image in images:
+        group = groups.setdefault(image[1].shape, [])
+        group.append(image)
+        waiting += 1
+        if len(group) < batch_size and waiting > 4 * batch_size:
+            group = max(groups.values(), key=len)
+        if len(group) >= batch_size or waiting > 4 * batch_size:
+            waiting -= len(group)
+            yield groups.pop(group[0][1].shape)
+    yield from groups.values()
