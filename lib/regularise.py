@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,8 +39,7 @@ def regularise(batch: Sequence, opt: Any, epoch: int, unknown: int) -> Sequence:
 
 def draw(opt: Any, epoch: int, pair: int, n: int) -> Tensor:
     """n random numbers from 0 to 1 of a pair in an epoch."""
-    seed = ((option(opt, "seed") << 20) + epoch << 32) + int(pair)
-    return torch.rand(n, generator=torch.Generator().manual_seed(seed % 2**63))
+    return torch.from_numpy(np.random.default_rng([option(opt, "seed"), epoch, pair]).random(n, np.float32))
 
 
 def pick(x: Tensor, kept: Tensor) -> Tensor:
