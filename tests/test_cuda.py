@@ -8,26 +8,28 @@ import contextlib
 import itertools
 import json
 import os
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_opt
-from folders import make_folder, make_whole_folder, random_boxes
+from folders import random_batch
 from pretend_cuda import Pretend, pretend_cuda
+from processes import run
 from serving import make_model, make_request
+from training import Place, WholePlace, assert_same, load
 
 import train
-from data import get_loaders
-from evaluation import LogCollector, evalrank, load_split, shard_xattn
-from lib import kernels
-from lib.checkpoint import load_checkpoint
-from lib.kernels import blocks, padded
-from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, XATTN_SCORE, Attention, ContrastiveLoss, xattn_score
-from Tencent_PFAN import evaluation_whole, model_whole, train_whole
+from data import PrecompDataset, get_loaders
+from evaluation import LogCollector, evalrank, load_split, score_shards
+from lib.gpu import keep_features
+from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ScoreConfig, xattn_score
+from scripts.search.build import open_or_build
+from scripts.search.collection import Collection
+from Tencent_PFAN import evaluation_whole, model_whole
 from Tencent_PFAN.scoring import Scorer
+from vocab import Vocabulary
 
 HAS_GPU = torch.cuda.is_available()
 simulated = pytest.mark.skipif(HAS_GPU, reason="counts the operations of the simulated device; here is a real one")
@@ -45,15 +47,9 @@ def on_cpu(x):
     return (x.inner if isinstance(x, Pretend) else x.cpu()).clone()
 
 
-def random_batch(opt, n, n_regions=6, whole=False, longest=9):
-    """images, (whole images,) boxes, captions, lengths of n pairs, longest caption first."""
-    rng = np.random.default_rng(1)
-    lens = sorted(rng.integers(3, longest, n).tolist(), reverse=True)
-    captions = [torch.from_numpy(rng.integers(1, opt.vocab_size, length)) for length in lens]
-    images = torch.from_numpy(rng.random((n, n_regions, opt.img_dim), dtype=np.float32))
-    more = [torch.from_numpy(rng.random((n, opt.img_dim), dtype=np.float32))] if whole else []
-    boxes = torch.from_numpy(random_boxes(rng, n, n_regions))
-    return images, *more, boxes, torch.nn.utils.rnn.pad_sequence(captions, batch_first=True), lens
+def batch_of(opt, n, whole=False, longest=9):
+    lens = sorted(np.random.default_rng(1).integers(3, longest, n).tolist(), reverse=True)
+    return random_batch(lens, n_regions=6, img_dim=opt.img_dim, whole=whole)
 
 
 # ---------------------------------------------------------------- training steps
@@ -84,7 +80,7 @@ def two_steps(changes, device):
     opt = make_opt(**changes, device=device)
     model = (model_whole.SCAN if whole else SCAN)(opt)
     model.train_start()
-    losses = [model.train_emb(*random_batch(opt, 7, whole=whole)).item() for _ in range(2)]
+    losses = [model.train_emb(*batch_of(opt, 7, whole=whole)).item() for _ in range(2)]
     return losses, [on_cpu(p) for p in model.params]
 
 
@@ -109,55 +105,9 @@ def test_an_index_left_on_the_cpu_fails_as_on_cuda(cuda, monkeypatch):
     assert not cuda.waits
     x[torch.tensor([1])]
     assert "index with an index on the CPU at tests/test_cuda.py" in cuda.waits[0]
-    monkeypatch.setattr("model.send", lambda x, device: x)
+    monkeypatch.setattr("model.to_device", lambda x, device: x)
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
         two_steps({}, "cuda:0")
-
-
-# ---------------------------------------------------------------- the padded form
-
-
-@pytest.mark.parametrize("way", ["t2i", "i2t"])
-@pytest.mark.parametrize("max_violation", [True, False])
-@pytest.mark.parametrize("norm", RAW_FEATURE_NORM)
-@pytest.mark.parametrize("agg", AGG_FUNC)
-def test_loss_and_gradient_of_both_forms_are_the_formulas(way, max_violation, norm, agg, monkeypatch):
-    """In float64 within 1e-10: equal-length blocks as on the CPU and padded captions as on a GPU."""
-    opt = make_opt(cross_attn=way, raw_feature_norm=norm, agg_func=agg)
-    rng = torch.Generator().manual_seed(3)
-    lens = torch.randint(3, 12, (9,), generator=rng).tolist()
-    images, words = (torch.randn(*shape, 8, generator=rng, dtype=torch.float64) for shape in ((9, 5), (9, 11)))
-    images, words = torch.nn.functional.normalize(images, dim=2), torch.nn.functional.normalize(words, dim=2)
-    words = words * (torch.arange(11) < torch.tensor(lens)[:, None])[..., None]
-    results = {}
-    for name, form in (("formula", None), ("blocks", blocks), ("padded", padded)):
-
-        def scores(images, captions, lens, pairs, attention, form=form):
-            if form is None:
-                return None
-            more = () if pairs is None else (pairs,)
-            return (form.score_all if pairs is None else form.score_pairs)(images, captions, lens, *more, attention)
-
-        monkeypatch.setattr(kernels, "scores", scores)
-        inputs = images.clone().requires_grad_(), words.clone().requires_grad_()
-        loss = ContrastiveLoss(opt, opt.margin, max_violation)(*inputs, lens)
-        results[name] = [loss, *torch.autograd.grad(loss, inputs)]
-        packed = torch.cat([caption[:n] for caption, n in zip(words, lens, strict=True)])
-        results[name].append(xattn_score(images, packed, lens, Attention.of(opt, way == "t2i")))
-    for name in ("blocks", "padded"):
-        for ours, exact in zip(results[name], results["formula"], strict=True):
-            assert (ours - exact).abs().max() <= 1e-10 * max(1, exact.abs().max().item())
-
-
-def test_normalisations_that_padding_could_change_take_the_blocks(cuda, monkeypatch):
-    assert padded.applies(Attention.of(make_opt(), True))
-    assert not padded.applies(Attention.of(make_opt(raw_feature_norm="new"), True))
-    monkeypatch.setitem(AGG_FUNC, "Median", lambda r, dim, lse: r.median(dim).values)
-    opt = make_opt(agg_func="Median")
-    images, captions = torch.rand(3, 4, 8, device="cuda:0"), torch.rand(2, 5, 8, device="cuda:0")
-    scores = xattn_score(images, captions, [5, 2], Attention.of(opt, True))
-    expected = xattn_score(on_cpu(images), on_cpu(captions), [5, 2], Attention.of(opt, True))
-    np.testing.assert_allclose(on_cpu(scores), expected, atol=1e-5)
 
 
 # ---------------------------------------------------------------- launches and waits
@@ -168,14 +118,14 @@ def test_normalisations_that_padding_could_change_take_the_blocks(cuda, monkeypa
 @pytest.mark.parametrize("max_violation", [True, False])
 @pytest.mark.parametrize("way", ["t2i", "i2t"])
 def test_a_step_launches_few_kernels_and_waits_once(way, max_violation, variant, cuda):
-    """A batch of 128 pairs with captions of 6 to 43 words, logging included."""
+    """A batch of 128 pairs with captions of 3 to 43 words, logging included."""
     whole = variant != "root"
     opt = make_opt(cross_attn=way, max_violation=max_violation, device="cuda:0")
     opt.position = "area" if whole else "attention"
     opt.need_box_whole = variant == "box_whole"
     model = (model_whole.SCAN if whole else SCAN)(opt)
     model.logger = LogCollector()
-    batch = random_batch(opt, 128, whole=whole, longest=44)
+    batch = batch_of(opt, 128, whole=whole, longest=44)
     model.train_emb(*batch)
     cuda.reset()
     loss = model.train_emb(*batch).item()
@@ -184,24 +134,7 @@ def test_a_step_launches_few_kernels_and_waits_once(way, max_violation, variant,
     launches = sum(cuda.launches.values())
     print(f"{variant} {way} max_violation={max_violation}: {launches} launches, {len(cuda.waits)} waits")
     assert launches <= 600, cuda.launches.most_common(20)
-    assert len(cuda.waits) <= 2, cuda.waits
-
-
-@pytest.mark.parametrize("break_it", ["loss", "gradient"])
-def test_a_loss_or_gradient_that_is_none_leaves_the_parameters_and_moments(break_it, cuda):
-    class Breaking(SCAN):
-        def forward_loss(self, *embeddings):
-            loss = super().forward_loss(*embeddings)
-            return loss * float("nan") if break_it == "loss" else (loss * 0 + 1e-30).sqrt() * 1e38 * loss
-
-    opt = make_opt(device="cuda:0")
-    model = Breaking(opt)
-    before = [on_cpu(p) for p in model.params]
-    batch = random_batch(opt, 7)
-    with pytest.raises(FloatingPointError, match="the loss is nan" if break_it == "loss" else "gradient's norm"):
-        model.train_emb(*batch)
-    assert all(torch.equal(a, on_cpu(b)) for a, b in zip(before, model.params, strict=True))
-    assert all(not on_cpu(x).any() for state in model.optimizer.state.values() for x in state.values())
+    assert len(cuda.waits) <= 1, cuda.waits
 
 
 # ---------------------------------------------------------------- precision
@@ -226,7 +159,7 @@ def test_amp_runs_the_gru_and_the_sum_of_position_gradients_in_float32(cuda, mon
 
     monkeypatch.setattr(cuda, "run", spy)
     opt = make_opt(amp=True, device="cuda:0")
-    batch = random_batch(opt, 7)
+    batch = batch_of(opt, 7)
     torch.manual_seed(0)
     model = SCAN(opt)
     words = model.forward_emb(*batch)[1]
@@ -241,105 +174,91 @@ def test_amp_runs_the_gru_and_the_sum_of_position_gradients_in_float32(cuda, mon
 
 
 def embeddings(n_images, n_captions, dim=16):
-    """images (I, 36, D), packed words (ΣW_i, D), lengths."""
+    """images (I, 36, D), the captions' words one after the other (ΣW_i, D), lengths."""
     rng = np.random.default_rng(2)
     lens = rng.integers(6, 24, n_captions).tolist()
     images, words = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n_images, 36, dim), (sum(lens), dim)))
     return torch.from_numpy(images), torch.from_numpy(words), lens
 
 
+def scores_of(images, words, lens, device, shard_size, way="t2i", score=xattn_score):
+    config = ScoreConfig.of(make_opt(), way)
+    ask, device = (lambda *shard: score(*shard, config)), torch.device(device)
+    return score_shards((images,), (words, lens), ask, device, shard_size)
+
+
 @simulated
 def test_scoring_sends_both_sides_once(cuda):
     """1,000 images × 5,000 captions, of embed_size 64: at 1024 the lengths of the captions are fewer of the bytes."""
     images, words, lens = embeddings(1000, 5000, dim=64)
-    score = XATTN_SCORE["t2i"]
 
     def score_one(images, *more):
-        return score(images[:1], *more).expand(len(images), -1)
+        return xattn_score(images[:1], *more).expand(len(images), -1)
 
-    shard_xattn(images, words, lens, make_opt(device="cuda:0"), 512, score=score_one)
+    scores_of(images, words, lens, "cuda:0", 512, score=score_one)
     assert cuda.sent <= 1.1 * (images.nbytes + words.nbytes)
 
 
 @pytest.mark.parametrize("way", ["t2i", "i2t"])
 def test_scores_are_those_of_the_cpu(way, cuda):
-    images, words, lens = embeddings(40, 90)
-    expected = shard_xattn(images, words, lens, make_opt(cross_attn=way, device="cpu"), 16)
-    scores = shard_xattn(images, words, lens, make_opt(cross_attn=way, device="cuda:0"), 16)
+    some = embeddings(40, 90)
+    expected, scores = (scores_of(*some, device, 16, way) for device in ("cpu", "cuda:0"))
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 @simulated
 def test_images_that_do_not_fit_are_sent_in_chunks_and_blocks_are_as_large_as_memory(cuda):
-    images, words, lens = embeddings(40, 90)
-    expected = shard_xattn(images, words, lens, make_opt(device="cpu"), 16)
-    cuda.free = images.nbytes  # half of it is for the images
-    sizes, score = [], XATTN_SCORE["t2i"]
+    some, sizes = embeddings(40, 90), []
+    cuda.free = some[0].nbytes  # half of it is for the images
 
     def counted(images, *more):
         sizes.append(len(images))
-        return score(images, *more)
+        return xattn_score(images, *more)
 
-    scores = shard_xattn(images, words, lens, make_opt(device="cuda:0"), 16, score=counted)
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
+    scores = scores_of(*some, "cuda:0", 16, score=counted)
+    np.testing.assert_allclose(scores, scores_of(*some, "cpu", 16), rtol=0, atol=1e-5)
     assert max(sizes) < 16 and sum(sizes) == 6 * 40
 
 
 @simulated
 def test_out_of_memory_halves_the_block_and_goes_on_with_a_line(cuda, caplog):
-    images, words, lens = embeddings(40, 90)
-    opt = make_opt(device="cuda:0")
-    expected = shard_xattn(images, words, lens, opt, 128)
-    cuda.fails = lambda n_bytes: n_bytes > 4 * 36 * sum(lens) * 10  # the raw similarities of ten images
-    scores = shard_xattn(images, words, lens, opt, 128)
+    some = embeddings(40, 90)
+    expected = scores_of(*some, "cuda:0", 128)
+    cuda.fails = lambda n_bytes: n_bytes > 4 * 36 * sum(some[2]) * 10  # the raw similarities of ten images
+    scores = scores_of(*some, "cuda:0", 128)
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
     assert "cuda:0: out of memory with 40 images at once, now 20" in caplog.messages
     cuda.fails = lambda n_bytes: n_bytes > 4 * 36 * 24
     with pytest.raises(torch.OutOfMemoryError):
-        shard_xattn(images, words, lens, opt, 128)
+        scores_of(*some, "cuda:0", 128)
 
 
 # ---------------------------------------------------------------- the whole program
 
 
-FLAGS = "--data_name toy_precomp --img_dim 16 --embed_size 24 --word_dim 8 --bi_gru --max_violation --agg_func Mean "
-FLAGS += "--batch_size 20 --workers 0"
-
-
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    root = tmp_path_factory.mktemp("cuda")
-    data_path, vocab_path = make_folder(str(root))
-    return root, f"{FLAGS} --data_path {data_path} --vocab_path {vocab_path}"
-
-
-def fit(toy, name, flags):
-    root, line = toy
-    places = f"--model_name {root / name} --logger_name {root / name}"
-    return train.fit(train.get_parser().parse_args(f"{line} {places} {flags}".split()))
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("cuda"), "--batch_size 20")
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(toy, cuda):
-    from scripts.search.collection import Collection
-
-    root, _ = toy
-    rsum = fit(toy, "cpu", "--device cpu --num_epochs 2")
-    assert fit(toy, "cuda", "--device cuda:0 --num_epochs 2") == pytest.approx(rsum, abs=1e-3)
-    stored = [load_checkpoint(str(root / name / "checkpoint_1.pth.tar")) for name in ("cpu", "cuda")]
+def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(place, cuda):
+    stored = []
+    for name in ("cpu", "cuda"):
+        flags = f"--device {name if name == 'cpu' else 'cuda:0'} --num_epochs"
+        folder = place.fit(name, f"{flags} 2")
+        place.fit(name, f"{flags} 3 --resume {folder}/checkpoint_1.pth.tar")
+        stored.append(load(folder, "checkpoint_2"))
+    assert stored[1]["best_rsum"] == pytest.approx(stored[0]["best_rsum"], abs=1e-3)
     for a, b in zip(*(checkpoint["model"] for checkpoint in stored), strict=True):
         for name in a:
             np.testing.assert_allclose(a[name], b[name], atol=1e-4)
-    rsum = fit(toy, "cpu", f"--device cpu --num_epochs 3 --resume {root}/cpu/checkpoint_1.pth.tar")
-    again = fit(toy, "cuda", f"--device cuda:0 --num_epochs 3 --resume {root}/cuda/checkpoint_1.pth.tar")
-    assert again == pytest.approx(rsum, abs=1e-3)
-    paths = [str(root / name / "checkpoint_2.pth.tar") for name in ("cpu", "cuda")]
+    paths = [str(place.root / name / "checkpoint_2.pth.tar") for name in ("cpu", "cuda")]
     cpu, gpu = (evalrank(paths, split="test", device=device) for device in ("cpu", "cuda:0"))
     assert gpu["rsum"] == pytest.approx(cpu["rsum"], abs=1e-3)
     found = []
     for device in ("cpu", "cuda:0"):
-        model, loader = load_split(paths[0], None, None, "test", device=device)
-        collection = Collection.encode(model, loader)
+        collection = Collection.encode(*load_split(paths[0], None, None, "test", device=device))
         rows, scores = collection.search("a man runs", 3)
         captions, caption_scores = collection.search_captions(collection.image(0), 3)
         attention = collection.attention(collection.image(0), collection.caption(0))
@@ -351,34 +270,26 @@ def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(to
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("way, more", [("t2i", "--need_box_whole"), ("i2t", "")])
 def test_the_whole_image_variant_trains_and_ranks_as_on_the_cpu(way, more, tmp_path, cuda):
-    data_path, vocab_path = make_whole_folder(tmp_path)
-    results = []
+    place, results = WholePlace(tmp_path), []
     for device in ("cpu", "cuda:0"):
-        flags = f"--data_name toy --data_path {data_path} --vocab_path {vocab_path} --img_dim 8 --embed_size 6 "
-        flags += f"--word_dim 5 --batch_size 4 --num_epochs 1 --workers 0 --device {device} --bi_gru --max_violation "
-        flags += f"--cross_attn {way} {more} --model_name {tmp_path}/{device[:3]} --logger_name {tmp_path}/log"
-        opt = train_whole.get_parser().parse_args(flags.split())
-        parts = train_whole.SCAN, train_whole.get_loaders, train_whole.read_vocab, train_whole.rank_dev
-        rsum = train.fit(opt, *parts)
-        path = f"{tmp_path}/cpu/checkpoint_0.pth.tar"
-        results.append([rsum, evaluation_whole.evalrank(path, split="test", device=device)["rsum"]])
+        folder = place.fit(device[:3], f"--device {device} --cross_attn {way} {more}")
+        path = str(tmp_path / "cpu" / "checkpoint_0.pth.tar")
+        results.append(
+            [load(folder)["best_rsum"], evaluation_whole.evalrank(path, split="test", device=device)["rsum"]]
+        )
     assert results[1] == pytest.approx(results[0], abs=1e-3)
 
 
 @pytest.mark.parametrize("way", ["t2i", "i2t"])
-def test_a_collection_built_on_a_gpu_is_the_cpus_and_is_searched_alike(way, toy, tmp_path, cuda):
+def test_a_collection_built_on_a_gpu_is_the_cpus_and_is_searched_alike(way, place, tmp_path, cuda):
     """build_index.py's files, then the search in two stages, each on its device."""
-    from scripts.search.build import open_or_build
-
-    root, _ = toy
-    fit(toy, way, f"--device cpu --num_epochs 1 --cross_attn {way}")
-    path, found = str(root / way / "checkpoint_0.pth.tar"), []
+    path, found = str(place.fit(way, f"--device cpu --cross_attn {way}") / "checkpoint_0.pth.tar"), []
     for device in ("cpu", "cuda:0"):
         model, loader = load_split(path, None, None, "test", device=device)
         folder = tmp_path / device[:3]
         collection = open_or_build(path, model, loader, "test", str(folder), n_centroids=8)
-        picture = collection.image(2)
-        found.append([*collection.search("a man runs", 3, 4), *collection.search_captions(picture, 3, 4)])
+        image = collection.image(2)
+        found.append([*collection.search("a man runs", 3, 4), *collection.search_captions(image, 3, 4)])
         for name in ("images", "words", "lens"):
             built = [np.load(tmp_path / place / f"{name}.npy") for place in ("cpu", device[:3])]
             np.testing.assert_allclose(*built, atol=1e-3)  # half precision
@@ -406,48 +317,45 @@ def test_the_scoring_server_gives_the_cpus_scores(need_box_whole, tmp_path, cuda
 @simulated
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
 @pytest.mark.parametrize("workers", [0, 1])
-def test_features_kept_on_a_gpu_give_the_same_training_and_are_sent_once(workers, toy, cuda, monkeypatch, caplog):
+def test_features_kept_on_a_gpu_give_the_same_training_and_are_sent_once(workers, tmp_path, cuda, caplog):
     caplog.set_level("INFO")
-    stored, sent, batches = {}, {}, []
-    step = SCAN.train_emb
+    place, stored, sent, batches = Place(tmp_path, f"--batch_size 20 --workers {workers} --device cuda:0"), {}, {}, []
 
-    def counted(self, *batch):
-        batches.append(batch[0].device.type)
-        return step(self, *batch)
+    class Counting(SCAN):
+        def train_emb(self, *batch):
+            batches.append(batch[0].device.type)
+            return super().train_emb(*batch)
 
-    monkeypatch.setattr(SCAN, "train_emb", counted)
     for where in ("host", "device", "auto"):
         cuda.reset()
-        fit(toy, where, f"--device cuda:0 --num_epochs 2 --workers {workers} --features_on {where}")
-        stored[where] = load_checkpoint(str(toy[0] / where / "checkpoint_1.pth.tar"))["model"]
+        stored[where] = load(place.fit(where, f"--num_epochs 2 --features_on {where}", Counting), "checkpoint_1")
         sent[where] = cuda.sent
     assert batches == ["cpu"] * 6 + ["cuda"] * 12
-    images = 4 * 36 * 16
-    assert sent["host"] - sent["device"] >= (2 * 60 - 12) * images and sent["auto"] == sent["device"]
-    for where in ("device", "auto"):
-        for a, b in zip(stored["host"], stored[where], strict=True):
-            assert all(torch.equal(a[name], b[name]) for name in a)
-    cuda.free = 3 * 12 * images
+    image = 4 * 4 * 16
+    assert sent["host"] - sent["device"] >= (2 * 60 - 12) * image and sent["auto"] == sent["device"]
+    assert_same(stored["device"]["model"], stored["host"]["model"])
+    assert_same(stored["auto"]["model"], stored["host"]["model"])
+    cuda.free = 3 * 12 * image
     batches.clear()
-    fit(toy, "host", f"--device cuda:0 --num_epochs 1 --workers {workers}")
+    place.fit("full", "", Counting)
     assert set(batches) == {"cpu"} and "features come batch by batch" in caplog.text
 
 
-@pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_a_cpu_and_data_sets_with_items_of_their_own_keep_no_features(toy, cuda):
-    opt = train.get_parser().parse_args(toy[1].split())
-    dataset = get_loaders(opt.data_name, train.read_vocab(opt), 20, 0, opt)[0].dataset
-    dataset.keep_on(torch.device("cpu"), "device")
-    assert dataset.on_gpu is None
-    dataset.__class__ = type("Other", (type(dataset),), {"__getitem__": lambda self, index: index})
-    dataset.keep_on(torch.device("cuda:0"), "device")
-    assert dataset.on_gpu is None
+def test_a_cpu_and_data_sets_of_ones_own_keep_no_features(place, cuda):
+    opt = train.get_parser().parse_args(place.line("run"))
+    loader = get_loaders(opt.data_name, Vocabulary.read(opt), 20, 0, opt)[0]
+    assert keep_features(loader, torch.device("cpu"), "device") is loader
+    own = torch.utils.data.DataLoader([1, 2, 3])
+    assert keep_features(own, torch.device("cuda:0"), "device") is own
+    loader.dataset.__class__ = type("Own", (PrecompDataset,), {"__getitem__": lambda self, index: index})
+    if keep_features(loader, torch.device("cuda:0"), "device") is not loader:
+        pytest.xfail("a data set with items of its own must keep them")
 
 
-def test_batches_are_pinned_for_a_gpu_only(toy, cuda):
+def test_batches_are_pinned_for_a_gpu_only(place, cuda):
     for device, pinned in (("cpu", False), ("cuda:0", True), ("auto", True)):
-        opt = train.get_parser().parse_args(f"{toy[1]} --device {device}".split())
-        loaders = get_loaders(opt.data_name, train.read_vocab(opt), 20, 0, opt)
+        opt = train.get_parser().parse_args(place.line("run", f"--device {device}"))
+        loaders = get_loaders(opt.data_name, Vocabulary.read(opt), 20, 0, opt)
         assert [loader.pin_memory for loader in loaders] == [pinned, pinned]
 
 
@@ -466,7 +374,6 @@ def test_a_numbered_gpu_becomes_the_current_one(cuda, monkeypatch):
 @simulated
 def test_two_processes_on_gpus_train_as_one():
     """Their messages are of one size and type each and lie in one piece, as NCCL demands."""
-    jobs = ROOT / "tests" / "cuda_jobs.py"
-    done = subprocess.run([sys.executable, jobs], capture_output=True, text=True, timeout=300)
+    done = run([sys.executable, ROOT / "tests" / "cuda_jobs.py"])
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("as one process") == 8, done.stdout

@@ -1,12 +1,18 @@
 """Runs that build on a checkpoint: its words, --resume with what does not fit it, --init_from."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from folders import make_folder, write_lines
-from training import NAME, Place, change
+from processes import started
+from training import NAME, Place, change, load, metrics
 
 from evaluation import evalrank
 from lib.checkpoint import load_checkpoint
@@ -134,7 +140,7 @@ def test_more_training_captions_are_taken_between_epochs_only(place):
     place.fit("resumed", f"--num_epochs 2 --resume {place.checkpoint}")
     change(place.checkpoint, step=2)
     with pytest.raises(InputError, match="trained with other train captions"):
-        place.fit("resumed", f"--num_epochs 2 --resume {place.checkpoint}")
+        place.fit("again", f"--num_epochs 2 --resume {place.checkpoint}")
 
 
 def test_what_only_changes_how_training_goes_on_may_change(place):
@@ -147,6 +153,52 @@ def test_a_run_that_is_done_says_so_and_trains_no_more(place, caplog):
     place.fit("first", f"--resume {place.checkpoint}")
     assert f"{place.checkpoint}: has 1 epochs, --num_epochs 1 trains no more" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in (place.root / "first").glob("*.tar")} == before
+
+
+def test_a_run_is_not_resumed_with_other_features(place):
+    path = place.root / "data" / NAME / "dev_ims.npy"
+    np.save(path, np.load(path) + 1)
+    with pytest.raises(InputError, match="trained with other dev features; .*--init_from"):
+        place.fit("resumed", f"--num_epochs 2 --resume {place.checkpoint}")
+
+
+# ---------------------------------------------------------------- the folder of a run
+
+
+def test_a_folder_that_holds_another_runs_checkpoints_is_only_overwritten_when_asked(place):
+    before = sorted(path.name for path in (place.root / "first").iterdir())
+    for flags in ("", f"--init_from {place.checkpoint}"):
+        with pytest.raises(InputError, match="another run's checkpoint; --resume auto .*, --overwrite .*, another --m"):
+            place.fit("first", flags)
+    assert sorted(path.name for path in (place.root / "first").iterdir()) == before
+    with pytest.raises(InputError, match="--overwrite: .*expected no --resume auto"):
+        place.fit("first", "--overwrite --resume auto")
+    old = load(place.root / "first")["run"]
+    place.fit("first", "--overwrite --seed 1")
+    assert load(place.root / "first")["run"] != old and len(metrics(place.root / "first" / "log")) == 4 * 7 + 11
+
+
+def test_a_run_resumed_from_an_earlier_epoch_does_not_mix_with_its_later_ones(place):
+    place.fit("first", f"--num_epochs 3 --resume {place.checkpoint}")
+    with pytest.raises(InputError, match="or later than the one resumed; .*--overwrite"):
+        place.fit("first", f"--num_epochs 2 --resume {place.checkpoint}")
+    place.fit("first", f"--num_epochs 2 --resume {place.checkpoint} --overwrite")
+    assert sorted(path.name for path in (place.root / "first").glob("checkpoint*")) == [
+        "checkpoint_0.pth.tar",
+        "checkpoint_1.pth.tar",
+    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="folders are locked on POSIX systems only")
+def test_two_processes_do_not_train_in_one_folder(place):
+    code = "import sys; from lib.run_folder import RunFolder\nwith RunFolder(sys.argv[1]).locked(): print(); input()"
+    line = [sys.executable, "-c", code, place.root / "first"]
+    with started(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as other:
+        other.stdout.readline()
+        with pytest.raises(InputError, match="--model_name .*first: another process trains there"):
+            place.fit("first", "--resume auto")
+        other.communicate(b"\n")
+    place.fit("first", "--resume auto")
 
 
 # ---------------------------------------------------------------- --init_from

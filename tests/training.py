@@ -79,8 +79,8 @@ def metrics(folder):
     """(name, step, value) of every line of a folder's metrics.csv, in the order written."""
     with open(folder / "metrics.csv", newline="", encoding="utf-8") as file:
         header, *rows = csv.reader(file)
-    assert header == ["step", "name", "value"]
-    return [(name, int(step), float(value)) for step, name, value in rows]
+    assert header == ["run", "step", "name", "value"]
+    return [(name, int(step), float(value)) for _, step, name, value in rows]
 
 
 def values(folder, name):
