@@ -106,7 +106,8 @@ def test_inputs_of_another_kind_are_named(tmp_path):
             ("--karpathy", tmp_path / "list.json"),
             "list.json: found b'[]', expected an object with an array called images",
         ),
-        (("--coco", tmp_path / "none.json"), "expected an object with an array called annotations"),
+        (("--coco", tmp_path / "none.json"), "none.json: no image has 5 captions"),
+        (("--coco", tmp_path / "list.json"), "list.json: not an official captions file"),
         (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):
