@@ -1,15 +1,15 @@
 """PFAN: image and text encoders, cross attention, hinge loss, the model; in the order and under the names of SCAN.
 
 SCAN is Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; PFAN is Wang et al., Position Focused
-Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of
-R regions (36), C captions of W words, D embed_size; N contexts of L elements, M queries of K elements, P pairs.
+Attention Network for Image-Text Matching, IJCAI 2019. Sizes in the docstrings: B a batch, I images of R regions (36), C
+captions of W words, D embed_size; N contexts of L elements, M queries of K elements, P pairs.
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,9 @@ from lib.kernels import gru, pieces
 from lib.kernels.blocks import blocks
 from lib.layers import WeightNormLinear, linear
 from lib.options import CHOICES, OPTIONS, check_options, option
-from lib.tensors import EPS, PackedOrder, at_least_float32, exact_products, filled, max_along, mul_, norm, to_device
+from lib.tensors import EPS, Lens, Mask, PackedOrder, at_least_float32, filled, max_along, mul_, norm, to_device
 from vocab import Vocabulary
 
-Lens: TypeAlias = Sequence[int] | Tensor  # words of each caption
-Mask: TypeAlias = Tensor | None  # bool, False for padding
 # ---------------------------------------------------------------- norms
 
 
@@ -48,7 +46,7 @@ def leaky(X: Tensor) -> Tensor:
     return F.leaky_relu(X, LEAK)
 
 
-# ---------------------------------------------------------------- image encoder
+# ---------------------------------------------------------------- encoders
 
 
 def EncoderImage(
@@ -64,13 +62,21 @@ class EncoderImagePrecomp(nn.Module):
     """Region features v and position grids → region embeddings: l2norm(fc([v; p])).
 
     position: attention is PFAN-A, area PFAN-P, none plain SCAN, whose regions have no p. Cells are split_size², and
-    one more index is "no cell"; each has an embedding of position_embed_size.
+    one more index is "no cell"; each has an embedding of position_embed_size, which starts with a standard deviation of
+    position_init.
     """
 
     linear = staticmethod(linear)
 
     def __init__(
-        self, img_dim, embed_size, no_imgnorm=False, split_size=16, position_embed_size=200, position="attention"
+        self,
+        img_dim,
+        embed_size,
+        no_imgnorm=False,
+        split_size=16,
+        position_embed_size=200,
+        position="attention",
+        position_init=1.0,
     ):
         super().__init__()
         self.embed_size, self.no_imgnorm, self.position = embed_size, no_imgnorm, position
@@ -79,6 +85,7 @@ class EncoderImagePrecomp(nn.Module):
             self.fc_att = nn.Linear(img_dim, position_embed_size)
         if position != "none":
             self.position_embedding = nn.Embedding(split_size**2 + 1, position_embed_size)
+            self.position_embedding.weight.data *= position_init
 
     def position_feature(self, images, boxes):
         """p of every region: (B, R, img_dim) and (B, R, 30 | 31) → (B, R, position_embed_size).
@@ -121,8 +128,6 @@ class EncoderImageWeightNormPrecomp(EncoderImagePrecomp):
 
 
 ENCODERS = {"basic": EncoderImagePrecomp, "weight_norm": EncoderImageWeightNormPrecomp}
-
-# ---------------------------------------------------------------- text encoder
 
 
 class EncoderText(nn.Module):
@@ -300,8 +305,7 @@ def pieces_agree(config: ScoreConfig, *formula: Callable) -> bool:
 
     formula: the functions that attend is made of now. Logs a warning where the two differ.
     """
-    with exact_products():
-        return pieces.agree(formula_scores(*pieces.sample(), config), config)
+    return pieces.agree(formula_scores, config)
 
 
 # ---------------------------------------------------------------- loss
@@ -393,13 +397,15 @@ class SCAN:
         self.txt_enc = self.text_encoder(*sizes, opt.bi_gru, opt.no_txtnorm).to(self.device)
         self.criterion = ContrastiveLoss(opt, opt.margin, opt.max_violation, self.score)
         self.params = [*self.txt_enc.parameters(), *self.img_enc.parameters()]
-        self.optimizer = torch.optim.Adam(self.params, lr=opt.learning_rate, fused=True)
+        decay = option(opt, "weight_decay")
+        adam = torch.optim.AdamW if decay else torch.optim.Adam
+        self.optimizer = adam(self.params, lr=opt.learning_rate, weight_decay=decay, fused=True)
         self.grad_clip, self.Eiters = opt.grad_clip, 0
         self.logger = None  # a LogCollector while training
 
     def make_img_enc(self, opt):
-        kind = opt.precomp_enc_type
-        return EncoderImage("", opt.img_dim, opt.embed_size, kind, opt.no_imgnorm, position=option(opt, "position"))
+        flags = {name: option(opt, name) for name in ("position", "position_init")}
+        return EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, **flags)
 
     def state_dict(self):
         return [self.img_enc.state_dict(), self.txt_enc.state_dict()]

@@ -21,11 +21,13 @@ from evaluation import AverageMeter, LogCollector, i2t, score_split, t2i
 from lib import distributed
 from lib import events as tb_logger
 from lib.checkpoint import BEST, load_checkpoint, save_checkpoint  # noqa: F401 (save_checkpoint: one of SCAN's names)
+from lib.constants import SPECIAL
 from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.gpu import keep_features
 from lib.interrupts import GracefulStop, StopTraining
-from lib.options import TRAIN, add_options, check_options, to_namespace
+from lib.options import TRAIN, add_options, check_options, option, to_namespace
+from lib.regularise import regularise
 from lib.resume import check_same_data, check_same_options, data_digests, load_training_state, take_weights
 from lib.run_folder import LAST, RunFolder
 from lib.workers import watched
@@ -65,8 +67,9 @@ def check(opt: Any) -> None:
         )
     if opt.overwrite and opt.resume == "auto":
         raise InputError("--overwrite: starts over, expected no --resume auto beside it")
-    if opt.mean_warmup_epochs and not opt.max_violation:
-        raise InputError(f"--mean_warmup_epochs {opt.mean_warmup_epochs}: has no effect without --max_violation")
+    for name in ("mean_warmup_epochs", "mean_warmup_steps"):
+        if getattr(opt, name) and not opt.max_violation:
+            raise InputError(f"--{name} {getattr(opt, name)}: has no effect without --max_violation")
 
 
 def main() -> None:
@@ -109,7 +112,6 @@ def fit(opt: Any, make_model: type[SCAN] = SCAN) -> float:
         with one.recorded(checkpoint), watched(train_loader):
             for epoch in range(one.epoch, opt.num_epochs):
                 adjust_learning_rate(opt, model.optimizer, epoch)
-                choose_negatives(opt, model.criterion, epoch)
                 train(opt, train_loader, model, epoch, val_loader, one)
                 one.finish_epoch(one.validate(val_loader))
     distributed.stop()
@@ -130,6 +132,8 @@ def train(opt: Any, train_loader: Any, model: SCAN, epoch: int, val_loader: Any,
         for batch in one.stop.wait(one.batches(train_loader, epoch)):
             data_time.update(time.time() - end, 1)
             model.train_start()
+            choose_negatives(opt, model.criterion, epoch, epoch * len(train_loader) + one.step)
+            batch = regularise(batch, opt, epoch, SPECIAL.index(model.vocabulary.unknown))
             try:
                 check_loss(model.train_emb(*batch), opt)
             except FloatingPointError as error:
@@ -175,12 +179,13 @@ def adjust_learning_rate(opt: Any, optimizer: torch.optim.Optimizer, epoch: int)
         group["lr"] = opt.learning_rate * 0.1 ** (epoch // opt.lr_update)
 
 
-def choose_negatives(opt: Any, criterion: Any, epoch: int) -> None:
-    """With --max_violation: all negatives in the first opt.mean_warmup_epochs epochs, only the hardest afterwards."""
-    warm_up = epoch < opt.mean_warmup_epochs
+def choose_negatives(opt: Any, criterion: Any, epoch: int, step: int) -> None:
+    """With --max_violation: all negatives in the first opt.mean_warmup_epochs epochs and opt.mean_warmup_steps steps,
+    only the hardest afterwards. step: finished steps of the run."""
+    warm_up = epoch < option(opt, "mean_warmup_epochs") or step < option(opt, "mean_warmup_steps")
     if opt.max_violation and criterion.max_violation == warm_up:
         criterion.max_violation = not warm_up
-        log.info("epoch %d: the loss counts %s negatives", epoch, "all" if warm_up else "only the hardest")
+        log.info("step %d: the loss counts %s negatives", step, "all" if warm_up else "only the hardest")
 
 
 @dataclass

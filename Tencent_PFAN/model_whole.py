@@ -47,8 +47,9 @@ class EncoderImagePrecomp(model.EncoderImagePrecomp):
         need_box_whole=False,
         split_size=SPLIT_SIZE,
         position_embed_size=200,
+        position_init=1.0,
     ):
-        super().__init__(img_dim, embed_size, no_imgnorm, split_size, position_embed_size, position="area")
+        super().__init__(img_dim, embed_size, no_imgnorm, split_size, position_embed_size, "area", position_init)
         self.fc_whole = self.linear(img_dim, embed_size)
         self.need_box_whole = need_box_whole
 
@@ -138,8 +139,8 @@ class SCAN(model.SCAN):
     def make_img_enc(self, opt):
         if getattr(opt, "position", "area") != "area":
             raise InputError(f"--position {opt.position}: expected area, the whole-image model's only one")
-        sizes = opt.img_dim, opt.embed_size
-        return EncoderImage("", *sizes, opt.precomp_enc_type, opt.no_imgnorm, option(opt, "need_box_whole"))
+        flags = {name: option(opt, name) for name in ("need_box_whole", "position_init")}
+        return EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm, **flags)
 
     def encode_images(self, images, whole_images, boxes):
         """images (B, R, img_dim), whole_images (B, img_dim), boxes (B, R, 30 | 31) → (B, R, D), (B, D)."""

@@ -1,13 +1,13 @@
 """ECCV Caption and CxC: the 5,000 test images of MS-COCO ranked with more than five right captions an image.
 
-ECCV Caption: Chun et al., ECCV 2022. Crisscrossed Captions (CxC): Parekh et al., EACL 2021. The right pairs come from
-the package eccv_caption, which holds them as JSON; caption k of SCAN's testall split is its coco_test_ids.npy[k].
+ECCV Caption: Chun et al., ECCV 2022. Crisscrossed Captions (CxC): Parekh et al., EACL 2021. The right pairs and the
+metrics are those of the package eccv_caption.
 """
 
-import importlib.util
-import json
-import os
+import io
+import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from functools import cache
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from lib.errors import InputError
 
 N_IMAGES, N_CAPTIONS = 5000, 25000
-CXC_RECALL_AT = (1, 5, 10)
+BEST = 64  # candidates of a query that are ranked: none has as many right ones
 LABELS = {
     "eccv_map_at_r": "ECCV mAP@R",
     "eccv_rprecision": "ECCV R-Precision",
@@ -27,66 +27,37 @@ LABELS = {
 }
 
 
-def data_file(name: str) -> str:
-    """Path of a data file of the package eccv_caption. Raises InputError where that is not installed."""
-    package = importlib.util.find_spec("eccv_caption")
-    if package is None or package.origin is None:
-        raise InputError("--eccv: no package eccv_caption, install it with: pip install eccv_caption")
-    return os.path.join(os.path.dirname(package.origin), "data", name)
-
-
-def read_json(name: str) -> Any:
-    with open(data_file(name), encoding="utf-8") as file:
-        return json.load(file)
-
-
 @cache
+def package() -> Any:
+    """eccv_caption's Metrics. Raises InputError where it is not installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it prefers ujson
+        try:
+            from eccv_caption import Metrics
+        except ImportError:
+            raise InputError("--eccv: no package eccv_caption, install it with: pip install eccv_caption") from None
+    return Metrics()
+
+
 def testall_ids() -> tuple[np.ndarray, np.ndarray]:
     """MS-COCO's ids of the testall split's images (5000,) and captions (25000,), in SCAN's order."""
-    captions = np.load(data_file("coco_test_ids.npy"), allow_pickle=False)  # noqa: TID251
-    image_of = read_json("original_caption_to_image.json")
-    images = np.array([int(image_of[str(caption)][0]) for caption in captions[:: N_CAPTIONS // N_IMAGES]])
-    return images, captions
+    captions = package().coco_ids
+    image_of = package().coco_gts["t2i"]
+    return np.array([image_of[caption][0] for caption in captions[:: N_CAPTIONS // N_IMAGES].tolist()]), captions
 
 
-def right_pairs(name: str) -> tuple[dict, dict]:
-    """Right pairs of a ground truth, eccv or cxc, as rows and columns of testall's similarities.
-
-    Returns {image: captions} and {caption: images}; -1 stands for a right one outside the split, which counts as one
-    that is never found.
-    """
-    images, captions = ({int(x): i for i, x in enumerate(ids)} for ids in testall_ids())
-
-    def as_indices(found, queries, candidates):
-        pairs = {queries[int(query)]: {candidates.get(int(x), -1) for x in right} for query, right in found.items()}
-        return {query: np.array(sorted(right)) for query, right in pairs.items()}
-
-    return (
-        as_indices(read_json(f"{name}_image_to_caption.json"), images, captions),
-        as_indices(read_json(f"{name}_caption_to_image.json"), captions, images),
-    )
-
-
-def right_ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Ranks from 1, in ascending order, of a query's right candidates; infinite for one outside the split.
-
-    scores (n,) of all candidates; right (R,): indices of the right ones, -1 for one outside. A wrong candidate with
-    the same score comes first.
-    """
-    inside = scores[right[right >= 0]]
-    inside = np.sort(inside)[::-1]
-    ahead = (scores >= inside[:, None]).sum(1) - (inside >= inside[:, None]).sum(1)  # wrong ones
-    return np.pad(ahead + np.arange(1.0, len(inside) + 1), (0, len(right) - len(inside)), constant_values=np.inf)
-
-
-def precisions(ranks: np.ndarray) -> tuple[float, float, float]:
-    """(mAP@R, R-Precision, R@1) of one query from the ranks (R,) of its right candidates, as in ECCV Caption.
-
-    mAP@R = (1 / R) · Σ over right candidates at a rank of R or better of (right ones up to that rank) / rank.
-    """
-    n = len(ranks)
-    found = ranks[ranks <= n]
-    return float((np.arange(1, len(found) + 1) / found).sum() / n), len(found) / n, float(ranks[0] == 1)
+def best_ids(sims: np.ndarray, queries: np.ndarray, candidates: np.ndarray, way: str) -> dict[int, list[int]]:
+    """Each query's id → ids of its best candidates, best first; of equal scores a right one comes last."""
+    column = {int(candidate): i for i, candidate in enumerate(candidates)}
+    found = {}
+    for query, row in zip(queries.tolist(), sims, strict=True):
+        scores = row.astype(np.float32)
+        ids = {x for pairs in (package().eccv_gts, package().cxc_gts) for x in pairs[way].get(query, ())}
+        right = [column[x] for x in ids if x in column]
+        scores[right] = np.nextafter(scores[right], -np.inf, dtype=np.float32)
+        best = np.argpartition(scores, -BEST)[-BEST:]
+        found[query] = candidates[best[np.argsort(-scores[best], kind="stable")]].tolist()
+    return found
 
 
 def metrics(sims: np.ndarray) -> dict:
@@ -98,18 +69,12 @@ def metrics(sims: np.ndarray) -> dict:
     sims = np.asarray(sims)
     if sims.shape != (N_IMAGES, N_CAPTIONS):
         raise InputError(f"--eccv: similarities {sims.shape}, expected those of testall, ({N_IMAGES}, {N_CAPTIONS})")
-    found = {}
-    for name, summarise, keys in (
-        ("eccv", precisions, ("eccv_map_at_r", "eccv_rprecision", "eccv_r1")),
-        ("cxc", lambda ranks: [ranks[0] <= k for k in CXC_RECALL_AT], [f"cxc_r{k}" for k in CXC_RECALL_AT]),
-    ):
-        both_ways = zip((sims, np.ascontiguousarray(sims.T)), right_pairs(name), strict=True)
-        means = [
-            np.mean([summarise(right_ranks(scores[query], right)) for query, right in pairs.items()], axis=0)
-            for scores, pairs in both_ways
-        ]
-        found |= {key: (100 * float(i2t), 100 * float(t2i)) for key, i2t, t2i in zip(keys, *means, strict=True)}
-    return found
+    images, captions = testall_ids()
+    ranked = best_ids(sims, images, captions, "i2t"), best_ids(sims.T, captions, images, "t2i")
+    names = ("eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_recalls")
+    with redirect_stderr(io.StringIO()):  # its progress bars
+        found = package().compute_all_metrics(*ranked, target_metrics=names, Ks=(1, 5, 10))
+    return {key: (100 * float(found[key]["i2t"]), 100 * float(found[key]["t2i"])) for key in LABELS}
 
 
 def print_metrics(sims: np.ndarray) -> dict:

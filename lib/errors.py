@@ -47,7 +47,6 @@ def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
     An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
-    What stdout cannot encode, such as a path, is printed with escapes.
     """
     make_streams_safe()
     try:

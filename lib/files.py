@@ -14,10 +14,12 @@ PIECES, PIECE_BYTES = 64, 4096  # of a file, that its digest covers
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """Make the folder path where there is none. Raises InputError where something else has that name."""
+    """Make the folder path where there is none. Raises InputError where it cannot be, or files in it cannot."""
     if os.path.exists(path) and not os.path.isdir(path):
         raise InputError(f"{path}: is no folder, expected one or a free name")
     os.makedirs(path, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path}: cannot be written to, expected a folder for files")
 
 
 @contextlib.contextmanager

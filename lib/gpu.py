@@ -122,9 +122,13 @@ class FeaturesOnGPU:
 
 
 def keep_features(loader: Any, device: torch.device, where: str) -> Any:
-    """loader with its data set's features on a GPU, if where (--features_on) says so and they fit; else loader."""
+    """loader with its data set's features on a GPU, if where (--features_on) says so and they fit; else loader.
+
+    A data set with items of its own keeps them: only the class that defines numbers_only knows what it means.
+    """
     free, dataset = free_bytes(device), getattr(loader, "dataset", None)
-    if free is None or where == "host" or not hasattr(dataset, "numbers_only"):
+    makes_items = next((kind for kind in type(dataset).__mro__ if "__getitem__" in vars(kind)), object)
+    if free is None or where == "host" or "numbers_only" not in vars(makes_items):
         return loader
     size = dataset.n_images * sum(x.nbytes for x in dataset.features(0))
     fits = size <= free * (AUTO_SHARE if where == "auto" else 1)

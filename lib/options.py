@@ -15,6 +15,7 @@ import numpy as np
 from lib.errors import InputError, brief
 
 NOT_NEGATIVE, COUNT, SEED = (0, 2**31), (1, 2**31), (0, 2**32 - 1)
+SHARE = (0, 0.9)
 POSITIVE = (sys.float_info.min, sys.float_info.max)
 LONGEST_TEXT = 4096  # characters
 
@@ -100,6 +101,7 @@ MODEL_NEWER = (
     Option("seed", 0, "seed of start values and data order", SEED),
     Option("allow_empty_captions", False, "take an empty caption line as <start> <end>"),
     Option("amp", False, "mixed precision: encoders in bfloat16"),
+    Option("position_init", 1.0, "standard deviation of the cells' embeddings at the start", NOT_NEGATIVE),
     Option("matmul_precision", "highest", "precision of float32 products", ("highest", "high", "medium")),
 )
 WHOLE_IMAGE = (  # the whole-image variant's
@@ -111,6 +113,10 @@ RUN = (
     Option("num_epochs", 30, "epochs to train", COUNT, alias="num_epoches"),
     Option("lr_update", 15, "epochs after which the learning rate falls to a tenth", COUNT),
     Option("mean_warmup_epochs", 0, "epochs with all negatives before --max_violation", NOT_NEGATIVE),
+    Option("mean_warmup_steps", 0, "the same in steps; the later end counts", NOT_NEGATIVE),
+    Option("region_dropout", 0.0, "share of an image's regions that a training step leaves out", SHARE),
+    Option("word_dropout", 0.0, "probability that a word is unknown in a training step", SHARE),
+    Option("weight_decay", 0.0, "decoupled weight decay (AdamW); 0 is Adam", NOT_NEGATIVE),
     Option("workers", 10, "processes that load batches (at most one a core)", NOT_NEGATIVE),
     Option("log_step", 10, "steps between two log lines", COUNT),
     Option("val_step", 500, "steps between two validations; each epoch's end has one as well", COUNT),

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+Lens: TypeAlias = Sequence[int] | Tensor  # words of each caption
+Mask: TypeAlias = Tensor | None  # bool, False for padding
 EPS = 1e-8  # added to norms, and the floor of a cosine's denominator
 
 

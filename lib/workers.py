@@ -75,11 +75,11 @@ class Loader(DataLoader):
             more |= {"worker_init_fn": self.log.start_worker, "prefetch_factor": PREFETCH, "persistent_workers": True}
         # a generator of its own, so that loading leaves the random state of training alone
         super().__init__(dataset, num_workers=workers, generator=torch.Generator(), **more)
+        if workers and "batch_sampler" in more:  # a loader to train with; others may never be asked for batches
+            self.check_shared_memory()
 
     def __iter__(self) -> Any:
         start = self.log and not self.processes
-        if start:
-            self.check_shared_memory()
         others = multiprocessing.active_children()
         batches = super().__iter__()
         if start:

@@ -47,7 +47,7 @@ def verify(split, partners, problems):
 
 
 def check_captions(split, row, partner, problems):
-    """The share of a image's different captions that its partner has as well."""
+    """The share of an image's different captions that its partner has as well."""
     captions = set(split.digests[row])
     shared = captions & set(partner.split.digests[partner.row])
     if not shared:
@@ -57,7 +57,7 @@ def check_captions(split, row, partner, problems):
 
 
 def check_features(split, row, partner, problems):
-    """Whether a image and its partner have the same features."""
+    """Whether an image and its partner have the same features."""
     a, b = (features.astype(np.float32) for features in (split.read("ims", row)[0], partner.read("ims")))
     same = a.shape == b.shape and np.abs(a - b).max() <= CLOSE * max(np.abs(a).max(), 1)
     if not same:
@@ -152,9 +152,9 @@ def get_parser():
 
 def align(opt):
     """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays."""
+    make_folder(opt.out)
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
-    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "align_problems.txt"))
     pairs = pair(reference, source, by, problems)
     for split in reference:

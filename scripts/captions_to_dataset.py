@@ -7,7 +7,7 @@
                     Flickr30K, is NAME.jpg; so is NAME.jpg#zhc#2), or a table whose first line names its columns:
                     Kaggle's results.csv (image_name| comment_number| comment) and captions.txt (image,caption)
 
-A image with more captions keeps its first ones, one with fewer is left out; both are reported.
+An image with more captions keeps its first ones, one with fewer is left out; both are reported.
 """
 
 import argparse

@@ -127,7 +127,10 @@ def write_dataset(splits, path_of, opt, extractor):
         job.check.shares = False  # the boxes are in pixels
         print(f"{extractor.count} regions of {extractor.img_dim} numbers each")
         for path, regions, whole in extractor.regions_of(job.todo()):
-            job.write(path, regions, who_ims=whole, pixel_boxes=regions.boxes)
+            try:
+                job.write(path, regions, who_ims=whole, pixel_boxes=regions.boxes)
+            except InputError as error:
+                extractor.problems.add("malformed", os.path.join(opt.images, path), f"{error}; skipped")
         job.finish("images")
 
 

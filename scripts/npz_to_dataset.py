@@ -1,4 +1,4 @@
-"""A folder of feature files, one a image (.npz or .npy) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
+"""A folder of feature files, one an image (.npz or .npy) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
 
 An .npz file holds x (R, D), and bbox (R, 4) x1 y1 x2 y2 in pixels, image_h, image_w and num_bbox, each in an array of
 its name or in the dict of an array called info; feat, features, boxes and num_boxes are known as well. An .npy file
@@ -59,20 +59,20 @@ def read_sizes(text):
     """--sizes: {canonical id: (height, width)} of a JSON file, or (height, width) of all images."""
     if size := parse_size(text):
         return size
-    sizes = {}
+    sizes, by_id = {}, {}
     try:
         for image in json_items(text, "images"):
-            size = float(image["height"]), float(image["width"])
-            for name in (image["id"], image.get("file_name", image["id"])):
-                sizes[canonical_id(name)] = size
+            by_id[canonical_id(image["id"])] = size = float(image["height"]), float(image["width"])
+            if "file_name" in image:
+                sizes[canonical_id(image["file_name"])] = size
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         if isinstance(error, InputError):
             raise
         reason = f"{type(error).__name__}: {str(error)[:100]}"
         raise InputError(f"{text}: expected images with id, height and width ({reason})") from None
-    if not sizes:
+    if not by_id:
         raise InputError(f"{text}: no sizes, expected JSON with images of id, height and width, or HxW")
-    return sizes
+    return by_id | sizes  # the id of one image may be the file name of another
 
 
 class Reader:
@@ -136,10 +136,10 @@ def get_parser():
         "--out data/coco_precomp --ids train=train_ids.txt",
     )
     add = parser.add_argument
-    add("folder", metavar="FOLDER", help="the folder of feature files, one a image")
+    add("folder", metavar="FOLDER", help="the folder of feature files, one an image")
     add_flags(add)
     add("--split", choices=SPLITS, help="instead of id lists: every image of the folder, by name, as this split")
-    help_number = "regions a image (default: fixed, as many as the first file has; best 36; all 100)"
+    help_number = "regions an image (default: fixed, as many as the first file has; best 36; all 100)"
     add("--n_regions", type=int, metavar="N", help=help_number)
     add("--boxes", metavar="FOLDER", help="the folder of the boxes, NAME.npy (R, 4) each, where they stand apart")
     help_sizes = (

@@ -1,4 +1,4 @@
-"""Feature files with a image a line (TSV) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
+"""Feature files with an image a line (TSV) → SPLIT_ims.npy, SPLIT_boxes.npy, SPLIT_ids.txt.
 
 The first lines tell the form:
   bottom-up-attention's   image_id image_w image_h num_boxes boxes features, the last two base64 float32 (num_boxes, 4)
@@ -75,7 +75,7 @@ def get_parser():
     add("tsv", nargs="+", help="the TSV file, or all its parts")
     add_flags(add)
     add("--all", choices=SPLITS, help="instead of id lists: every image of the TSV, in its order, as this split")
-    add("--n_regions", type=int, metavar="N", help="regions a image (default: 36, with --regions all 100)")
+    add("--n_regions", type=int, metavar="N", help="regions an image (default: 36, with --regions all 100)")
     add("--img_dim", type=int, default=2048, help="size of a region's feature (default: %(default)s)")
     add("--fields", help=f"the columns' names, {FIELDS} among them; best goes by {SCORES}, if there")
     return parser

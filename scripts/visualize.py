@@ -1,18 +1,16 @@
 """Figures of what models find and learn, as PNG files.
 
 python scripts/visualize.py search    --model_path M --sentence "a red ring" --out found.png
-python scripts/visualize.py captions  --model_path M --picture 12 --out captions.png
+python scripts/visualize.py captions  --model_path M --image 12 --out captions.png
 python scripts/visualize.py positions --model_path M --out positions.png
 python scripts/visualize.py curves    runs/demo/attention_seed0 runs/demo/none_seed0 --out curves.png
 python scripts/visualize.py ablation  --model_path A B C --split test --out ablation.png
 """
 
 import argparse
-import contextlib
 import glob
 import io
 import os
-import struct
 import textwrap
 
 import matplotlib
@@ -20,8 +18,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import font_manager
 from matplotlib.patches import Rectangle
-from PIL import Image, ImageOps
+from matplotlib.text import Text
 
 if not __package__:
     import _root  # noqa: F401
@@ -30,65 +29,62 @@ from evaluation import evalrank, load_split
 from lib.checkpoint import load_checkpoint
 from lib.constants import N_CELLS
 from lib.errors import InputError, run
-from lib.files import read_lines, replace
+from lib.events import METRICS
+from lib.files import check_output, read_lines, replace
 from scripts.explorer.groups import Groups
+from scripts.explorer.logs import read_events, read_metrics
 from scripts.explorer.names import name_models
 from scripts.explorer.pictures import SIDE, Pictures
+from scripts.features.images import read_image
 from scripts.search.collection import Collection
 from scripts.search.queries import check_query, unknown_note
-from train import tensorboard_logger  # with what its protobuf needs
 
-Event = tensorboard_logger.tf_protobuf.event_pb2.Event
-HEAT, RIGHT, FRAME = "#ff7a00", "#1a7a3c", "#e7eaee"
-CURVES = (
-    ("Le", "loss of a batch"),
-    ("rsum", "rsum on dev"),
-    ("r1", "R@1 on dev, image to text"),
-    ("r1i", "R@1 on dev, text to image"),
-)
-SMOOTH = 0.9  # of the loss: share of the running mean that a step keeps
+HEAT, POSITIVE, FRAME = "#ff7a00", "#1a7a3c", "#e7eaee"
+CURVES = {
+    "Le": "loss of a batch, running mean",
+    "rsum": "rsum on dev",
+    "r1": "R@1 on dev, image to text",
+    "r1i": "R@1 on dev, text to image",
+}
+SMOOTH = 20  # steps of the running mean
 MAX_RESULTS, MAX_WORDS_SHOWN = 10, 8
-EVENT_LIMIT = 1 << 24  # bytes of one event; a scalar's has some tens
-plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9})
+FONT, PLACEHOLDERS = "DejaVu Sans", "Last Resort High-Efficiency"  # the second has a box for every character
+plt.rcParams.update({"font.family": FONT, "font.size": 9, "text.parse_math": False})
 
-# ---------------------------------------------------------------- pictures with attention
+# ---------------------------------------------------------------- images with attention
 
 
 def open_split(opt):
-    """A checkpoint's Collection of the split, and its Pictures."""
+    """A checkpoint's Collection of the split, its data set, and its Pictures."""
     model, loader = load_split(
         opt.model_path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
     )
     return Collection.encode(model, loader), loader.dataset, Pictures(loader.dataset, opt.images)
 
 
-def require_finite(values, opt, dataset, picture):
-    """values, a model's attention or scores of a picture. Raises InputError where one is NaN or infinite."""
+def require_finite(values, opt, dataset, image):
+    """values, a model's attention or scores of an image. Raises InputError where one is NaN or infinite."""
     if not np.isfinite(values).all():
-        what = f"picture {picture} of {dataset.prefix}_ims.npy gives NaN or infinite numbers"
+        what = f"image {image} of {dataset.prefix}_ims.npy gives NaN or infinite numbers"
         raise InputError(f"{opt.model_path}: {what}, expected smaller features or weights")
     return values
 
 
-def draw_picture(axis, pictures, number, weights=None):
-    """A picture (the 16×16 cells where it has no file) with its regions, lit by weights (R,) where given."""
+def draw_image(axis, pictures, number, weights=None):
+    """An image (the 16×16 cells where it has no file) with its regions, lit by weights (R,) where given."""
     width, height = pictures.size(number)
     axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal", facecolor=FRAME)
     path = pictures.files.get(pictures.ids[number])
-    if path is not None:
-        try:
-            with Image.open(path) as picture:
-                axis.imshow(
-                    ImageOps.exif_transpose(picture).convert("RGB"),
-                    extent=(0, width, height, 0),
-                    alpha=1 if weights is None else 0.6,
-                )
-        except OSError:
-            raise InputError(f"{path}: not a picture that can be read") from None
-    else:
+    if path is None:
         lines = np.arange(1, SIDE) / SIDE
         axis.vlines(width * lines, 0, height, color="white", lw=0.4)
         axis.hlines(height * lines, 0, width, color="white", lw=0.4)
+    else:
+        try:
+            pixels, _ = read_image(path, 480, 800)
+        except Exception:  # Pillow's readers raise whatever a broken file leads them to
+            raise InputError(f"{path}: not an image that can be read") from None
+        axis.imshow(pixels, extent=(0, width, height, 0), alpha=1 if weights is None else 0.6)
     boxes = pictures.boxes(number)
     if boxes is None or (weights is None and path is not None):
         return
@@ -100,62 +96,51 @@ def draw_picture(axis, pictures, number, weights=None):
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, alpha=alpha, **style))
 
 
-def shown_words(tokens):
-    """Indices of the words whose attention is drawn: the longest ones, in their order (small words say little)."""
-    longest = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))[:MAX_WORDS_SHOWN]
-    return sorted(longest)
-
-
 def draw_search(opt):
-    """The best pictures for a sentence, a row each: the picture, then what each of its words attends to."""
+    """The best images for a sentence, a row each: the image, then what each of its words attends to."""
     collection, dataset, pictures = open_split(opt)
     tokens = collection.vocab.tokenize(opt.sentence)
     if unknown := check_query(collection.vocab, opt.sentence, "--sentence"):
         print(unknown_note(unknown))
     images, scores = collection.search(opt.sentence, min(opt.top, dataset.n_images))
-    words, columns = collection.embed(opt.sentence), shown_words(tokens)
-    figure, axes = grid_of_axes(len(images), 1 + len(columns))
+    words = collection.embed(opt.sentence)
+    # the longest words, in their order: small ones say little
+    shown = sorted(sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))[:MAX_WORDS_SHOWN])
+    size = 1.75 * (1 + len(shown)), 0.5 + 1.4 * len(images)
+    figure, axes = plt.subplots(len(images), 1 + len(shown), figsize=size, squeeze=False, layout="constrained")
     for row, (image, score) in enumerate(zip(images, scores, strict=True)):
-        draw_picture(axes[row, 0], pictures, image)
+        draw_image(axes[row, 0], pictures, image)
         name = pictures.ids[image]
         axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{name}", fontsize=9 if len(name) < 16 else 5.5)
         t2i = require_finite(collection.attention(collection.image(image), words)[0], opt, dataset, image)
-        for axis, word in zip(axes[row, 1:], columns, strict=True):
-            draw_picture(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
-    for axis, word in zip(axes[0, 1:], columns, strict=True):
-        unknown = tokens[word] not in collection.vocab.word2idx
-        axis.set_title(tokens[word] + (" (unknown)" if unknown else ""), fontsize=9)
+        for axis, word in zip(axes[row, 1:], shown, strict=True):
+            draw_image(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
+    for axis, word in zip(axes[0, 1:], shown, strict=True):
+        axis.set_title(tokens[word] + " (unknown)" * (tokens[word] not in collection.vocab.word2idx), fontsize=9)
     figure.suptitle("\n".join(textwrap.wrap(f"“{opt.sentence}”", 110)), fontsize=11)
     return figure
 
 
-def grid_of_axes(rows, columns):
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.75 * columns, 0.5 + 1.4 * rows), squeeze=False, layout="constrained"
-    )
-    return figure, axes
-
-
 def draw_captions(opt):
-    """A picture and the best captions for it with their scores; the picture's captions are marked."""
+    """An image and the best captions for it with their scores; the image's own captions are marked."""
     collection, dataset, pictures = open_split(opt)
-    if not 0 <= opt.picture < dataset.n_images:
-        raise InputError(f"--picture {opt.picture}: expected 0 to {dataset.n_images - 1}")
+    if not 0 <= opt.image < dataset.n_images:
+        raise InputError(f"--image {opt.image}: expected 0 to {dataset.n_images - 1}")
     if not dataset.captions:
         raise InputError(f"{dataset.prefix}: no captions, expected those of which the best are drawn")
-    scores = require_finite(collection.score_captions(collection.image(opt.picture)), opt, dataset, opt.picture)
+    scores = require_finite(collection.score_captions(collection.image(opt.image)), opt, dataset, opt.image)
     groups = Groups(dataset.n_images, len(scores))
-    right = set(groups.captions(groups.of_image(opt.picture)))
+    positives = set(groups.captions(groups.of_image(opt.image)))
     figure, (image, table) = plt.subplots(1, 2, figsize=(12.5, 3.4), width_ratios=(1, 2.7), layout="constrained")
-    draw_picture(image, pictures, opt.picture)
-    image.set_title(f"Picture {pictures.ids[opt.picture]}")
+    draw_image(image, pictures, opt.image)
+    image.set_title(f"Image {pictures.ids[opt.image]}")
     table.axis("off")
     for row, caption in enumerate(np.argsort(-scores, kind="stable")[: opt.top]):
-        mark, colour = ("  ✓", RIGHT) if caption in right else ("", "black")
+        mark, colour = ("  ✓", POSITIVE) if caption in positives else ("", "black")
         text = textwrap.shorten(dataset.captions[caption], 130, placeholder=" …")
         line = f"{row + 1:2}.  {scores[caption]:.3f}  {text}{mark}"
         table.text(0, 1 - (row + 0.5) / opt.top, line, color=colour, va="center", fontsize=8.5)
-    table.set_title("captions by score; the picture's captions in green, with ✓", fontsize=9, loc="left")
+    table.set_title("captions by score; the image's own in green, with ✓", fontsize=9, loc="left")
     return figure
 
 
@@ -177,8 +162,7 @@ def draw_positions(opt):
     parts = parts - parts.mean(0)
     parts = parts / parts.norm(dim=1, keepdim=True)
     cosines = (parts @ parts.T).numpy()
-    others = cosines[~np.eye(N_CELLS, dtype=bool)]
-    limit = float(np.percentile(np.abs(others), 99.5))
+    limit = float(np.percentile(np.abs(cosines[~np.eye(N_CELLS, dtype=bool)]), 99.5))
     mosaic = np.full((SIDE, SIDE + 2, SIDE, SIDE + 2), np.nan)  # row, row in the map, column, column in the map
     # a cell's index is column·16 + row
     mosaic[:, 1:-1, :, 1:-1] = cosines.reshape(SIDE, SIDE, SIDE, SIDE).transpose(1, 3, 0, 2)
@@ -190,93 +174,54 @@ def draw_positions(opt):
     return figure
 
 
-# ---------------------------------------------------------------- learning curves
+# ---------------------------------------------------------------- learning curves, ablation
 
 
-def read_events(path):
-    """{name: [(step, value), …]} of a TensorBoard file; what a killed run left half-written at its end is left out."""
-    scalars = {}
-    with open(path, "rb") as file:
-        while len(header := file.read(12)) == 12:  # length (8 bytes), its checksum
-            (length,) = struct.unpack("<Q", header[:8])
-            if length > EVENT_LIMIT:
-                raise InputError(f"{path}: not a TensorBoard file (an event of {length} bytes)")
-            data = file.read(length + 4)  # and its checksum
-            if len(data) < length + 4:
-                break
-            try:
-                event = Event.FromString(data[:length])
-            except Exception:  # protobuf's decoder meets foreign bytes with several exception types
-                raise InputError(f"{path}: not a TensorBoard file") from None
-            for value in event.summary.value:
-                scalars.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return scalars
-
-
-def read_run(folder):
-    """The scalars of all TensorBoard files in a run's folder, in the order of their steps."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**", "*tfevents*"), recursive=True))
-    if not paths:
-        raise InputError(f"{folder}: no TensorBoard files (names with tfevents) in it")
-    scalars = {}
-    for path in paths:
-        for name, points in read_events(path).items():
-            scalars.setdefault(name, []).extend(points)
-    return {name: np.array(sorted(points)) for name, points in scalars.items()}
+def read_runs(folder):
+    """[{name: {step: value}}] of the runs logged in a folder: by metrics.csv, or TensorBoard's files of older runs."""
+    table = os.path.join(folder, METRICS)
+    events = sorted(glob.glob(os.path.join(glob.escape(folder), "*tfevents*")))
+    if not events and not os.path.isfile(table):
+        raise InputError(f"{folder}: no {METRICS} and no TensorBoard files (names with tfevents) in it")
+    runs = read_metrics(table) if os.path.isfile(table) else read_events(events)
+    logged = sorted({name for run in runs for name in run})
+    if not CURVES.keys() & {*logged}:
+        found = ", ".join(logged[:5]) or "nothing"
+        raise InputError(f"{folder}: logs {found}, expected {', '.join(CURVES)} of train.py")
+    return runs
 
 
 def draw_curves(opt):
     """Loss, rsum and R@1 of one or more runs against the training step."""
+    runs = [
+        (folder + f", run {number}" * (len(found) > 1), scalars)
+        for folder, found in ((folder, read_runs(folder)) for folder in opt.runs)
+        for number, scalars in enumerate(found, 1)
+    ]
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for folder in opt.runs:
-        scalars = read_run(folder)
-        if not any(name in scalars for name, _ in CURVES):
-            found = ", ".join(sorted(scalars)[:5]) or "nothing"
-            raise InputError(f"{folder}: logs {found}, expected {', '.join(name for name, _ in CURVES)} of train.py")
-        for axis, (name, title) in zip(axes.flat, CURVES, strict=True):
-            axis.set(title=title, xlabel="step")
-            axis.grid(alpha=0.3)
-            if name in scalars:
-                steps, values = scalars[name].T
-                label = os.path.basename(os.path.normpath(folder))
-                if name == "Le":
-                    values, label = smooth(values), f"{label}, running mean"
-                axis.plot(steps, values, marker=None if name == "Le" else "o", label=label)
-    for axis in axes.flat:
+    for axis, (curve, title) in zip(axes.flat, CURVES.items(), strict=True):
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.3)
+        for label, scalars in runs:
+            if curve in scalars:
+                steps, values = np.array(sorted(scalars[curve].items()), dtype=float).T
+                n = min(SMOOTH, len(values)) if curve == "Le" else 1
+                means = np.convolve(values, np.full(n, 1 / n), "valid")
+                axis.plot(steps[n - 1 :], means, "-" if curve == "Le" else "o-", label=label)
         if axis.lines:
-            axis.legend(fontsize=8)
+            axis.legend(axis.lines, [line.get_label() for line in axis.lines], fontsize=8)  # those with _ as well
     return figure
-
-
-def smooth(values):
-    """Running mean that forgets exponentially, corrected for its start."""
-    mean, kept = np.zeros(len(values)), 0.0
-    for i, value in enumerate(values):
-        kept = SMOOTH * kept + (1 - SMOOTH) * value
-        mean[i] = kept / (1 - SMOOTH ** (i + 1))
-    return mean
-
-
-# ---------------------------------------------------------------- ablation
-
-
-def check_captions(opt, options):
-    """Raise InputError where the models, options[i] of each, do not rank the same captions."""
-    first = None
-    for path, model_opt in zip(opt.model_path, options, strict=True):
-        folder = os.path.join(opt.data_path or model_opt.data_path, model_opt.data_name)
-        captions = read_lines(os.path.join(folder, f"{opt.split}_caps.txt"))
-        first = captions if first is None else first
-        if captions != first:
-            raise InputError(
-                f"{path}: ranks the {opt.split} split of {folder}, other captions than {opt.model_path[0]}"
-            )
 
 
 def draw_ablation(opt):
     """Recalls of several models as bars with 95 % bootstrap intervals."""
     options = [load_checkpoint(path)["opt"] for path in opt.model_path]
-    check_captions(opt, options)
+    folders = [os.path.join(opt.data_path or one.data_path, one.data_name) for one in options]
+    captions = [read_lines(os.path.join(folder, f"{opt.split}_caps.txt")) for folder in folders]
+    for path, folder, found in zip(opt.model_path, folders, captions, strict=True):
+        if found != captions[0]:
+            where = f"the {opt.split} split of {folder}"
+            raise InputError(f"{path}: ranks {where}, other captions than {opt.model_path[0]}")
     names = name_models(opt.model_path, options)
     figure, axis = plt.subplots(figsize=(10, 4.2), layout="constrained")
     width = 0.8 / len(names)
@@ -295,6 +240,25 @@ def draw_ablation(opt):
     size = f"{result['n_images']} images, {result['n_captions']} captions"
     axis.set_title(f"{opt.split}: {size}; whiskers: 95 % intervals, bootstrap over images", fontsize=10)
     return figure
+
+
+# ---------------------------------------------------------------- text as typed
+
+
+def show_as_typed(figure):
+    """Have a figure's texts show every character that an installed font has; half of an emoji is escaped."""
+    texts, families = figure.findobj(Text), [FONT]
+    for text in texts:
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
+    missing = {ord(character) for text in texts for character in text.get_text() if character != "\n"}
+    missing -= {*font_manager.get_font(font_manager.findfont(FONT)).get_charmap()}
+    for font in font_manager.fontManager.ttflist:
+        if missing and font.name != PLACEHOLDERS:
+            there = missing & {*font_manager.get_font(font.fname).get_charmap()}
+            families += [font.name] * bool(there)
+            missing -= there
+    for text in texts:
+        text.set_family(families)
 
 
 # ---------------------------------------------------------------- command line
@@ -320,25 +284,19 @@ def get_parser():
             sub.add_argument("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
             sub.add_argument("--split", default="test", help="dev, test, … (default: %(default)s)")
             sub.add_argument("--device", default="auto", help="cpu, cuda, … (default: CUDA if there, else CPU)")
-        return sub
+        return sub.add_argument
 
-    found = command("search", draw_search, "a sentence's best pictures, and what its words attend to in them")
-    found.add_argument("--sentence", required=True)
-    captions = command("captions", draw_captions, "a picture's best captions")
-    captions.add_argument("--picture", type=int, required=True, help="its number in the split, from 0")
-    for sub, top in ((found, 4), (captions, 10)):
-        sub.add_argument(
-            "--images", metavar="DIR", help="picture files (default: SPLIT_images beside the data, if there)"
-        )
-        sub.add_argument("--top", type=int, default=top, help=f"results, 1 to {MAX_RESULTS} (default: %(default)s)")
-    command(
-        "positions",
-        draw_positions,
-        "what position attention learned: how alike the cells are to the model",
-        split=False,
-    )
-    curves = command("curves", draw_curves, "learning curves from TensorBoard files", models=False, split=False)
-    curves.add_argument("runs", nargs="+", help="folders given to train.py as --logger_name")
+    found = command("search", draw_search, "a sentence's best images, and what its words attend to in them")
+    found("--sentence", required=True)
+    captions = command("captions", draw_captions, "an image's best captions")
+    captions("--image", "--picture", type=int, required=True, help="its number in the split, from 0")
+    for add, top in ((found, 4), (captions, 10)):
+        add("--images", metavar="DIR", help="image files (default: SPLIT_images beside the data, if there)")
+        add("--top", type=int, default=top, help=f"results, 1 to {MAX_RESULTS} (default: %(default)s)")
+    learned = "what position attention learned: how alike the cells are to the model"
+    command("positions", draw_positions, learned, split=False)
+    curves = command("curves", draw_curves, "learning curves", models=False, split=False)
+    curves("runs", nargs="+", help="folders given to train.py as --logger_name")
     command("ablation", draw_ablation, "recalls of several models with 95 %% intervals", many=True)
     return parser
 
@@ -348,12 +306,11 @@ def main():
     opt = parser.parse_args()
     if not 1 <= getattr(opt, "top", 1) <= MAX_RESULTS or not 20 <= opt.dpi <= 1000:
         parser.error(f"expected --top 1 to {MAX_RESULTS} and --dpi 20 to 1000")
-    if not os.path.isdir(os.path.dirname(opt.out) or "."):
-        raise InputError(f"{opt.out}: no such folder")
-    picture = io.BytesIO()
-    with contextlib.closing(picture):
-        opt.draw(opt).savefig(picture, format="png", dpi=opt.dpi)
-        replace(opt.out, lambda file: file.write(picture.getvalue()))
+    check_output(opt.out)
+    figure, png = opt.draw(opt), io.BytesIO()
+    show_as_typed(figure)
+    figure.savefig(png, format="png", dpi=opt.dpi)
+    replace(opt.out, lambda file: file.write(png.getvalue()))
     print(opt.out)
 
 

@@ -25,7 +25,7 @@ if not __package__:
 
 from lib import errors
 from lib.datasets.news import FILES, Images, load_img_url_to_id, process_json_file, process_tsv_file, read_words
-from lib.files import write_lines
+from lib.files import check_output, sample_digest, write_lines
 
 try:
     import fcntl
@@ -224,14 +224,6 @@ def in_order(function, items, workers, stop):
 # ---------------------------------------------------------------- OUT and OUT.part
 
 
-def check_out(path, inputs):
-    """Raise InputError where a finished file cannot have this name, or would replace one of the inputs."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise errors.InputError(f"{path}: is no file, expected one or a free name")
-    if any(os.path.exists(path) and os.path.samefile(path, name) for name in inputs if os.path.exists(name)):
-        raise errors.InputError(f"{path}: is read, expected another file to write")
-
-
 @contextlib.contextmanager
 def held(path):
     """A file open to read and append, which no other run holds. Raises InputError where one does."""
@@ -247,11 +239,6 @@ def held(path):
 def fingerprint(kind, words, urls, digests):
     """Tells whether a line of OUT.part was made from this item of the test list, and data files of these digests."""
     return hashlib.sha256(json.dumps([kind == "tag", words, urls, digests]).encode()).hexdigest()[:16]
-
-
-def digest(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_part(file, marks):
@@ -316,13 +303,13 @@ def process(text_input_flag="tag", data_path="../data/tencent_data_meta", worker
     """
     list_path, *paths = (os.path.join(data_path, name) for name in ("test_list.json", *FILES))
     out = os.path.realpath(g_output_path)  # of a link, the file that it names is written
-    check_out(out, [list_path, *paths])
+    check_output(out, list_path, *paths)
     server = Server(port=g_port, **server)
     server.check()
     items = read_words(list_path, text_input_flag)
     if not items:
         raise errors.InputError(f"{list_path}: no items, expected one a line")
-    digests = [digest(path) for path in paths]
+    digests = [sample_digest(path) for path in paths]
     marks = [fingerprint(text_input_flag, *item, digests) for item in items]
     with held(out + ".part") as part:
         lines = read_part(part, marks)

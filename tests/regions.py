@@ -8,7 +8,7 @@ from position import position_grid
 def boxes_with_features(n, n_regions=36, img_dim=256, seed=0):
     """Position grids (n, n_regions, 31), and features (n, n_regions, img_dim) float32.
 
-    A image's cells have random features; a region's are the mean of its cells', and noise.
+    An image's cells have random features; a region's are the mean of its cells', and noise.
     """
     rng = np.random.default_rng(seed)
     corners = np.sort(rng.uniform(0, 320, (n, n_regions, 2, 2)), axis=2).reshape(n, n_regions, 4)

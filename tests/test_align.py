@@ -55,6 +55,19 @@ def test_ids_that_mean_other_images_are_found_out_by_the_captions(tmp_path):
     np.testing.assert_array_equal(np.load(data / "out/train_boxes.npy"), grids["train"])
 
 
+def test_two_images_with_one_partner_are_ambiguous(tmp_path):
+    """a.jpg and a.png have one id; boxes of one would stand beside the features of both."""
+    for name, ids in (("reference", ["a.jpg", "b.jpg", "a.png"]), ("source", ["a", "b", "c"])):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / f"{name}/train_ids.txt", ids)
+    np.save(tmp_path / "source/train_boxes.npy", np.zeros((3, R, 31), np.float32))
+    folders = ("--reference", tmp_path / "reference", "--source", tmp_path / "source", "--out", tmp_path / "o")
+    assert "1 ambiguous" in fails("align", *folders)
+    assert "(id a.png): ambiguous: has the partner of train, image 0 (id a.jpg)" in (
+        (tmp_path / "o/align_problems.txt").read_text()
+    )
+
+
 def test_what_has_no_partner_is_named_and_can_be_left_out(tmp_path):
     data, grids = folders_to_align(tmp_path, 2, ids=False)
     lines = (data / "scan/train_caps.txt").read_text().splitlines()

@@ -50,16 +50,8 @@ def test_official_coco_captions(tmp_path):
     files = [tmp_path / f"captions_{name}.json" for name in ("train", "val")]
     write_lines(tmp_path / "tr.txt", ["COCO_train2014_000000000009.jpg", "7"])
     write_lines(tmp_path / "de.txt", ["3"])
-    ok(
-        "captions_to_dataset",
-        "--coco",
-        *files,
-        "--out",
-        tmp_path / "o",
-        "--ids",
-        f"train={tmp_path}/tr.txt",
-        f"dev={tmp_path}/de.txt",
-    )
+    lists = (f"train={tmp_path}/tr.txt", f"dev={tmp_path}/de.txt")
+    ok("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o", "--ids", *lists)
     assert (tmp_path / "o/train_caps.txt").read_text().splitlines() == [f"{i} {j}" for i in (9, 7) for j in range(1, 6)]
     assert "--ids" in fails("captions_to_dataset", "--coco", *files, "--out", tmp_path / "o")
     write_lines(tmp_path / "de.txt", ["3", "444"])
@@ -114,7 +106,8 @@ def test_inputs_of_another_kind_are_named(tmp_path):
             ("--karpathy", tmp_path / "list.json"),
             "list.json: found b'[]', expected an object with an array called images",
         ),
-        (("--coco", tmp_path / "none.json"), "expected an object with an array called annotations"),
+        (("--coco", tmp_path / "none.json"), "none.json: no image has 5 captions"),
+        (("--coco", tmp_path / "list.json"), "list.json: not an official captions file"),
         (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):

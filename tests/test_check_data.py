@@ -41,16 +41,18 @@ FAULTS = ("NaN features", "cell indices", "weights", "regions", "multiple", "emp
 
 
 @pytest.mark.parametrize("what", FAULTS)
-def test_check_finds_what_training_would_stumble_over(tmp_path, what):
+def test_check_says_what_training_would_stumble_over(tmp_path, what):
     data_path, vocab_path = make_folder(tmp_path)
     folder = Path(data_path) / "toy_precomp"
     break_folder(folder, what)
     done = tool("check_data", folder, "--vocab_path", vocab_path)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert [line for line in done.stdout.splitlines() if line.startswith("WRONG") and what.split()[0] in line]
     vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    with pytest.raises(InputError):
-        PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
+    with pytest.raises(InputError) as caught:
+        PrecompDataset(str(folder), "train", vocab).features(range(12))
+    said = f"{folder}/train_ims.npy: NaN or infinite features in 1 images, the first is 3"
+    [wrong] = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
+    assert wrong == "WRONG: " + (said if what == "NaN features" else str(caught.value))
 
 
 def test_check_finds_features_that_were_never_filled(tmp_path):
@@ -72,7 +74,7 @@ def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
         np.save(folder / f"train_{name}.npy", np.asfortranarray(np.load(folder / f"train_{name}.npy")))
     assert "ready to train" in ok("check_data", folder, "--vocab_path", vocab_path)
     vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    images, _ = PrecompDataset(str(folder), "train", vocab).read_images(0, 12)
+    images, _ = PrecompDataset(str(folder), "train", vocab).features(range(12))
     np.testing.assert_array_equal(read_rows(open_rows(str(folder / "train_ims.npy")), 3, 99), images[3:].numpy())
 
 
@@ -188,16 +190,8 @@ def test_whole_images_of_other_images_are_wrong(tmp_path, folder):
 def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
     lines = [f"image {chr(97 + i % 26)}{i} of a thing{i} by word{i}, seen {j}" for i in range(40) for j in range(5)]
     write_lines(folder / "train_caps.txt", lines)
-    build = (
-        "vocab",
-        "--data_path",
-        tmp_path / "data",
-        "--data_name",
-        "toy_precomp",
-        "--vocab_path",
-        tmp_path / "vocab",
-    )
-    ok(*build, "--threshold", 1, "--overwrite")
+    names = ("--data_path", tmp_path / "data", "--data_name", "toy_precomp", "--vocab_path", tmp_path / "vocab")
+    ok("vocab", *names, "--threshold", 1, "--overwrite")
     assert check(tmp_path)[0] == 0
     if order == "shifted by a line":
         lines, said = lines[1:] + lines[:1], "the first image's from line 5"

@@ -377,7 +377,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_asked(tmp_p
         ("nowhere/out.json", "nowhere/out.json.part: No such file or directory"),
         (tmp_path, "is no file, expected one or a free name"),
         ("/dev/null", "is no file"),
-        (tmp_path / "test_list.json", "test_list.json: is read, expected another file to write"),
+        (tmp_path / "test_list.json", "test_list.json: is read or written as well, expected another file"),
     ):
         assert is_refused(run(tmp_path, server, out=out), said)
     assert server.asked == []

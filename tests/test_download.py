@@ -193,13 +193,7 @@ def test_a_page_instead_of_the_file_is_told_and_not_kept(tmp_path, drive, downlo
 
 
 @pytest.mark.parametrize(
-    "pack, name",
-    [
-        (zipped, "../evil"),
-        (zipped, "..\\evil"),
-        (tarred, "a/../../evil"),
-        (tarred, "/tmp/pfan_evil"),
-    ],
+    "pack, name", [(zipped, "../evil"), (zipped, "..\\evil"), (tarred, "a/../../evil"), (tarred, "/tmp/pfan_evil")]
 )
 def test_members_outside_the_folder_are_refused(tmp_path, drive, download, pack, name):
     drive.files[F30K] = "application/zip", pack(boxes() | {name: b"evil"})

@@ -328,6 +328,30 @@ def test_image_files_are_found_by_id_by_name_and_by_number(tmp_path):
     assert find_files(tmp_path, ["391895"], by_number=False) == {}  # a row's number, not an id
 
 
+KARPATHY = [{"cocoid": 300000, "filename": "photo.png"}, {"imgid": 300002, "filepath": "val", "filename": "other.png"}]
+
+
+@pytest.mark.parametrize(
+    "name, listed",
+    [
+        ("id_mapping.json", {"300000": "photo.png", "300001": "../secret.png", "300002": "val/other.png"}),
+        ("dataset_demo.json", {"images": [*KARPATHY, {"imgid": 300001, "filepath": "..", "filename": "secret.png"}]}),
+    ],
+)
+def test_images_are_shown_by_the_file_names_that_come_with_the_data(made, tmp_path, name, listed):
+    shutil.copytree(made[0] / "data" / "demo", tmp_path / "demo")
+    images = (tmp_path / "demo" / "test_images").rename(tmp_path / "demo" / "images")
+    for number, path in enumerate(("images/photo.png", "secret.png", "images/other.png")):  # one outside the folder
+        (images / f"{300000 + number}.png").rename(tmp_path / "demo" / path)
+    (tmp_path / "demo" / name).write_text(json.dumps(listed))
+    files = Explorer(options(made[1][0], "--data_path", tmp_path, "--images", images)).pictures.files
+    shown = {number: os.path.relpath(path, images) for number, path in files.items() if number < "300004"}
+    assert shown == {"300000": "photo.png", "300002": "other.png", "300003": "300003.png"}
+    (tmp_path / "demo" / "dataset_more.json").write_text('{"images": []}')
+    with pytest.raises(InputError, match="dataset_more.json, expected one list of the images' file names"):
+        Explorer(options(made[1][0], "--data_path", tmp_path))
+
+
 def test_a_photograph_that_lies_on_its_side_is_shown_with_its_regions_upright(made, tmp_path):
     shutil.copytree(made[0] / "data" / "demo", tmp_path / "demo")
     first = sorted((tmp_path / "demo" / "test_images").iterdir())[0]

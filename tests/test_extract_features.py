@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from dataset_commands import run_killed
+from dataset_commands import ROOT, command, ok, run_killed
 from folders import write_lines
 from PIL import Image, ImageDraw
 from torchvision.models import detection
@@ -27,14 +26,8 @@ from scripts import extract_features
 from scripts.features import given_boxes, region_networks
 from scripts.features.images import read_image
 
-ROOT = Path(__file__).resolve().parents[1]
 COLOURS = {"red": (200, 30, 30), "green": (30, 160, 40), "blue": (40, 60, 200), "white": (235, 235, 235)}
 SMALL = ("--weights", "random", "--detector_weights", "random", "--image_size", 64, "--device", "cpu", "--workers", 2)
-
-
-def tool(name, *args, **more):
-    path = ROOT / (f"{name}.py" if (ROOT / f"{name}.py").exists() else f"scripts/{name}.py")
-    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, timeout=300, **more)
 
 
 def extract(*args):
@@ -44,14 +37,8 @@ def extract(*args):
     return out.getvalue()
 
 
-def ok(name, *args, **more):
-    done = tool(name, *args, **more)
-    assert done.returncode == 0, done.stderr + done.stdout
-    return done.stdout
-
-
 def draw(path, ground="white", shape="red", size=(96, 64), mode="RGB", **options):
-    """A image of a block on a ground."""
+    """An image of a block on a ground."""
     image = Image.new("RGB", size, COLOURS[ground])
     width, height = size
     ImageDraw.Draw(image).rectangle((width // 8, height // 8, width // 3, height // 2), fill=COLOURS[shape])
@@ -113,14 +100,8 @@ def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, photos
     assert (boxes[..., 30] > 0).all()
     extract(*args, "--tsv", tmp_path / "t.tsv")
     assert "there already" in extract(*args, "--tsv", tmp_path / "t.tsv")
-    ok(
-        "tsv_to_dataset",
-        tmp_path / "t.tsv",
-        "--out",
-        tmp_path / "from_tsv",
-        "--ids",
-        f"train={tmp_path}/o/train_ids.txt",
-    )
+    ids = f"train={tmp_path}/o/train_ids.txt"
+    ok("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "from_tsv", "--ids", ids)
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_ims.npy"), images, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_boxes.npy")[..., 30], boxes[..., 30], atol=1e-4)
 
@@ -145,7 +126,7 @@ def write_coco(path, paths, boxes, described):
         {"id": i + 1, "file_name": path.name, "height": height, "width": width}
         for i, (path, (height, width)) in enumerate(zip(paths, sizes, strict=True))
     ]
-    found.reverse()  # a image's best stand last: scores decide
+    found.reverse()  # an image's best stand last: scores decide
     path.write_text(json.dumps({"images": images, "annotations": found} if described else found))
 
 
@@ -306,10 +287,10 @@ def test_exif_orientation_turns_the_image(tmp_path):
 
 
 def test_unreadable_and_absent_images_are_named_and_skipped_with_their_captions(tmp_path, photos):
-    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a image")
+    (photos / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     whole = (photos / "red_blue.png").read_bytes()
     (photos / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (photos / "notes.txt").write_text("not a image")
+    (photos / "notes.txt").write_text("not an image")
     out = tmp_path / "o"
     out.mkdir()
     ids = ["red_blue.png", "broken.jpg", "cut.png", "nowhere.png", "blue_red"]
@@ -324,6 +305,19 @@ def test_unreadable_and_absent_images_are_named_and_skipped_with_their_captions(
         f"{n} {j}" for n in ("red_blue.png", "blue_red") for j in range(5)
     ]
     assert np.load(out / "dev_ims.npy").shape == (2, 36, 2048)
+
+
+def test_features_that_float16_cannot_hold_are_named_and_left_out(tmp_path, photos):
+    real = extract_features.extract
+
+    def large(pixels, sizes, *more):
+        features, boxes, wholes = real(pixels, sizes, *more)
+        return features * (1e9 if sizes[0][0] > 64 else 1), boxes, wholes
+
+    with patch.object(extract_features, "extract", large):
+        said = extract(*windows_args(photos, tmp_path / "o", "--float16"))
+    assert "train: 8 of 12 images" in said and "4 malformed" in said
+    assert "a feature is too large for float16" in (tmp_path / "o/image_problems.txt").read_text()
 
 
 def test_linked_folders_are_followed_once_and_names_that_are_not_utf8_left_out(tmp_path, photos):
@@ -359,20 +353,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, photos):
 
 @pytest.mark.parametrize("backbone", ["efficientnet_lite0", "efficientnet_lite2"])
 def test_the_packaged_backbone_needs_no_download(tmp_path, photos, backbone):
-    extract(
-        "--images",
-        photos,
-        "--out",
-        tmp_path / "o",
-        "--regions",
-        "windows",
-        "--backbone",
-        backbone,
-        "--image_size",
-        64,
-        "--device",
-        "cpu",
-    )
+    flags = ["--regions", "windows", "--backbone", backbone, "--image_size", 64, "--device", "cpu"]
+    extract("--images", photos, "--out", tmp_path / "o", *flags)
     images = np.load(tmp_path / "o/train_ims.npy")
     assert images.shape == (12, 36, 1280) and np.isfinite(images).all()
     assert len(np.unique(images[:, -1], axis=0)) == 12  # no two photos are alike as a whole
@@ -413,17 +395,8 @@ def test_proposals_of_full_size_take_less_than_1_4_gigabytes(tmp_path, photos):
     for path in sorted(photos.iterdir())[2:]:
         path.unlink()
     draw(photos / "long.png", size=(1000, 600))
-    args = (
-        ROOT / "scripts/extract_features.py",
-        "--images",
-        photos,
-        "--out",
-        tmp_path / "o",
-        "--detector_weights",
-        "random",
-        "--device",
-        "cpu",
-    )
+    flags = ["--detector_weights", "random", "--device", "cpu"]
+    args = (ROOT / "scripts/extract_features.py", "--images", photos, "--out", tmp_path / "o", *flags)
     env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT / "scripts")}
     done = subprocess.run([sys.executable, "-c", PEAK, *map(str, args)], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -478,18 +451,6 @@ def test_folded_norms_give_the_same_maps(norm):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-def test_feature_pyramid_is_torchvisions():
-    torch.manual_seed(0)
-    fpn = detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None).backbone.fpn.eval()
-    sizes = ((256, 25), (512, 13), (1024, 7), (2048, 4))
-    maps = {str(i): torch.randn(2, depth, side, side + 3) for i, (depth, side) in enumerate(sizes)}
-    with torch.no_grad():
-        expected, found = fpn(maps), region_networks.feature_pyramid(fpn, dict(maps))
-    assert list(found) == list(expected)
-    for name, level in expected.items():
-        assert torch.equal(found[name], level)
-
-
 class RunsCode:
     def __init__(self, path):
         self.path = path
@@ -505,14 +466,14 @@ def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, photos):
         for more in (("--weights", tmp_path / name), ("--regions", "proposals", "--detector_weights", tmp_path / name)):
             with pytest.raises(InputError, match=f"{name}: not the weights of .*({says})"):
                 extract(*windows_args(photos, tmp_path / "o", *more))
-    done = tool("extract_features", *windows_args(photos, tmp_path / "o", "--weights", tmp_path / "plain.pth"))
+    done = command("extract_features", *windows_args(photos, tmp_path / "o", "--weights", tmp_path / "plain.pth"))
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "ran").exists() and not list((tmp_path / "o").iterdir())
 
 
 def test_images_none_of_which_can_be_read_leave_no_file(tmp_path):
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a image")
+    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
     for more in ((), ("--tsv", tmp_path / "t.tsv")):
         with pytest.raises(InputError, match="none of the 1 images could be used"):
             extract(*windows_args(tmp_path / "broken", tmp_path / "o", *more))
@@ -544,7 +505,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, photos):
     ):
         with pytest.raises((InputError, OSError), match=said):
             extract(*windows_args(*args))
-    done = tool("extract_features", *windows_args(tmp_path / "no", tmp_path / "o"))
+    done = command("extract_features", *windows_args(tmp_path / "no", tmp_path / "o"))
     assert done.returncode == 2
     assert done.stderr.strip() == f"error: {tmp_path}/no: no such folder, expected one of images"
 
@@ -558,47 +519,15 @@ def test_from_images_and_captions_to_a_recall_table(tmp_path, photos):
     write_lines(tmp_path / "captions.tsv", lines)
     out, runs = tmp_path / "data/mine", tmp_path / "runs"
     paths = ("--data_path", tmp_path / "data", "--data_name", "mine", "--vocab_path", tmp_path / "vocab")
-    ok(
-        "captions_to_dataset",
-        "--tsv",
-        tmp_path / "captions.tsv",
-        "--captions_per_image",
-        2,
-        "--sizes",
-        "dev=2",
-        "test=3",
-        "--out",
-        out,
-    )
+    sizes = "--captions_per_image 2 --sizes dev=2 test=3".split()
+    ok("captions_to_dataset", "--tsv", tmp_path / "captions.tsv", *sizes, "--out", out)
     extract("--images", photos, "--out", out, *SMALL)
     ok("vocab", *paths, "--threshold", 1)
     ok("check_data", out, "--vocab_path", tmp_path / "vocab")
-    ok(
-        "train",
-        *paths,
-        "--img_dim",
-        2048,
-        "--embed_size",
-        16,
-        "--word_dim",
-        8,
-        "--num_epochs",
-        1,
-        "--batch_size",
-        4,
-        "--workers",
-        0,
-        "--max_violation",
-        "--bi_gru",
-        "--agg_func",
-        "Mean",
-        "--device",
-        "cpu",
-        "--model_name",
-        runs,
-        "--logger_name",
-        runs,
-        cwd=tmp_path,
+    flags = (
+        "--img_dim 2048 --embed_size 16 --word_dim 8 --num_epochs 1 --batch_size 4 --workers 0 --max_violation --bi_gru"
     )
+    flags += " --agg_func Mean --device cpu --model_name"
+    ok("train", *paths, *flags.split(), runs, "--logger_name", runs)
     table = ok("evaluation", "--model_path", runs / "model_best.pth.tar", "--split", "test", "--device", "cpu")
     assert "Images: 3, Captions: 6" in table and re.search(r"Image to text: [\d.]+ [\d.]+ [\d.]+ ", table)

@@ -20,7 +20,8 @@ from folders import write_lines
 
 from evaluation import evalrank
 from lib.errors import InputError
-from scripts.features import compare_runs, record_result
+from lib.files import digest_lines
+from scripts.features import compare_runs
 
 SPLITS = {"train": 40, "dev": 10, "test": 10}
 SMALL = "--embed_size 64 --word_dim 64 --batch_size 40 --num_epochs 30 --lr_update 25 --mean_warmup_epochs 15".split()
@@ -102,7 +103,7 @@ def test_a_run_becomes_one_row_of_the_table_of_results(trained):
     folder, _ = trained
     run, table = folder / "runs/flickr8k/t2i_attention_seed0", folder / "results.csv"
     for minutes in ("1", "2"):
-        said = printed(record_result.main, run, "--features", "boxes", "--out", table, "--minutes", minutes)
+        said = printed(compare_runs.main, "record", run, "--features", "boxes", "--out", table, "--minutes", minutes)
     with open(table, newline="") as file:
         (row,) = csv.DictReader(file)
     expected = {"model": "PFAN-A", "features": "boxes", "cross_attn": "t2i", "seed": "0", "embed_size": "64"}
@@ -163,11 +164,16 @@ def test_the_interval_over_seeds_is_students():
 
 
 def test_ranks_of_another_split_are_refused(tmp_path):
-    path = tmp_path / "ranks.pth.tar"
-    torch.save({"rt": (torch.zeros(10), None), "rti": (torch.zeros(50), None)}, path)
-    assert [len(ranks) for ranks in compare_runs.read_ranks(path, 10, 50)] == [10, 50]
+    path, captions = tmp_path / "ranks.pth.tar", [f"caption {i}" for i in range(50)]
+    ranks = {"rt": (torch.zeros(10), None), "rti": (torch.zeros(50), None)}
+    torch.save(ranks, path)  # as older versions wrote them
+    assert [len(ranks) for ranks in compare_runs.read_ranks(path, captions, 10)] == [10, 50]
     with pytest.raises(InputError, match="ranks of 10 and 50, expected those of 20 images and 100 captions"):
-        compare_runs.read_ranks(path, 20, 100)
+        compare_runs.read_ranks(path, 2 * captions, 20)
+    torch.save({**ranks, "captions": digest_lines(captions)}, path)
+    compare_runs.read_ranks(path, captions, 10)
+    with pytest.raises(InputError, match="ranks of as many, but other captions"):
+        compare_runs.read_ranks(path, captions[::-1], 10)
 
 
 def test_check_data_finds_boxes_that_are_shuffled_between_regions(trained, tmp_path):

@@ -12,7 +12,7 @@ from folders import make_folder, save_model, write_lines
 
 from evaluation import load_split
 from lib.errors import InputError, run
-from scripts import benchmark_search, build_index
+from scripts import build_index
 from scripts.search import build as building
 from scripts.search.build import build, open_or_build
 from scripts.search.collection import Collection
@@ -313,13 +313,6 @@ def test_progress_of_another_form_is_named(toy, built, tmp_path, note):
         open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
 
 
-@pytest.mark.parametrize("rows", ["{}", "[1]", '[{"pictures": 3}]', "[" * 100_000])
-def test_the_benchmark_refuses_rows_of_another_form_before_it_measures(toy, tmp_path, monkeypatch, rows):
-    (tmp_path / "x.json").write_text(rows)
-    with pytest.raises(InputError, match="x.json: .*, expected the rows of an earlier run; delete it"):
-        measured(monkeypatch, toy[1]["t2i"], tmp_path / "x.png")
-
-
 def test_the_command_builds_and_searches(toy, monkeypatch, capsys):
     _, paths = toy
     monkeypatch.setattr("sys.argv", ["build_index.py", "--model_path", paths["t2i"], "--query", "a red ball"])
@@ -327,69 +320,6 @@ def test_the_command_builds_and_searches(toy, monkeypatch, capsys):
     folder, printed = collection_folder(paths["t2i"], "toy_precomp", "test"), capsys.readouterr().out
     assert set(os.listdir(folder)) == FINISHED
     assert f"{folder}: {N} pictures, {2 * N} captions" in printed and printed.count("  picture ") == 10
-
-
-def measured(monkeypatch, path, out, *flags):
-    """The rows that benchmark_search.py leaves in out's JSON."""
-    command = ["benchmark_search.py", "--model_path", path, "--out", str(out), "--queries", "3", "--threads", "1"]
-    monkeypatch.setattr("sys.argv", [*command, *flags])
-    benchmark_search.main()
-    return json.loads(out.with_suffix(".json").read_text())
-
-
-def test_the_benchmark_measures_recall_and_times_by_size_and_candidates(toy, built, monkeypatch):
-    root, paths = toy
-    out, where = root / "measured.png", ("--collection", built[2], "--sizes", "30", "55", "60")
-    rows = measured(monkeypatch, paths["t2i"], out, *where, "--parts", "recall")
-    assert [(row["pictures"], row["stage"], row["candidates"]) for row in rows] == [
-        (n, stage, 50) for n in (55, 60) for stage in ("anchors", "mean region")
-    ]
-    assert all(0.5 < row["recall"] <= 1 and row["queries"] == 3 for row in rows)  # 50 of 60 by chance: 0.83
-    both = measured(monkeypatch, paths["t2i"], out, *where, "--parts", "times", "--exhaustive", "2")
-    assert [row["recall"] for row in both if "recall" in row] == [row["recall"] for row in rows]
-    alone = [row for row in both if row["stage"] == "exhaustive"]
-    assert [(row["pictures"], row["candidates"], row["timed"]) for row in alone] == [
-        (30, 30, 2),
-        (55, 55, 2),
-        (60, 60, 2),
-    ]
-    assert all(0 < row["median_ms"] <= row["p95_ms"] for row in both)
-    assert out.read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_benchmark_says_what_is_found_of_the_exhaustive_top(toy, monkeypatch):
-    """A first stage that knows all answers but three has a recall of 70 %."""
-    model, loader = load(toy[1]["t2i"])
-    collection = Collection.encode(model, loader)
-    best = np.argsort(-collection.score_images(collection.embed(loader.dataset.captions[0])), kind="stable")
-
-    knows = benchmark_search.Stage(lambda words, count: np.concatenate([best[:7], best[10 : count + 3]]))
-    (row,) = benchmark_search.measure_recall(collection, loader.dataset.captions[:1], {"x": lambda n: knows}, [N])
-    assert row == {"pictures": N, "stage": "x", "candidates": 50, "recall": 0.7, "worst_recall": 0.7, "queries": 1}
-
-
-def test_the_benchmark_adds_no_rows_of_another_model_to_a_file(toy, built, tmp_path, monkeypatch):
-    flags = ("--collection", built[2], "--sizes", "55", "--parts", "recall")
-    rows = measured(monkeypatch, toy[1]["t2i"], tmp_path / "x.png", *flags)
-    (tmp_path / "x.json").write_text(json.dumps([{**row, "made_from": "another"} for row in rows]))
-    with pytest.raises(InputError, match="x.json: t2i rows of another checkpoint or other data"):
-        measured(monkeypatch, toy[1]["t2i"], tmp_path / "x.png", *flags)
-
-
-def test_the_benchmark_refuses_sizes_that_the_split_has_not(toy, built, monkeypatch):
-    with pytest.raises(InputError, match="--sizes 61: the split test has 60 pictures; --drawn"):
-        measured(monkeypatch, toy[1]["t2i"], toy[0] / "x.png", "--collection", built[2], "--sizes", "61")
-
-
-def test_pictures_are_drawn_once(tmp_path):
-    benchmark_search.draw_pictures(str(tmp_path), 7)
-    features = tmp_path / "demo_precomp" / "train_ims.npy"
-    captions = (tmp_path / "demo_precomp" / "train_caps.txt").read_text()
-    assert captions.count("\n") == 7 and len(set(captions.splitlines())) == 7
-    assert np.load(features).shape == (7, 36, 128) and not (tmp_path / "demo_precomp" / "train_images").exists()
-    before = features.stat().st_mtime_ns
-    benchmark_search.draw_pictures(str(tmp_path), 7)
-    assert features.stat().st_mtime_ns == before
 
 
 # ---------------------------------------------------------------- words that the vocabulary lacks

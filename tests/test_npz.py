@@ -1,4 +1,4 @@
-"""Folders of .npz and .npy files, one a image, → a dataset folder; pickles of plain types that run nothing."""
+"""Folders of .npz and .npy files, one an image, → a dataset folder; pickles of plain types that run nothing."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, detected, fails, no_leftovers, ok, run_killed
+from dataset_commands import D, R, detected, fails, no_leftovers, ok
 from folders import write_lines
 
 from lib.datasets import plain_pickle
@@ -79,18 +79,13 @@ def test_boxes_and_sizes_may_stand_apart(tmp_path):
     for i, (boxes, features) in enumerate(images):
         save(tmp_path / f"att/{i}.npz", feat=features)
         np.save(tmp_path / f"boxes/{i}.npy", boxes)
-    args = (
-        "npz_to_dataset",
-        tmp_path / "att",
-        "--boxes",
-        tmp_path / "boxes",
-        "--split",
-        "train",
-        "--out",
-        tmp_path / "o",
-    )
+    folders = (tmp_path / "att", "--boxes", tmp_path / "boxes", "--out", tmp_path / "o")
+    args = ("npz_to_dataset", *folders, "--split", "train")
     assert "att/0.npz: no image_h and image_w in it, and boxes in pixels; --sizes gives them" in fails(*args)
-    described = [{"id": i, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375, "width": 500} for i in range(3)]
+    described = [  # the id of each is the file name of another one, whose size is another
+        {"id": i + 1, "file_name": f"COCO_train2014_{i:012}.jpg", "height": 375 + (i > 2), "width": 500}
+        for i in range(6)
+    ]
     (tmp_path / "instances.json").write_text(json.dumps({"images": described}))
     for sizes in (tmp_path / "instances.json", "375x500"):
         ok(*args, "--sizes", sizes, "--overwrite")
@@ -160,43 +155,6 @@ def test_damaged_missing_and_doubled_images_are_named_and_can_be_left_out(tmp_pa
     assert "empty: no .npz and no .npy" in fails(
         "npz_to_dataset", tmp_path / "empty", "--split", "test", "--out", tmp_path
     )
-
-
-@pytest.mark.parametrize(
-    "size, said",
-    [("500x375", "height and width look swapped"), ("100x120", "expected sizes in the pixels of the boxes")],
-)
-def test_sizes_that_do_not_fit_the_boxes_are_refused_and_nothing_of_them_is_kept(tmp_path, size, said):
-    (tmp_path / "boxes").mkdir()
-    for i, (boxes, features) in enumerate(images_of(3)):
-        boxes[:, 2] = 499
-        save(tmp_path / f"att/{i}.npz", feat=features)
-        np.save(tmp_path / f"boxes/{i}.npy", boxes)
-    args = (
-        "npz_to_dataset",
-        tmp_path / "att",
-        "--boxes",
-        tmp_path / "boxes",
-        "--split",
-        "train",
-        "--out",
-        tmp_path / "o",
-    )
-    assert said in fails(*args, "--sizes", size)
-    assert not (tmp_path / "o/train_boxes.npy").exists()
-    assert "3 used" in ok(*args, "--sizes", "375x500")
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    images = images_of(40)
-    write_info(tmp_path / "in", images)
-    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
-    run_killed("npz_to_dataset", 25, *args)
-    assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
-    assert "15 used" in ok("npz_to_dataset", *args)
-    expected = [images[i][1] for i in sorted(range(40), key=str)]
-    np.testing.assert_array_equal(np.load(tmp_path / "o/train_ims.npy"), expected)
-    assert no_leftovers(tmp_path / "o")
 
 
 def test_files_extracted_again_are_not_taken_for_the_old_ones(tmp_path):

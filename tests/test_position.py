@@ -119,7 +119,7 @@ def test_the_whole_image_is_its_middle_cells():
 
 
 def test_nearness_is_measured_in_pixels_not_in_cells():
-    """In a image four times as wide as high, cells above and below are nearer than those beside."""
+    """In an image four times as wide as high, cells above and below are nearer than those beside."""
     grid = position_grid([[0, 0, 640, 160]], [160, 640])[0]
     rows = cells_of(grid) % 16
     columns = cells_of(grid) // 16

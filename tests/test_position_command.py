@@ -71,6 +71,17 @@ def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     assert "more than 2 boxes" in fails("position", path, "--n_regions", 2, "--out", tmp_path / "o2.npy")
 
 
+def test_ids_may_be_text_in_one_place_and_boxes_of_unknown_images_are_counted(tmp_path):
+    path = tmp_path / "i.json"
+    boxes = [{"image_id": i, "bbox": [0, 0, 90, 90]} for i in ("1", 2, 3)]
+    path.write_text(
+        json.dumps({"images": [{"id": i, "height": 100, "width": 100} for i in (1, "2")], "annotations": boxes})
+    )
+    said = ok("position", path, "--n_regions", 1, "--out", tmp_path / "o.npy")
+    assert "1 boxes are of images that it does not list" in said and "padded" not in said
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid([[[0, 0, 90, 90]]] * 2, [[100, 100]] * 2))
+
+
 def test_file_names_count_before_ids(tmp_path):
     """Image 1 is 2.jpg and image 2 is 1.jpg: a list of file names is not a list of ids."""
     path = tmp_path / "i.json"
@@ -123,7 +134,7 @@ def test_grids_that_are_there_are_kept_only_where_they_are_of_these_boxes(tmp_pa
     np.testing.assert_array_equal(np.load(out), position_grid(boxes, sizes))
     np.save(out, np.load(out)[..., :30])  # published files have 30 values
     assert "--overwrite" in fails("position", path, "--out", out)
-    assert "is read as well" in fails("position", path, "--out", path, "--overwrite")
+    assert "is read or written as well" in fails("position", path, "--out", path, "--overwrite")
 
 
 def test_a_linked_output_stays_a_link_to_the_new_grids(tmp_path, detections):
@@ -186,12 +197,12 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
 @pytest.mark.parametrize(
     "bbox, said",
     [
-        ([1, 2, -3, 4], "image 1 (id 6), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
+        ([1, 2, -3, 4], "image 1 (id '6'), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
         ([1, float("nan"), 3, 4], "near"),
-        ([1, 2], "image 6, box 2: bbox [1, 2], score None, expected x, y, width, height"),
-        ([1, 2, 3, None], "image 6, box 2: bbox [1, 2, 3, None]"),
-        ("1234", "image 6, box 2: bbox '1234'"),
-        (None, "image 6, box 2: bbox None"),
+        ([1, 2], "image '6', box 2: bbox [1, 2], score None, expected x, y, width, height"),
+        ([1, 2, 3, None], "image '6', box 2: bbox [1, 2, 3, None]"),
+        ("1234", "image '6', box 2: bbox '1234'"),
+        (None, "image '6', box 2: bbox None"),
     ],
 )
 def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):
@@ -211,8 +222,8 @@ def test_what_a_line_quotes_of_a_file_is_short(tmp_path):
     image, box = {"id": 1, "height": 5, "width": 5}, {"image_id": 1, "bbox": [0, 0, 3, 3]}
     for name, images, boxes, more, said in (
         ("lost", [image], [box], ("--ids", tmp_path / "ids.txt"), "no image 'xxx"),
-        ("bbox", [image], [{**box, "bbox": long}], (), "image 1, box 0: bbox 'xxx"),
-        ("deep", [image], [{**box, "bbox": [[long]]}], (), "image 1, box 0: bbox [['xxx"),
+        ("bbox", [image], [{**box, "bbox": long}], (), "image '1', box 0: bbox 'xxx"),
+        ("deep", [image], [{**box, "bbox": [[long]]}], (), "image '1', box 0: bbox [['xxx"),
         ("many", [{**image, "id": long}], [{**box, "image_id": long}] * 2, ("--n_regions", 1), "has more than 1 boxes"),
         ("size", [{**image, "height": long}], [box], (), "no image sizes in it"),
         ("back", [{**image, "id": long}], [{"image_id": long, "bbox": [3, 3, -1, -1]}], (), "corners are reversed"),

@@ -19,11 +19,9 @@ from processes import LIMIT, run, started, wait_for
 from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, post, scorer_of, serve
 
 from lib import errors
-from lib.errors import InputError
 from Tencent_PFAN import bodies
 from Tencent_PFAN.scan_server_whole import get_parser, main
 from Tencent_PFAN.scoring import Scorer, caption
-from vocab import SPECIAL, Vocabulary, serialize_vocab
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -126,16 +124,6 @@ def test_answers_name_the_model(scorer, port, tmp_path):
     names = [post(port, make_request(seed=seed))[2]["X-Model"] for seed in range(2)]
     assert names == [scorer.digest] * 2
     assert scorer_of(str(tmp_path), lambda_softmax=4.0).digest != scorer.digest
-
-
-def test_a_vocabulary_of_another_size_is_refused(tmp_path):
-    path = make_model(str(tmp_path))
-    vocab = Vocabulary()
-    for word in (*SPECIAL, "新闻"):
-        vocab.add_word(word)
-    serialize_vocab(vocab, str(tmp_path / "load_sent_vocab.json"))
-    with pytest.raises(InputError, match="model.pth.tar: made with a vocabulary of 13 words, found one of 5"):
-        Scorer(path)
 
 
 def test_a_box_that_reaches_outside_is_clipped(port):

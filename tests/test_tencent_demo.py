@@ -1,4 +1,4 @@
-"""The whole Tencent-News flow, from drawn pictures to MAP@1-3 beside chance, on small sizes."""
+"""The whole Tencent-News flow, from drawn images to MAP@1-3 beside chance, on small sizes."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_demo_trains_serves_scores_and_ranks_well_above_chance(tmp_path):
     assert len((data / "train_sent_caps.txt").read_text(encoding="utf-8").splitlines()) == 512
 
 
-def test_chance_is_the_mean_share_of_right_pictures(tmp_path, capsys):
+def test_chance_is_the_mean_share_of_positive_images(tmp_path, capsys):
     flags = [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     (tmp_path / "list.json").write_text("".join(json.dumps({"Img_flags": f}) + "\n" for f in flags))
     for result, number in ("one", 0.5), ("two", 0.75):

@@ -28,18 +28,8 @@ def parts(tmp_path):
 
 
 def tsv_args(folder, *more):
-    return (
-        folder / "a.tsv",
-        folder / "b.tsv",
-        "--out",
-        folder / "out",
-        "--img_dim",
-        D,
-        "--ids",
-        f"train={folder}/train.txt",
-        f"test={folder}/test.txt",
-        *more,
-    )
+    lists = (f"train={folder}/train.txt", f"test={folder}/test.txt")
+    return (folder / "a.tsv", folder / "b.tsv", "--out", folder / "out", "--img_dim", D, "--ids", *lists, *more)
 
 
 def test_tsv_parts_become_a_dataset_in_the_order_of_the_id_lists(tmp_path, parts):
@@ -110,22 +100,12 @@ def test_skipping_images_takes_their_captions_along(tmp_path, parts):
     (tmp_path / "out").mkdir()
     write_lines(tmp_path / "out/train_ids.txt", [10, 11, 777, 13])
     write_lines(tmp_path / "out/train_caps.txt", [f"{i} {j}" for i in (10, 11, 777, 13) for j in range(5)])
-    ok(
-        "tsv_to_dataset",
-        tmp_path / "a.tsv",
-        tmp_path / "b.tsv",
-        "--out",
-        tmp_path / "out",
-        "--img_dim",
-        D,
-        "--skip_bad",
-    )
+    args = (tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D)
+    ok("tsv_to_dataset", *args, "--skip_bad")
     lines = (tmp_path / "out/train_caps.txt").read_text().splitlines()
     assert lines == [f"{i} {j}" for i in (10, 11, 13) for j in range(5)]
     assert np.load(tmp_path / "out/train_ims.npy").shape == (3, R, D)
-    assert "there already" in ok(
-        "tsv_to_dataset", tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D
-    )
+    assert "there already" in ok("tsv_to_dataset", *args)
 
 
 @pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
@@ -135,43 +115,16 @@ def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
     scores = rng.random(50)
     fields = "image_id,image_w,image_h,num_boxes,boxes,features,objects_conf"
     write_lines(tmp_path / "t.tsv", [tsv_line(1, *many, 500, 375, scores), tsv_line(2, *few, 500, 375, np.ones(10))])
-    out = ok(
-        "tsv_to_dataset",
-        tmp_path / "t.tsv",
-        "--out",
-        tmp_path / "out",
-        "--all",
-        "train",
-        "--img_dim",
-        D,
-        "--regions",
-        regions,
-        "--n_regions",
-        n,
-        "--fields",
-        fields,
-    )
+    args = (tmp_path / "t.tsv", "--all", "train", "--img_dim", D, "--fields", fields, "--out")
+    out = ok("tsv_to_dataset", *args, tmp_path / "out", "--regions", regions, "--n_regions", n)
     assert "padded" in out
     images, boxes = (np.load(tmp_path / f"out/train_{name}.npy") for name in ("ims", "boxes"))
     best = np.argsort(-scores.astype("<f4"), kind="stable")[:36] if regions == "best" else np.arange(50)
     np.testing.assert_array_equal(images[0, :kept], many[1][best])
     np.testing.assert_array_equal(images[1, :10], few[1])
     assert (images[1, 10:] == 0).all() and (boxes[1, 10:, :15] == 256).all() and (boxes[1, 10:, 15:] == 0).all()
-    assert "36 (--regions fixed)" in (
-        fails(
-            "tsv_to_dataset",
-            tmp_path / "t.tsv",
-            "--out",
-            tmp_path / "o2",
-            "--all",
-            "train",
-            "--img_dim",
-            D,
-            "--fields",
-            fields,
-        )
-        and (tmp_path / "o2/tsv_problems.txt").read_text()
-    )
+    fails("tsv_to_dataset", *args, tmp_path / "o2")
+    assert "36 (--regions fixed)" in (tmp_path / "o2/tsv_problems.txt").read_text()
 
 
 def test_a_killed_run_leaves_no_half_file_and_the_next_one_goes_on(tmp_path):

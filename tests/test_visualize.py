@@ -1,5 +1,6 @@
-"""Figures: each command writes a picture, from the numbers that the rest of the project computes."""
+"""Figures: each command writes an image, from the numbers that the rest of the project computes."""
 
+import io
 import os
 import subprocess
 import sys
@@ -9,11 +10,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from folders import make_folder, save_model
+from matplotlib import font_manager
 from PIL import Image
 
+from lib import events
 from lib.errors import InputError, run
 from scripts import visualize
-from train import tensorboard_logger
 
 
 @pytest.fixture(scope="module")
@@ -23,13 +25,24 @@ def toy(tmp_path_factory):
     where = make_folder(root, splits={"dev": 6, "test": 8}, n_regions=4)
     save_model(root / "attention.pth.tar", *where)
     save_model(root / "none.pth.tar", *where, position="none")
-    log = tensorboard_logger.Logger(str(root / "run"), flush_secs=1)
-    for step in range(20):
-        log.log_value("Le", 20.0 - step, step=step)
-    for step in (9, 19):
-        log.log_value("rsum", 10.0 * step, step=step)
-    log.writer.flush() if hasattr(log, "writer") else None
+    for name, run_mark in (("run", "a"), ("_run", "b")):
+        log_run(root / name, run_mark)
+    os.mkdir(root / "older")  # of a version that wrote TensorBoard's files only
+    for path in (root / "run").glob("*tfevents*"):
+        path.rename(root / "older" / path.name)
     return root
+
+
+def log_run(folder, run_mark, steps=range(20), offset=0.0):
+    """Log a run as train.py does: the loss of each step, rsum after every tenth."""
+    events.configure(str(folder), run_mark)
+    for step in steps:
+        events.log_value("Le", offset + 20.0 - step, step)
+        if step % 10 == 9:
+            events.log_value("rsum", offset + 10.0 * step, step)
+    events.close()
+    for path in folder.glob("events*"):  # another of the same second would have the same name
+        path.rename(folder / f"run {len(list(folder.iterdir()))}.tfevents")
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +59,9 @@ def draw(*flags):
 
 FIGURES = [
     ("search", "--model_path", "{}/attention.pth.tar", "--sentence", "a red ball", "--top", "2"),
-    ("captions", "--model_path", "{}/none.pth.tar", "--picture", "3"),
+    ("captions", "--model_path", "{}/none.pth.tar", "--picture", "3"),  # --image as older versions call it
     ("positions", "--model_path", "{}/attention.pth.tar"),
-    ("curves", "{}/run"),
+    ("curves", "{}/run", "{}/older"),
     ("ablation", "--model_path", "{}/attention.pth.tar", "{}/none.pth.tar"),
 ]
 
@@ -59,8 +72,8 @@ def test_every_figure_is_written_as_a_png(toy, tmp_path, monkeypatch, flags):
     words = [word.format(toy) for word in flags]
     monkeypatch.setattr("sys.argv", ["visualize.py", *words, "--out", str(out), "--dpi", "40"])
     visualize.main()
-    with Image.open(out) as picture:
-        assert picture.format == "PNG" and len(np.unique(picture.convert("L"))) > 5
+    with Image.open(out) as image:
+        assert image.format == "PNG" and len(np.unique(image.convert("L"))) > 5
     assert os.listdir(tmp_path) == ["figure.png"]
 
 
@@ -95,24 +108,79 @@ def test_ablation_bars_are_the_recalls_with_their_intervals(toy, capsys):
     assert labels[0].startswith("PFAN-A t2i, rsum ") and labels[1].startswith("SCAN t2i, rsum ")
 
 
-def test_curves_are_what_was_logged(toy):
-    scalars = visualize.read_run(str(toy / "run"))
-    assert scalars["Le"].tolist() == [[step, 20.0 - step] for step in range(20)]
-    assert scalars["rsum"].tolist() == [[9, 90.0], [19, 190.0]]
-    figure = draw("curves", toy / "run")
-    (line,) = figure.axes[1].lines
-    assert line.get_xydata().tolist() == [[9, 90.0], [19, 190.0]]
+def curve_of(figure, number=1):
+    """Labels and points of the lines of one of the curves' axes, 1 being rsum's."""
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[number].lines}
 
 
-def test_a_file_cut_short_keeps_its_whole_events(toy, tmp_path):
-    (source,) = (toy / "run").iterdir()
-    (tmp_path / source.name).write_bytes(source.read_bytes()[:-7])
-    scalars = visualize.read_run(str(tmp_path))
-    assert scalars["Le"].shape == (20, 2) and len(scalars["rsum"]) == 1
+@pytest.mark.parametrize("folder", ["run", "older"])
+def test_curves_are_what_was_logged(toy, folder):
+    figure = draw("curves", toy / folder)
+    assert curve_of(figure) == {str(toy / folder): [[9, 90.0], [19, 190.0]]}
+    (loss,) = curve_of(figure, 0).values()
+    assert loss == [[19, pytest.approx(10.5)]]  # the mean of 20 steps
 
 
-def test_the_running_mean_of_a_constant_is_the_constant():
-    assert visualize.smooth(np.full(50, 3.0)) == pytest.approx(3.0)
+def test_a_resumed_run_is_one_line_with_its_last_values(tmp_path):
+    log_run(tmp_path, "a")
+    log_run(tmp_path, "a", range(15, 40), offset=0.5)
+    points = [[9, 90.0], [19, 190.5], [29, 290.5], [39, 390.5]]
+    assert list(curve_of(draw("curves", tmp_path)).values()) == [points]
+    (tmp_path / events.METRICS).unlink()  # TensorBoard's files alone give the same
+    assert list(curve_of(draw("curves", tmp_path)).values()) == [points]
+
+
+def test_two_runs_in_one_folder_are_two_lines(tmp_path):
+    log_run(tmp_path, "a")
+    log_run(tmp_path, "b", offset=0.5)
+    expected = {
+        f"{tmp_path}, run 1": [[9, 90.0], [19, 190.0]],
+        f"{tmp_path}, run 2": [[9, 90.5], [19, 190.5]],
+    }
+    assert curve_of(draw("curves", tmp_path)) == expected
+    (tmp_path / events.METRICS).unlink()
+    assert curve_of(draw("curves", tmp_path)) == expected
+
+
+def test_logs_of_a_killed_run_keep_what_is_whole(toy, tmp_path):
+    for folder, cut in (("older", 7), ("run", 3)):
+        (source,) = (toy / folder).iterdir()
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / source.name).write_bytes(source.read_bytes()[:-cut])
+        assert list(curve_of(draw("curves", tmp_path / folder)).values()) == [[[9, 90.0]]]
+
+
+# ---------------------------------------------------------------- text as typed
+
+
+def test_a_folder_named_with_an_underscore_is_in_the_legend(toy):
+    figure = draw("curves", toy / "_run")
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [str(toy / "_run")]
+
+
+def test_a_price_and_half_of_an_emoji_in_a_sentence_are_drawn(toy, tmp_path, monkeypatch):
+    words = ["search", "--model_path", f"{toy}/attention.pth.tar", "--sentence", "a $5 or $10_{ ball \ud83d"]
+    monkeypatch.setattr("sys.argv", ["visualize.py", *words, "--out", str(tmp_path / "x.png"), "--dpi", "40"])
+    visualize.main()
+    assert (tmp_path / "x.png").exists()
+
+
+def test_a_character_that_the_usual_font_lacks_is_drawn_by_one_that_has_it(recwarn):
+    usual, *others = (
+        {*font_manager.get_font(path).get_charmap()}
+        for path in (
+            font_manager.findfont(visualize.FONT),
+            *(font.fname for font in font_manager.fontManager.ttflist if font.name != visualize.PLACEHOLDERS),
+        )
+    )
+    figure = plt.figure()
+    figure.text(0.5, 0.5, chr(min(set().union(*others) - usual)))
+    visualize.show_as_typed(figure)
+    figure.savefig(io.BytesIO())
+    assert not [str(warning.message) for warning in recwarn if "missing from font" in str(warning.message)]
+
+
+# ---------------------------------------------------------------- positions, refusals
 
 
 def test_position_maps_compare_cells_by_what_fc_makes_of_them(toy):
@@ -127,8 +195,8 @@ def test_position_maps_compare_cells_by_what_fc_makes_of_them(toy):
     "flags, said",
     [
         (("positions", "--model_path", "{}/none.pth.tar"), "none.pth.tar: holds no position embedding"),
-        (("captions", "--model_path", "{}/none.pth.tar", "--picture", "8"), "--picture 8: expected 0 to 7"),
-        (("curves", "{}/vocab"), "vocab: no TensorBoard files"),
+        (("captions", "--model_path", "{}/none.pth.tar", "--image", "8"), "--image 8: expected 0 to 7"),
+        (("curves", "{}/vocab"), "vocab: no metrics.csv and no TensorBoard files"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", " "), "expected at least one word"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", "xyzzy!"), "is in the vocabulary (xyzzy)"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", "a", "--top", "99"), "expected --top 1 to 10"),
@@ -142,7 +210,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(toy, tmp_path, monkeypatch, ca
     assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1] and not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("flags", [("search", "--sentence", "a red ball"), ("captions", "--picture", "3")])
+@pytest.mark.parametrize("flags", [("search", "--sentence", "a red ball"), ("captions", "--image", "3")])
 def test_features_that_give_nan_are_one_line(tmp_path, monkeypatch, capsys, flags):
     where = make_folder(tmp_path, splits={"dev": 6, "test": 8}, n_regions=4)
     save_model(tmp_path / "model.pth.tar", *where)
@@ -155,11 +223,11 @@ def test_features_that_give_nan_are_one_line(tmp_path, monkeypatch, capsys, flag
         run(visualize.main)
     last = capsys.readouterr().err.splitlines()[-1]
     assert left.value.code == 2 and not out.exists()
-    assert last.startswith(f"error: {tmp_path / 'model.pth.tar'}: picture ") and f"of {features} gives NaN" in last
+    assert last.startswith(f"error: {tmp_path / 'model.pth.tar'}: image ") and f"of {features} gives NaN" in last
 
 
 def test_an_ablation_on_other_captions_of_the_same_number_is_refused(toy, tmp_path):
-    """Flickr30K's and MS-COCO's test splits both have 1,000 pictures of 5 captions."""
+    """Flickr30K's and MS-COCO's test splits both have 1,000 images of 5 captions."""
     where = make_folder(tmp_path, splits={"dev": 6, "test": 8}, n_regions=4, seed=1)
     save_model(tmp_path / "other.pth.tar", *where)
     with pytest.raises(InputError, match="other.pth.tar: ranks the test split of .*, other captions than"):
@@ -167,13 +235,23 @@ def test_an_ablation_on_other_captions_of_the_same_number_is_refused(toy, tmp_pa
 
 
 def test_a_run_that_logged_none_of_the_curves_is_refused(tmp_path):
-    log = tensorboard_logger.Logger(str(tmp_path / "other"), flush_secs=1)
-    log.log_value("accuracy", 1.0, step=1)
+    events.configure(str(tmp_path / "other"))
+    events.log_value("accuracy", 1.0, 1)
+    events.close()
     with pytest.raises(InputError, match="other: logs accuracy, expected Le, rsum, r1, r1i of train.py"):
         draw("curves", tmp_path / "other")
 
 
-def test_a_file_that_is_no_tensorboard_file_is_an_error(tmp_path):
-    (tmp_path / "events.out.tfevents.1").write_bytes(b"\xff" * 100)
-    with pytest.raises(InputError, match="not a TensorBoard file"):
-        visualize.read_run(str(tmp_path))
+@pytest.mark.parametrize(
+    "name, said", [("events.out.tfevents.1", "not a TensorBoard file"), ("metrics.csv", "expected run,step,name,value")]
+)
+def test_a_file_of_another_kind_is_an_error(tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"\xff\n" * 100)
+    with pytest.raises(InputError, match=f"{name}.*: .*{said}"):
+        draw("curves", tmp_path)
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["visualize.py", "curves", "missing", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="is no file, expected one or a free name"):
+        visualize.main()

@@ -91,11 +91,12 @@ class BoxFile:
         with open(self.path, "rb") as file:
             is_list = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         images = {} if is_list else dict(self._items("images", "id"))
-        found = {name: array("f") for name in images}  # x1, y1, x2, y2, score of each box
+        found, strangers = {name: array("f") for name in images}, 0  # x1, y1, x2, y2, score of each box
         for name, item in self._items("" if is_list else "annotations", "image_id"):
             values = found.setdefault(name, array("f")) if is_list else found.get(name)
             if values is None:
-                continue  # of no image of the file
+                strangers += 1
+                continue
             try:
                 x, y, width, height = map(float, item["bbox"] if isinstance(item["bbox"], list) else ())
                 values.extend((x, y, x + width, y + height, float(item.get("score", 0))))
@@ -104,6 +105,8 @@ class BoxFile:
                 expected = "expected x, y, width, height, and a number"
                 place = f"image {brief(name)}, box {len(values) // 5}"
                 raise InputError(f"{self.path}: {place}: {what}, {expected}") from None
+        if strangers:
+            print(f"note: {self.path}: {strangers} boxes are of images that it does not list, and left out")
         counts = np.array([len(values) // 5 for values in found.values()], dtype=np.int64)
         if not counts.any():
             raise InputError(f"{self.path}: no boxes for any of {len(found)} images")
@@ -124,12 +127,12 @@ class BoxFile:
             self.sizes = _sizes_of(images.values())
 
     def _items(self, name, key):
-        """Yield (item[key], item) for the items of the array called name, "" for the whole file."""
+        """Yield (item[key] as text, item) for the items of the array called name, "" for the whole file."""
         for number, item in enumerate(json_items(self.path, name)):
             if not isinstance(item, dict) or not isinstance(item.get(key), (int, str)):
                 place = f"{name or 'detection'} {number}"
                 raise InputError(f"{self.path}: {place}: {brief(item)}, expected an object with {key}")
-            yield item[key], item
+            yield str(item[key]), item
 
     def _pick(self, ids_path):
         """Keep the images of an id list, in its order."""

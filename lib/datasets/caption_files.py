@@ -1,6 +1,8 @@
 """Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
 
+import contextlib
 import csv
+import io
 import os
 import re
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from lib.errors import InputError, brief
 from lib.files import read_lines
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test", "dev": "dev", "valid": "dev"}
+SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile(r"\s*[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+\s*")
 IMAGE_COLUMNS = {"image", "image_name", "image_id", "filename", "file_name"}
 CAPTION_COLUMNS = {"caption", "comment", "sentence", "text"}
@@ -73,17 +76,20 @@ def read_karpathy(path: str, problems: Problems) -> Captions:
 
 def read_coco(paths: list[str], problems: Problems) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
+    from pycocotools.coco import COCO
+
     captions = Captions(problems)
     for path in paths:
-        found = {}
         try:
-            for image in json_items(path, "images"):
-                found[image["id"]] = []
-            for item in json_items(path, "annotations"):
-                found[item["image_id"]].append((item["id"], item["caption"]))
-            for image_id, pairs in sorted(found.items()):
-                captions.add(f"{path}: image {image_id}", image_id, [text for _, text in sorted(pairs)])
-        except (KeyError, TypeError, AttributeError) as error:
+            with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
+                coco = COCO(path)
+            for image_id in sorted(coco.imgs):
+                annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
+                texts = [SURROGATE.sub(HALF, annotation["caption"]) for annotation in annotations]
+                captions.add(f"{path}: image {image_id}", image_id, texts)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
             reason = f"{type(error).__name__}: {str(error)[:100]}"
             raise InputError(f"{path}: not an official captions file ({reason})") from None
     return captions

@@ -14,7 +14,7 @@ from lib.errors import InputError, brief
 from lib.files import read_lines
 
 SPLITS = ("train", "dev", "test", "testall")
-IMAGE_SUFFIX = re.compile(r"\.(jpe?g|png|bmp|gif|webp|tiff?|ppm|pgm)$", re.IGNORECASE)
+IMAGE_SUFFIX = re.compile(r"\.(jpe?g|jfif|png|bmp|gif|webp|avif|tiff?|ppm|pgm)$", re.IGNORECASE)
 
 
 def canonical_id(image_id: str | int) -> str:

@@ -75,7 +75,7 @@ class Split:
 
 
 class Partner(NamedTuple):
-    """A image of the source: its Split and row there."""
+    """An image of the source: its Split and row there."""
 
     split: Split
     row: int
@@ -125,6 +125,7 @@ def pair(
     for split in reference:
         partners = pairs[split.split] = []
         finder.prepare(split)
+        taken: dict = {}
         for row in tqdm(range(split.n), desc=f"{split.split}: pairing by {by}", unit="image", disable=None):
             hits = nearest(finder.find(split, row), split)
             partners.append(hits[0] if len(hits) == 1 else None)
@@ -134,6 +135,9 @@ def pair(
             elif len(hits) > 1:
                 others = "; ".join(hit.split.title(hit.row) for hit in hits[:3])
                 problems.add("ambiguous", split.title(row), f"{len(hits)} partners: {others}")
+            elif (first := taken.setdefault(hits[0], row)) != row:
+                partners[row] = None
+                problems.add("ambiguous", split.title(row), f"has the partner of {split.title(first)}")
     for split in source:
         left = sum((split, row) not in used for row in range(split.n))
         if left:
@@ -144,7 +148,7 @@ def pair(
 def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     """Of partners in several splits those in the split's namesake, else those in the first of the splits.
 
-    A image that stands in test and in testall is one image.
+    An image that stands in test and in testall is one image.
     """
     same = [hit for hit in hits if hit.split.split == split.split]
     return same or [hit for hit in hits if hit.split is hits[0].split]

@@ -1,4 +1,4 @@
-"""Do these boxes belong to these features? Regions of a image that overlap look alike.
+"""Do these boxes belong to these features? Regions of an image that overlap look alike.
 
 Of each image, over all pairs of its regions: the overlap of their position grids, and the likeness of their
 features. With its boxes the two correlate (0.68 on photographs with a detector's boxes, 0.00 with the boxes of another
@@ -213,7 +213,7 @@ def _leads(alike, images, overlap):
     """
     n = len(images)
     best, score, second = np.empty(n, dtype=np.int64), np.empty(n), np.zeros(n)
-    rival = np.zeros(len(overlap))  # of each boxes, the highest score of a image that they are not the best for
+    rival = np.zeros(len(overlap))  # of each boxes, the highest score of an image that they are not the best for
     for start in range(0, n, BLOCK):
         block = slice(start, start + BLOCK)
         scores = alike[images[block]] @ overlap.T

@@ -11,7 +11,7 @@ MOST_SHARE = 1.5  # some detectors overshoot 1 a little
 
 
 class Regions(NamedTuple):
-    """The regions of a image.
+    """The regions of an image.
 
     boxes (n, 4): x1, y1, x2, y2 in the units of size; None where there are none. features (n, D).
     size: (height, width), (1, 1) for boxes from 0 to 1; None where there are no boxes.
@@ -30,7 +30,7 @@ def are_shares(boxes: np.ndarray) -> bool:
 
 
 def fit(regions: Regions, n_regions: int, choice: str) -> Regions:
-    """Bring a image to n_regions regions.
+    """Bring an image to n_regions regions.
 
     choice: "fixed" takes no other number; "best" keeps the n_regions best (by score where there is one, else the
     first) and pads with zero features and boxes without area; "all" pads alike and drops none.

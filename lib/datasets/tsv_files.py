@@ -1,4 +1,4 @@
-"""Feature files with a image a line, tab-separated: bottom-up-attention's, LXMERT's and VinVL's."""
+"""Feature files with an image a line, tab-separated: bottom-up-attention's, LXMERT's and VinVL's."""
 
 import base64
 import binascii
@@ -83,7 +83,7 @@ def read_lines(paths: list[str], progress: bool = True) -> Iterator[tuple[str, l
                     bar.update(len(line))
                     where = f"{path}, line {number}"
                     if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
-                        raise InputError(f"{where}: longer than {LONGEST_LINE} bytes, expected a image a line")
+                        raise InputError(f"{where}: longer than {LONGEST_LINE} bytes, expected an image a line")
                     values = line.rstrip(b"\r\n").split(b"\t")
                     if number > 1 or not HEADER & set(values):
                         yield where, values

@@ -8,18 +8,17 @@ from numpy.lib.format import open_memmap
 from torch.nn.functional import normalize
 
 from data import pad
-from lib.constants import N_CELLS, N_REGIONS, N_SLOTS
+from lib.constants import N_REGIONS, N_SLOTS, SPECIAL
 from lib.files import write_lines
 from position import position_grid
 from train import get_parser
-from vocab import SPECIAL, Vocabulary
+from vocab import Vocabulary
 
 
-def flags(s, cross_attn="t2i", **changes):
+def flags(s, way="t2i", **changes):
     """The flags of the published Flickr30K run, as train.py parses them, at the sizes s."""
-    smooth = {"t2i": "9", "i2t": "4"}[cross_attn]
-    words = f"--max_violation --bi_gru --agg_func Mean --cross_attn {cross_attn} --lambda_softmax {smooth}".split()
-    opt = get_parser().parse_args([*words, "--device", s.device])
+    words = f"--max_violation --bi_gru --agg_func Mean --cross_attn {way} --lambda_softmax {9 if way == 't2i' else 4}"
+    opt = get_parser().parse_args([*words.split(), "--device", s.device])
     sizes = {name: getattr(s, name) for name in ("embed_size", "img_dim", "word_dim", "vocab_size", "batch_size")}
     vars(opt).update(sizes, **changes)
     return opt
@@ -31,26 +30,16 @@ def caption_lengths(rng, n):
 
 
 def embeddings(s, n_images):
-    """Images (n, R, D), packed words (ΣW, D), lengths: each word a noisy copy of a region of its caption's image.
-
-    Regions are noisy copies of one of n concepts, so that images are alike and recall is neither 0 nor 100.
-    """
+    """Random images (n, R, D), words (ΣW, D), lengths."""
     torch.manual_seed(0)
-    size = s.embed_size
     lens = caption_lengths(np.random.default_rng(0), n_images * s.per_image)
-    concepts = normalize(torch.randn(n_images, size), dim=-1)
-    images, words, ends = torch.empty(n_images, N_REGIONS, size), torch.empty(sum(lens), size), np.cumsum([0, *lens])
-    for i in range(n_images):
-        regions = concepts[torch.randint(n_images, (N_REGIONS,))]
-        images[i] = normalize(regions + normalize(torch.randn(N_REGIONS, size), dim=-1), dim=-1)
-        block = words[ends[i * s.per_image] : ends[(i + 1) * s.per_image]]
-        noise = normalize(torch.randn(block.shape), dim=-1)
-        block[:] = normalize(s.signal * images[i][torch.randint(N_REGIONS, (len(block),))] + noise, dim=-1)
-    return images, words, lens
+    images, words = torch.randn(n_images, N_REGIONS, s.embed_size), torch.randn(sum(lens), s.embed_size)
+    return normalize(images, dim=2, out=images), normalize(words, dim=1, out=words), lens
 
 
-def random_boxes(rng, n):
+def random_boxes(n):
     """Boxes (n, R, 4) in pixels, heights and widths (n, 2)."""
+    rng = np.random.default_rng(0)
     sizes = rng.integers(300, 500, (n, 2)).astype(float)
     corners = np.sort(rng.random((n, N_REGIONS, 2, 2)), axis=2) * sizes[:, None, None, ::-1]
     return corners.reshape(n, N_REGIONS, 4), sizes
@@ -59,11 +48,9 @@ def random_boxes(rng, n):
 def random_batch(s, n):
     """A batch as collate_fn gives it."""
     torch.manual_seed(0)
-    rng = np.random.default_rng(0)
-    lens = sorted(caption_lengths(rng, n), reverse=True)
-    grids = torch.from_numpy(position_grid(*random_boxes(rng, n)))
+    lens = sorted(caption_lengths(np.random.default_rng(0), n), reverse=True)
     captions = [torch.randint(s.vocab_size, (length,)) for length in lens]
-    return torch.rand(n, N_REGIONS, s.img_dim), grids, pad(captions), lens
+    return torch.rand(n, N_REGIONS, s.img_dim), torch.from_numpy(position_grid(*random_boxes(n))), pad(captions), lens
 
 
 def make_split(s, folder, split, n_images, sparse=False):
@@ -71,12 +58,10 @@ def make_split(s, folder, split, n_images, sparse=False):
     os.makedirs(folder, exist_ok=True)
     rng, prefix = np.random.default_rng(0), os.path.join(folder, split)
     images = open_memmap(prefix + "_ims.npy", "w+", np.float32, (n_images, N_REGIONS, s.img_dim))
-    boxes = open_memmap(prefix + "_boxes.npy", "w+", np.float32, (n_images, N_REGIONS, 2 * N_SLOTS))
-    for start in range(0, 0 if sparse else n_images, 64):
-        block = slice(start, start + 64)
-        images[block] = rng.random(images[block].shape, dtype=np.float32)
-        boxes[block, :, :N_SLOTS] = rng.integers(0, N_CELLS, boxes[block, :, :N_SLOTS].shape)
-        boxes[block, :, N_SLOTS:] = 1 / N_SLOTS
+    boxes = open_memmap(prefix + "_boxes.npy", "w+", np.float32, (n_images, N_REGIONS, 2 * N_SLOTS + 1))
+    if not sparse:
+        images[:] = rng.random(images.shape, dtype=np.float32)
+        boxes[:] = position_grid(*random_boxes(n_images))
     lens = caption_lengths(rng, n_images * s.per_image)
     words = (rng.integers(s.vocab_size - len(SPECIAL), size=length - 2) for length in lens)
     write_lines(prefix + "_caps.txt", (" ".join(f"w{i}" for i in caption) for caption in words))

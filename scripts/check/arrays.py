@@ -1,88 +1,80 @@
 """Checks of features, position grids and whole-image features, each and against each other."""
 
 import os
+from typing import Any
 
 import numpy as np
 
 from lib.constants import N_CELLS, N_SLOTS
-from lib.datasets.checks import bad_cells, bad_weights
 from lib.datasets.region_match import Judgement, judge, judge_whole
+from lib.files import open_npy
 from scripts.check.report import Report, blocks, sample_rows
 
 SAMPLE = 100  # images whose boxes and whole-image features are compared with their features
-OFF_SUM = "weights of a region that do not sum to 1"
 
 
-def check_features(array: np.memmap, report: Report) -> np.ndarray:
-    """NaN or infinite values, zero rows. Returns which rows equal the row before: (n - 1,) bool."""
-    low, high, bad, zero, last = np.inf, -np.inf, [], 0, None
-    same = np.zeros(len(array), dtype=bool)
+def check_features(path: str, report: Report) -> None:
+    """NaN or infinite values, and rows that are all zero, of a file of features, where there is one."""
+    array = report.attempt(open_npy, path) if os.path.isfile(path) else None
+    if array is None or 0 in (array.shape or (0,)):
+        return  # opening the data set names what is wrong
+    low, high, bad, zero = np.inf, -np.inf, [], 0
     for start, rows in blocks(array):
-        flat = rows.reshape(len(rows), -1)
-        finite = np.isfinite(flat).all(1)
+        finite = np.isfinite(rows.reshape(len(rows), -1)).all(1)
         bad += (start + np.flatnonzero(~finite)).tolist()
         if finite.any():
-            low, high = min(low, flat[finite].min()), max(high, flat[finite].max())
+            low, high = min(low, rows[finite].min()), max(high, rows[finite].max())
         zero += int((rows == 0).all(-1).sum())
-        before = np.concatenate([flat[:1] if last is None else last, flat[:-1]])
-        same[start : start + len(rows)] = (flat == before).all(1)
-        last = flat[-1:].copy()
-    report.row(os.path.basename(array.filename), array.shape, array.dtype, f"{low:.4g} to {high:.4g}")
+    report.row(os.path.basename(path), array.shape, array.dtype, f"{low:.4g} to {high:.4g}")
     if bad:
-        report.faults.append(f"{array.filename}: NaN or infinite features in {len(bad)} images, the first is {bad[0]}")
+        report.faults.append(f"{path}: NaN or infinite features in {len(bad)} images, the first is {bad[0]}")
     rows = int(np.prod(array.shape[:-1]))
     if zero == rows:
-        report.faults.append(f"{array.filename}: all of the {rows} rows are zero, expected features")
+        report.faults.append(f"{path}: all of the {rows} rows are zero, expected features")
     elif zero:
-        report.notes.append(f"{array.filename}: {zero} of {rows} rows are all zero (padding)")
-    return same[1:]
+        report.notes.append(f"{path}: {zero} of {rows} rows are all zero (padding)")
 
 
-def check_grids(array: np.memmap, report: Report) -> None:
-    """Cell indices, weights and their sums of position grids."""
-    bad = {f"cell indices outside 0 to {N_CELLS}": [], "weights outside 0 to 1": [], OFF_SUM: []}
-    empty, no_cell = 0, 0
+def describe_grids(array: np.ndarray, report: Report) -> None:
+    """How many regions and slots of position grids are empty, and where weights do not sum to 1."""
+    off_sum, empty, no_cell = [], 0, 0
     for start, grids in blocks(array):
-        cells, total = grids[..., :N_SLOTS], grids[..., N_SLOTS : 2 * N_SLOTS].sum(-1)
-        wrong = (
-            bad_cells(grids).any((1, 2)),
-            bad_weights(grids).any((1, 2)),
-            ((np.abs(total - 1) > 1e-3) & (total != 0)).any(1),
-        )
-        for name, images in zip(bad, wrong, strict=True):
-            bad[name] += (start + np.flatnonzero(images)).tolist()
+        total = grids[..., N_SLOTS : 2 * N_SLOTS].sum(-1)
+        off_sum += (start + np.flatnonzero(((np.abs(total - 1) > 1e-3) & (total != 0)).any(1))).tolist()
         empty += int((total == 0).sum())
-        no_cell += int((cells == N_CELLS).sum())
+        no_cell += int((grids[..., :N_SLOTS] == N_CELLS).sum())
     regions = int(np.prod(array.shape[:2]))
-    report.row(
-        os.path.basename(array.filename),
-        array.shape,
-        array.dtype,
-        f"{empty / regions:.1%} regions without area, {no_cell / regions / N_SLOTS:.1%} slots without a cell",
-    )
-    for name, images in bad.items():
-        if images:
-            lines = report.notes if name == OFF_SUM else report.faults
-            lines.append(f"{array.filename}: {name} in {len(images)} images, the first is {images[0]}")
+    shares = f"{empty / regions:.1%} regions without area, {no_cell / regions / N_SLOTS:.1%} slots without a cell"
+    report.row(os.path.basename(array.filename), array.shape, array.dtype, shares)
+    if off_sum:
+        what = f"weights of a region that do not sum to 1 in {len(off_sum)} images, the first is {off_sum[0]}"
+        report.notes.append(f"{array.filename}: {what}")
 
 
-def compare_boxes(images: np.memmap, boxes: np.memmap, n_images: int, report: Report) -> None:
-    """Whether the boxes of a sample of images belong to their features."""
-    judgement = judge(sample_rows(images, n_images, SAMPLE), sample_rows(boxes, n_images, SAMPLE))
-    wrong = f"{boxes.filename}: of other images or regions than {images.filename}"
-    _tell(judgement, boxes, f"{wrong}: {judgement}; scripts/align.py puts them in order", report)
+def compare_boxes(dataset: Any, report: Report) -> None:
+    """Whether the boxes of a sample of a data set's images belong to their features."""
+    judgement = judge(*(sample_rows(array, dataset.n_images, SAMPLE) for array in (dataset.images, dataset.boxes)))
+    wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
+    _tell(judgement, dataset.prefix + "_boxes.npy", wrong + "; scripts/align.py puts them in order", report)
 
 
-def compare_whole(images: np.memmap, whole: np.memmap, report: Report) -> None:
-    """Whether the whole-image features of a sample of images belong to their regions'."""
-    judgement = judge_whole(sample_rows(images, len(images), SAMPLE), sample_rows(whole, len(images), SAMPLE))
-    _tell(judgement, whole, f"{whole.filename}: of other images than {images.filename}: {judgement}", report)
+def check_whole(path: str, images: np.ndarray, report: Report) -> None:
+    """Whole-image features, and whether those of a sample of images belong to their regions', images."""
+    check_features(path, report)
+    whole = report.attempt(open_npy, path)
+    if whole is None:
+        return
+    if whole.shape != (len(images), images.shape[2]):
+        report.faults.append(f"{path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
+        return
+    judgement = judge_whole(*(sample_rows(array, len(images), SAMPLE) for array in (images, whole)))
+    _tell(judgement, path, f"of other images than their regions: {judgement}", report)
 
 
-def _tell(judgement: Judgement, array: np.memmap, fault: str, report: Report) -> None:
+def _tell(judgement: Judgement, path: str, wrong: str, report: Report) -> None:
     if judgement.wrong:
-        report.faults.append(fault)
+        report.faults.append(f"{path}: {wrong}")
     elif judgement.wrong is None:
-        report.notes.append(f"{array.filename}: {judgement}")
+        report.notes.append(f"{path}: {judgement}")
     else:
         report.row("", f"{judgement.n_images} images", "", str(judgement))

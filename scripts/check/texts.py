@@ -20,19 +20,8 @@ BETTER = 1.5  # times the words in common that tell one image's captions from tw
 CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4
 
 
-def check_captions(path: str, vocab: Vocabulary | None, report: Report, allow_empty: bool) -> list[str]:
-    """Count captions, words and unknown words. Returns the captions, [] where they cannot be read."""
-    try:
-        captions = read_lines(path)
-    except InputError as error:
-        report.faults.append(str(error))
-        return []
-    empty = [number for number, caption in enumerate(captions, 1) if not caption]
-    if empty and not allow_empty:
-        report.faults.append(f"{path}: {len(empty)} empty lines, the first is {empty[0]} (--allow_empty_captions)")
-    if not captions:
-        report.faults.append(f"{path}: no captions")
-        return []
+def check_captions(path: str, captions: list[str], vocab: Vocabulary | None, report: Report) -> None:
+    """Count the words and unknown words of the captions of the file at path."""
     lengths, unknown = np.zeros(len(captions), dtype=np.int64), 0
     split = vocab.tokenize if vocab else tokenize
     for i, caption in enumerate(tqdm(captions, desc=os.path.basename(path), unit="caption", leave=False, disable=None)):
@@ -50,12 +39,11 @@ def check_captions(path: str, vocab: Vocabulary | None, report: Report, allow_em
         report.faults.append(fault)
     elif rate > MANY_UNKNOWN:
         report.notes.append(f"{path}: {rate:.1%} of the words are not in the vocabulary")
-    return captions
 
 
 def check_groups(path: str, captions: Sequence[str], per_image: int, report: Report) -> None:
     """Whether captions that stand together are of one image: they share more words than those of neighbours."""
-    if per_image < 2 or len(captions) < 10 * per_image:
+    if len(captions) < 10 * per_image:
         return
     n = len(captions) // per_image
     words = [set(caption.lower().split()) for caption in captions]

@@ -1,4 +1,4 @@
-"""Pictures of the demo's scenes."""
+"""Images of the demo's scenes."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -30,18 +30,18 @@ def outline(kind):
 
 
 def render(rng, scene):
-    """Picture (HEIGHT, WIDTH, 3) uint8 of a scene; adds each object's tight "box" [x1, y1, x2, y2] to the scene."""
-    picture = np.full((HEIGHT, WIDTH, 3), scene["lightness"], dtype=np.float32)
+    """Image (HEIGHT, WIDTH, 3) uint8 of a scene; adds each object's tight "box" [x1, y1, x2, y2] to the scene."""
+    image = np.full((HEIGHT, WIDTH, 3), scene["lightness"], dtype=np.float32)
     for o in scene["objects"]:
-        draw_object(picture, o)
+        draw_object(image, o)
     # The grain is the same everywhere: a gradient or a frame would tell a crop where it comes from.
     grain = rng.integers(-2, 3, (HEIGHT // 2, WIDTH // 2)) * 3
-    picture += np.repeat(np.repeat(grain, 2, 0), 2, 1)[:, :, None]
-    return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+    image += np.repeat(np.repeat(grain, 2, 0), 2, 1)[:, :, None]
+    return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 
-def draw_object(picture, o):
-    """Blend an object into picture (HEIGHT, WIDTH, 3) float32, and add its "box"."""
+def draw_object(image, o):
+    """Blend an object into image (HEIGHT, WIDTH, 3) float32, and add its "box"."""
     side = o["pixels"] + 16  # room for tilting
     angle = np.radians(o["tilt"])
     corners = outline(o["kind"]) @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
@@ -56,6 +56,6 @@ def draw_object(picture, o):
     left, top = o["centre"][0] - side // 2, o["centre"][1] - side // 2
     x1, y1, x2, y2 = max(left, 0), max(top, 0), min(left + side, WIDTH), min(top + side, HEIGHT)
     cover = cover[y1 - top : y2 - top, x1 - left : x2 - left, None]
-    picture[y1:y2, x1:x2] += cover * (np.array(o["rgb"], dtype=np.float32) - picture[y1:y2, x1:x2])
+    image[y1:y2, x1:x2] += cover * (np.array(o["rgb"], dtype=np.float32) - image[y1:y2, x1:x2])
     low, high = np.floor(corners.min(0)) + (left, top), np.ceil(corners.max(0)) + (left, top)
     o["box"] = [int(v) for v in np.concatenate([np.maximum(low, 0), np.minimum(high, (WIDTH, HEIGHT))])]

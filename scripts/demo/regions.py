@@ -1,4 +1,4 @@
-"""Regions of the demo's pictures: boxes as a detector would propose them, and features from pixels alone."""
+"""Regions of the demo's images: boxes as a detector would propose them, and features from pixels alone."""
 
 import numpy as np
 
@@ -55,8 +55,8 @@ def over_background(rng):
     return np.concatenate([corner, corner + size], 1)
 
 
-def region_features(picture, boxes):
-    """Features (R, 128) float32 ≥ 0 of the crops boxes (R, 4), in whole pixels, of a picture (H, W, 3) uint8.
+def region_features(image, boxes):
+    """Features (R, 128) float32 ≥ 0 of the crops boxes (R, 4), in whole pixels, of an image (H, W, 3) uint8.
 
     The crop is averaged to 12×12 colours. From these: how colourful each of 8×8 spots is (64), the directions of
     its edges in each quarter (32), a histogram of hues (16) and of lightness (8), and one of the
@@ -64,7 +64,7 @@ def region_features(picture, boxes):
     """
     boxes = np.asarray(boxes).astype(np.int64)
     size = boxes[:, 2:] - boxes[:, :2]
-    colour = average_colours(picture, boxes, size)
+    colour = average_colours(image, boxes, size)
     high, low = colour.max(-1), colour.min(-1)
     chroma = high - low
     vivid = chroma / (chroma.max((1, 2), keepdims=True) + 0.1)  # (R, 12, 12)
@@ -85,10 +85,10 @@ def region_features(picture, boxes):
     return np.concatenate(parts, 1).astype(np.float32)
 
 
-def average_colours(picture, boxes, size):
-    """Mean colours (R, 12, 12, 3) from 0 to 1 of the cells of crops boxes (R, 4), of size (R, 2), of a picture."""
-    total = np.zeros((picture.shape[0] + 1, picture.shape[1] + 1, 3), dtype=np.int64)
-    total[1:, 1:] = picture.astype(np.int64).cumsum(0).cumsum(1)
+def average_colours(image, boxes, size):
+    """Mean colours (R, 12, 12, 3) from 0 to 1 of the cells of crops boxes (R, 4), of size (R, 2), of an image."""
+    total = np.zeros((image.shape[0] + 1, image.shape[1] + 1, 3), dtype=np.int64)
+    total[1:, 1:] = image.astype(np.int64).cumsum(0).cumsum(1)
     edges = boxes[:, None, :2] + np.arange(CELLS + 1)[None, :, None] * size[:, None] // CELLS  # (R, 13, 2) x, y
     corners = total[edges[:, :, None, 1], edges[:, None, :, 0]]  # (R, 13, 13, 3)
     sums = corners[:, 1:, 1:] - corners[:, 1:, :-1] - corners[:, :-1, 1:] + corners[:, :-1, :-1]

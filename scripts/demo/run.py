@@ -1,4 +1,4 @@
-"""Make the demo data, train on it with train.py, rank its test pictures with evalrank; run by scripts/demo.sh."""
+"""Make the demo data, train on it with train.py, rank its test images with evalrank; run by scripts/demo.sh."""
 
 import argparse
 import json
@@ -65,7 +65,7 @@ def table(results):
 
 
 def search(model_path, data_path, n=3):
-    """Print what the first captions of n pictures, spread over the test split, find among all its pictures."""
+    """Print what the first captions of n images, spread over the test split, find among all its images."""
     model, loader = load_split(model_path, data_path, None, "test")
     collection, dataset = Collection.encode(model, loader), loader.dataset
     ids = read_lines(dataset.prefix + "_ids.txt")
@@ -73,13 +73,13 @@ def search(model_path, data_path, n=3):
         caption = dataset.captions[image * dataset.im_div]
         print(f"\n“{caption}”")
         for found, score in zip(*collection.search(caption, 3), strict=True):
-            mark = "← its picture" if found == image else ""
+            mark = "← its image" if found == image else ""
             print(f"  {score:.3f}  {dataset.prefix}_images/{ids[found]}.png {mark}")
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description="Train PFAN on drawn pictures and rank the test ones.",
+        description="Train PFAN on drawn images and rank the test ones.",
         epilog="example: sh scripts/demo.sh --ablation --seed 1",
     )
     parser.add_argument(
@@ -103,7 +103,7 @@ def main():
     search(models["PFAN-A"], opt.data_path)
     print(table(results))
     print(f"\nresults  {path}\nmodels   {', '.join(models.values())}")
-    print(f"pictures {os.path.join(opt.data_path, NAME, 'test_images')}")
+    print(f"images   {os.path.join(opt.data_path, NAME, 'test_images')}")
     words = ("--model_path", *models.values(), "--data_path", opt.data_path, "--vocab_path", opt.vocab_path)
     python = sys.executable.removeprefix(os.getcwd() + os.sep)  # .venv/bin/python, after demo.sh
     print(f"\nlook at what they find: {shlex.join([python, 'scripts/explore.py', *words])}")

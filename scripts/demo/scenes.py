@@ -1,4 +1,4 @@
-"""Scenes of the demo's pictures: coloured shapes, and where they lie.
+"""Scenes of the demo's images: coloured shapes, and where they lie.
 
 A scene is a dict: background, lightness, arrangement (original, mirror, shuffle, scatter) and objects, each with kind,
 colour, rgb, size, pixels (its width), tilt (degrees), place (row, column) and centre (x, y).
@@ -39,13 +39,13 @@ def one_of(rng, options):
     return options[rng.integers(len(options))]
 
 
-def make_group(rng, n_pictures):
-    """Scenes of n_pictures pictures that show the same three or four shapes, each time arranged differently."""
+def make_group(rng, n_images):
+    """Scenes of n_images images that show the same three or four shapes, each time arranged differently."""
     objects = choose_objects(rng)
     ground = one_of(rng, list(GROUNDS))
     background = {"background": ground[0], "lightness": GROUNDS[ground] + int(rng.integers(-8, 9))}
     scenes, seen = [], set()
-    while len(scenes) < n_pictures:
+    while len(scenes) < n_images:
         arrangement = ("original", "mirror", "shuffle", "scatter")[min(len(scenes), 3)]
         arrangement, places, poses = arrange(rng, arrangement, scenes[:1], objects, seen)
         if places in seen:

@@ -1,5 +1,6 @@
 """The image files of a split, and where in an image its regions lie."""
 
+import glob
 import os
 import re
 
@@ -7,6 +8,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from lib.constants import N_CELLS, N_SLOTS
+from lib.datasets.ids import read_file_names
 from lib.errors import InputError
 from lib.files import open_npy
 
@@ -24,8 +26,8 @@ OUTSIDE = 2
 class Pictures:
     """Ids, files and regions' boxes of the images of a split.
 
-    dataset: its PrecompDataset. folder: of the image files, named ID.png, ID.jpg or as COCO does; where None,
-    SPLIT_images beside the data, and no files where there is no such folder either.
+    dataset: its PrecompDataset. folder: of the image files, named as the data's list of file names says, or ID.png,
+    ID.jpg, or as COCO does; where None, SPLIT_images beside the data, and no files where there is no such folder.
     Raises InputError where arrays have other shapes, where no file in folder has an id's name, and where boxes, grids
     and image files are not of the same images.
     """
@@ -38,7 +40,8 @@ class Pictures:
         self.folder = folder or self.prefix + "_images"
         ids = dataset.read_ids()
         self.has_ids, self.ids = ids is not None, ids or [str(i) for i in range(self.n)]
-        self.files = find_files(self.folder, self.ids, by_number=self.has_ids)
+        names = read_names(os.path.dirname(self.prefix)) if self.has_ids else {}  # a row's number is no id
+        self.files = find_files(self.folder, self.ids, names, by_number=self.has_ids)
         if folder is not None and not self.files:
             raise InputError(f"{folder}: no file of the images, expected names such as {self.ids[0]}.jpg")
         self.pixel_boxes, self.grids = self._open("_pixel_boxes.npy"), self._open("_boxes.npy")
@@ -146,24 +149,49 @@ def iou(a, b):
     return both / np.maximum(areas - both, 1e-12)
 
 
-def find_files(folder, ids, by_number=True):
-    """{id: path} of the ids that have an image file in folder: ID.png, ID itself, or NAME_000…ID.jpg (COCO's).
+def read_names(folder):
+    """{id: file name} by the list in a data folder: id_mapping.json, or Karpathy's dataset_NAME.json; {} without one.
 
-    by_number: whether the last form counts. Raises InputError where two files have the name of one id.
+    vse_infty's id_mapping.json lies beside its folder `precomp`. Raises InputError where there are two lists.
     """
-    named, stems, numbers = {}, {}, {}
+    paths = [
+        path for name in ("id_mapping.json", "dataset_*.json") for path in sorted(glob.glob(os.path.join(folder, name)))
+    ]
+    if not paths and os.path.basename(folder) == "precomp":
+        paths = glob.glob(os.path.join(os.path.dirname(folder), "id_mapping.json"))
+    if len(paths) > 1:
+        raise InputError(f"{paths[0]} and {paths[1]}, expected one list of the images' file names")
+    return read_file_names(paths[0]) if paths else {}
+
+
+def find_files(folder, ids, names=None, by_number=True):
+    """{id: path} of the ids that have an image file in folder.
+
+    names: {id: file name}. An id that it lacks has ID.png, ID itself, or NAME_000…ID.jpg (COCO's; by_number: whether
+    this form counts). Raises InputError where two files have the name of one id.
+    """
+    whole, stems, numbers = {}, {}, {}
     for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
         stem, ending = os.path.splitext(entry)
         if ending.lower() in FILES:
-            named[entry] = [entry]
+            whole[entry] = [entry]
             stems.setdefault(stem, []).append(entry)
             if by_number and (number := re.search(r"(?:^|\D)0*(\d+)$", stem)):
                 numbers.setdefault(number[1], []).append(entry)
+    listed = {image_id: find_listed(folder, name) for image_id, name in (names or {}).items()}
     found = {}
-    for name in ids:
-        entries = next((names[name] for names in (named, stems, numbers) if name in names), [])
+    for image_id in ids:
+        entries = next((known[image_id] for known in (listed, whole, stems, numbers) if image_id in known), [])
         if len(entries) > 1:
-            raise InputError(f"{folder}: {' and '.join(entries[:2])} for image {name}, expected one file")
+            raise InputError(f"{folder}: {' and '.join(entries[:2])} for image {image_id}, expected one file")
         if entries:
-            found[name] = os.path.join(folder, entries[0])
+            found[image_id] = os.path.join(folder, entries[0])
     return found
+
+
+def find_listed(folder, name):
+    """[the path below folder] of a listed file name, with the folder that it may have (val2014/…) or without; or []."""
+    below = os.path.normpath(name)
+    if below.startswith("..") or os.path.isabs(below) or not below.lower().endswith(FILES):
+        return []
+    return [path for path in (below, os.path.basename(below)) if os.path.isfile(os.path.join(folder, path))][:1]

@@ -7,9 +7,17 @@ The ranks are those of evaluation.py --save_ranks. A recall is the mean over a m
 95 % intervals: over images, a paired bootstrap with these seeds, and over seeds, Student's t with these images, the
 i-th run of one model beside the i-th of the other. Then the same for text to image in the captions with a word of
 place, and in the others.
+
+python scripts/features/compare_runs.py record runs/flickr8k/t2i_attention_seed0 --features boxes --out docs/results.csv
+
+ranks the test split with a model (or an ensemble), writes its test_ranks.pth.tar and adds a row to a table of results,
+where it replaces one of the same model, features, cross_attn, seed, embed_size, epochs, mean_warmup_epochs and amp.
 """
 
 import argparse
+import csv
+import os
+import sys
 
 import numpy as np
 import torch
@@ -17,8 +25,12 @@ import torch
 if not __package__:
     import _root  # noqa: F401
 
+from evaluation import evalrank
+from lib.checkpoint import BEST, load_checkpoint
 from lib.errors import InputError, run
+from lib.files import check_output, digest_lines, write_lines
 from lib.intervals import MEASURES, RECALL_AT, bootstrap, group_hits
+from lib.options import option
 from vocab import from_txt, tokenize
 
 PLACE_WORDS = frozenset(
@@ -26,6 +38,13 @@ PLACE_WORDS = frozenset(
     "background foreground near corner side edge over atop".split()
 )
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 degree of freedom and more
+MODEL_NAMES = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
+KEY = ("model", "features", "cross_attn", "seed", "embed_size", "epochs", "mean_warmup_epochs", "amp")
+RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+COLUMNS = (*KEY, *RECALLS, "rsum", "rsum_low", "rsum_high", "dev_rsum", "minutes")
+
+
+# ---------------------------------------------------------------- two models
 
 
 def speaks_of_place(captions):
@@ -33,16 +52,21 @@ def speaks_of_place(captions):
     return np.array([not PLACE_WORDS.isdisjoint(tokenize(caption)) for caption in captions])
 
 
-def read_ranks(path, n_images, n_captions):
-    """The i2t ranks (n_images,) and t2i ranks (n_captions,) in a file of evaluation.py --save_ranks."""
+def read_ranks(path, captions, n_images):
+    """The i2t ranks (n_images,) and t2i ranks (n_captions,) in a file of evaluation.py --save_ranks.
+
+    Raises InputError for ranks of another split: of other captions, or where the file does not say, of other numbers.
+    """
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
         ranks = [saved[name][0].numpy() for name in ("rt", "rti")]
     except Exception as error:  # torch and pickle have many
         raise InputError(f"{path}: not ranks of evaluation.py --save_ranks ({type(error).__name__})") from None
-    if [len(each) for each in ranks] != [n_images, n_captions]:
+    if [len(each) for each in ranks] != [n_images, len(captions)]:
         found = " and ".join(str(len(each)) for each in ranks)
-        raise InputError(f"{path}: ranks of {found}, expected those of {n_images} images and {n_captions} captions")
+        raise InputError(f"{path}: ranks of {found}, expected those of {n_images} images and {len(captions)} captions")
+    if saved.get("captions") not in (None, digest_lines(captions)):
+        raise InputError(f"{path}: ranks of as many, but other captions; evaluation.py --save_ranks makes them anew")
     return ranks
 
 
@@ -83,24 +107,15 @@ def print_all(first, second):
         print(line + (f", over seeds [{seeds[0][i]:+.1f}, {seeds[1][i]:+.1f}]" if seeds else ""))
 
 
-def get_parser():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("captions", help="SPLIT_caps.txt")
-    parser.add_argument("--first", nargs="+", required=True, metavar="RANKS", help="ranks of a model, a file a seed")
-    parser.add_argument("--second", nargs="+", required=True, metavar="RANKS", help="of the model to compare with")
-    parser.add_argument("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
-    return parser
-
-
-def main():
-    opt = get_parser().parse_args()
+def compare(opt):
+    """Print the recalls of two models and their difference."""
     captions = from_txt(opt.captions)
     n_images, rest = divmod(len(captions), max(1, opt.captions_per_image))
     if rest or opt.captions_per_image < 1:
         raise InputError(f"{opt.captions}: {len(captions)} captions, expected a multiple of {opt.captions_per_image}")
     if len(opt.first) != len(opt.second):
         raise InputError(f"--first: {len(opt.first)} files, expected as many as --second has: {len(opt.second)}")
-    first, second = ([read_ranks(path, n_images, len(captions)) for path in paths] for paths in (opt.first, opt.second))
+    first, second = ([read_ranks(path, captions, n_images) for path in paths] for paths in (opt.first, opt.second))
     print(f"{len(captions)} captions, {len(first)} seeds")
     print_all(first, second)
     t2i = [np.stack([ranks for _, ranks in model]) for model in (first, second)]
@@ -110,6 +125,84 @@ def main():
         columns = zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True)
         for k, a, b, mean, low, high in columns:
             print(f"  t2i R@{k}: {a:.1f}, {b:.1f}, difference {mean:+.1f}, over images [{low:+.1f}, {high:+.1f}]")
+
+
+# ---------------------------------------------------------------- a table of results
+
+
+def read_table(path):
+    """The rows (dicts of str) of the table at path, none where there is no file."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            raise InputError(f"{path}: columns {table.fieldnames}, expected {', '.join(COLUMNS)}")
+        return list(table)
+
+
+def write_table(path, rows):
+    """Write rows (dicts of str), sorted by their keys."""
+    rows = sorted(rows, key=lambda row: [row[name] for name in KEY])
+    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
+    write_lines(path, map(",".join, lines))
+
+
+def describe(checkpoints, features):
+    """The key columns of a model, or of an ensemble, from the options of its checkpoints."""
+    opts = [checkpoint["opt"] for checkpoint in checkpoints]
+
+    def joined(name):
+        return "+".join(dict.fromkeys(str(option(opt, name)) for opt in opts))
+
+    model = "+".join(dict.fromkeys(MODEL_NAMES[option(opt, "position")] for opt in opts))
+    return {
+        "model": model,
+        "features": features,
+        "epochs": joined("num_epochs"),
+        **{name: joined(name) for name in ("cross_attn", "seed", "embed_size", "mean_warmup_epochs", "amp")},
+    }
+
+
+def record(opt):
+    """Rank the test split and add a row to the table opt.out."""
+    check_output(opt.out)
+    rows = read_table(opt.out)
+    models = [os.path.join(path, BEST) for path in opt.runs]
+    checkpoints = [load_checkpoint(path) for path in models]
+    files = {"data_path": opt.data_path, "vocab_path": opt.vocab_path}
+    if len(models) == 1:
+        dev_rsum = float(checkpoints[0]["best_rsum"])
+    else:
+        dev_rsum = evalrank(models, split="dev", **files)["rsum"]
+    ranks = os.path.join(opt.runs[0], "test_ranks.pth.tar") if len(models) == 1 else None
+    result = evalrank(models, split="test", intervals=True, save_ranks=ranks, **files)
+    numbers = [*result["i2t"][:3], *result["t2i"][:3], *result["intervals"]["rsum"], dev_rsum]
+    row = describe(checkpoints, opt.features)
+    row.update(zip(COLUMNS[len(KEY) :], [f"{number:.1f}" for number in numbers], strict=False), minutes=opt.minutes)
+    others = [each for each in rows if any(each[name] != row[name] for name in KEY)]
+    write_table(opt.out, [*others, row])
+    print(f"{opt.out}: {len(others) + 1} rows")
+
+
+def main():
+    words = sys.argv[1:]
+    is_record = words[:1] == ["record"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    if is_record:
+        add("runs", nargs="+", metavar="RUN", help="folders of runs with a model_best.pth.tar; several are an ensemble")
+        add("--features", required=True, help="what the regions are, for the table: boxes, windows")
+        add("--out", required=True, metavar="FILE", help="the table, .csv")
+        add("--data_path", help="folder of the data sets (default: the checkpoint's)")
+        add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+        add("--minutes", default="", help="how long training took")
+        return record(parser.parse_args(words[1:]))
+    add("captions", help="SPLIT_caps.txt")
+    add("--first", nargs="+", required=True, metavar="RANKS", help="ranks of a model, a file a seed")
+    add("--second", nargs="+", required=True, metavar="RANKS", help="of the model to compare with")
+    add("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
+    return compare(parser.parse_args(words))
 
 
 if __name__ == "__main__":

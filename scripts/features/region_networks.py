@@ -8,7 +8,6 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
@@ -31,12 +30,11 @@ WINDOWS = (  # columns, rows, width and height as shares of the image's
     (3, 1, 0.5, 1),
     (1, 3, 1, 0.5),
 )
-BOXES_AT_ONCE = 250  # of a image's 1,000 proposals: 12 MB of pooled values
 SAME = 0.7  # boxes overlapping by more than this show the same thing
 
 
 def windows(height, width):
-    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of a image of that size.
+    """36 overlapping windows (36, 4) as x1, y1, x2, y2 of an image of that size.
 
     4×4 of two fifths of its sides, 3×3 of a half, 2×2 of two thirds, 3 upright and 3 level strips of a half,
     and last the whole image.
@@ -154,7 +152,7 @@ def _efficientnet_lite(name, weights):
 
 
 class Detector(nn.Module):
-    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes a image."""
+    """torchvision's Faster R-CNN: images (B, 3, h, w) from 0 to 1 → its ResNet-50's last map and 36 boxes an image."""
 
     NAMES = ("fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
 
@@ -165,41 +163,20 @@ class Detector(nn.Module):
 
     def forward(self, images):
         """Returns (B, 2048, h/32, w/32) and boxes (B, 36, 4) as x1, y1, x2, y2, best first."""
-        network, shape = self.network, tuple(images.shape[2:])
+        network, heads, shape = self.network, self.network.roi_heads, tuple(images.shape[2:])
         images = self.normalise(images)
-        maps = dict(network.backbone.body(images))
-        last = maps[list(maps)[-1]]
-        pyramid = feature_pyramid(network.backbone.fpn, maps)
+        maps = network.backbone.body(images)
+        last, pyramid = maps[list(maps)[-1]], network.backbone.fpn(maps)
+        del maps  # 130 MB
         proposals, _ = network.rpn(ImageList(images, [shape] * len(images)), pyramid)
-        best = []
-        for i, boxes in enumerate(proposals):
-            levels = {name: level[i : i + 1] for name, level in pyramid.items()}
-            parts = [self.classify(levels, part, shape) for part in boxes.split(BOXES_AT_ONCE)]
-            best.append(best_boxes(*map(torch.cat, zip(*parts, strict=True)), shape))
-        return last, torch.stack(best)
-
-    def classify(self, levels, proposals, shape):
-        """Proposals (n, 4) of one image → boxes (n, 4) fitted to what each shows most likely, how likely (n,)."""
-        heads = self.network.roi_heads
-        pooled = heads.box_roi_pool(levels, [proposals], [shape])
+        pooled = heads.box_roi_pool(pyramid, proposals, [shape] * len(images))
         logits, deltas = heads.box_predictor(heads.box_head(pooled))
-        boxes = heads.box_coder.decode(deltas, [proposals])  # (n, classes, 4)
-        scores, classes = logits.softmax(1)[:, 1:].max(1)  # class 0 is background
-        return boxes[torch.arange(len(boxes), device=boxes.device), classes + 1], scores
-
-
-def feature_pyramid(fpn, maps):
-    """What torchvision's FeaturePyramidNetwork fpn makes of maps ({name: (B, D, h, w)}, the finest first).
-
-    Each map is taken out of maps as it is used, and the sum is made in place: 150 MB less at the peak.
-    """
-    names, levels, inner = list(maps), [], None
-    for i in reversed(range(len(names))):
-        lateral = fpn.get_result_from_inner_blocks(maps.pop(names[i]), i)
-        inner = lateral if inner is None else lateral.add_(F.interpolate(inner, size=lateral.shape[2:], mode="nearest"))
-        levels.insert(0, fpn.get_result_from_layer_blocks(inner, i))
-    levels, names = fpn.extra_blocks(levels, [], names)
-    return dict(zip(names, levels, strict=True))
+        scores, classes = logits.softmax(1)[:, 1:].max(1)  # of what each shows most likely; class 0 is background
+        boxes = heads.box_coder.decode(deltas, proposals)  # (n, classes, 4)
+        boxes = boxes[torch.arange(len(boxes), device=boxes.device), classes + 1]
+        counts = [len(each) for each in proposals]
+        best = [best_boxes(*each, shape) for each in zip(boxes.split(counts), scores.split(counts), strict=True)]
+        return last, torch.stack(best)
 
 
 def best_boxes(boxes, scores, shape):
