@@ -50,7 +50,12 @@ def leaky(X: Tensor) -> Tensor:
 
 
 def EncoderImage(
-    data_name: str, img_dim: int, embed_size: int, precomp_enc_type: str = "basic", no_imgnorm=False, **more: Any
+    data_name: str,
+    img_dim: int,
+    embed_size: int,
+    precomp_enc_type: str = "basic",
+    no_imgnorm: bool = False,
+    **more: Any,
 ) -> nn.Module:
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
     if precomp_enc_type not in ENCODERS:

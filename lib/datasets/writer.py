@@ -208,7 +208,7 @@ def sample(items):
     return items[:: len(items) // SAMPLE + 1]
 
 
-def note_of(path):
+def note_of(path: str) -> list:
     """What a record keeps of a file that something is made from: its name, size and digest."""
     return [os.path.basename(path), os.path.getsize(path), sample_digest(path)]
 
