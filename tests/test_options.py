@@ -119,6 +119,12 @@ def test_a_value_fits_where_it_is_of_the_options_kind_and_range(name, right, wro
             check_options(argparse.Namespace(**{name: value}))
 
 
+@pytest.mark.parametrize("name", ["mean_warmup_epochs", "mean_warmup_steps"])
+def test_a_warm_up_without_max_violation_is_refused(name):
+    with pytest.raises(InputError, match=f"--{name} 2: .*without --max_violation"):
+        train.check(train.get_parser().parse_args([f"--{name}", "2"]))
+
+
 def test_any_object_becomes_options_that_a_checkpoint_can_hold():
     class Settings:
         margin = np.float64(0.1)

@@ -343,19 +343,24 @@ def test_several_threads_score_at_once(calls):
     assert all(map(same, together, alone * 3))
 
 
-@pytest.mark.xfail(reason="a thread that starts while another scores keeps one thread for ever", strict=False)
 def test_a_thread_that_starts_while_another_scores_has_as_many_threads_as_the_rest(calls, monkeypatch):
     torch.set_num_threads(3)
-    product, found = pieces.multiply, []
-    with ThreadPoolExecutor(1) as new:
+    product, started, all_started = pieces.multiply, set(), threading.Barrier(4)
+    with ThreadPoolExecutor(1) as scoring, ThreadPoolExecutor(1) as new:
 
         def multiply(left, right):
-            if not found:
-                found.append(new.submit(torch.get_num_threads).result())
+            if threading.get_ident() not in started:
+                started.add(threading.get_ident())
+                all_started.wait(60)
+                all_started.wait(60)
             return product(left, right)
 
         monkeypatch.setattr(pieces, "multiply", multiply)
-        xattn_score(*split(), config_of())
+        scores = scoring.submit(xattn_score, *split(), config_of())
+        all_started.wait(60)
+        assert new.submit(torch.get_num_threads).result() == 3
+        all_started.wait(60)
+        scores.result()
         assert new.submit(torch.get_num_threads).result() == 3
 
 

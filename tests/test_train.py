@@ -183,8 +183,8 @@ def test_mean_warmup_epochs_count_all_negatives_before_the_hardest(place, caplog
     caplog.set_level("INFO")
     flags = "--mean_warmup_epochs 2 --num_epochs"
     losses = values(place.fit("warm", f"{flags} 3"), "Le")
-    said = re.findall(r"epoch (\d): the loss counts (.*) negatives", caplog.text)
-    assert said == [("0", "all"), ("2", "only the hardest")]
+    said = re.findall(r"step (\d): the loss counts (.*) negatives", caplog.text)
+    assert said == [("0", "all"), ("8", "only the hardest")]
     hardest = values(place.fit("hardest"), "Le")
     assert len(losses) == 12 and losses[0] > 2 * hardest[0], "16 negatives a pair are more than the hardest one"
     assert max(losses[8:]) < min(losses[:8])
