@@ -88,7 +88,7 @@ def embed_captions(model: Any, data_loader: Any) -> tuple:
             for i, caption in zip(index, words.cpu(), strict=True):
                 found[0][starts[i] : starts[i + 1]] = caption[: lens[i]]
             for embeddings, x in zip(found[1:], more, strict=True):
-                embeddings[index] = x.cpu()
+                embeddings[index] = x.float().cpu()
     words, *more = map(distributed.all_reduce_sum, found or (torch.zeros(0, model.opt.embed_size),))
     return words, lens, *more
 

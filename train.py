@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +20,14 @@ from data import EpochBatches
 from evaluation import AverageMeter, LogCollector, i2t, score_split, t2i
 from lib import distributed
 from lib import events as tb_logger
-from lib.checkpoint import BEST, LAST, last_checkpoint, load_checkpoint, remove_older, save_checkpoint
+from lib.checkpoint import BEST, load_checkpoint, save_checkpoint  # noqa: F401 (save_checkpoint: one of SCAN's names)
 from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.gpu import keep_features
 from lib.interrupts import GracefulStop, StopTraining
 from lib.options import TRAIN, add_options, check_options, to_namespace
-from lib.resume import caption_digests, check_same_data, check_same_options, load_training_state, take_weights
+from lib.resume import check_same_data, check_same_options, data_digests, load_training_state, take_weights
+from lib.run_folder import LAST, RunFolder
 from lib.workers import watched
 from model import SCAN
 from vocab import checkpoint_vocab, checkpoint_words, word_list
@@ -52,6 +53,9 @@ def check(opt: Any) -> None:
     check_options(opt)
     if opt.init_from and opt.resume not in ("", "auto"):
         raise InputError(f"--init_from {opt.init_from}: expected no --resume {opt.resume} beside it, only auto")
+    for name in ("data_name", "model_name", "logger_name"):
+        if not getattr(opt, name):
+            raise InputError(f"--{name}: found no name, expected a folder's")
     least = max(2, distributed.world_size())
     if opt.batch_size < least:
         raise InputError(f"--batch_size {opt.batch_size}: expected at least {least}")
@@ -59,6 +63,8 @@ def check(opt: Any) -> None:
         raise InputError(
             f"--lambda_lse {opt.lambda_lse}: expected a positive number, which --agg_func LogSumExp divides by"
         )
+    if opt.overwrite and opt.resume == "auto":
+        raise InputError("--overwrite: starts over, expected no --resume auto beside it")
     if opt.mean_warmup_epochs and not opt.max_violation:
         raise InputError(f"--mean_warmup_epochs {opt.mean_warmup_epochs}: has no effect without --max_violation")
 
@@ -76,31 +82,36 @@ def fit(opt: Any, make_model: type[SCAN] = SCAN) -> float:
     opt = to_namespace(opt)
     distributed.start(opt.device)
     check(opt)
-    path, checkpoint = checkpoint_to_resume(opt)
-    kind = make_model.vocabulary
-    if checkpoint:
-        check_same_options(path, checkpoint, opt)
-    vocab = checkpoint_vocab(path, checkpoint, opt, kind) if checkpoint else kind.read(opt)
-    opt.vocab_size = len(vocab)
-    train_loader, val_loader = make_model.dataset.get_loaders(opt.data_name, vocab, opt.batch_size, opt.workers, opt)
-    warn_of_boxes(train_loader.dataset)
-    torch.manual_seed(opt.seed)
-    model = make_model(opt)
-    one = Run(opt, model, vocab, caption_digests(train_loader, val_loader))
-    if checkpoint:
-        one.resume(checkpoint, path)
-    elif opt.init_from:
-        one.start_from(opt.init_from)
-    if not distributed.same_in_all_processes([model.Eiters]):
-        raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
-    log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
-    train_loader = keep_features(train_loader, model.device, opt.features_on)
-    with one.recorded(), watched(train_loader):
-        for epoch in range(one.epoch, opt.num_epochs):
-            adjust_learning_rate(opt, model.optimizer, epoch)
-            choose_negatives(opt, model.criterion, epoch)
-            train(opt, train_loader, model, epoch, val_loader, one)
-            one.finish_epoch(one.validate(val_loader))
+    folder = RunFolder(opt.model_name)
+    with folder.locked() if distributed.rank() == 0 else nullcontext():
+        path, checkpoint = checkpoint_to_resume(opt, folder)
+        kind = make_model.vocabulary
+        if checkpoint:
+            check_same_options(path, checkpoint, opt)
+        folder.claim(checkpoint, opt.overwrite)
+        vocab = checkpoint_vocab(path, checkpoint, opt, kind) if checkpoint else kind.read(opt)
+        opt.vocab_size = len(vocab)
+        train_loader, val_loader = make_model.dataset.get_loaders(
+            opt.data_name, vocab, opt.batch_size, opt.workers, opt
+        )
+        warn_of_boxes(train_loader.dataset)
+        torch.manual_seed(opt.seed)
+        model = make_model(opt)
+        one = Run(opt, model, vocab, data_digests(train_loader, val_loader), folder)
+        if checkpoint:
+            one.resume(checkpoint, path)
+        elif opt.init_from:
+            one.start_from(opt.init_from)
+        if not distributed.same_in_all_processes([model.Eiters]):
+            raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
+        log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
+        train_loader = keep_features(train_loader, model.device, opt.features_on)
+        with one.recorded(checkpoint), watched(train_loader):
+            for epoch in range(one.epoch, opt.num_epochs):
+                adjust_learning_rate(opt, model.optimizer, epoch)
+                choose_negatives(opt, model.criterion, epoch)
+                train(opt, train_loader, model, epoch, val_loader, one)
+                one.finish_epoch(one.validate(val_loader))
     distributed.stop()
     return one.best_rsum
 
@@ -176,31 +187,34 @@ def choose_negatives(opt: Any, criterion: Any, epoch: int) -> None:
 class Run:
     """A training run: where it is, its checkpoints, and the signals that end it.
 
-    vocab: its words go into the checkpoints. captions: digests of its data, see lib/resume.py. epoch: finished epochs.
-    step: finished steps of the epoch after them. saved: path of the last good checkpoint.
+    vocab: its words go into the checkpoints. digests: of its data, see lib/resume.py. folder: of its checkpoints; None
+    for an epoch by itself. epoch: finished epochs. step: finished steps of the epoch after them. saved: path of the
+    last good checkpoint.
     """
 
     opt: Any
     model: SCAN
     vocab: Any = None
-    captions: dict = field(default_factory=dict)
+    digests: dict = field(default_factory=dict)
+    folder: RunFolder | None = None
     epoch: int = 0
     step: int = 0
     best_rsum: float = -1.0
     saved: str = ""
-    is_recorded: bool = False
     stop: GracefulStop = field(default_factory=GracefulStop, repr=False)
 
     @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Inside, the run is saved and its events are written; Ctrl-C and SIGTERM end it where it can be resumed."""
+    def recorded(self, resumed: dict | None) -> Iterator[None]:
+        """Inside, the run is saved and its events are written; Ctrl-C and SIGTERM end it where it can be resumed.
+
+        resumed: the checkpoint that it goes on from.
+        """
         opt = self.opt
         if distributed.rank() == 0:
-            os.makedirs(opt.model_name, exist_ok=True)
-            tb_logger.configure(opt.logger_name)
+            self.folder.clear(resumed, opt.logger_name)
+            tb_logger.configure(opt.logger_name, self.folder.run)
         if self.epoch >= opt.num_epochs:
             log.warning("%s: has %d epochs, --num_epochs %d trains no more", self.saved, self.epoch, opt.num_epochs)
-        self.is_recorded = True
         try:
             with self.stop:
                 yield
@@ -228,14 +242,14 @@ class Run:
 
     def validate(self, val_loader: Any) -> float:
         """rsum on the dev split. Several processes save first: torchrun ends those that do not end soon after it."""
-        if distributed.world_size() > 1 and self.is_recorded:
+        if distributed.world_size() > 1 and self.folder:
             self.save(LAST)
         with self.stop.resting():
             return validate(self.opt, val_loader, self.model)
 
     def finish_step(self) -> None:
         """Save where a step's end is the time for it; raise StopTraining after a signal."""
-        if self.is_recorded and self.opt.save_step and self.model.Eiters % self.opt.save_step == 0:
+        if self.folder and self.opt.save_step and self.model.Eiters % self.opt.save_step == 0:
             self.save(LAST)
         self.stop.check()
 
@@ -245,7 +259,7 @@ class Run:
         self.epoch, self.step, self.best_rsum = self.epoch + 1, 0, max(rsum, self.best_rsum)
         self.save(name, is_best)
         if distributed.rank() == 0:
-            remove_older(self.opt.model_name, self.opt.keep_last)
+            self.folder.remove_older(self.opt.keep_last)
 
     def save(self, name: str, is_best: bool = False) -> None:
         """The first process writes all that a run needs to be resumed to opt.model_name/name; the others wait."""
@@ -261,12 +275,12 @@ class Run:
             "random": torch.get_rng_state(),
             "words": word_list(self.vocab),
             "segment": self.vocab.segment,
-            "captions": self.captions,
+            **self.digests,
         }
         if model.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(model.device)
         if distributed.rank() == 0:
-            save_checkpoint(state, is_best, name, prefix=self.opt.model_name)
+            self.folder.save(state, is_best, name)
         distributed.barrier()
         self.saved = os.path.join(self.opt.model_name, name)
 
@@ -275,7 +289,7 @@ class Run:
 
         Raises InputError naming path where it does not fit this run.
         """
-        check_same_data(path, checkpoint, self.opt.vocab_size, self.captions)
+        check_same_data(path, checkpoint, self.opt.vocab_size, self.digests)
         load_training_state(path, checkpoint, self.model)
         self.epoch, self.step = checkpoint["epoch"], checkpoint.get("step", 0)
         self.best_rsum, self.saved = float(checkpoint["best_rsum"]), path
@@ -289,10 +303,10 @@ class Run:
         log.info("%s: weights taken over, embeddings of %d of %d words", path, n, len(self.vocab))
 
 
-def checkpoint_to_resume(opt: Any) -> tuple[str, dict | None]:
+def checkpoint_to_resume(opt: Any, folder: RunFolder) -> tuple[str, dict | None]:
     """Path and contents of the checkpoint that --resume asks for; "", None without one."""
     if opt.resume == "auto":
-        return last_checkpoint(opt.model_name)
+        return folder.last()
     return opt.resume, load_checkpoint(opt.resume) if opt.resume else None
 
 

@@ -92,7 +92,12 @@ class Vocabulary:
     @classmethod
     def read(cls, opt):
         """The vocabulary that opt's vocab_path and data_name lead to. Raises as deserialize_vocab."""
-        return deserialize_vocab(os.path.join(opt.vocab_path, opt.data_name + cls.suffix), cls)
+        return deserialize_vocab(cls.file(opt.vocab_path, opt.data_name), cls)
+
+    @classmethod
+    def file(cls, vocab_path, data_name):
+        """Path of a data set's vocabulary file."""
+        return os.path.join(vocab_path, os.path.normpath(data_name) + cls.suffix)
 
     @classmethod
     def caption_files(cls, folder):
@@ -307,7 +312,7 @@ def main(data_path: str | None = None, data_name: str | None = None, kind: type[
     drop = from_txt(opt.stop_words) if opt.stop_words else ()
     options = opt.threshold, drop, opt.allow_empty_captions, opt.segment, kind
     vocab = build_vocab(opt.data_path, opt.data_name, None, *options)
-    write_vocab(vocab, os.path.join(opt.vocab_path, opt.data_name + kind.suffix), opt.threshold, opt.overwrite)
+    write_vocab(vocab, kind.file(opt.vocab_path, opt.data_name), opt.threshold, opt.overwrite)
 
 
 def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = False) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import logging
 import os
 import pickle
 import pickletools
@@ -20,11 +19,7 @@ from lib.errors import InputError, brief
 from lib.files import replace, save_tensors
 from lib.options import MODEL, MODEL_NEWER, REQUIRED, WHOLE_IMAGE
 
-log = logging.getLogger(__name__)
-
-LAST, BEST = "checkpoint_last.pth.tar", "model_best.pth.tar"  # saved within an epoch; of the best score
-EPOCH = re.compile(r"checkpoint_(\d+)\.pth\.tar")  # saved after an epoch
-
+BEST = "model_best.pth.tar"  # of the best score
 KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
 LARGEST = 2**32  # of any count
 MODULE = "module."
@@ -45,39 +40,6 @@ def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.
                 replace(os.path.join(prefix, BEST), lambda copy: shutil.copyfileobj(source, copy))
 
     replace(os.path.join(prefix, filename), write)
-
-
-def epoch_checkpoints(folder: str) -> list[str]:
-    """Paths of the checkpoints that epochs left in folder, the latest first."""
-    found = [(int(match[1]), match[0]) for match in map(EPOCH.fullmatch, os.listdir(folder)) if match]
-    return [os.path.join(folder, name) for _, name in sorted(found, reverse=True)]
-
-
-def last_checkpoint(folder: str) -> tuple[str, dict | None]:
-    """Path of the checkpoint in folder that holds the most training, and its contents; "", None where there is none.
-
-    One that cannot be read is passed over with a warning.
-    """
-    if not os.path.isdir(folder):
-        return "", None
-    found = []
-    for paths in ([os.path.join(folder, LAST)], epoch_checkpoints(folder)):
-        for path in filter(os.path.isfile, paths):
-            try:
-                found.append((path, load_checkpoint(path)))
-                break
-            except InputError as error:
-                log.warning("passed over: %s", error)
-    return max(found, key=lambda one: (one[1]["epoch"], one[1].get("step", 0)), default=("", None))
-
-
-def remove_older(folder: str, keep: int) -> None:
-    """Remove what a newly saved epoch makes superfluous: LAST, and all epochs' checkpoints but the latest keep ones
-    (none of these with keep 0). The best one stays."""
-    older = epoch_checkpoints(folder)[keep:] if keep else []
-    for path in [os.path.join(folder, LAST), *older]:
-        if os.path.isfile(path):
-            os.remove(path)
 
 
 def load_checkpoint(path: str) -> dict:
@@ -227,12 +189,16 @@ PLAIN = [
 ]
 
 
-def load_plain(path: str) -> Any:
-    """torch.load of nothing but tensors, numbers, text, paths (as text) and an argparse.Namespace."""
+def load_plain(path: str, mmap: bool = False) -> Any:
+    """torch.load of nothing but tensors, numbers, text, paths (as text) and an argparse.Namespace.
+
+    mmap: tensors are mapped instead of read, of files in PyTorch's present format.
+    """
     with torch.serialization.safe_globals(PLAIN), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        file = path if zipfile.is_zipfile(path) else python3_strings(path)
-        return torch.load(file, map_location="cpu", weights_only=True)  # noqa: TID251
+        is_zip = zipfile.is_zipfile(path)
+        file = path if is_zip else python3_strings(path)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and is_zip)  # noqa: TID251
 
 
 def python3_strings(path: str) -> io.BytesIO:

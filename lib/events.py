@@ -11,15 +11,16 @@ from lib.files import name_in_errors
 
 log = logging.getLogger(__name__)
 
-METRICS = "metrics.csv"  # step,name,value; of a run that was resumed, the last line of a step and name counts
+METRICS = "metrics.csv"  # of a run that was resumed, the last line of a step and name counts
+COLUMNS = ("run", "step", "name", "value")
 writers: list = []  # where log_value writes, after `configure`
 
 
-def configure(folder: str) -> None:
-    """From now on log_value writes to a folder; before, and after `close`, nowhere."""
+def configure(folder: str, run: str = "") -> None:
+    """From now on log_value writes to a folder; before, and after `close`, nowhere. run: the run's mark."""
     close()
     os.makedirs(folder, exist_ok=True)
-    writers.append(Table(os.path.join(folder, METRICS)))
+    writers.append(Table(os.path.join(folder, METRICS), run))
     try:
         writers.append(open_events(folder))
     except TypeError as error:  # of its generated code
@@ -37,18 +38,18 @@ def log_value(name: str, value: float, step: int) -> None:
 
 
 class Table:
-    """The rows step,name,value of a CSV file. An error in writing names it."""
+    """The rows of a CSV file. An error in writing names it."""
 
-    def __init__(self, path):
-        self.path, is_new = path, not os.path.exists(path)
+    def __init__(self, path, run):
+        self.path, self.run, is_new = path, run, not os.path.exists(path)
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (`close` does)
         self.rows = csv.writer(self.file)
         if is_new:
-            self.rows.writerow(("step", "name", "value"))
+            self.rows.writerow(COLUMNS)
 
     def log_value(self, name, value, step):
         with name_in_errors(self.path):
-            self.rows.writerow((step, name, value))
+            self.rows.writerow((self.run, step, name, value))
             self.file.flush()
 
     def close(self):
@@ -76,4 +77,5 @@ def open_events(folder: str) -> Any:
 
         __del__ = close
 
-    return Events(folder)
+    with name_in_errors(folder):  # it writes at once
+        return Events(folder)

@@ -117,6 +117,7 @@ RUN = (
     Option("logger_name", "./runs/runX/log", "folder of the TensorBoard events"),
     Option("model_name", "./runs/runX/checkpoint", "folder of the checkpoints"),
     Option("resume", "", "checkpoint to go on from; auto: the last in --model_name, if any"),
+    Option("overwrite", False, "start over in a --model_name that holds another run, whose checkpoints are removed"),
     Option("init_from", "", "checkpoint whose weights a new run starts from"),
     Option("save_step", 0, "steps between two checkpoints within an epoch; 0 saves none", NOT_NEGATIVE),
     Option("keep_last", 0, "checkpoints of epochs to keep, besides the best; 0 keeps all", NOT_NEGATIVE),

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lib.errors import InputError
-from lib.files import digest_lines
+from lib.files import digest_lines, sample_digest
 from lib.options import OPTIONS, option
 
 log = logging.getLogger(__name__)
@@ -15,10 +15,15 @@ log = logging.getLogger(__name__)
 WAY_OUT = "give the same, or start a new run from its weights with --init_from"
 
 
-def caption_digests(train_loader: Any, dev_loader: Any) -> dict[str, str]:
-    """SHA-256 of the captions of the train and the dev loader's data sets, where these have captions."""
+def data_digests(train_loader: Any, dev_loader: Any) -> dict[str, dict[str, str]]:
+    """Digests of the train and the dev loader's data sets: {"captions": {split: …}, "features": {split: …}}.
+
+    Of a data set without captions, or without features in a file, there is none.
+    """
     datasets = {"train": train_loader.dataset, "dev": dev_loader.dataset}
-    return {split: digest_lines(x.captions) for split, x in datasets.items() if hasattr(x, "captions")}
+    captions = {split: digest_lines(x.captions) for split, x in datasets.items() if hasattr(x, "captions")}
+    files = {split: getattr(getattr(x, "images", None), "filename", None) for split, x in datasets.items()}
+    return {"captions": captions, "features": {split: sample_digest(path) for split, path in files.items() if path}}
 
 
 def check_same_options(path: str, checkpoint: dict, opt: Any) -> None:
@@ -37,18 +42,21 @@ def check_same_options(path: str, checkpoint: dict, opt: Any) -> None:
             raise InputError(f"{path}: saved within an epoch with {flags}")
 
 
-def check_same_data(path: str, checkpoint: dict, vocab_size: int, captions: dict[str, str]) -> None:
+def check_same_data(path: str, checkpoint: dict, vocab_size: int, digests: dict[str, dict[str, str]]) -> None:
     """Raise InputError where a run's data are not those of the checkpoint that it resumes.
 
-    captions: the run's caption_digests. The train captions must be the same within an epoch only.
+    digests: the run's data_digests. The train captions must be the same within an epoch only.
     """
     words = len(checkpoint["model"][1]["embed.weight"])
     if words != vocab_size:
         raise InputError(f"{path}: made with a vocabulary of {words} words, found one of {vocab_size}")
-    stored = checkpoint.get("captions")
-    for split in ("dev", "train") if checkpoint.get("step", 0) else ("dev",):
-        if isinstance(stored, dict) and split in captions and stored.get(split, captions[split]) != captions[split]:
-            raise InputError(f"{path}: trained with other {split} captions; {WAY_OUT}")
+    for kind, found in digests.items():
+        stored = checkpoint.get(kind)
+        for split in found if isinstance(stored, dict) else ():
+            if kind == "captions" and split == "train" and not checkpoint.get("step", 0):
+                continue
+            if stored.get(split, found[split]) != found[split]:
+                raise InputError(f"{path}: trained with other {split} {kind}; {WAY_OUT}")
 
 
 def load_training_state(path: str, checkpoint: dict, model: Any) -> None:

@@ -49,6 +49,11 @@ def exact_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions that multiply bfloat16 numbers."""
+    return any(map(torch.cpu.get_capabilities().get, ("avx512_bf16", "amx_bf16")))
+
+
 def at_least_float32(X: Tensor) -> Tensor:
     """X as float32 where it is float16 or bfloat16, unchanged where it is float32 or float64."""
     return X.to(torch.promote_types(X.dtype, torch.float32))

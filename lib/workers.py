@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,6 +42,13 @@ class WorkerLog:
         self.pids[number] = os.getpid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: None if self.watched else os._exit(0))
+        sys.excepthook = print_error
+
+
+def print_error(kind: type, error: BaseException, traceback: Any) -> None:
+    """sys.excepthook of a loading process: the process that trains may end while a thread here hands it a batch."""
+    if not isinstance(error, ConnectionError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 item: Tensor | None = None  # in a loading process: where it notes the item that it reads

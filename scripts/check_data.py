@@ -69,7 +69,7 @@ def check_folder(folder, opt):
         raise InputError(f"{folder}: no files of the splits {', '.join(SPLITS)}")
     report = Report()
     report.row("file", "shape", "type", "contents")
-    vocab_path = os.path.join(opt.vocab_path, os.path.basename(os.path.normpath(folder)) + Vocabulary.suffix)
+    vocab_path = Vocabulary.file(opt.vocab_path, os.path.basename(os.path.normpath(folder)))
     vocab = report.attempt(deserialize_vocab, vocab_path)
     if vocab:
         report.row(vocab_path, (len(vocab),), "", "words")

@@ -14,11 +14,11 @@ import traceback
 
 import _root  # noqa: F401
 import torch
+from training import last_checkpoint
 
 import evaluation
 import train
 from lib import distributed
-from lib.checkpoint import last_checkpoint
 from Tencent_PFAN import evaluation_whole, train_whole
 
 
@@ -35,18 +35,12 @@ def recording(make_model, dtype, stop_at, steps):
         def encode_images(self, *parts):
             return super().encode_images(*(x.to(dtype) for x in parts))
 
-        def step(self, *batch):
-            return self.record(len(batch[0]), super().step, *batch)
-
-        def step_without_pairs(self):
-            return self.record(0, super().step_without_pairs)
-
-        def record(self, n_pairs, step, *batch):
+        def step(self, batch, ids=None):
             if self.Eiters + 1 == stop_at and distributed.rank() == distributed.world_size() - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
-            loss = step(*batch)
+            loss = super().step(batch, ids)
             gradient = torch.cat([p.grad.flatten() for p in self.params])
-            steps.append((n_pairs, loss.item(), gradient if not steps else None))
+            steps.append((len(batch[0]), loss.item(), gradient if not steps else None))
             return loss
 
     return Model
@@ -55,43 +49,45 @@ def recording(make_model, dtype, stop_at, steps):
 def train_job(flags, variant="root", dtype="float64", stop_at=None):
     """Train in float64 or float32: shares, losses, the first step's gradient, the last weights, how it ended, and how
     far the last checkpoint was at each validation."""
-    trainer, more = (train, {}) if variant == "root" else (train_whole, {"make_loaders": train_whole.get_loaders})
+    trainer = train if variant == "root" else train_whole
     opt = trainer.get_parser().parse_args(flags.split())
-    if variant != "root":
-        more |= {"read_vocab": train_whole.read_vocab, "validate": train_whole.rank_dev}
-    steps, models = [], []
-    make_model = recording(trainer.SCAN, getattr(torch, dtype), stop_at, steps)
-    stopped, saved, validate = False, [], more.pop("validate", train.rank_dev)
+    steps, models, saved, stopped, validate = [], [], [], False, train.validate
+
+    class Model(recording(trainer.SCAN, getattr(torch, dtype), stop_at, steps)):
+        def __init__(self, opt):
+            super().__init__(opt)
+            models.append(self)
 
     def validation(*args):
         checkpoint = last_checkpoint(opt.model_name)[1]
         saved.append((checkpoint["epoch"], checkpoint["step"]) if checkpoint else None)
         return validate(*args)
 
+    train.validate = validation
     try:
-        train.fit(opt, lambda opt: models.append(make_model(opt)) or models[0], validate=validation, **more)
+        train.fit(opt, Model)
     except train.StopTraining:
         stopped = True
+    finally:
+        train.validate = validate
     shares, losses, gradients = zip(*steps, strict=True)
-    weights = torch.cat([p.detach().flatten() for p in models[0].params])
     return {
         "shares": shares,
         "losses": losses,
         "gradient": gradients[0],
-        "weights": weights,
+        "weights": torch.cat([p.detach().flatten() for p in models[0].params]),
         "stopped": stopped,
         "saved": saved,
     }
 
 
-def evaluate_job(model, variant="root", shard_size=128, batch_size=128, threads=1):
+def evaluate_job(model, variant="root", shard_size=128, batch_size=128):
     """What evalrank returns, and similarities of the test split in shards of shard_size."""
-    torch.set_num_threads(threads)
-    module, parts = evaluation, ()
-    if variant != "root":
-        module, parts = evaluation_whole, (train_whole.SCAN, train_whole.read_vocab, evaluation_whole.get_test_loader)
-    loaded, loader = evaluation.load_split(model, None, None, "test", *parts, batch_size=batch_size)
-    sims = module.shard_xattn(*module.encode_data(loaded, loader, packed=True), loaded.opt, shard_size)
+    module = evaluation if variant == "root" else evaluation_whole
+    trainer = train if variant == "root" else train_whole
+    torch.set_num_threads(1)
+    loaded, loader = evaluation.load_split(model, None, None, "test", trainer.SCAN, batch_size=batch_size)
+    sims = module.shard_xattn(*module.encode_data(loaded, loader), loaded.opt, shard_size)
     return {"result": module.evalrank(model, split="test", batch_size=batch_size), "sims": torch.from_numpy(sims)}
 
 

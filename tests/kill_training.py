@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 import _root  # noqa: F401
-import torch
+from training import assert_same, last_checkpoint
 
 import train
-from lib.checkpoint import last_checkpoint, load_checkpoint
+from lib.checkpoint import load_checkpoint
 
 
 def start(folder, flags):
@@ -31,8 +31,8 @@ def start(folder, flags):
         return pid, reading
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     sys.argv = ["train.py", *flags, "--model_name", str(folder), "--logger_name", str(folder / "log")]
-    epoch = train.Run.train_one_epoch
-    train.Run.train_one_epoch = lambda run: (os.write(writing, b"."), epoch(run))
+    epoch = train.train
+    train.train = lambda *args: (os.write(writing, b"."), epoch(*args))
     try:
         train.main()
     except BaseException:
@@ -50,20 +50,11 @@ def end(pid, reading, seconds=None):
     return os.waitpid(pid, 0)[1]
 
 
-def same(one, other):
-    """Whether two checkpoints hold bit for bit the same parameters and optimizer state, in what they share."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one if key != "opt")
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if torch.is_tensor(one) else one == other
-
-
 def check(folder, before):
     """How far the checkpoints of folder are, (epoch, step); each must load and be at least as far as before."""
     for path in folder.glob("*.pth.tar"):
         load_checkpoint(str(path))
-    path, checkpoint = last_checkpoint(str(folder))
+    path, checkpoint = last_checkpoint(folder)
     reached = (checkpoint["epoch"], checkpoint["step"]) if path else (-1, 0)
     assert reached >= before, f"at {before} before, {reached} now"
     assert reached[0] < 1 or (folder / "model_best.pth.tar").exists(), "no best checkpoint after an epoch"
@@ -93,7 +84,7 @@ def main():
         counts["within epochs"] += reached[1] > 0
         if status == 0:
             for name, checkpoint in expected.items():
-                assert same(load_checkpoint(str(run / name)), checkpoint), f"{name} differs"
+                assert_same(load_checkpoint(str(run / name)), checkpoint)
             shutil.rmtree(run)
             reached = (-1, 0)
             counts["finished runs"] += 1

@@ -89,12 +89,13 @@ def test_features_of_any_number_type_are_read_and_float16_stays_what_it_is(toy, 
     np.testing.assert_array_equal(grids, boxes.astype(np.float32)[np.array(ids) // 5])
 
 
-def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy, workers):
     ims = toy.load("dev_ims").astype(np.float16)
     ims[4, 35, 15] = np.inf
     toy.save("dev_ims", ims)
     with pytest.raises(InputError, match="dev_ims.npy, image 4: NaN or infinite features"):
-        list(loaders(toy)[1])
+        list(loaders(toy, workers)[1])
 
 
 def test_a_process_tokenises_a_caption_once(toy):
@@ -303,16 +304,6 @@ def test_without_position_no_boxes_are_needed(toy):
     for position in ("attention", "area"):
         with pytest.raises(InputError, match="train_boxes.npy: no such file"):
             loaders(toy, position=position)
-
-
-def test_empty_captions_are_refused_unless_allowed(toy):
-    captions = random_captions(np.random.default_rng(0), 30)
-    captions[6] = "  "
-    write_lines(toy.folder / "dev_caps.txt", captions)
-    with pytest.raises(InputError, match="dev_caps.txt, line 7: empty caption"):
-        loaders(toy)
-    dataset = loaders(toy, allow_empty_captions=True)[1].dataset
-    assert dataset[6][2].tolist() == [1, 2]  # <start> <end>
 
 
 def test_padded_regions_without_cells_are_read(toy):

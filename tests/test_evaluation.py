@@ -32,7 +32,7 @@ from evaluation import (
     softmax,
     t2i,
 )
-from lib import eccv
+from lib import distributed, eccv
 from lib.errors import InputError
 from model import xattn_score_i2t, xattn_score_t2i
 from vocab import deserialize_vocab, serialize_vocab
@@ -365,8 +365,8 @@ def test_options_of_evalrank_replace_the_checkpoints(toy, tmp_path, monkeypatch)
     moved = toy.change(tmp_path / "moved.pth.tar", data_path="/nowhere", vocab_path="/nowhere")
     with pytest.raises(InputError, match="/nowhere"):
         evalrank(moved, split="test")
-    sizes, real = [], evaluation.my_batches
-    monkeypatch.setattr(evaluation, "my_batches", lambda starts, desc: sizes.append(starts.step) or real(starts, desc))
+    sizes, real = [], distributed.my_batches
+    monkeypatch.setattr(distributed, "my_batches", lambda starts, desc: sizes.append(starts.step) or real(starts, desc))
     result = evalrank(moved, toy.opt.data_path, "test", vocab_path=toy.opt.vocab_path, batch_size=9)
     assert sizes == [9, 9], "captions and images"
     check_result(result, numbers_of(toy.scores()))

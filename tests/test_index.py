@@ -8,8 +8,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from folders import make_folder, write_lines
-from test_evaluation import save_model
+from folders import make_folder, save_model, write_lines
 
 from evaluation import load_split
 from lib.errors import InputError, run
@@ -391,17 +390,6 @@ def test_pictures_are_drawn_once(tmp_path):
     before = features.stat().st_mtime_ns
     benchmark_search.draw_pictures(str(tmp_path), 7)
     assert features.stat().st_mtime_ns == before
-
-
-def test_long_sentences_are_scored_without_the_compiled_attention(built, monkeypatch):
-    """Compiling takes a second, which would be a query's."""
-    model, loader, folder = built
-    collection = open_collection(folder, model, loader.dataset.vocab)
-    monkeypatch.setattr("lib.kernels.COMPILED_FROM", 2000)
-    monkeypatch.setattr("lib.kernels.attention_kernel.attend", lambda *args: pytest.fail("compiled"))
-    words = collection.embed("a red ball " * 10)
-    one_by_one = [collection.score_images(words, np.array([i]))[0] for i in range(N)]
-    assert collection.score_images(words) == pytest.approx(one_by_one, abs=1e-6)
 
 
 # ---------------------------------------------------------------- words that the vocabulary lacks

@@ -8,8 +8,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
-from folders import make_folder
-from test_evaluation import save_model
+from folders import make_folder, save_model
 
 from evaluation import evalrank, i2t, t2i
 from lib.errors import InputError

@@ -7,35 +7,26 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from folders import make_folder
-from processes import LIMIT, started, wait_for
-from test_train import assert_same, load
+from processes import LIMIT, run, started, wait_for
+from training import NAME, Place, assert_same, last_checkpoint, load
 
 import train
+from data import get_loaders
 from lib import distributed, interrupts
-from lib.checkpoint import last_checkpoint, load_checkpoint, save_checkpoint
+from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.errors import InputError
 from lib.files import replace
-from lib.workers import watched_workers
+from lib.workers import watched
 from model import SCAN
+from vocab import Vocabulary
 
-SMALL = "--img_dim 16 --embed_size 24 --word_dim 8 --batch_size 16 --max_violation --agg_func Mean --bi_gru"
 KILLS = int(os.environ.get("KILLS", 5))  # CONTRIBUTING.md: 200 once in a while
-
-
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    data_path, vocab_path = make_folder(str(tmp_path_factory.mktemp("toy")), n_regions=6)
-    return f"--data_path {data_path} --vocab_path {vocab_path} --data_name toy_precomp {SMALL}"
 
 
 class Forgetful(SCAN):
@@ -53,14 +44,16 @@ class Forgetful(SCAN):
 
 
 @pytest.fixture
-def fit(toy, tmp_path):
+def place(tmp_path):
+    return Place(tmp_path, "--num_epochs 2")
+
+
+@pytest.fixture
+def fit(place):
     """fit(name, flags, make_model) trains in this process, by default for 2 epochs of 4 steps; returns its folder."""
 
     def run(name, flags="", make_model=Forgetful):
-        folder = tmp_path / name
-        line = f"{toy} --workers 0 --num_epochs 2 --logger_name {folder / 'log'} --model_name {folder} {flags}"
-        train.fit(train.get_parser().parse_args(line.split()), make_model)
-        return folder
+        return place.fit(name, flags, make_model)
 
     return run
 
@@ -104,14 +97,14 @@ def test_a_run_stopped_again_and_again_ends_the_same(fit, straight):
 
 
 def test_validation_is_interrupted_at_once_and_made_up_for(fit, straight, monkeypatch):
-    rank_dev = train.rank_dev
+    validate = train.validate
 
     def interrupted(*args):
-        monkeypatch.setattr(train, "rank_dev", rank_dev)
+        monkeypatch.setattr(train, "validate", validate)
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("the signal should have ended this")
 
-    monkeypatch.setattr(train, "rank_dev", interrupted)
+    monkeypatch.setattr(train, "validate", interrupted)
     with pytest.raises(train.StopTraining):
         fit("stopped")
     saved = load(straight.parent / "stopped", "checkpoint_last")
@@ -125,7 +118,7 @@ def test_a_second_ctrl_c_does_not_wait_and_does_not_save_half_a_step(fit, tmp_pa
             if now == 2:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
-                time.sleep(5)
+                threading.Event().wait(60)
 
     with pytest.raises(KeyboardInterrupt) as stopped:
         fit("impatient", "", Impatient)
@@ -133,11 +126,10 @@ def test_a_second_ctrl_c_does_not_wait_and_does_not_save_half_a_step(fit, tmp_pa
     assert last_checkpoint(str(tmp_path / "impatient")) == ("", None)
 
 
-def test_sigterm_from_the_shell_saves_says_where_and_exits_with_143(toy, tmp_path):
-    line = [sys.executable, ROOT / "train.py", *toy.split(), "--workers", "2", "--num_epochs", "100000"]
-    line += ["--logger_name", tmp_path / "log", "--model_name", tmp_path, "--keep_last", "1"]
+def test_sigterm_from_the_shell_saves_says_where_and_exits_with_143(place, tmp_path):
+    line = [sys.executable, ROOT / "train.py", *place.line("run", "--workers 2 --num_epochs 100000 --keep_last 1")]
     with started(line, stderr=subprocess.PIPE, text=True) as run:
-        wait_for(lambda: list(tmp_path.glob("checkpoint_[0-9]*.tar")) or run.poll() is not None)
+        wait_for(lambda: list(tmp_path.glob("run/checkpoint_[0-9]*.tar")) or run.poll() is not None)
         os.killpg(run.pid, signal.SIGTERM)  # as a service manager does: to the loading processes as well
         _, errors = run.communicate(timeout=LIMIT)
     assert run.returncode == 143, errors
@@ -155,40 +147,34 @@ def test_a_thread_trains_too_and_leaves_the_signals_alone(fit, straight):
 
 
 HANGING = """
-import os, sys, time
-import data, train
+import os, threading
+import train
 from lib.errors import run
 
-class Hanging(data.PrecompDataset):
+class Hanging(train.SCAN.dataset):
     def __getitems__(self, indices):
         if "train" in self.prefix and max(indices) > 15:
             os.close(os.open(os.environ["HANGS"], os.O_CREAT))
-            time.sleep(1000)
+            threading.Event().wait()
         return super().__getitems__(indices)
 
-data.PrecompDataset = Hanging
+train.SCAN.dataset = Hanging
 if __name__ == "__main__":
     run(train.main)
 """
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_ends_a_wait_for_data_that_do_not_come(toy, tmp_path, workers):
+def test_sigterm_ends_a_wait_for_data_that_do_not_come(place, tmp_path, workers):
     (tmp_path / "hanging.py").write_text(HANGING)
-    line = [sys.executable, tmp_path / "hanging.py", *toy.split(), "--workers", str(workers)]
-    line += ["--logger_name", tmp_path / "log", "--model_name", tmp_path]
+    line = [sys.executable, tmp_path / "hanging.py", *place.line("run", f"--workers {workers}")]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HANGS": str(tmp_path / "hangs")}
-    run = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
-    try:
-        while not (tmp_path / "hangs").exists() and run.poll() is None:
-            time.sleep(0.1)
+    with started(line, stderr=subprocess.PIPE, text=True, env=env) as run:
+        wait_for(lambda: (tmp_path / "hangs").exists() or run.poll() is not None)
         run.terminate()  # nothing where it has ended
-        _, errors = run.communicate(timeout=60)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
+        _, errors = run.communicate(timeout=LIMIT)
     assert run.returncode == 143, errors
-    assert load_checkpoint(str(tmp_path / "checkpoint_last.pth.tar"))["step"] == 0
+    assert load(tmp_path / "run", "checkpoint_last")["step"] == 0
     assert "stopped after step 0" in errors
 
 
@@ -210,11 +196,11 @@ def test_one_of_several_processes_does_not_wait_for_its_data_for_ever(monkeypatc
 # ---------------------------------------------------------------- not asked
 
 
-def test_killed_at_random_moments_every_checkpoint_loads_and_training_goes_on(toy, tmp_path):
-    line = [sys.executable, ROOT / "tests" / "kill_training.py", KILLS, tmp_path, *toy.split()]
-    line += ["--workers", "0", "--num_epochs", "3", "--save_step", "1", "--keep_last", "1"]
+def test_killed_at_random_moments_every_checkpoint_loads_and_training_goes_on(place, tmp_path):
+    flags = place.line("unused", "--num_epochs 3 --save_step 1 --keep_last 1")
+    line = [sys.executable, ROOT / "tests" / "kill_training.py", str(KILLS), tmp_path, *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # a fork has no threads but one
-    done = subprocess.run([*map(str, line)], capture_output=True, text=True, env=environment)
+    done = run(line, env=environment)
     assert done.returncode == 0, done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     print(counts)
@@ -283,7 +269,7 @@ def breaking(step, what):
     [
         (lambda loss: loss * float("nan"), "the loss is nan"),
         (lambda loss: loss + 1e9, r"the loss is 1\d{9}"),
-        (lambda loss: (loss * 0 + 1e-30).sqrt() * 1e38 * loss, "gradient's norm"),
+        (lambda loss: (loss * 0 + 1e-30).sqrt() * 1e38 * loss, "the norm of its gradient"),
     ],
     ids=["nan", "exploding", "gradient"],
 )
@@ -299,43 +285,50 @@ def test_a_loss_that_is_none_names_step_pairs_and_the_last_good_checkpoint(fit, 
     assert all(torch.isfinite(x).all() for x in load(tmp_path / "late")["model"][0].values())
 
 
-def test_the_death_of_a_loading_process_names_the_sample(toy, tmp_path):
+def test_the_death_of_a_loading_process_names_the_sample(tmp_path):
     """A file that shrinks under a run ends the process that reads it with a bus error."""
-    data_path, vocab_path = make_folder(str(tmp_path), splits={"train": 40, "dev": 4}, img_dim=512)
-    ims = tmp_path / "data" / "toy_precomp" / "train_ims.npy"
-    code = "import os, sys, train; opt = train.get_parser().parse_args(sys.argv[2:])\n"
-    code += "def model(opt):\n    os.truncate(sys.argv[1], 8192)\n    return train.SCAN(opt)\n"
-    code += "from lib import errors; errors.run(lambda: train.fit(opt, make_model=model))"
-    flags = f"{toy} --data_path {data_path} --vocab_path {vocab_path} --img_dim 512 --workers 1 --num_epochs 1"
-    flags += f" --logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'}"
-    done = subprocess.run(
-        [sys.executable, "-c", code, ims, *flags.split()], capture_output=True, text=True, cwd=ROOT, timeout=LIMIT
-    )
+    place = Place(tmp_path, splits={"train": 40, "dev": 4}, n_regions=36, img_dim=512)
+    code = """if True:
+        import os, sys, train
+        from lib.errors import run
+
+        class Shrinking(train.SCAN):
+            def step(self, *batch):
+                os.truncate(sys.argv[1], 8192)
+                return super().step(*batch)
+
+        run(lambda: train.fit(train.get_parser().parse_args(sys.argv[2:]), Shrinking))
+    """
+    file = tmp_path / "data" / NAME / "train_ims.npy"
+    done = run([sys.executable, "-c", code, file, *place.line("run", "--img_dim 512 --workers 1")], cwd=ROOT)
     assert done.returncode == 2, done.stderr
-    order = next(iter(train.get_loaders.__globals__["EpochBatches"](200, 16, 0)))
-    found = re.search(r"train: a loading process died when it read pair (\d+), which is image (\d+) and", done.stderr)
+    said = r"train: a loading process died with exit code -7 when it read pair (\d+), which is image (\d+) and"
+    found = re.search(said, done.stderr)
     assert found, done.stderr
-    assert int(found[1]) == next(pair for pair in order if pair // 5 > 0) and int(found[2]) == int(found[1]) // 5
-    assert np.load(tmp_path / "data" / "toy_precomp" / "dev_ims.npy").shape == (4, 36, 512)
+    assert int(found[1]) // 5 == int(found[2]) > 0
 
 
-def test_the_sample_is_named_wherever_the_death_is_noticed(toy, tmp_path):
+def test_the_sample_is_named_wherever_the_death_is_noticed(place, tmp_path):
     """PyTorch raises it from a signal handler: also where a file is written, or other processes are waited for."""
-    opt = train.get_parser().parse_args(toy.split())
-    loader, _ = train.get_loaders(opt.data_name, train.read_vocab(opt), 16, 1, opt)
-    loader.dataset.worker_log.pids[0], loader.dataset.worker_log.items[0] = 4321, 17
+    opt = train.get_parser().parse_args(place.line("run"))
+    loader, _ = get_loaders(opt.data_name, Vocabulary.read(opt), 16, 1, opt)
+    next(iter(loader))
+    (child,) = loader.processes
+    loader.log.items[0] = 17
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
 
     def die(*_):
-        raise RuntimeError("DataLoader worker (pid 4321) is killed by signal: Killed. ")
+        raise RuntimeError("a loading process is gone")
 
     def wait():
         with distributed.report_lost_peer():
             die()
 
-    for place in (die, wait, lambda: replace(tmp_path / "file", die)):
-        with pytest.raises(InputError, match="died when it read pair 17, which is image 3 and caption line 18"):
-            with watched_workers(loader.dataset):
-                place()
+    said = "died with exit code -9 when it read pair 17, which is image 3 and caption line 18"
+    for where in (die, wait, lambda: replace(tmp_path / "file", die)):
+        with pytest.raises(InputError, match=said), watched(loader):
+            where()
 
 
 def test_too_little_shared_memory_is_told_before_training(fit, tmp_path, monkeypatch):
@@ -343,7 +336,7 @@ def test_too_little_shared_memory_is_told_before_training(fit, tmp_path, monkeyp
     monkeypatch.setattr("lib.workers.shutil.disk_usage", lambda path: SimpleNamespace(free=8 * 4096))
     with pytest.raises(InputError, match=r"/dev/shm: 0 MB free, \d batches .*--workers 0"):
         fit("run", "--workers 1")
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").glob("*.tar"))
     fit("run", "--workers 0")
 
 
@@ -354,12 +347,11 @@ def test_shared_memory_that_fills_up_ends_training_with_one_line(tmp_path):
         subprocess.run([*private, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs the right to mount a small /dev/shm")
-    data_path, vocab_path = make_folder(str(tmp_path), img_dim=512)
-    code = "import data, train\ndata.check_shared_memory = lambda *sizes: None\ntrain.run(train.main)"
-    flags = f"--data_path {data_path} --vocab_path {vocab_path} --data_name toy_precomp {SMALL} --img_dim 512"
-    places = f"--logger_name {tmp_path / 'log'} --model_name {tmp_path / 'models'} --workers 1"
-    line = [*private, sys.executable, "-c", code, *flags.split(), *places.split()]
-    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=100)
+    place = Place(tmp_path, n_regions=36, img_dim=512)
+    code = (
+        "import lib.workers, train\nlib.workers.Loader.check_shared_memory = lambda self: None\ntrain.run(train.main)"
+    )
+    done = run([*private, sys.executable, "-c", code, *place.line("run", "--img_dim 512 --workers 1")], cwd=ROOT)
     assert done.returncode == 2, done.stderr
     assert re.search(r"^error: /dev/shm: no space .*--workers 0", done.stderr.splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
@@ -372,7 +364,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoints_stay(fit, tmp_path, m
 
     def full(state, file):
         written(state, file)
-        raise OSError(28, "No space left on device", file.name)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space left on device.*checkpoint_1"):

@@ -8,9 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
-from folders import make_folder
+from folders import make_folder, save_model
 from PIL import Image
-from test_evaluation import save_model
 
 from lib.errors import InputError, run
 from scripts import visualize

@@ -22,7 +22,6 @@ LOG2_E = np.float32(1.44269504)
 LN_2_HIGH, LN_2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # ln 2 in two parts, the first exact
 EXP = tuple(np.float32(c) for c in (1.98756915e-4, 1.39819995e-3, 8.33345191e-3, 4.16657959e-2, 1.66666655e-1, 0.5))
 
-
 # fastmath: no flag that assumes there is no NaN, because it must reach the scores
 compiled = njit(nogil=True, fastmath={"contract"}, error_model="numpy")
 

@@ -64,8 +64,7 @@ def blocks(
 
 
 def all_pairs(images: Tensor, groups: Sequence[Words], t2i: bool) -> Iterator[Block]:
-    """A Block of all pairs for each group of captions, by one matrix product. Queries come last, because reductions
-    over an outer dimension vectorise."""
+    """A Block of all pairs for each group of captions. Queries come last: reductions over outer axes vectorise."""
     if t2i:
         gram = images @ images.mT
         for words, mask in groups:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from threading import Lock, Thread
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lib.kernels.blocks import equal_length_groups
-from lib.tensors import norm
+from lib.tensors import has_bfloat16, norm
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +97,6 @@ class Side(NamedTuple):
     values: Array
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions that multiply bfloat16 numbers."""
-    processor = torch.cpu.get_capabilities()
-    return any(processor.get(name) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def factor(X: Tensor, bfloat16: bool) -> Tensor:
     """X (n, D) float32 as `multiply` takes it: rounded to bfloat16, or for oneDNN."""
     if bfloat16:
@@ -171,14 +166,23 @@ def attend_pieces(contexts: Sequence[Tensor], queries: Sequence[Tensor], config:
     return torch.from_numpy(found)
 
 
+starting = Lock()  # held by a thread while it starts
+
+
+def compute_alone() -> None:
+    """Keep torch's products of this thread in it. set_num_threads is also what later threads start with: another
+    thread sets that back."""
+    with starting:
+        before = torch.get_num_threads()  # asked first: a thread's first question undoes what it set before
+        torch.set_num_threads(1)
+        other = Thread(target=torch.set_num_threads, args=(before,))
+        other.start()
+        other.join()
+
+
 def in_threads(work: Callable[[int, int], Any], count: int) -> None:
-    """work(first, last) for all of count jobs, in SHARES shares for each of torch.get_num_threads() threads, in each of
-    which torch computes alone."""
+    """work(first, last) for all of count jobs, in SHARES shares for each of torch.get_num_threads() threads."""
     threads = torch.get_num_threads()
     cuts = np.linspace(0, count, min(count, threads * SHARES) + 1).astype(int).tolist()
-    torch.set_num_threads(1)  # new threads take it over when they are asked for theirs
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.get_num_threads) as pool:
-            list(pool.map(work, cuts[:-1], cuts[1:]))
-    finally:
-        torch.set_num_threads(threads)
+    with ThreadPoolExecutor(threads, initializer=compute_alone) as pool:
+        list(pool.map(work, cuts[:-1], cuts[1:]))
