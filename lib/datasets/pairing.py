@@ -158,7 +158,7 @@ def nearest(hits: list[Partner], split: Split) -> list[Partner]:
 
 
 def by_ids(source: Sequence[Split]) -> Finder:
-    """A function that gives, of each image of a reference split, the partners: one, none, or more if that is unclear."""
+    """A function of a reference split → each image's partners: one, or none, or more if that cannot be told."""
     index = index_of(source, lambda split: [[name] for name in split.ids])
     return lambda split: (index.get(name, []) for name in split.ids)
 

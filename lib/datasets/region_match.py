@@ -118,11 +118,11 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     elif wrong:
         reason = _why_untold(alike, overlap, features.shape[2])
     means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
-    if reason:
-        return Judgement(*means, misses, n, None, f"whether the boxes belong to the features cannot be told: {reason}")
-    said = "{:.2f} with its boxes, {:.2f} with another image's, {:.2f} shuffled".format(*means)
-    better = f"; in {misses} of {n} images others fit better" if misses else ""
-    return Judgement(*means, misses, n, wrong, f"regions that overlap look alike: {said}{better}")
+    text = f"whether the boxes belong to the features cannot be told: {reason}"
+    if not reason:
+        text = "regions that overlap look alike: {:.2f} with its boxes, {:.2f} with another image's, {:.2f} shuffled"
+        text = text.format(*means) + (f"; in {misses} of {n} images others fit better" if misses else "")
+    return Judgement(means[0], means[1], means[2], misses, n, None if reason else wrong, text)
 
 
 def _why_untold(alike, overlap, img_dim):
