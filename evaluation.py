@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data import ImageCaptions, pad
 from lib import distributed, eccv, report
-from lib.checkpoint import load_checkpoint
+from lib.checkpoint import check_kind, load_checkpoint
 from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.files import check_output, digest_lines
@@ -256,6 +256,7 @@ def load_split(
     only. overrides: other options of the checkpoint to set; data_name leaves its vocabulary.
     """
     checkpoint = load_checkpoint(model_path)
+    check_kind(model_path, checkpoint, make_model.whole_image)
     opt = checkpoint["opt"]
     opt.data_path, opt.vocab_path = data_path or opt.data_path, vocab_path or opt.vocab_path
     vocab = checkpoint_vocab(model_path, checkpoint, opt, make_model.vocabulary)

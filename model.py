@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from data import PrecompDataset
 from lib import distributed
-from lib.checkpoint import check_state, load_checkpoint
+from lib.checkpoint import check_kind, check_state, load_checkpoint
 from lib.constants import LEAK, N_SLOTS
 from lib.errors import InputError
 from lib.kernels import gru, pieces
@@ -389,7 +389,7 @@ class SCAN:
     scores (score), which data and vocabulary it reads (dataset, vocabulary).
     """
 
-    dataset, vocabulary, text_encoder = PrecompDataset, Vocabulary, EncoderText
+    dataset, vocabulary, text_encoder, whole_image = PrecompDataset, Vocabulary, EncoderText, False
 
     def __init__(self, opt):
         check_options(opt, CHOICES)
@@ -486,7 +486,7 @@ class SCAN:
 
 
 def load_model(
-    path: str, vocab_size: int | None = None, make_model: type = SCAN, checkpoint: dict | None = None, **overrides: Any
+    path: str, vocab_size: int | None = None, make_model: Any = SCAN, checkpoint: dict | None = None, **overrides: Any
 ) -> Any:
     """The model of a checkpoint, ready to evaluate; its opt is the checkpoint's.
 
@@ -494,6 +494,7 @@ def load_model(
     where they have been read. overrides: options to set. Raises InputError naming path.
     """
     checkpoint = checkpoint or load_checkpoint(path)
+    check_kind(path, checkpoint, make_model.whole_image)
     opt = checkpoint["opt"]
     vars(opt).update({"device": OPTIONS["device"].default, **overrides})  # not the device it was trained on
     opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])
@@ -502,8 +503,6 @@ def load_model(
     try:
         model = make_model(opt)
         model.load_state_dict(checkpoint["model"])
-        if "fc_whole.bias" in checkpoint["model"][0] and not hasattr(model.img_enc, "fc_whole"):
-            raise InputError("a whole-image model, expected to be evaluated by Tencent_PFAN/evaluation_whole.py")
     except (InputError, AttributeError, TypeError) as error:
         raise InputError(f"{path}: {error}") from None
     model.val_start()

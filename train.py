@@ -100,56 +100,56 @@ def fit(opt: Any, make_model: type[SCAN] = SCAN) -> float:
         warn_of_boxes(train_loader.dataset)
         torch.manual_seed(opt.seed)
         model = make_model(opt)
-        one = Run(opt, model, vocab, data_digests(train_loader, val_loader), folder)
+        training = Run(opt, model, vocab, data_digests(train_loader, val_loader), folder)
         if checkpoint:
-            one.resume(checkpoint, path)
+            training.resume(checkpoint, path)
         elif opt.init_from:
-            one.start_from(opt.init_from)
+            training.start_from(opt.init_from)
         if not distributed.same_in_all_processes([model.Eiters]):
             raise InputError(f"--resume {opt.resume}: the processes found different checkpoints")
         log.info("%s on %s: %d pairs, %d words", opt.data_name, model.device, len(train_loader.dataset), len(vocab))
         train_loader = keep_features(train_loader, model.device, opt.features_on)
-        with one.recorded(checkpoint), watched(train_loader):
-            for epoch in range(one.epoch, opt.num_epochs):
+        with training.recorded(checkpoint), watched(train_loader):
+            for epoch in range(training.epoch, opt.num_epochs):
                 adjust_learning_rate(opt, model.optimizer, epoch)
-                train(opt, train_loader, model, epoch, val_loader, one)
-                one.finish_epoch(one.validate(val_loader))
+                train(opt, train_loader, model, epoch, val_loader, training)
+                training.finish_epoch(training.validate(val_loader))
     distributed.stop()
-    return one.best_rsum
+    return training.best_rsum
 
 
-def train(opt: Any, train_loader: Any, model: SCAN, epoch: int, val_loader: Any, one: "Run | None" = None) -> None:
+def train(opt: Any, train_loader: Any, model: SCAN, epoch: int, val_loader: Any, training: "Run | None" = None) -> None:
     """Train for the steps that are left of an epoch, and validate every opt.val_step steps.
 
-    train_loader: any DataLoader whose batches model.train_emb takes. one: the run that the epoch belongs to, with its
-    signals and checkpoints; None: an epoch by itself. Raises InputError that names the step, the pairs and the last
+    train_loader: any DataLoader whose batches model.train_emb takes. training: the run that the epoch belongs to, with
+    its signals and checkpoints; None: an epoch by itself. Raises InputError that names the step, the pairs and the last
     good checkpoint where the loss is NaN, infinite or impossible, or its gradient NaN or infinite.
     """
-    one = one or Run(opt, model)
+    training = training or Run(opt, model)
     batch_time, data_time, model.logger = AverageMeter(), AverageMeter(), LogCollector()
     end = time.time()
     with logging_redirect_tqdm():
-        for batch in one.stop.wait(one.batches(train_loader, epoch)):
+        for batch in training.stop.wait(training.batches(train_loader, epoch)):
             data_time.update(time.time() - end, 1)
             model.train_start()
-            choose_negatives(opt, model.criterion, epoch, epoch * len(train_loader) + one.step)
+            choose_negatives(opt, model.criterion, epoch, epoch * len(train_loader) + training.step)
             batch = regularise(batch, opt, epoch, SPECIAL.index(model.vocabulary.unknown))
             try:
                 check_loss(model.train_emb(*batch), opt)
             except FloatingPointError as error:
-                raise InputError(one.describe_failure(error, epoch, batch[-1], train_loader.dataset)) from None
+                raise InputError(training.describe_failure(error, epoch, batch[-1], train_loader.dataset)) from None
             batch_time.update(time.time() - end, 1)
             if model.Eiters % opt.log_step == 0:
-                place = epoch, one.step, len(train_loader)
+                place = epoch, training.step, len(train_loader)
                 log.info("Epoch: [%d][%d/%d]\t%s\tTime %s\tData %s", *place, model.logger, batch_time, data_time)
             times = {"batch_time": batch_time.val, "data_time": data_time.val}
-            for name, value in {"epoch": epoch, "step": one.step, **times}.items():
+            for name, value in {"epoch": epoch, "step": training.step, **times}.items():
                 tb_logger.log_value(name, value, step=model.Eiters)
             model.logger.tb_log(tb_logger, step=model.Eiters)
-            one.step += 1
+            training.step += 1
             if model.Eiters % opt.val_step == 0:
-                one.validate(val_loader)
-            one.finish_step()
+                training.validate(val_loader)
+            training.finish_step()
             end = time.time()
 
 
@@ -309,7 +309,7 @@ class Run:
 
 
 def checkpoint_to_resume(opt: Any, folder: RunFolder) -> tuple[str, dict | None]:
-    """Path and contents of the checkpoint that --resume asks for; "", None without one."""
+    """Path and contents of the checkpoint that --resume asks for; "", None without training."""
     if opt.resume == "auto":
         return folder.last()
     return opt.resume, load_checkpoint(opt.resume) if opt.resume else None

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lib.constants import SPECIAL
 from lib.errors import InputError, run
-from lib.files import read_lines, write_lines
+from lib.files import check_output, make_folder, read_lines, write_lines
 from lib.segmentation import segment
 
 SPLITS = ("train", "dev")  # what a vocabulary is built from
@@ -309,10 +309,13 @@ def main(data_path: str | None = None, data_name: str | None = None, kind: type[
     add("--allow_empty_captions", action="store_true", help="accept empty caption lines")
     add("--overwrite", action="store_true", help="replace a vocabulary of other words")
     opt = parser.parse_args(None if data_path is None and data_name is None else [])
+    dest = kind.file(opt.vocab_path, opt.data_name)
+    make_folder(os.path.dirname(dest) or ".")
+    check_output(dest)
     drop = from_txt(opt.stop_words) if opt.stop_words else ()
     options = opt.threshold, drop, opt.allow_empty_captions, opt.segment, kind
     vocab = build_vocab(opt.data_path, opt.data_name, None, *options)
-    write_vocab(vocab, kind.file(opt.vocab_path, opt.data_name), opt.threshold, opt.overwrite)
+    write_vocab(vocab, dest, opt.threshold, opt.overwrite)
 
 
 def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = False) -> None:
@@ -327,7 +330,6 @@ def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = 
         raise InputError(
             f"{dest}: is a vocabulary of {len(there)} words, not the {len(vocab)} found now (--overwrite replaces it)"
         )
-    os.makedirs(os.path.dirname(dest) or ".", exist_ok=True)
     serialize_vocab(vocab, dest)
     print(f"{dest}: {len(vocab)} words that occur at least {threshold} times")
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole Tencent-News flow on drawn pictures: data, training, servers, client, MAP@1-3 and A@1-3 beside chance.
+# The whole Tencent-News flow on drawn images: data, training, servers, client, MAP@1-3 and A@1-3 beside chance.
 #   sh Tencent_PFAN/demo.sh [further flags of scripts/demo/make_tencent_demo.py]
 # In the environment: OUT, the folder for all of it; TRAIN_FLAGS, further flags of train_whole.py; SENTENCE_PORT and
 # TAG_PORT, the servers' ports.
@@ -13,14 +13,14 @@ started=$(date +%s)
 show() { echo "+ $*" && "$@"; }
 
 show python scripts/demo/make_tencent_demo.py --out "$out" "$@"
-# small batches: among more pictures, the hardest negatives alone teach a new model nothing for many epochs
+# small batches: among more images, the hardest negatives alone teach a new model nothing for many epochs
 for kind in sentence tag; do
     case $kind in sentence) name=tencent_data ;; tag) name=tencent_data_tag ;; esac
-    show python -m Tencent_PFAN.vocab --data_path "$out/data" --data_name $name --vocab_path "$out/vocab"
+    show python -m Tencent_PFAN.vocab --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" --overwrite
     show python -m Tencent_PFAN.train_whole --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" \
         --logger_name "$out/$kind" --model_name "$out/$kind" --max_violation --bi_gru --agg_func=Mean \
         --cross_attn=t2i --lambda_softmax=9 --lambda_whole=2 --embed_size=128 --word_dim=64 --batch_size=16 \
-        --learning_rate=.001 --num_epochs=12 --lr_update=10 --val_step=2000000 --workers=1 ${TRAIN_FLAGS-}
+        --learning_rate=.001 --num_epochs=12 --lr_update=10 --val_step=2000000 --workers=1 --overwrite ${TRAIN_FLAGS-}
 done
 
 log=$out/servers.log

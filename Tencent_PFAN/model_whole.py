@@ -134,7 +134,7 @@ class ContrastiveLoss(model.ContrastiveLoss):
 class SCAN(model.SCAN):
     """The root's model with the whole-image branch."""
 
-    dataset, vocabulary, text_encoder = PrecompDataset, Vocabulary, EncoderText
+    dataset, vocabulary, text_encoder, whole_image = PrecompDataset, Vocabulary, EncoderText, True
 
     def make_img_enc(self, opt):
         if getattr(opt, "position", "area") != "area":

@@ -150,6 +150,13 @@ def check_state(encoder: str, own: dict, state: dict) -> None:
             raise InputError(f"{encoder} encoder: {key} is {found}, expected {expected}")
 
 
+def check_kind(path: str, checkpoint: dict, whole_image: bool) -> None:
+    """Raise InputError where the checkpoint at path is of a whole-image model, and one without was expected, or not."""
+    if ("fc_whole.bias" in checkpoint["model"][0]) != whole_image:
+        found, command = ("no", "evaluation.py") if whole_image else ("a", "Tencent_PFAN/evaluation_whole.py")
+        raise InputError(f"{path}: {found} whole-image model, expected to be evaluated by {command}")
+
+
 def infer_position(image_state: dict) -> str:
     """The --position of an image encoder with these parameters."""
     if "fc_att.weight" in image_state:

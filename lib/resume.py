@@ -103,6 +103,9 @@ def take_weights(path: str, checkpoint: dict, model: Any, words: list[str], ids:
     start value. Raises InputError naming path where the parameters do not fit.
     """
     image, text = checkpoint["model"]
+    sizes = text["embed.weight"].shape[1], model.txt_enc.embed.weight.shape[1]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{path}: words of word_dim {sizes[0]}, expected --word_dim {sizes[1]}")
     shared = [(ids[word], old) for old, word in enumerate(words) if word in ids]
     embed = model.txt_enc.embed.weight.detach().clone()
     try:

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train PFAN on drawn pictures and rank the test ones, start to finish, in a few minutes on two CPU cores.
+# Train PFAN on drawn images and rank the test ones, start to finish, in a few minutes on two CPU cores.
 #   sh scripts/demo.sh              PFAN-A
 #   sh scripts/demo.sh --ablation   PFAN-A, PFAN-P and SCAN side by side
 set -eu

@@ -67,7 +67,7 @@ if [ -f "$photos" ]; then
 fi
 [ -f "$data/test_caps.txt" ] || show python scripts/captions_to_dataset.py --tsv "$captions" \
     --ids "train=$train_ids" "dev=$dev_ids" "test=$test_ids" --out "$data"
-[ "$boxes" = windows ] || whole_region=--whole_region # the last window is the whole picture
+[ "$boxes" = windows ] || whole_region=--whole_region # the last window is the whole image
 show python scripts/extract_features.py --images "$photos" --out "$data" --regions "$boxes" ${whole_region:-} \
     --backbone efficientnet_lite2 --float16 --pixel_boxes
 [ -f "$out/vocab/${name}_vocab.json" ] || show python vocab.py --data_path "$out/data" --data_name "$name" \

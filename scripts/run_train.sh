@@ -2,6 +2,7 @@
 # The published runs. sh scripts/run_train.sh [f30k|coco] [t2i|i2t] [attention|area] [further flags of train.py]
 #   sh scripts/run_train.sh                  Flickr30K, t2i, PFAN-A
 #   sh scripts/run_train.sh coco i2t area    MS-COCO, i2t, PFAN-P
+# Where it was started before it refuses to: --resume auto goes on with that run, --overwrite begins anew.
 set -eu
 cd "$(dirname "$0")/.."
 data=f30k cross_attn=t2i position=attention

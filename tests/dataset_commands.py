@@ -4,6 +4,7 @@ import base64
 import contextlib
 import importlib
 import io
+import json
 import logging
 import os
 import resource
@@ -88,9 +89,27 @@ def detected(rng, n=R, width=500, height=375):
     return boxes.astype("<f4"), rng.standard_normal((n, D)).astype("<f4")
 
 
+def base64_of(array, kind="<f4"):
+    return base64.b64encode(np.ascontiguousarray(array, kind)).decode()
+
+
 def tsv_line(image_id, boxes, features, width=500, height=375, *more):
-    data = [base64.b64encode(np.ascontiguousarray(x, "<f4")).decode() for x in (boxes, features, *more)]
+    data = [base64_of(x) for x in (boxes, features, *more)]
     return "\t".join(map(str, (image_id, width, height, len(boxes), *data)))
+
+
+def lxmert_line(image_id, boxes, features, scores):
+    n = len(boxes)
+    detected = [base64_of(np.arange(n), "<i8"), base64_of(scores), base64_of(np.arange(n), "<i8"), base64_of(scores)]
+    return "\t".join(map(str, (image_id, 375, 500, *detected, n, base64_of(boxes), base64_of(features))))
+
+
+def vinvl_line(image_id, boxes, features, scores):
+    objects = [
+        {"class": "dog", "conf": float(score), "rect": box.tolist(), "feature": base64_of(feature)}
+        for box, feature, score in zip(boxes, features, scores, strict=True)
+    ]
+    return f"{image_id}\t" + json.dumps({"image_h": 375, "image_w": 500, "objects": objects})
 
 
 def no_leftovers(folder):

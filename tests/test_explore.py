@@ -28,6 +28,7 @@ from test_evaluation import save_model
 from evaluation import encode_data, load_split, shard_xattn
 from lib.errors import InputError, run
 from scripts import explore
+from scripts.explorer import hard_cases
 from scripts.explorer.answers import Explorer, first_rank
 from scripts.explorer.app import make_app
 from scripts.explorer.pictures import Pictures, find_files
@@ -160,23 +161,20 @@ def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
     assert answer["learned"][1] is None  # plain SCAN knows no positions
 
 
-def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, address):
-    assert get(address, "hard")[1]["state"] in ("new", "running", "done")
-    wait_for(lambda: get(address, "hard")[1]["state"] not in ("new", "running"))
-    _, hard = get(address, "hard")
-    assert hard["state"] == "done"
-    assert (hard["pictures"], hard["captions"]) == (N_IMAGES, 5 * N_IMAGES)
+def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer, monkeypatch):
+    monkeypatch.setattr(hard_cases, "CAPTION_BLOCK", 7)  # several blocks
+    comparison = hard_cases.HardCases(explorer)
+    hard = wait_for(lambda: comparison.ask()["state"] not in ("new", "running") and comparison.answer)
+    assert (hard["state"], hard["pictures"], hard["captions"]) == ("done", N_IMAGES, 5 * N_IMAGES)
     for one_way in (lambda case: case["sentence"], lambda case: not case["sentence"]):
         cases = list(filter(one_way, hard["cases"]))
         ratios = [max(case["ranks"]) / min(case["ranks"]) for case in cases]
         assert ratios == sorted(ratios, reverse=True) and min(ratios) > 1
         assert ratios == pytest.approx([case["ratio"] for case in cases])
     case = next(case for case in hard["cases"] if case["sentence"])
-    _, answer = get(address, "search", sentence=case["sentence"], k=1)
-    assert [found["rank"] for found in answer["models"]] == case["ranks"]
-    picture = next(case for case in hard["cases"] if not case["sentence"])
-    _, answer = get(address, f"images/{picture['image']}/captions", k=1)
-    assert [found["rank"] for found in answer["models"]] == picture["ranks"]
+    assert [found["rank"] for found in explorer.search(case["sentence"], 1)["models"]] == case["ranks"]
+    image = next(case for case in hard["cases"] if not case["sentence"])
+    assert [found["rank"] for found in explorer.captions_for(image["image"], 1)["models"]] == image["ranks"]
 
 
 @pytest.mark.parametrize(

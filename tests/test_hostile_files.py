@@ -5,7 +5,6 @@ hundred.
 """
 
 import argparse
-import base64
 import json
 import os
 import random
@@ -19,7 +18,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_opt
-from folders import make_folder
+from dataset_commands import lxmert_line, tsv_line, vinvl_line
+from folders import make_folder, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,10 +28,13 @@ import train
 from data import PrecompDataset
 from lib.checkpoint import load_checkpoint
 from lib.datasets import news
+from lib.datasets.boxes import BoxFile
+from lib.datasets.npz_files import read_npy, read_regions
 from lib.errors import InputError
 from lib.options import MODEL, MODEL_NEWER, WHOLE_IMAGE
 from lib.resume import check_same_options
 from model import SCAN
+from position import position_grid
 from scripts import captions_to_dataset, tsv_to_dataset
 from test_server import compute_map
 from test_server import test as client
@@ -125,6 +128,10 @@ def read_coco(path):
     run_script(captions_to_dataset, "--coco", path, "--split", "train", "--out", out, "--overwrite")
 
 
+def read_boxes(path):
+    position_grid(*BoxFile(str(path), best=True).rows(0, 9))
+
+
 def read_scores(path):
     compute_map.load_dist_from_file(str(path))
 
@@ -167,6 +174,11 @@ READERS = {
     "results.csv": read_caption_tsv,
     "karpathy.json": read_karpathy,
     "coco.json": read_coco,
+    "image.npz": lambda path: read_regions(str(path)),
+    "image.npy": lambda path: read_regions(str(path)),
+    "info.npy": lambda path: read_npy(str(path)),
+    "boxes.npz": read_boxes,
+    "boxes.json": read_boxes,
     "dist_t2i.json": read_scores,
     "test_list.json": read_test_list,
     "test_own.tsv.0": read_pictures,
@@ -197,22 +209,19 @@ def valid(tmp_path_factory):
     torch.save(state, folder / "model.pth.tar")
     torch.save(state, folder / "old_model.pth.tar", _use_new_zipfile_serialization=False)
     rng = np.random.default_rng(0)
-    with open(folder / "regions.tsv", "w") as file:
-        for image in range(2):
-            arrays = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4)).astype(np.float32)
-            columns = [base64.b64encode(x).decode() for x in arrays]
-            file.write("\t".join(map(str, (image, 200, 100, 2, *columns))) + "\n")
-    with open(folder / "lxmert.tsv", "w") as lxmert, open(folder / "vinvl.tsv", "w") as vinvl:
-        for image in range(2):
-            boxes, features = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4), np.float32)
-            detected = (np.arange(2), features[:, 0].copy(), np.arange(2), features[:, 1].copy())
-            columns = [base64.b64encode(x).decode() for x in (*detected, boxes, features)]
-            lxmert.write("\t".join(map(str, (image, 100, 200, *columns[:4], 2, *columns[4:]))) + "\n")
-            objects = [
-                {"rect": box.tolist(), "feature": base64.b64encode(feature).decode(), "conf": 0.5}
-                for box, feature in zip(boxes, features, strict=True)
-            ]
-            vinvl.write(f"{image}\t" + json.dumps({"image_h": 100, "image_w": 200, "objects": objects}) + "\n")
+    boxes, features = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4), np.float32)
+    scores = features[:, 0].copy()
+    write_lines(folder / "regions.tsv", [tsv_line(image, boxes, features, 200, 100) for image in range(2)])
+    write_lines(folder / "lxmert.tsv", [lxmert_line(image, boxes, features, scores) for image in range(2)])
+    write_lines(folder / "vinvl.tsv", [vinvl_line(image, boxes, features, scores) for image in range(2)])
+    info = {"bbox": boxes, "num_boxes": 2, "image_h": 100, "image_w": np.int64(200)}
+    np.savez(folder / "image.npz", x=features, info=info)
+    np.save(folder / "image.npy", features)
+    np.save(folder / "info.npy", np.array(info, dtype=object), allow_pickle=True)  # noqa: S301 (to be read safely)
+    np.savez(folder / "boxes.npz", ids=["1", "2"], boxes=[boxes, boxes], image_sizes=[[100, 200]] * 2)
+    found = [{"image_id": image, "bbox": [1, 2, 50, 60], "score": 0.5} for image in range(2)]
+    described = [{"id": image, "height": 100, "width": 200} for image in range(2)]
+    (folder / "boxes.json").write_text(json.dumps({"images": described, "annotations": found}))
     (folder / "captions.csv").write_text(
         "image,caption\n" + "".join(f'{i}.jpg,"a man, who sits {k}"\n' for i in range(2) for k in range(5))
     )
@@ -221,15 +230,10 @@ def valid(tmp_path_factory):
         + "".join(f"{i}.jpg| {k}| a man sits\n" for i in range(2) for k in range(5))
     )
     (folder / "captions.tsv").write_text("".join(f"{i}.jpg\ta man sits {k}\n" for i in range(2) for k in range(5)))
+    sentences = [{"raw": f"a dog {k}"} for k in range(5)]
     images = [
-        {
-            "filename": f"{i}.jpg",
-            "imgid": i,
-            "cocoid": i,
-            "split": ("train", "val", "test")[i % 3],
-            "sentences": [{"raw": f"a dog {k}"} for k in range(5)],
-        }
-        for i in range(3)
+        {"filename": f"{i}.jpg", "imgid": i, "cocoid": i, "split": split, "sentences": sentences}
+        for i, split in enumerate(("train", "val", "test"))
     ]
     (folder / "karpathy.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
     notes = [{"image_id": i, "id": 5 * i + k, "caption": f"a cat {k}"} for i in range(2) for k in range(5)]

@@ -1,12 +1,24 @@
 """Bottom-up-attention TSV files → a dataset folder: order, bad lines, regions, restarts."""
 
-import base64
 import json
 import os
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, detected, fails, no_file_grows, no_leftovers, ok, run_killed, tsv_line
+from dataset_commands import (
+    D,
+    R,
+    base64_of,
+    detected,
+    fails,
+    lxmert_line,
+    no_file_grows,
+    no_leftovers,
+    ok,
+    run_killed,
+    tsv_line,
+    vinvl_line,
+)
 from folders import write_lines
 
 from position import position_grid
@@ -212,24 +224,6 @@ def test_a_full_disk_is_named_with_the_file(tmp_path, parts):
 
 
 # ---------------------------------------------------------------- other people's columns
-
-
-def base64_of(array, kind="<f4"):
-    return base64.b64encode(np.ascontiguousarray(array, kind)).decode()
-
-
-def lxmert_line(image_id, boxes, features, scores):
-    n = len(boxes)
-    detected = [base64_of(np.arange(n), "<i8"), base64_of(scores), base64_of(np.arange(n), "<i8"), base64_of(scores)]
-    return "\t".join(map(str, (image_id, 375, 500, *detected, n, base64_of(boxes), base64_of(features))))
-
-
-def vinvl_line(image_id, boxes, features, scores):
-    objects = [
-        {"class": "dog", "conf": float(score), "rect": box.tolist(), "feature": base64_of(feature)}
-        for box, feature, score in zip(boxes, features, scores, strict=True)
-    ]
-    return f"{image_id}\t" + json.dumps({"image_h": 375, "image_w": 500, "objects": objects})
 
 
 @pytest.mark.parametrize("line, said", [(lxmert_line, "LXMERT's columns"), (vinvl_line, "VinVL's columns")])

@@ -197,10 +197,10 @@ def _read_npz(path):
     except OSError:  # names the file
         raise
     except Exception as error:  # NumPy, zip and zlib each have their own
-        reason = str(error).partition(". If you trust")[0]
+        reason = " ".join(str(error).partition(". If you trust")[0].split())[:200]
         raise InputError(f"{path}: truncated or not an .npz file of names and numbers ({reason})") from None
     if not any(name in arrays for name in BOX_NAMES):
-        raise InputError(f"{path}: holds {', '.join(there)[:200]}; expected {' or '.join(BOX_NAMES)}")
+        raise InputError(f"{path}: holds {', '.join(map(brief, there))[:200]}; expected {' or '.join(BOX_NAMES)}")
     return arrays
 
 

@@ -84,6 +84,9 @@ class Partner(NamedTuple):
         return self.split.read(name, self.row)[0]
 
 
+Finder = Callable[[Split], Iterable[list[Partner]]]
+
+
 def caption_digest(caption: str) -> bytes:
     """A digest of a caption's words: the same for "A dog ." and "a dog"."""
     return hashlib.blake2b(" ".join(WORD.findall(caption.lower())).encode(), digest_size=16).digest()
@@ -120,14 +123,14 @@ def pair(
     reference: Sequence[Split], source: Sequence[Split], by: str, problems: Problems
 ) -> dict[str, list[Partner | None]]:
     """{split: [Partner or None, for each reference image]}. What has no partner goes to problems."""
-    finder: Any = {"ids": ById, "captions": ByCaptions, "regions": ByRegions}[by](source)
+    find = {"ids": by_ids, "captions": by_captions, "regions": by_regions}[by](source)
     pairs, used = {}, set()
     for split in reference:
         partners = pairs[split.split] = []
-        finder.prepare(split)
         taken: dict = {}
-        for row in tqdm(range(split.n), desc=f"{split.split}: pairing by {by}", unit="image", disable=None):
-            hits = nearest(finder.find(split, row), split)
+        name = f"{split.split}: pairing by {by}"
+        for row, hits in enumerate(tqdm(find(split), name, split.n, unit="image", disable=None)):
+            hits = nearest(hits, split)
             partners.append(hits[0] if len(hits) == 1 else None)
             used.update(hits)
             if not hits:
@@ -154,70 +157,53 @@ def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     return same or [hit for hit in hits if hit.split is hits[0].split]
 
 
-class ById:
-    """Finds partners by the ids."""
-
-    def __init__(self, source):
-        self.index = index_of(source, lambda split: [[name] for name in split.ids])
-
-    def prepare(self, split):
-        pass
-
-    def find(self, split, row):
-        """[Partner] of a reference image: one, or none, or more if that cannot be told."""
-        return self.index.get(split.ids[row], [])
+def by_ids(source: Sequence[Split]) -> Finder:
+    """A function of a reference split → each image's partners: one, or none, or more if that cannot be told."""
+    index = index_of(source, lambda split: [[name] for name in split.ids])
+    return lambda split: (index.get(name, []) for name in split.ids)
 
 
-class ByCaptions:
-    """Finds partners by the captions: all the same in any order, or else more than half."""
+def by_captions(source: Sequence[Split]) -> Finder:
+    """As by_ids, by the captions: all the same in any order, or else more than half."""
+    by_all = index_of(source, lambda split: [[tuple(sorted(digests))] for digests in split.digests])
+    by_one = index_of(source, lambda split: map(set, split.digests))
 
-    def __init__(self, source):
-        self.by_all = index_of(source, lambda split: [[tuple(sorted(digests))] for digests in split.digests])
-        self.by_one = index_of(source, lambda split: map(set, split.digests))
+    def find(split):
+        for digests in split.digests:
+            hits = by_all.get(tuple(sorted(digests)), [])
+            if not hits:
+                votes = Counter(hit for digest in set(digests) for hit in by_one.get(digest, ()))
+                hits = [hit for hit, count in votes.items() if 2 * count > len(digests)]
+            yield hits
 
-    def prepare(self, split):
-        pass
-
-    def find(self, split, row):
-        """As ById.find."""
-        digests = split.digests[row]
-        hits = self.by_all.get(tuple(sorted(digests)), [])
-        if not hits:
-            votes = Counter(hit for digest in set(digests) for hit in self.by_one.get(digest, ()))
-            hits = [hit for hit, count in votes.items() if 2 * count > len(digests)]
-        return hits
+    return find
 
 
-class ByRegions:
-    """Finds partners by which boxes fit the features, see lib/datasets/region_match.py."""
+def by_regions(source: Sequence[Split]) -> Finder:
+    """As by_ids, by which boxes fit the features, see lib/datasets/region_match.py.
 
-    def __init__(self, source):
-        self.source = source
-        self.overlaps = {split: signatures(split, "boxes", region_match.overlaps) for split in source}
+    Raises InputError where regions do not tell a split's images apart.
+    """
+    overlaps = {split: signatures(split, "boxes", region_match.overlaps) for split in source}
 
-    def prepare(self, split):
-        """Match a whole split. Raises InputError where regions do not tell its images apart."""
-        same = [other for other in self.source if other.split == split.split] or self.source
+    def find(split):
+        same = [other for other in source if other.split == split.split] or source
         candidates = [Partner(other, row) for other in same for row in range(other.n)]
-        overlaps = self.overlaps[same[0]]
-        if len(same) > 1:
-            overlaps = np.concatenate([self.overlaps[other] for other in same])
+        theirs = overlaps[same[0]] if len(same) == 1 else np.concatenate([overlaps[other] for other in same])
         likeness = signatures(split, "ims", region_match.likeness)
-        if likeness.shape[1] != overlaps.shape[1]:
+        if likeness.shape[1] != theirs.shape[1]:
             raise InputError(f"{split.prefix}_ims.npy: not as many regions as in {same[0].prefix}_boxes.npy")
-        rows = region_match.match(likeness, overlaps)
+        rows = region_match.match(likeness, theirs)
         missing = int((rows < 0).sum())
         if missing > MOST_UNPROVED * split.n:
             raise InputError(
-                f"{split.prefix}_ims.npy: {missing} of {split.n} images fit no boxes of {self.source[0].folder} "
+                f"{split.prefix}_ims.npy: {missing} of {split.n} images fit no boxes of {source[0].folder} "
                 f"better than all others: these features do not tell (fixed windows, random values?), or the boxes "
                 "are of other images"
             )
-        self.partners = [candidates[row] if row >= 0 else None for row in rows]
+        return [[candidates[row]] if row >= 0 else [] for row in rows]
 
-    def find(self, split, row):
-        """As ById.find."""
-        return [self.partners[row]] if self.partners[row] else []
+    return find
 
 
 def index_of(splits: Iterable[Split], names: Callable[[Split], Iterable]) -> dict[Any, list[Partner]]:

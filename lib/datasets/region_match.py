@@ -45,7 +45,7 @@ class Signature(NamedTuple):
 class Judgement(NamedTuple):
     """own, other, shuffled: mean correlation with the boxes given, another image's, and the regions in another order.
 
-    wrong: whether the boxes belong to other images or regions; None where that cannot be told, for the reason.
+    wrong: whether the boxes belong to other images or regions; None where that cannot be told. text: in words.
     """
 
     own: float
@@ -54,16 +54,10 @@ class Judgement(NamedTuple):
     misses: int
     n_images: int
     wrong: bool | None
-    reason: str
+    text: str
 
     def __str__(self):
-        if self.wrong is None:
-            return f"whether the boxes belong to the features cannot be told: {self.reason}"
-        said = f"{self.own:.2f} with its boxes, {self.other:.2f} with another image's, {self.shuffled:.2f} shuffled"
-        if not self.misses:
-            return f"regions that overlap look alike: {said}"
-        better = f"in {self.misses} of {self.n_images} images others fit better"
-        return f"regions that overlap look alike: {said}; {better}"
+        return self.text
 
 
 def overlaps(grids: np.ndarray) -> Signature:
@@ -124,7 +118,11 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     elif wrong:
         reason = _why_untold(alike, overlap, features.shape[2])
     means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
-    return Judgement(means[0], means[1], means[2], misses, n, None if reason else wrong, reason)
+    text = f"whether the boxes belong to the features cannot be told: {reason}"
+    if not reason:
+        text = "regions that overlap look alike: {:.2f} with its boxes, {:.2f} with another image's, {:.2f} shuffled"
+        text = text.format(*means) + (f"; in {misses} of {n} images others fit better" if misses else "")
+    return Judgement(means[0], means[1], means[2], misses, n, None if reason else wrong, text)
 
 
 def _why_untold(alike, overlap, img_dim):
@@ -139,21 +137,11 @@ def _why_untold(alike, overlap, img_dim):
     return ""
 
 
-class WholeJudgement(Judgement):
-    """A Judgement of whole-image features. own, other: the correlation in this order and in shifted ones."""
-
-    def __str__(self):
-        if self.wrong is None:
-            return f"whether these features belong to the regions' cannot be told: {self.reason}"
-        said = f"{self.own:.2f} in this order, {self.other:.2f} in another"
-        return f"images whose regions are alike have whole-image features that are alike: {said}"
-
-
-def judge_whole(features: np.ndarray, whole: np.ndarray) -> WholeJudgement:
+def judge_whole(features: np.ndarray, whole: np.ndarray) -> Judgement:
     """Judge whether whole-image features (n, D) belong to features of regions (n, R, D), from a sample of images.
 
     Images whose regions are alike on average have whole-image features that are alike: over all pairs of images
-    the two likenesses correlate.
+    the two likenesses correlate. own, other: the correlation in this order and in shifted ones.
     """
     n, img_dim = len(features), features.shape[2]
     alike, whole_alike = (likeness(values[None]) for values in (features.mean(axis=1, dtype=np.float32), whole))
@@ -167,7 +155,12 @@ def judge_whole(features: np.ndarray, whole: np.ndarray) -> WholeJudgement:
         reason = f"{n} images are too few"
     elif wrong and min(alike.spread.mean(), whole_alike.spread.mean()) < RANDOM_FACTOR / np.sqrt(img_dim):
         reason = "no images are more alike than others"
-    return WholeJudgement(own, float(others.mean()), 0.0, misses, n, None if reason else wrong, reason)
+    other = float(others.mean())
+    text = f"whether these features belong to the regions' cannot be told: {reason}"
+    if not reason:
+        text = "images whose regions are alike have whole-image features that are alike: "
+        text += f"{own:.2f} in this order, {other:.2f} in another"
+    return Judgement(own, other, 0.0, misses, n, None if reason else wrong, text)
 
 
 def judge_dataset(dataset: Any) -> Judgement | None:

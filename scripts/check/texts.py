@@ -7,7 +7,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.datasets.ids import canonical_id
-from lib.datasets.pairing import ByCaptions, ById, Split
+from lib.datasets.pairing import Split, by_captions, by_ids
 from lib.errors import InputError
 from lib.files import read_lines
 from scripts.check.report import Report
@@ -93,11 +93,10 @@ def compare_splits(folder: str, small: str, large: str, report: Report) -> None:
         a, b = Split(folder, small), Split(folder, large)
     except InputError:
         return  # reported with the files
-    for by, finder in (("ids", ById), ("captions", ByCaptions)):
+    for by, finder in (("ids", by_ids), ("captions", by_captions)):
         if not all(getattr(split, {"ids": "ids", "captions": "digests"}[by]) for split in (a, b)):
             continue
-        index = finder([b])
-        pairs = [(row, hits[0]) for row in range(a.n) if len(hits := index.find(a, row)) == 1]
+        pairs = [(row, hits[0]) for row, hits in enumerate(finder([b])(a)) if len(hits) == 1]
         for what, differ in (("captions", _captions_differ), ("features", _features_differ)):
             wrong = sum(differ(a, row, partner) for row, partner in pairs[:: len(pairs) // SAMPLE + 1])
             if wrong:

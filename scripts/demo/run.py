@@ -44,7 +44,7 @@ def train_and_rank(position, opt):
     paths = ("--data_path", opt.data_path, "--data_name", NAME, "--vocab_path", opt.vocab_path)
     outputs = ("--logger_name", folder, "--model_name", folder)
     flags = shlex.split(f"{TRAIN_FLAGS} {opt.train_flags}")
-    command("train.py", *paths, *outputs, "--position", position, "--seed", str(opt.seed), *flags)
+    command("train.py", *paths, *outputs, "--position", position, "--seed", str(opt.seed), *flags, "--overwrite")
     best = os.path.join(folder, "model_best.pth.tar")
     print(f'+ evaluation.evalrank("{best}", "{opt.data_path}", split="test")', flush=True)
     result = evalrank(best, opt.data_path, split="test")

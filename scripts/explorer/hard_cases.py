@@ -56,9 +56,8 @@ class HardCases:
         regions = collection.tensor(collection.images[images])
         for start in range(0, len(captions), CAPTION_BLOCK):
             block = captions[start : start + CAPTION_BLOCK]
-            words = torch.cat([collection.caption(i) for i in block])
-            captions = words, collection.lens[block]
-            scores = score_shards((regions,), captions, collection.model.score, collection.model.device)
+            words = torch.cat([collection.caption(i) for i in block]), collection.lens[block]
+            scores = score_shards((regions,), words, collection.model.score, collection.model.device)
             sims[:, start : start + CAPTION_BLOCK] = scores
             done = number + (start + len(block)) / len(captions)
             self.answer = {**self.answer, "share": done / len(self.explorer.collections)}
