@@ -19,7 +19,7 @@ from lib.datasets import region_match
 from lib.datasets.ids import SPLITS
 from lib.datasets.pairing import choose, load, pair
 from lib.datasets.problems import Problems
-from lib.datasets.writer import SplitWriter
+from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError, run
 from lib.files import digest_lines, make_folder, write_lines
 
@@ -91,17 +91,10 @@ def write(split, partners, opt, copy):
         kept = {name: (array.shape[1:], array.dtype) for name, (array, _) in split.arrays.items() if name not in arrays}
     ids = [split.names[row] if split.names else f"{split.split} {row}" for row, _ in pairs]
     inputs = [other.arrays[name][0].filename for other in sources for name in arrays]
-    settings = {"tool": "align", "partners": digest_lines(f"{other.split.split} {other.row}" for _, other in pairs)}
-    out = SplitWriter(
-        opt.out,
-        split.split,
-        ids,
-        {**arrays, **kept},
-        settings,
-        inputs,
-        overwrite=opt.overwrite,
-        write_ids=bool(split.names),
-    )
+    partners = digest_lines(f"{other.split.split} {other.row}" for _, other in pairs)
+    origin = Origin({"tool": "align", "partners": partners}, inputs)
+    rows = {**arrays, **kept}
+    out = SplitWriter(opt.out, split.split, ids, rows, origin, opt.overwrite, write_ids=bool(split.names))
     with out:
         if out.finished:
             print(f"{split.split}: there already")

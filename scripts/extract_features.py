@@ -27,7 +27,7 @@ from lib.constants import N_REGIONS
 from lib.datasets.ids import SPLITS, canonical_id, split_ids
 from lib.datasets.problems import Problems
 from lib.datasets.regions import Regions
-from lib.datasets.writer import note_of, sample
+from lib.datasets.writer import Origin, note_of, sample
 from lib.distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
 from lib.errors import InputError, run
 from lib.files import check_output, digest_lines, make_folder, name_in_errors, read_lines, write_lines
@@ -117,11 +117,11 @@ def write_dataset(splits, path_of, opt, extractor):
     arrays = ["ims", "boxes"] + ["who_ims"] * opt.whole + ["pixel_boxes"] * opt.pixel_boxes
     settings = {"tool": "extract_features", **extractor.settings}
 
-    def files(path):
-        return [os.path.join(opt.images, path)] if path else []
+    def files(image_id):
+        return [os.path.join(opt.images, path_of[image_id])] if image_id in path_of else []
 
-    job = FeatureJob(opt.regions, splits, settings, (), opt, extractor.problems, arrays, key=path_of.get, files=files)
-    with job:
+    origin = Origin(settings, files=files)
+    with FeatureJob(opt, extractor.problems, splits, arrays, origin, key=path_of.get, source=opt.regions) as job:
         if not job.writers:
             return
         job.check.shares = False  # the boxes are in pixels

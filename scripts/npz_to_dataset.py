@@ -22,6 +22,7 @@ from lib.datasets.ids import SPLITS, canonical_id, split_ids, walk
 from lib.datasets.json_files import json_items
 from lib.datasets.npz_files import read_regions
 from lib.datasets.problems import Problems
+from lib.datasets.writer import Origin
 from lib.errors import InputError, run
 from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
@@ -85,8 +86,9 @@ class Reader:
     def boxes_path(self, name):
         return os.path.join(self.boxes, id_of(self.paths[name]) + ".npy") if self.boxes else None
 
-    def files(self, name):
+    def files(self, image_id):
         """The paths of an image's files."""
+        name = canonical_id(image_id)
         paths = (self.paths.get(name), name in self.paths and self.boxes_path(name))
         return [path for path in paths if path and os.path.isfile(path)]
 
@@ -176,8 +178,8 @@ def main():
     print(f"{paths[name]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
     settings = {"tool": "npz_to_dataset", "regions": opt.regions, "boxes": opt.boxes, "sizes": opt.sizes}
     inputs = [opt.sizes] if isinstance(reader.sizes, dict) else []
-    job = FeatureJob(opt.folder, splits, settings, inputs, opt, problems, arrays, opt.regions, files=reader.files)
-    with job:
+    origin = Origin(settings, inputs, reader.files)
+    with FeatureJob(opt, problems, splits, arrays, origin, opt.regions, source=opt.folder) as job:
         if job.writers:
             convert(reader, job, opt.img_dim, problems)
             job.finish("images")

@@ -19,6 +19,7 @@ if not __package__:
 from lib.datasets.ids import SPLITS, canonical_id, split_ids
 from lib.datasets.problems import Problems
 from lib.datasets.tsv_files import FIELDS, SCORES, find_form, form_of_fields, image_id, read_lines
+from lib.datasets.writer import Origin
 from lib.errors import InputError, run
 from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
@@ -96,7 +97,8 @@ def main():
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
     splits = {opt.all: all_ids(opt.tsv, form)} if opt.all else split_ids(opt.out, opt.ids, problems)
     settings = {"tool": "tsv_to_dataset", "regions": opt.regions, "fields": ",".join(form.fields)}
-    with FeatureJob(opt.tsv[0], splits, settings, opt.tsv, opt, problems, ("ims", "boxes"), opt.regions) as job:
+    origin = Origin(settings, opt.tsv)
+    with FeatureJob(opt, problems, splits, ("ims", "boxes"), origin, opt.regions, source=opt.tsv[0]) as job:
         if job.writers:
             convert(opt.tsv, form, job, opt)
             job.finish("lines")

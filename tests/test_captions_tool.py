@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, fails, no_file_grows, ok
+from dataset_commands import D, R, fails, ok
 from folders import write_lines
 
 
@@ -112,15 +112,6 @@ def test_inputs_of_another_kind_are_named(tmp_path):
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):
         assert said in fails("captions_to_dataset", *args, "--out", tmp_path / "o"), args
-
-
-def test_a_full_disk_is_named_with_the_file(tmp_path):
-    # no coverage of the tool's process: its files could not grow either
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
-    write_lines(tmp_path / "caps.tsv", [f"{i}.jpg\tcaption {i} {j}" for i in range(100) for j in range(5)])
-    args = ("--tsv", tmp_path / "caps.tsv", "--split", "train", "--out", tmp_path / "o")
-    assert f"{tmp_path}/o/train_caps.txt" in fails("captions_to_dataset", *args, preexec_fn=no_file_grows, env=env)
-    assert not [path for path in (tmp_path / "o").iterdir() if path.suffix != ".part"]
 
 
 FIVE = ("A dog , running", 'A "big" dog runs .', "Two dogs", "Dogs run ; fast", "It runs .")

@@ -375,16 +375,6 @@ def test_a_image_without_positions_stops_the_alignment(tmp_path, drive, download
     assert len(list((tmp_path / "data/pfan/f30k_precomp").glob("*_boxes.npy"))) == 3
 
 
-def test_a_changed_caption_does_not_part_a_image_from_its_positions(tmp_path, drive, download, published):
-    scan_data(tmp_path, published)
-    members = positions(published, ["boxes.npy", "caps.txt"])
-    members["positions/dev_caps.txt"] = members["positions/dev_caps.txt"].replace(b"number 3, caption 2", b"other")
-    drive.files[F30K] = "application/zip", zipped(members)
-    status, out, errors = download("f30k")
-    assert (status, errors) == (0, []) and "captions agree in 10 of 10, in 1 of them not all" in out
-    np.testing.assert_array_equal(np.load(tmp_path / "data/f30k_precomp/dev_boxes.npy"), published["dev"][0][..., :30])
-
-
 def test_captions_of_other_images_do_not_bring_boxes_to_features(tmp_path, drive, download, published):
     """The captions of the archive pair all images, but its boxes are in another order than its captions."""
     scan_data(tmp_path, published)

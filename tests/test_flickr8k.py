@@ -4,7 +4,6 @@ import csv
 import io
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
-from dataset_commands import tool
 from folders import write_lines
 
 from evaluation import evalrank
@@ -174,15 +172,3 @@ def test_ranks_of_another_split_are_refused(tmp_path):
     compare_runs.read_ranks(path, captions, 10)
     with pytest.raises(InputError, match="ranks of as many, but other captions"):
         compare_runs.read_ranks(path, captions[::-1], 10)
-
-
-def test_check_data_finds_boxes_that_are_shuffled_between_regions(trained, tmp_path):
-    folder, said = trained
-    assert "WRONG" not in said
-    data = tmp_path / "flickr8k"
-    shutil.copytree(folder / "data/flickr8k", data)
-    grids = np.load(data / "train_boxes.npy")
-    np.save(data / "train_boxes.npy", grids[:, np.random.default_rng(0).permutation(grids.shape[1])])
-    done = tool("check_data", data, "--vocab_path", folder / "vocab")
-    (wrong,) = (line for line in done.stdout.splitlines() if line.startswith("WRONG"))
-    assert done.returncode == 1 and "train_boxes.npy: of other images or regions than" in wrong

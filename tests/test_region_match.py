@@ -36,16 +36,8 @@ def test_boxes_in_another_order_are_wrong(images, order):
 
 @pytest.mark.parametrize("img_dim", [4, 16, 64, 2048])
 def test_random_features_raise_no_alarm(images, img_dim):
-    rng = np.random.default_rng(0)
-    for features in (rng.standard_normal((60, 36, img_dim)), rng.random((60, 36, img_dim))):
-        judgement = judge(features, images[0])
-        assert judgement.wrong is None and "no regions are more alike than others" in str(judgement)
-
-
-def test_fixed_windows_raise_no_alarm(images):
-    grids, features = images
-    judgement = judge(features, np.repeat(grids[:1], 60, axis=0))
-    assert judgement.wrong is None and "have the same boxes" in str(judgement)
+    judgement = judge(np.random.default_rng(0).standard_normal((60, 36, img_dim)), images[0])
+    assert judgement.wrong is None and "no regions are more alike than others" in str(judgement)
 
 
 def test_images_that_stand_twice_are_no_fault(images):
@@ -71,13 +63,6 @@ def test_padded_regions_do_not_count(images):
     grids[padded] = [256] * 15 + [0] * 16
     assert judge(features, grids).wrong is False
     assert judge(features, np.roll(grids, 1, axis=0)).wrong is True
-
-
-def test_boxes_find_their_images_again(images):
-    grids, features = images
-    order = np.random.default_rng(0).permutation(60)
-    found = match(likeness(features).pairs, overlaps(grids[order]).pairs)
-    np.testing.assert_array_equal(order[found], np.arange(60))
 
 
 def test_images_without_boxes_find_none(images):

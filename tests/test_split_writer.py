@@ -17,7 +17,7 @@ from folders import write_lines
 from lib.datasets.arrays import ArrayWriter, open_rows, read_rows
 from lib.datasets.ids import canonical_id, read_file_names, read_ids
 from lib.datasets.problems import Problems
-from lib.datasets.writer import SplitWriter
+from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError
 
 
@@ -31,8 +31,10 @@ def test_a_run_stopped_while_it_named_its_files_is_completed(tmp_path, monkeypat
     write_lines(tmp_path / "train_ids.txt", "abc")
     write_lines(tmp_path / "train_caps.txt", ["a 1", "a 2", "b 1", "b 2", "c 1", "c 2"])
 
+    arrays = {"ims": ((2,), np.float32), "boxes": ((3,), np.float32)}
+
     def start():
-        return SplitWriter(tmp_path, "train", "abc", {"ims": ((2,), np.float32), "boxes": ((3,), np.float32)}, {})
+        return SplitWriter(tmp_path, "train", "abc", arrays, Origin({}))
 
     writer, calls = start(), []
     for row in range(3)[:kept]:
@@ -62,31 +64,31 @@ def test_a_run_stopped_while_it_named_its_files_is_completed(tmp_path, monkeypat
 @pytest.mark.parametrize("note", ["[]", "{}", "{", "\udcff", "[" * 100_000, '{"inputs": 3}', '{"inputs": [3]}'])
 def test_rows_of_a_stopped_run_whose_note_is_of_another_form_are_written_anew(tmp_path, note, capsys):
     arrays = {"ims": ((2,), np.float32)}
-    with SplitWriter(tmp_path, "train", ["a", "b"], arrays, {}) as writer:
+    with SplitWriter(tmp_path, "train", ["a", "b"], arrays, Origin({})) as writer:
         writer.write(0, ims=np.ones(2))
-    with SplitWriter(tmp_path, "train", ["a", "b"], arrays, {}) as writer:
+    with SplitWriter(tmp_path, "train", ["a", "b"], arrays, Origin({})) as writer:
         assert writer.done.tolist() == [True, False]
     (tmp_path / "train_state.part").write_text(note + "\n\1\1", errors="surrogateescape")
-    with SplitWriter(tmp_path, "train", ["a", "b"], arrays, {}) as writer:
+    with SplitWriter(tmp_path, "train", ["a", "b"], arrays, Origin({})) as writer:
         assert not writer.done.any() and "train: begun anew" in capsys.readouterr().out
 
 
 def test_a_state_that_a_stopped_run_had_only_begun_is_begun_anew(tmp_path):
     (tmp_path / "train_state.part").write_text('{"settings": {"to')
-    with SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, {}) as writer:
+    with SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, Origin({})) as writer:
         assert not writer.done.any()
 
 
 def test_two_runs_do_not_write_one_split_at_once(tmp_path):
     arrays = {"ims": ((2,), np.float32)}
-    with SplitWriter(tmp_path, "train", ["a"], arrays, {}), pytest.raises(InputError, match="another run"):
-        SplitWriter(tmp_path, "train", ["a"], arrays, {})
+    with SplitWriter(tmp_path, "train", ["a"], arrays, Origin({})), pytest.raises(InputError, match="another run"):
+        SplitWriter(tmp_path, "train", ["a"], arrays, Origin({}))
 
 
 def test_files_of_others_are_not_replaced(tmp_path):
     np.save(tmp_path / "train_ims.npy", np.zeros((1, 2), np.float32))
     with pytest.raises(InputError, match="--overwrite"):
-        SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, {})
+        SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, Origin({}))
 
 
 def test_memory_stays_small_while_gigabytes_are_written(tmp_path):

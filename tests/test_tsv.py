@@ -108,18 +108,6 @@ def test_missing_and_doubled_ids_of_a_list_are_named(tmp_path, parts):
     assert "train.txt, line 5: doubled: id 11 stands in line 2" in listed and "train, id 777: missing" in listed
 
 
-def test_skipping_images_takes_their_captions_along(tmp_path, parts):
-    (tmp_path / "out").mkdir()
-    write_lines(tmp_path / "out/train_ids.txt", [10, 11, 777, 13])
-    write_lines(tmp_path / "out/train_caps.txt", [f"{i} {j}" for i in (10, 11, 777, 13) for j in range(5)])
-    args = (tmp_path / "a.tsv", tmp_path / "b.tsv", "--out", tmp_path / "out", "--img_dim", D)
-    ok("tsv_to_dataset", *args, "--skip_bad")
-    lines = (tmp_path / "out/train_caps.txt").read_text().splitlines()
-    assert lines == [f"{i} {j}" for i in (10, 11, 13) for j in range(5)]
-    assert np.load(tmp_path / "out/train_ims.npy").shape == (3, R, D)
-    assert "there already" in ok("tsv_to_dataset", *args)
-
-
 @pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
 def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
     rng = np.random.default_rng(1)

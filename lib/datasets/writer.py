@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,27 +30,38 @@ NOTED = 3  # of each: name, size, digest
 TEXTS = ("ids.txt", "caps.txt", "made.json")
 
 
+class Origin(NamedTuple):
+    """What a split is made from: what a later run compares.
+
+    settings: all that decides the rows' values. inputs: paths of files that all rows are made from. files: a function
+    of an id → the paths of that image's own files.
+    """
+
+    settings: dict[str, Any]
+    inputs: Sequence[str] = ()
+    files: Callable[[str], Sequence[str]] = lambda image_id: ()
+
+
 class SplitWriter:
     """One split of a dataset folder: its arrays SPLIT_NAME.npy, SPLIT_ids.txt and SPLIT_made.json.
 
-    ids: the images, a row each. arrays: {name: (row shape, dtype)}. settings: what else decides the rows' values.
-    inputs: paths of files that all rows are made from. sources: of each row, the paths of its own files.
+    ids: the images, a row each. arrays: {name: (row shape, dtype)}.
     done (n,) bool: rows that this run or a stopped one before it has written.
-    finished: a run with the same settings and inputs has made the files already; nothing is left to do.
+    finished: a run of the same origin has made the files already; nothing is left to do.
     Raises InputError where files of these names were made otherwise, unless overwrite.
     """
 
-    def __init__(self, folder, split, ids, arrays, settings, inputs=(), sources=None, overwrite=False, write_ids=True):
+    def __init__(self, folder, split, ids, arrays, origin, overwrite=False, write_ids=True):
         make_folder(folder)
         self.prefix, self.ids, self.write_ids = os.path.join(folder, split), list(ids), write_ids
         self.done = np.zeros(len(self.ids), dtype=bool)
-        self.sources = sources or [()] * len(self.ids)
+        self.sources = list(map(origin.files, self.ids))
         self.arrays = {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in arrays.items()}
         self.made = {
-            "settings": dict(settings),
+            "settings": origin.settings,
             "arrays": {name: [list(shape), str(dtype)] for name, (shape, dtype) in self.arrays.items()},
             "ids": digest_lines(self.ids),
-            "inputs": [note_of(path) for path in inputs],
+            "inputs": [note_of(path) for path in origin.inputs],
         }
         self.made["rows"] = self._digests(sample(range(len(self.ids))))
         self.state_path, self.commit_path = self.prefix + "_state.part", self.prefix + "_commit.part"

@@ -10,7 +10,7 @@ from lib.datasets.boxes import BoxCheck
 from lib.datasets.ids import canonical_id
 from lib.datasets.problems import Problems
 from lib.datasets.regions import REGION_CHOICES, Regions, fit
-from lib.datasets.writer import SplitWriter
+from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError
 from position import BoxError, position_grid
 
@@ -38,26 +38,15 @@ def default_n_regions(opt: argparse.Namespace) -> int:
 class FeatureJob(contextlib.ExitStack):
     """Writes each image to the rows of the splits that list it, an image may be in two (test and testall).
 
-    source: the files' name for messages. splits: {split: ids}. key: id → what images are told apart by, None for those
-    that are not there. settings: what decides the values, for the next run. inputs: paths of what all are made from;
-    files: key → the paths of an image's own files.
-    arrays: names of "ims" and what else there is: "boxes" (grids), "who_ims", "pixel_boxes".
-    opt: out, n_regions, img_dim, float16, overwrite, skip_bad. choice: of lib.datasets.regions.REGION_CHOICES.
+    opt: out, n_regions, img_dim, float16, overwrite, skip_bad. splits: {split: ids}. arrays: names of "ims" and what
+    else there is: "boxes" (grids), "who_ims", "pixel_boxes". origin: a lib.datasets.writer.Origin. choice: of
+    lib.datasets.regions.REGION_CHOICES. key: id → what images are told apart by, None for those that are not there.
+    source: the files' name for messages.
     rows: {key: [(SplitWriter, row)]} of the splits that are not finished.
     """
 
     def __init__(
-        self,
-        source,
-        splits,
-        settings,
-        inputs,
-        opt,
-        problems: Problems,
-        arrays,
-        choice="fixed",
-        key=canonical_id,
-        files=None,
+        self, opt, problems: Problems, splits, arrays, origin: Origin, choice="fixed", key=canonical_id, source=""
     ):
         super().__init__()
         self.opt, self.choice, self.problems, self.check = opt, choice, problems, BoxCheck(source)
@@ -71,8 +60,7 @@ class FeatureJob(contextlib.ExitStack):
         self.arrays = {name: shapes[name] for name in arrays}
         self.writers, self.rows = {}, {}
         for split, ids in splits.items():
-            sources = [files(key(image_id)) for image_id in ids] if files else None
-            writer = SplitWriter(opt.out, split, ids, self.arrays, settings, inputs, sources, opt.overwrite)
+            writer = SplitWriter(opt.out, split, ids, self.arrays, origin, opt.overwrite)
             if writer.finished:
                 print(f"{split}: there already")
                 continue
