@@ -30,8 +30,8 @@ from vocab import checkpoint_vocab, deserialize_vocab  # noqa: F401 (SCAN's name
 
 log = logging.getLogger(__name__)
 
-# Images and captions of a shard. With 128 what each side of a shard needs would be computed four times as often.
-SHARD_SIZE = 512
+# Images and captions of a shard. 512 take 0.1 GB more and 2 % less time, because what one side needs is computed once.
+SHARD_SIZE = 256
 
 
 # ---------------------------------------------------------------- embeddings

@@ -82,7 +82,7 @@ def pad_rows(rows: Tensor, lens: Tensor) -> Tensor:
 def place_rows(rows: Tensor, positions: Tensor, shape: tuple | torch.Size) -> Tensor:
     """(B, W, …) of shape (B, W), zero but for rows (n, …) at positions (n,) of its B · W rows."""
     empty = rows.new_zeros(shape[0] * shape[1], *rows.shape[1:])
-    return empty.index_copy(0, positions, rows).unflatten(0, tuple(shape))
+    return empty.index_copy_(0, positions, rows).unflatten(0, tuple(shape))
 
 
 class PackedOrder(NamedTuple):
