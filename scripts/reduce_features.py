@@ -19,7 +19,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.datasets.ids import SPLITS
-from lib.datasets.writer import SplitWriter
+from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError, run
 from lib.files import make_folder, open_npy, read_lines
 
@@ -76,13 +76,11 @@ def write_split(split, opt):
     ids = read_lines(source + "_ids.txt") if os.path.isfile(source + "_ids.txt") else list(map(str, range(len(images))))
     train = os.path.join(opt.folder, "train_ims.npy")
     arrays = {"ims": ((images.shape[1], min(opt.dimensions, images.shape[2])), np.float16)}
-    settings = {"tool": "reduce_features"}
+    origin = Origin({"tool": "reduce_features"}, [train, source + "_ims.npy"])
     for name in ("caps.txt", "boxes.npy", "pixel_boxes.npy"):
         if os.path.isfile(f"{source}_{name}"):
             shutil.copyfile(f"{source}_{name}", f"{target}_{name}")
-    with SplitWriter(
-        opt.out, split, ids, arrays, settings, [train, source + "_ims.npy"], overwrite=opt.overwrite
-    ) as out:
+    with SplitWriter(opt.out, split, ids, arrays, origin, opt.overwrite) as out:
         if out.finished:
             print(f"{split}: there already")
             return
