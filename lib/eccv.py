@@ -99,14 +99,13 @@ def check_split(prefix: str, n_images: int, n_captions: int, ids: Sequence[str] 
         )
     if ids is None or list(ids) == [str(row) for row in range(len(ids))]:
         return
-    images, captions = (np.char.mod("%d", x) for x in testall_ids())
     if len(ids) not in (N_IMAGES, N_CAPTIONS):
         raise InputError(f"{prefix}_ids.txt: {len(ids)} ids, expected {N_IMAGES} or {N_CAPTIONS}")
+    images, captions = (np.char.mod("%d", x) for x in testall_ids())
     images = images.repeat(len(ids) // N_IMAGES)
-    wrong = np.array(ids) != images
-    if wrong.any() and not np.array_equal(ids, captions):
-        row = int(wrong.argmax())
+    wrong = np.flatnonzero(np.array(ids) != images)
+    if len(wrong) and not np.array_equal(ids, captions):
         raise InputError(
-            f"{prefix}_ids.txt, line {row + 1}: found {ids[row]}, expected {images[row]} "
+            f"{prefix}_ids.txt, line {wrong[0] + 1}: found {ids[wrong[0]]}, expected {images[wrong[0]]} "
             "(--eccv needs the images of testall in SCAN's order)"
         )

