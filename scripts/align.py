@@ -17,14 +17,13 @@ if not __package__:
 
 from lib.datasets import region_match
 from lib.datasets.ids import SPLITS
-from lib.datasets.pairing import choose, load, pair
+from lib.datasets.pairing import choose, load, pair, same_features
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError, run
 from lib.files import digest_lines, make_folder, write_lines
 
 SAMPLE = 100  # images of a split whose features and regions are compared
-CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4
 
 
 def verify(split, partners, problems):
@@ -58,8 +57,7 @@ def check_captions(split, row, partner, problems):
 
 def check_features(split, row, partner, problems):
     """Whether an image and its partner have the same features."""
-    a, b = (features.astype(np.float32) for features in (split.read("ims", row)[0], partner.read("ims")))
-    same = a.shape == b.shape and np.abs(a - b).max() <= CLOSE * max(np.abs(a).max(), 1)
+    same = same_features(split, row, partner)
     if not same:
         title = partner.split.title(partner.row)
         problems.add("of other features", split.title(row), f"they are not those of {title}")

@@ -77,26 +77,23 @@ def splits_of_source(captions, good, test_images):
     splits = {}
     for name in good:
         splits.setdefault(captions.splits[name], []).append(name)
-    if None in splits:
-        return {}
     if "testall" in splits:
         splits["test"] = splits["testall"][:test_images]
-    return splits
+    return {} if None in splits else splits
 
 
 def assign(captions, good, opt):
     """{split: list of ids} as the flags or the source ask. good: names of images with enough captions, in order."""
     splits = splits_of_source(captions, good, opt.test_images)
+    sizes = sizes_of(opt.sizes or ())
     if opt.split:
         splits = {opt.split: list(good)}
-    elif opt.sizes:
-        sizes = sizes_of(opt.sizes)
-        if splits and not set(sizes) & set(splits):
-            splits = cut_from_train(splits, sizes, opt.seed)
-        else:
-            if splits:
-                print(f"note: the source's splits ({', '.join(splits)}) are not used: all images are drawn anew")
-            splits = draw(list(good), sizes, opt.seed)
+    elif sizes and splits and not set(sizes) & set(splits):
+        splits = cut_from_train(splits, sizes, opt.seed)
+    elif sizes:
+        if splits:
+            print(f"note: the source's splits ({', '.join(splits)}) are not used: all images are drawn anew")
+        splits = draw(list(good), sizes, opt.seed)
     elif not splits:
         raise InputError("the captions do not say which split they are of: --ids, --sizes or --split does")
     elif "train" in splits and "dev" not in splits:
@@ -126,14 +123,6 @@ def check_order(folder, split, ids):
     if there and [canonical_id(i) for i in old or ()] != [canonical_id(i) for i in ids]:
         how = f"--ids {split}={ids_path} keeps their order" if old else "--overwrite writes them all the same"
         raise InputError(f"{there[0]}: there already, and not known to be in the order of these captions; {how}")
-
-
-def write_split(folder, split, ids, captions):
-    """Write SPLIT_caps.txt and SPLIT_ids.txt."""
-    prefix = os.path.join(folder, split)
-    write_lines(prefix + "_caps.txt", captions)
-    write_lines(prefix + "_ids.txt", ids)
-    print(f"{split}: {len(ids)} images, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
 
 
 def read_source(opt, problems):
@@ -221,7 +210,11 @@ def main():
         if not opt.overwrite:
             check_order(opt.out, split, ids)
     for split, ids in splits.items():
-        write_split(opt.out, split, ids, [text for image_id in ids for text in good[canonical_id(image_id)]])
+        prefix = os.path.join(opt.out, split)
+        captions = [text for image_id in ids for text in good[canonical_id(image_id)]]
+        write_lines(prefix + "_caps.txt", captions)
+        write_lines(prefix + "_ids.txt", ids)
+        print(f"{split}: {len(ids)} images, {len(captions)} captions in {prefix}_caps.txt and _ids.txt")
 
 
 if __name__ == "__main__":

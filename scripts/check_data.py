@@ -18,9 +18,17 @@ import data
 from lib.constants import SPECIAL
 from lib.datasets.ids import SPLITS
 from lib.errors import InputError, run
-from scripts.check.arrays import check_features, check_whole, compare_boxes, describe_grids
-from scripts.check.report import Report
-from scripts.check.texts import check_captions, check_groups, check_ids, compare_splits
+from scripts.features.checks import (
+    Report,
+    check_captions,
+    check_features,
+    check_groups,
+    check_ids,
+    check_whole,
+    compare_boxes,
+    compare_splits,
+    describe_grids,
+)
 from vocab import Vocabulary, deserialize_vocab
 
 NEEDED = ("train", "dev")  # a training run reads these

@@ -32,9 +32,8 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.errors import InputError, run
-from scripts.download.archives import unpack
+from scripts.download.archives import fetch_drive, fetch_kaggle, unpack
 from scripts.download.sources import ITEMS, SOURCES, Folders, print_table
-from scripts.download.transfer import fetch_drive, fetch_kaggle
 
 
 def get(name: str, folders: Folders) -> None:
@@ -68,15 +67,15 @@ def put_in_place(name: str, unpacked: Path, folders: Folders) -> None:
     places = {path: folders.place(SOURCES[name], path.relative_to(unpacked)) for path in files}
     claims = Counter(places.values())
     for path, target in places.items():
-        reason = ""
+        where = f": left in {unpacked}"
         if target and claims[target] > 1:
-            reason = f", because {claims[target]} files would be {target}"
+            where += f", because {claims[target]} files would be {target}"
         elif target and target.exists():
-            reason = f", because {target} is there already"
+            where += f", because {target} is there already"
         elif target:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, target)
-        where = f": left in {unpacked}{reason}" if path.exists() else f" → {target}"
+            where = f" → {target}"
         print(f"{name}: {path.relative_to(unpacked)}{where}")
     for path in [*sorted(unpacked.rglob("*"), reverse=True), unpacked]:
         if path.is_dir() and not any(path.iterdir()):

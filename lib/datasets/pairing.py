@@ -21,6 +21,7 @@ from lib.files import read_lines
 
 WORD = re.compile(r"\w+")
 IMAGES_AT_ONCE = 64  # read for their regions
+CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4
 MOST_UNPROVED = 0.1  # share of images without a proved partner above which regions do not tell images apart
 
 
@@ -85,6 +86,12 @@ class Partner(NamedTuple):
 
 
 Finder = Callable[[Split], Iterable[list[Partner]]]
+
+
+def same_features(split: Split, row: int, partner: Partner) -> bool:
+    """Whether an image and its partner have the same features."""
+    a, b = (features.astype(np.float32) for features in (split.read("ims", row)[0], partner.read("ims")))
+    return a.shape == b.shape and bool(np.abs(a - b).max() <= CLOSE * max(np.abs(a).max(), 1))
 
 
 def caption_digest(caption: str) -> bytes:

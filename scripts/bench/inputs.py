@@ -69,7 +69,4 @@ def make_split(s, folder, split, n_images, sparse=False):
 
 def make_vocab(s):
     """A vocabulary of s.vocab_size words, the special ones first."""
-    vocab = Vocabulary()
-    for word in (*SPECIAL, *(f"w{i}" for i in range(s.vocab_size - len(SPECIAL)))):
-        vocab.add_word(word)
-    return vocab
+    return Vocabulary.from_words([*SPECIAL, *(f"w{i}" for i in range(s.vocab_size - len(SPECIAL)))])

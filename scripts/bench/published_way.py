@@ -10,12 +10,9 @@ captions, D embed_size.
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import model
-
-EPS = 1e-8
 
 
 def position_grid(box, height, width, n=16, top_n=15):
@@ -43,10 +40,6 @@ def position_grids(boxes, sizes):
     return np.array([[position_grid(box, *size) for box in image] for image, size in pairs], dtype=np.float32)
 
 
-def l2norm(X, dim):
-    return X / (torch.pow(X, 2).sum(dim=dim, keepdim=True).sqrt() + EPS)
-
-
 class EncoderImage(model.EncoderImagePrecomp):
     def position_feature(self, images, boxes):
         cells = self.position_embedding(boxes[:, :, :15].long())  # (B, R, 15, 200)
@@ -61,16 +54,7 @@ class EncoderText(model.EncoderText):
         outputs, state = self.rnn(pack_padded_sequence(self.embed(x), lengths, batch_first=True))
         words, _ = pad_packed_sequence(outputs, batch_first=True)
         half = words.size(2) // 2
-        return l2norm((words[:, :, :half] + words[:, :, half:]) / 2, 2), state
-
-
-def func_attention(query, context, smooth):
-    """query (I, K, D), context (I, L, D) → attended contexts (I, K, D), attention (I, K, L)."""
-    attention = torch.bmm(context, query.transpose(1, 2))
-    attention = l2norm(nn.functional.leaky_relu(attention, 0.1), 2)
-    attention = torch.softmax(attention.transpose(1, 2).contiguous() * smooth, 2)
-    attended = torch.bmm(context.transpose(1, 2), attention.transpose(1, 2).contiguous())
-    return attended.transpose(1, 2), attention
+        return model.l2norm((words[:, :, :half] + words[:, :, half:]) / 2, 2), state
 
 
 def xattn_score(images, captions, cap_lens, opt):
@@ -79,11 +63,10 @@ def xattn_score(images, captions, cap_lens, opt):
     for caption, n_words in zip(captions, cap_lens, strict=True):
         words = caption[:n_words].unsqueeze(0).repeat(len(images), 1, 1)
         query, context = (words, images) if opt.cross_attn == "t2i" else (images, words)
-        attended, attention = func_attention(query, context, opt.lambda_softmax)
-        w1, w2 = query.norm(2, 2), attended.norm(2, 2)
-        score = ((query * attended).sum(2) / (w1 * w2).clamp(min=EPS)).mean(1, keepdim=True)
+        attended, _, largest = model.func_attention(query, context, opt, opt.lambda_softmax)
+        score = model.cosine_similarity(query, attended, 2).mean(1, keepdim=True)
         if opt.cross_attn == "t2i":
-            score = score + 0.5 * attention.max(2)[0].mean(1, keepdim=True)
+            score = score + 0.5 * largest.mean(1, keepdim=True)
         scores.append(score)
     return torch.cat(scores, 1)
 

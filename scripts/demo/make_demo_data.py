@@ -29,9 +29,8 @@ if not __package__:
 from lib.errors import InputError, run
 from lib.files import make_folder, replace, write_lines
 from position import position_grid
-from scripts.demo.drawing import render
 from scripts.demo.regions import propose, region_features
-from scripts.demo.scenes import HEIGHT, WIDTH, make_group
+from scripts.demo.scenes import HEIGHT, WIDTH, make_group, render
 from scripts.demo.sentences import caption
 
 N_CAPTIONS = 5

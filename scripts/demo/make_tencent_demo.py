@@ -25,9 +25,8 @@ from lib.constants import N_REGIONS
 from lib.errors import InputError, run
 from lib.files import make_folder, read_lines, replace, write_lines
 from position import position_grid
-from scripts.demo.drawing import render
 from scripts.demo.regions import IMG_DIM, propose, region_features
-from scripts.demo.scenes import HEIGHT, WIDTH, make_group, one_of
+from scripts.demo.scenes import HEIGHT, WIDTH, make_group, one_of, render
 
 COLOURS = {
     "red": ("红色", "大红"),

@@ -1,0 +1,234 @@
+"""What check_data.py found, and its checks: of arrays, captions and ids, each and against each other."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from lib.constants import N_CELLS, N_SLOTS
+from lib.datasets.arrays import read_rows
+from lib.datasets.ids import canonical_id
+from lib.datasets.pairing import Split, by_captions, by_ids, same_features
+from lib.datasets.region_match import Judgement, judge, judge_whole
+from lib.errors import InputError
+from lib.files import open_npy, read_lines
+from vocab import Vocabulary, tokenize, unknown_words_message
+
+BLOCK_BYTES = 1 << 24  # read at a time
+SAMPLE = 100  # images whose boxes and whole-image features are compared with their features
+MANY = 1000  # groups of captions, and images of two splits, that are compared
+LONG_CAPTION = 60  # words
+MANY_UNKNOWN = 0.05
+BETTER = 1.5  # times the words in common that tell one image's captions from two images'
+
+
+class Report:
+    """Lines of the table, faults (training would stop or learn nonsense) and notes (worth knowing)."""
+
+    def __init__(self):
+        self.table, self.faults, self.notes = [], [], []
+
+    def row(self, *cells):
+        self.table.append([str(cell) for cell in cells])
+
+    def attempt(self, function, *args):
+        """function(*args), or None and a fault where it raises InputError."""
+        try:
+            return function(*args)
+        except InputError as error:
+            self.faults.append(str(error))
+            return None
+
+    def print(self):
+        widths = [max(map(len, column)) for column in zip(*self.table, strict=True)]
+        for cells in self.table:
+            print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip())
+        for title, lines in (("note", self.notes), ("WRONG", self.faults)):
+            for line in lines:
+                print(f"{title}: {line}")
+
+
+def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (start, rows as float32) of a mapped array, about BLOCK_BYTES at a time."""
+    size = max(1, BLOCK_BYTES // array[0].nbytes)
+    name = os.path.basename(array.filename)
+    with tqdm(total=len(array), desc=name, unit="row", leave=False, disable=None) as bar:
+        for start in range(0, len(array), size):
+            rows = read_rows(array, start, size)
+            yield start, rows.astype(np.float32, copy=False)
+            bar.update(len(rows))
+
+
+def sample_rows(array: np.ndarray, n_images: int, n: int) -> np.ndarray:
+    """Rows of at most n images, spread over an array that has one or more rows for each of n_images."""
+    step = len(array) // n_images
+    images = np.unique(np.linspace(0, n_images - 1, n).astype(int))
+    return np.concatenate([read_rows(array, int(image) * step) for image in images])
+
+
+def check_features(path: str, report: Report) -> None:
+    """NaN or infinite values, and rows that are all zero, of a file of features, where there is one."""
+    array = report.attempt(open_npy, path) if os.path.isfile(path) else None
+    if array is None or 0 in (array.shape or (0,)):
+        return  # opening the data set names what is wrong
+    low, high, bad, zero = np.inf, -np.inf, [], 0
+    for start, rows in blocks(array):
+        finite = np.isfinite(rows.reshape(len(rows), -1)).all(1)
+        bad += (start + np.flatnonzero(~finite)).tolist()
+        if finite.any():
+            low, high = min(low, rows[finite].min()), max(high, rows[finite].max())
+        zero += int((rows == 0).all(-1).sum())
+    report.row(os.path.basename(path), array.shape, array.dtype, f"{low:.4g} to {high:.4g}")
+    if bad:
+        report.faults.append(f"{path}: NaN or infinite features in {len(bad)} images, the first is {bad[0]}")
+    rows = int(np.prod(array.shape[:-1]))
+    if zero == rows:
+        report.faults.append(f"{path}: all of the {rows} rows are zero, expected features")
+    elif zero:
+        report.notes.append(f"{path}: {zero} of {rows} rows are all zero (padding)")
+
+
+def describe_grids(array: np.ndarray, report: Report) -> None:
+    """How many regions and slots of position grids are empty, and where weights do not sum to 1."""
+    off_sum, empty, no_cell = [], 0, 0
+    for start, grids in blocks(array):
+        total = grids[..., N_SLOTS : 2 * N_SLOTS].sum(-1)
+        off_sum += (start + np.flatnonzero(((np.abs(total - 1) > 1e-3) & (total != 0)).any(1))).tolist()
+        empty += int((total == 0).sum())
+        no_cell += int((grids[..., :N_SLOTS] == N_CELLS).sum())
+    regions = int(np.prod(array.shape[:2]))
+    shares = f"{empty / regions:.1%} regions without area, {no_cell / regions / N_SLOTS:.1%} slots without a cell"
+    report.row(os.path.basename(array.filename), array.shape, array.dtype, shares)
+    if off_sum:
+        what = f"weights of a region that do not sum to 1 in {len(off_sum)} images, the first is {off_sum[0]}"
+        report.notes.append(f"{array.filename}: {what}")
+
+
+def compare_boxes(dataset: Any, report: Report) -> None:
+    """Whether the boxes of a sample of a data set's images belong to their features."""
+    judgement = judge(*(sample_rows(array, dataset.n_images, SAMPLE) for array in (dataset.images, dataset.boxes)))
+    wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
+    _tell(judgement, dataset.prefix + "_boxes.npy", wrong + "; scripts/align.py puts them in order", report)
+
+
+def check_whole(path: str, images: np.ndarray, report: Report) -> None:
+    """Whole-image features, and whether those of a sample of images belong to their regions', images."""
+    check_features(path, report)
+    whole = report.attempt(open_npy, path)
+    if whole is None:
+        return
+    if whole.shape != (len(images), images.shape[2]):
+        report.faults.append(f"{path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
+        return
+    judgement = judge_whole(*(sample_rows(array, len(images), SAMPLE) for array in (images, whole)))
+    _tell(judgement, path, f"of other images than their regions: {judgement}", report)
+
+
+def _tell(judgement: Judgement, path: str, wrong: str, report: Report) -> None:
+    if judgement.wrong:
+        report.faults.append(f"{path}: {wrong}")
+    elif judgement.wrong is None:
+        report.notes.append(f"{path}: {judgement}")
+    else:
+        report.row("", f"{judgement.n_images} images", "", str(judgement))
+
+
+# ---------------------------------------------------------------- captions and ids
+
+
+def check_captions(path: str, captions: list[str], vocab: Vocabulary | None, report: Report) -> None:
+    """Count the words and unknown words of the captions of the file at path."""
+    lengths, unknown = np.zeros(len(captions), dtype=np.int64), 0
+    split = vocab.tokenize if vocab else tokenize
+    for i, caption in enumerate(tqdm(captions, desc=os.path.basename(path), unit="caption", leave=False, disable=None)):
+        words = split(caption)
+        lengths[i] = len(words)
+        if vocab:
+            unknown += sum(word not in vocab.word2idx for word in words)
+    rate = unknown / max(1, lengths.sum())
+    text = f"{lengths.min()} to {lengths.max()} words, mean {lengths.mean():.1f}"
+    report.row(os.path.basename(path), (len(captions),), "", text + (f", {rate:.2%} unknown" if vocab else ""))
+    if lengths.max() > LONG_CAPTION:
+        number = int(lengths.argmax()) + 1
+        report.notes.append(f"{path}, line {number}: {lengths.max()} words; a batch is padded to its longest caption")
+    if fault := unknown_words_message(path, unknown, int(lengths.sum())):
+        report.faults.append(fault)
+    elif rate > MANY_UNKNOWN:
+        report.notes.append(f"{path}: {rate:.1%} of the words are not in the vocabulary")
+
+
+def check_groups(path: str, captions: Sequence[str], per_image: int, report: Report) -> None:
+    """Whether captions that stand together are of one image: they share more words than those of neighbours."""
+    if len(captions) < 10 * per_image:
+        return
+    n = len(captions) // per_image
+    words = [set(caption.lower().split()) for caption in captions]
+    images = np.unique(np.linspace(1, n - 1, MANY).astype(int))
+
+    def shared(line, other):
+        """Share of the words that two lines have in common, given by an image's number; the mean."""
+        pairs = [(words[line(i)], words[other(i)]) for i in images]
+        return np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs])
+
+    # Line 0 of an image shares least with the line before, which is another image's.
+    before = [shared(lambda i, j=j: i * per_image + j - 1, lambda i, j=j: i * per_image + j) for j in range(per_image)]
+    start = int(np.argmin(before))
+    apart = shared(lambda i: i - 1, lambda i: i - 1 + n)
+    found = ""
+    if before[0] > BETTER * before[start]:
+        found = (
+            f"the first image's from line {start + 1}: lines before and after share {before[start]:.2f} of the words"
+        )
+        found += f" there, {before[0]:.2f} at the others"
+    elif apart > BETTER * np.mean(before[1:]):
+        found = f"first one caption of every image, then the next: lines {n} apart share {apart:.2f} of the words"
+        found += f", neighbours {np.mean(before[1:]):.2f}"
+    if found:
+        report.faults.append(f"{path}: expected {per_image} captions of each image in a row, found {found}")
+
+
+def check_ids(path: str, n_images: int, n_captions: int, report: Report) -> set[str]:
+    """Count the ids; training reads none, so what is wrong with them is a note. Returns the canonical ids."""
+    try:
+        ids = read_lines(path)
+    except InputError as error:
+        report.notes.append(str(error))
+        return set()
+    names = [canonical_id(name) for name in ids]
+    report.row(os.path.basename(path), (len(ids),), "", f"{len(set(names))} different")
+    if n_images and len(ids) not in (n_images, n_captions):
+        report.notes.append(f"{path}: {len(ids)} ids for {n_images} images")
+    elif again := sum(a != b for a, b in zip(names, names[1:], strict=False)) + 1 - len(set(names)):
+        report.notes.append(f"{path}: {again} ids stand again after others; two images have one id")
+    return set(names)
+
+
+def compare_splits(folder: str, small: str, large: str, report: Report) -> None:
+    """Whether images of one split that stand in a larger one (test in testall) have its captions and features there."""
+    try:
+        a, b = Split(folder, small), Split(folder, large)
+    except InputError:
+        return  # reported with the files
+    for by, finder in (("ids", by_ids), ("captions", by_captions)):
+        if not all(getattr(split, {"ids": "ids", "captions": "digests"}[by]) for split in (a, b)):
+            continue
+        pairs = [(row, hits[0]) for row, hits in enumerate(finder([b])(a)) if len(hits) == 1]
+        for what, differ in (("captions", _captions_differ), ("features", _features_differ)):
+            wrong = sum(differ(a, row, partner) for row, partner in pairs[:: len(pairs) // MANY + 1])
+            if wrong:
+                report.faults.append(
+                    f"{b.prefix}: {wrong} images have other {what} than the same images in {a.prefix}, by their {by}"
+                )
+
+
+def _captions_differ(split, row, partner):
+    if not (split.digests and partner.split.digests):
+        return False
+    return not set(split.digests[row]) & set(partner.split.digests[partner.row])
+
+
+def _features_differ(split, row, partner):
+    there = "ims" in split.arrays and "ims" in partner.split.arrays
+    return there and not same_features(split, row, partner)
