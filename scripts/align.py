@@ -4,6 +4,8 @@ Images are paired by their ids where both folders have SPLIT_ids.txt, else by th
 (except for case and punctuation), or most of them; else by their regions: regions that overlap look alike. A partner
 may lie in another split than the image it belongs to. Whatever they are paired by, the pairs are verified by the
 captions, by the features where both folders have them, and by the regions. Nothing is written where a pair fails.
+
+example: python scripts/align.py --reference scan/f30k_precomp --source pfan/f30k_precomp --out scan/f30k_precomp
 """
 
 import argparse
@@ -123,12 +125,7 @@ def common_row(name, sources):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/align.py --reference scan/f30k_precomp --source pfan/f30k_precomp "
-        "--out scan/f30k_precomp",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--reference", required=True, metavar="DIR", help="the folder whose order counts (SCAN's features)")
     add("--source", required=True, metavar="DIR", help="the folder whose arrays are put in that order (positions)")

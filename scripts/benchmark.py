@@ -27,6 +27,7 @@ if not __package__:
 
 from lib.errors import run
 from lib.files import check_output, make_folder, replace
+from lib.options import add_options
 from scripts.bench.measurements import TOP, run_measurement
 
 SECTIONS = ("search", "score", "train", "encode", "grids", "start", "growth")
@@ -160,20 +161,16 @@ def memory_text(result):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description="Measure this code beside the published way of computing, and the two-stage search beside an "
-        "exhaustive one.",
-        epilog="example: python scripts/benchmark.py --quick",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
     add("--quick", action="store_true", help="smaller sizes")
-    add("--device", default="auto", help="cpu, cuda, cuda:1 (default: CUDA if there, else the CPU)")
+    add_options(parser, ("device",))
     add("--out", default="runs/benchmark.json", help="everything measured, as JSON (default: %(default)s)")
-    search = parser.add_argument_group("search").add_argument
+    group = parser.add_argument_group("search")
+    add_options(group, ("data_path", "vocab_path"), data_path=None, vocab_path=None)
+    search = group.add_argument
     search("--model_path", help="checkpoint")
-    search("--data_path", help="folder of the data sets (default: the checkpoint's)")
-    search("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
     search("--split", default="test", help="dev, test, … (default: %(default)s)")
     search("--collection", metavar="DIR", help="the collection's folder, made if missing (default: as build_index.py)")
     search("--sizes", type=int, nargs="+", default=[1000], help="first images of the split (default: %(default)s)")

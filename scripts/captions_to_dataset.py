@@ -8,6 +8,9 @@
                     Kaggle's results.csv (image_name| comment_number| comment) and captions.txt (image,caption)
 
 An image with more captions keeps its first ones, one with fewer is left out; both are reported.
+
+example: python scripts/captions_to_dataset.py --karpathy dataset_coco.json --out data/coco_precomp
+example: python scripts/captions_to_dataset.py --tsv captions.tsv --sizes dev=50 test=100 --out data/mine
 """
 
 import argparse
@@ -161,12 +164,7 @@ def report_counts(captions, k, splits, opt, problems):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/captions_to_dataset.py --karpathy dataset_coco.json --out data/coco_precomp\n"
-        "example: python scripts/captions_to_dataset.py --tsv captions.tsv --sizes dev=50 test=100 --out data/mine",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--karpathy", metavar="FILE")
     source.add_argument("--coco", metavar="FILE", nargs="+")

@@ -4,6 +4,8 @@ Each split is opened as training opens it, and read whole. Then its files are co
 features, the whole-image features to the regions', each image's captions to one image, the vocabulary to the captions,
 and test to testall.
 Exit status 0: it trains (notes may be worth reading); 1: something would go wrong; 2: there is nothing to check.
+
+example: python scripts/check_data.py data/f30k_precomp --vocab_path vocab
 """
 
 import argparse
@@ -105,11 +107,7 @@ def check_between_splits(folder, found, report):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/check_data.py data/f30k_precomp --vocab_path vocab",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="DATA_PATH/DATA_NAME")
     parser.add_argument("--vocab_path", default="./vocab/", help="where NAME_vocab.json lies (default: %(default)s)")
     parser.add_argument("--position", choices=("attention", "area", "none"), default="attention", help="as in train.py")

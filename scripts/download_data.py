@@ -19,6 +19,8 @@ Archives are kept in data/downloads/ until you delete them; a broken-off transfe
 same command runs again. Files that are in place are neither fetched nor overwritten.
 PFAN_DRIVE_URL names a mirror: a file is asked for as $PFAN_DRIVE_URL?id=…&export=download&confirm=t
 Exit status: 0 if everything asked for is there, else 2 with one line on stderr for each part that is not.
+
+example: python scripts/download_data.py f30k scan
 """
 
 import argparse
@@ -110,11 +112,7 @@ def put_beside(name: str, folders: Folders) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/download_data.py f30k scan",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("item", nargs="*", metavar="ITEM", help="f30k, coco, scan, tencent, models or all")
     parser.add_argument("--data_path", type=Path, default=Path("data"), help="(default: ./data/)")
     parser.add_argument("--vocab_path", type=Path, default=Path("vocab"), help="(default: ./vocab/)")

@@ -5,6 +5,9 @@ no detector (--regions windows), or the boxes of any detector in a file (--regio
 mean over its part (RoIAlign) of the last map of a backbone: the detector's own ResNet-50 (2048), another ResNet (2048)
 or EfficientNet-Lite0 or 2 (1280).
 The images of a split are those of DIR's SPLIT_ids.txt; without one, all images below --images become --split.
+
+example: python scripts/extract_features.py --images photos --out data/mine --regions windows --backbone resnet50
+example: python scripts/extract_features.py --images photos --out data/mine --regions boxes.npz --float16
 """
 
 import argparse
@@ -31,6 +34,7 @@ from lib.datasets.writer import Origin, note_of, sample
 from lib.distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
 from lib.errors import InputError, run
 from lib.files import check_output, digest_lines, make_folder, name_in_errors, read_lines, write_lines
+from lib.options import add_options
 from scripts.features.feature_job import FeatureJob
 from scripts.features.given_boxes import GivenBoxes
 from scripts.features.images import batches, find_images, read_ahead
@@ -196,14 +200,7 @@ def find_paths(splits, found, given, opt, problems):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/extract_features.py --images photos --out data/mine --regions windows "
-        "--backbone efficientnet_lite0\n"
-        "example: python scripts/extract_features.py --images photos --out data/mine --regions boxes.npz "
-        "--backbone efficientnet_lite0 --float16",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", required=True, metavar="DIR", help="the folder of images")
     add("--out", required=True, metavar="DIR", help="the dataset folder; its SPLIT_ids.txt say which images")
@@ -225,7 +222,7 @@ def get_parser():
     add("--float16", action="store_true", help="features in half the space")
     add("--batch_size", type=int, help="images at once (default: 8 on a GPU; 1 on the CPU, where more are no faster)")
     add("--workers", type=int, default=4, help="threads that read images (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1; auto: CUDA if there, else the CPU (default: %(default)s)")
+    add_options(parser, ("device",))
     add("--seed", type=int, default=0, help="of random weights (default: %(default)s)")
     add("--overwrite", action="store_true", help="start afresh and replace what is there")
     return parser

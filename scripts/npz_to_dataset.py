@@ -6,6 +6,10 @@ holds (R, D), with such a dict in NAME_info.npy. --boxes names a second folder w
 boxes only the features are written, for training with --position none.
 The files' names are the ids. D, and with --regions fixed the number of regions, are those of the first file.
 A stopped run goes on where it was; --skip_bad finishes one that found damaged files.
+
+example: python scripts/npz_to_dataset.py features/train2014 --out data/coco_precomp --split train
+example: python scripts/npz_to_dataset.py cocobu_att --boxes cocobu_box --sizes instances_train2014.json \\
+    --out data/coco_precomp --ids train=train_ids.txt
 """
 
 import argparse
@@ -130,13 +134,7 @@ def convert(reader, job, img_dim, problems):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/npz_to_dataset.py features/train2014 --out data/coco_precomp --split train\n"
-        "example: python scripts/npz_to_dataset.py cocobu_att --boxes cocobu_box --sizes instances_train2014.json "
-        "--out data/coco_precomp --ids train=train_ids.txt",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folder", metavar="FOLDER", help="the folder of feature files, one an image")
     add_flags(add)

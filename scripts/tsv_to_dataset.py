@@ -8,6 +8,8 @@ The first lines tell the form:
 --fields names other columns. Lines may come in any order, images of no list are passed over. Rows follow the id
 lists. A stopped run goes on where it was; --skip_bad finishes one that found bad lines. A line that was cut off is no
 loss where the same image stands whole in another.
+
+example: python scripts/tsv_to_dataset.py karpathy_*.tsv.* --out data/coco_precomp --ids train=train_ids.txt
 """
 
 import argparse
@@ -66,12 +68,7 @@ def all_ids(paths, form):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example: python scripts/tsv_to_dataset.py karpathy_*.tsv.* --out data/coco_precomp "
-        "--ids train=train_ids.txt dev=dev_ids.txt",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("tsv", nargs="+", help="the TSV file, or all its parts")
     add_flags(add)

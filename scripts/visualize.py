@@ -31,6 +31,7 @@ from lib.constants import N_CELLS
 from lib.errors import InputError, run
 from lib.events import METRICS
 from lib.files import check_output, read_lines, replace
+from lib.options import add_options
 from scripts.explorer.groups import Groups
 from scripts.explorer.logs import read_events, read_metrics
 from scripts.explorer.names import name_models
@@ -265,11 +266,7 @@ def show_as_typed(figure):
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description="Figures of what models find and learn, as PNG files.",
-        epilog="example: python scripts/visualize.py search --model_path runs/demo/attention_seed0/model_best.pth.tar "
-        '--data_path data --sentence "a red ring to the left of a blue star" --out found.png',
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
 
     def command(name, draw, text, models=True, many=False, split=True):
@@ -280,10 +277,8 @@ def get_parser():
         if models:
             sub.add_argument("--model_path", required=True, nargs="+" if many else None, help="checkpoint")
         if split:
-            sub.add_argument("--data_path", help="folder of the data sets (default: the checkpoint's)")
-            sub.add_argument("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
             sub.add_argument("--split", default="test", help="dev, test, … (default: %(default)s)")
-            sub.add_argument("--device", default="auto", help="cpu, cuda, … (default: CUDA if there, else CPU)")
+            add_options(sub, ("data_path", "vocab_path", "device"), data_path=None, vocab_path=None)
         return sub.add_argument
 
     found = command("search", draw_search, "a sentence's best images, and what its words attend to in them")

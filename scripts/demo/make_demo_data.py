@@ -9,6 +9,8 @@ For each split it writes, under DATA_PATH/DATA_NAME:
   SPLIT_ids.txt, SPLIT_pixel_boxes.npy (n, 36, 4) float32 x1 y1 x2 y2 in images of 288×216,
   SPLIT_scenes.json (what was drawn where) and SPLIT_images/ID.png (train: only with --train_images).
 Every file depends on the seed and the counts alone, not on the number of processes.
+
+example: python scripts/demo/make_demo_data.py --seed 1
 """
 
 import argparse
@@ -89,10 +91,7 @@ def write(path, data):
 def parse(argv=None):
     """The flags as a namespace. Raises InputError for values that are not allowed."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        epilog="example: python scripts/demo/make_demo_data.py --seed 1",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     add("--data_path", default="./data", help="folder of datasets (default: %(default)s)")

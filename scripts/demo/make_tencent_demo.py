@@ -6,6 +6,8 @@ regions and features are those of scripts/demo/make_demo_data.py: computed from 
 
 Under OUT: data/tencent_data and data/tencent_data_tag for training (one caption an image: a sentence, or tags),
 and data/tencent_data_meta for test_server/test.py (regions, whole images, ids, test list, images/ID.png).
+
+example: python scripts/demo/make_tencent_demo.py --out runs/tencent_demo
 """
 
 import argparse
@@ -155,11 +157,7 @@ def beside_chance(results, test_list):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  python scripts/demo/make_tencent_demo.py --out runs/tencent_demo",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", default="runs/tencent_demo", help="folder to write (default: %(default)s)")
     add("--train", type=int, default=1000, help="images to train on (default: %(default)s)")

@@ -78,19 +78,15 @@ def search(model_path, data_path, n=3):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description="Train PFAN on drawn images and rank the test ones.",
-        epilog="example: sh scripts/demo.sh --ablation --seed 1",
-    )
-    parser.add_argument(
-        "--ablation", action="store_true", help="train PFAN-A, PFAN-P and SCAN, print them side by side"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the start values and the data order (default: 0)")
-    parser.add_argument("--out", default="runs/demo", help="folder of models and results (default: %(default)s)")
-    parser.add_argument("--data_path", default="data", help="folder of the demo data (default: %(default)s)")
-    parser.add_argument("--vocab_path", default="vocab", help="folder of its vocabulary (default: %(default)s)")
-    parser.add_argument("--data_flags", default="", help="further flags of make_demo_data.py, in one string")
-    parser.add_argument("--train_flags", default="", help="further flags of train.py, in one string")
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: sh scripts/demo.sh --ablation --seed 1")
+    add = parser.add_argument
+    add("--ablation", action="store_true", help="train PFAN-A, PFAN-P and SCAN, print them side by side")
+    add("--seed", type=int, default=0, help="of the start values and the data order (default: 0)")
+    add("--out", default="runs/demo", help="folder of models and results (default: %(default)s)")
+    add("--data_path", default="data", help="folder of the demo data (default: %(default)s)")
+    add("--vocab_path", default="vocab", help="folder of its vocabulary (default: %(default)s)")
+    add("--data_flags", default="", help="further flags of make_demo_data.py, in one string")
+    add("--train_flags", default="", help="further flags of train.py, in one string")
     opt = parser.parse_args()
     paths = ("--data_path", opt.data_path, "--data_name", NAME)
     command("scripts/demo/make_demo_data.py", *paths, *shlex.split(opt.data_flags))

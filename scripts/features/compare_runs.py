@@ -30,7 +30,7 @@ from lib.checkpoint import BEST, load_checkpoint
 from lib.errors import InputError, run
 from lib.files import check_output, digest_lines, write_lines
 from lib.intervals import MEASURES, RECALL_AT, bootstrap, group_hits
-from lib.options import option
+from lib.options import add_options, option
 from vocab import from_txt, tokenize
 
 PLACE_WORDS = frozenset(
@@ -194,8 +194,7 @@ def main():
         add("runs", nargs="+", metavar="RUN", help="folders of runs with a model_best.pth.tar; several are an ensemble")
         add("--features", required=True, help="what the regions are, for the table: boxes, windows")
         add("--out", required=True, metavar="FILE", help="the table, .csv")
-        add("--data_path", help="folder of the data sets (default: the checkpoint's)")
-        add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+        add_options(parser, ("data_path", "vocab_path"), data_path=None, vocab_path=None)
         add("--minutes", default="", help="how long training took")
         return record(parser.parse_args(words[1:]))
     add("captions", help="SPLIT_caps.txt")
