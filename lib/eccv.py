@@ -105,7 +105,8 @@ def check_split(prefix: str, n_images: int, n_captions: int, ids: Sequence[str] 
     images = images.repeat(len(ids) // N_IMAGES)
     wrong = np.flatnonzero(np.array(ids) != images)
     if len(wrong) and not np.array_equal(ids, captions):
+        row = int(wrong[0])
         raise InputError(
-            f"{prefix}_ids.txt, line {wrong[0] + 1}: found {ids[wrong[0]]}, expected {images[wrong[0]]} "
+            f"{prefix}_ids.txt, line {row + 1}: found {ids[row]}, expected {images[row]} "
             "(--eccv needs the images of testall in SCAN's order)"
         )

@@ -111,8 +111,8 @@ def select(captions, good, opt, problems):
         for image_id in ids:
             name = canonical_id(image_id)
             if name not in good:
-                n = sum(map(bool, captions.texts.get(name, ())))
-                problems.add("without captions", f"{split}, id {image_id}", f"{n} of {opt.captions_per_image}")
+                found = f"{len(captions.texts.get(name, ()))} of {opt.captions_per_image}"
+                problems.add("without captions", f"{split}, id {image_id}", found)
         splits[split] = [image_id for image_id in ids if canonical_id(image_id) in good]
     return splits
 
@@ -141,26 +141,14 @@ def read_source(opt, problems):
 def first_captions(captions, opt, problems):
     """{name: its first captions} of the images that have enough. Raises InputError where none has."""
     k = opt.captions_per_image
-    counts = {name: sum(map(bool, texts)) for name, texts in captions.texts.items()}
-    good = {name: [text for text in captions.texts[name] if text][:k] for name in counts if counts[name] >= k}
+    good = {name: texts[:k] for name, texts in captions.texts.items() if len(texts) >= k}
     if not good:
-        usual = Counter(counts.values()).most_common(1)
+        usual = Counter(map(len, captions.texts.values())).most_common(1)
         found = f"most have {usual[0][0]} (--captions_per_image)" if usual else "there are none at all"
         found += f"; {problems} (listed in {problems.path})" if problems.total else ""
         source = opt.karpathy or opt.tsv or ", ".join(opt.coco)
         raise InputError(f"{source}: no image has {k} captions, {found}")
     return good
-
-
-def report_counts(captions, k, splits, opt, problems):
-    """Report images that have more or fewer captions than k; with id lists, those of the lists only."""
-    listed = {canonical_id(image_id) for ids in splits.values() for image_id in ids} if opt.ids else captions.texts
-    for name, texts in captions.texts.items():
-        count = sum(map(bool, texts))
-        if name in listed and count > k:
-            problems.add(f"with more than {k} captions", captions.ids[name], f"the first {k} of {count} are kept")
-        elif name in listed and count < k:
-            problems.add(f"with fewer than {k} captions", captions.ids[name], f"{count}; left out")
 
 
 def get_parser():
@@ -199,7 +187,12 @@ def main():
     splits = select(captions, good, opt, problems) if opt.ids else assign(captions, good, opt)
     if problems.total and not opt.skip_bad:
         raise InputError(f"{problems} (listed in {problems.path}); --skip_bad goes on without them")
-    report_counts(captions, k, splits, opt, problems)
+    listed = {canonical_id(image_id) for ids in splits.values() for image_id in ids} if opt.ids else captions.texts
+    for name, texts in captions.texts.items():
+        if name in listed and len(texts) > k:
+            problems.add(f"with more than {k} captions", captions.ids[name], f"the first {k} of {len(texts)} are kept")
+        elif name in listed and len(texts) < k:
+            problems.add(f"with fewer than {k} captions", captions.ids[name], f"{len(texts)}; left out")
     if problems.total:
         print(f"{problems} (listed in {problems.path})")
     for split, ids in splits.items():  # all of them before the first is written

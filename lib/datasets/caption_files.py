@@ -34,7 +34,7 @@ class Captions:
         self.ids, self.texts, self.splits = {}, {}, {}
 
     def add(self, where: str, image_id: str | int, captions: list[str], split: str | None = None) -> None:
-        """Append captions of an image. where: the place in the source. What is malformed goes to the problems.
+        """Append captions of an image, without empty ones. where: the place in the source. Problems are reported.
 
         Raises TypeError where image_id is no name or a caption no text, InputError where two images would be one.
         """
@@ -50,8 +50,8 @@ class Captions:
         for text in captions:
             if HALF in text:
                 self.problems.add("malformed", where, "a caption with half of a character (a surrogate), left out")
-            else:
-                texts.append(LINE_END.sub(" ", text).strip())
+            elif text := LINE_END.sub(" ", text).strip():
+                texts.append(text)
 
 
 def read_karpathy(path: str, problems: Problems) -> Captions:

@@ -11,19 +11,6 @@ ROWS = 1024  # that are checked at once
 MANY_EQUAL = 0.1  # share of images that equal the one before, from which they are repeats of it
 
 
-def bad_cells(grids: np.ndarray) -> np.ndarray:
-    """Slots (n, R, 15) bool of position grids (n, R, 30 | 31) whose cell index is no whole number from 0 to 256."""
-    cells = grids[..., :N_SLOTS]
-    with np.errstate(invalid="ignore"):  # NaN, which the comparison finds
-        return ~((cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells)))
-
-
-def bad_weights(grids: np.ndarray) -> np.ndarray:
-    """Slots (n, R, 15) bool of position grids (n, R, 30 | 31) whose weight is no number from 0 to 1."""
-    weights = grids[..., N_SLOTS : 2 * N_SLOTS]
-    return ~((weights >= 0) & (weights <= 1.001))  # the tolerance is for float16
-
-
 def check_grids(path: str, grids: np.ndarray, region_counts: Sequence[int]) -> None:
     """Raise InputError where grids, of the file at path, are not (n, R, 30 | 31) with cells and weights in range.
 
@@ -34,15 +21,16 @@ def check_grids(path: str, grids: np.ndarray, region_counts: Sequence[int]) -> N
         raise InputError(f"{path}: found {grids.shape}, expected (images, {regions}, 30 or 31)")
     for start in range(0, len(grids), ROWS):
         block = np.asarray(grids[start : start + ROWS])
-        for name, bad, first, largest in (
-            ("cell index", bad_cells(block), 0, N_CELLS),
-            ("weight", bad_weights(block), N_SLOTS, 1),
-        ):
-            if bad.any():
-                image, region, slot = np.argwhere(bad)[0]
-                found = block[image, region, first + slot]
+        cells, weights = block[..., :N_SLOTS], block[..., N_SLOTS : 2 * N_SLOTS]
+        with np.errstate(invalid="ignore"):  # NaN, which the comparison finds
+            cells_fit = (cells >= 0) & (cells <= N_CELLS) & (cells == np.floor(cells))
+        weights_fit = (weights >= 0) & (weights <= 1.001)  # the tolerance is for float16
+        checks = ("cell index", cells, cells_fit, N_CELLS), ("weight", weights, weights_fit, 1)
+        for name, values, fit, largest in checks:
+            if not fit.all():
+                image, region, slot = np.argwhere(~fit)[0]
                 where = f"{path}, image {start + image}, region {region}"
-                raise InputError(f"{where}: {name} {found}, expected 0 to {largest}")
+                raise InputError(f"{where}: {name} {values[image, region, slot]}, expected 0 to {largest}")
 
 
 def same_as_previous(images: np.ndarray) -> np.ndarray:

@@ -37,18 +37,17 @@ def read_ids(path: str, problems: Problems | None = None) -> list[str]:
         return [lines[i] for i in starts]
     ids, seen = [], {}
     for number, line in enumerate(lines, 1):
-        name, kind = canonical_id(line), ""
-        if not line:
-            kind, what = "malformed", "an empty line, expected an id"
-        elif name in seen:
-            kind, what = "doubled", f"id {line} stands in line {seen[name]} already"
-        else:
+        name = canonical_id(line)
+        if line and name not in seen:
             seen[name] = number
             ids.append(line)
-        if kind and problems is None:
+            continue
+        kind, what = "malformed", "an empty line, expected an id"
+        if line:
+            kind, what = "doubled", f"id {line} stands in line {seen[name]} already"
+        if problems is None:
             raise InputError(f"{path}, line {number}: {what}")
-        if kind:
-            problems.add(kind, f"{path}, line {number}", what)
+        problems.add(kind, f"{path}, line {number}", what)
     if not ids:
         raise InputError(f"{path}: no ids, expected one a line")
     return ids

@@ -80,27 +80,16 @@ def load_img_url_to_id(img_id_file: str) -> dict[str, int]:
     return ids
 
 
-def process_tsv_file(tsv_file: str, topn: int = 1000000) -> "Rows":
-    """The first topn rows of a region TSV, as a sequence of dicts that are read from disk when asked for.
-
-    Rows without an integer id are skipped. Raises InputError for any other row that is not of the form above.
-    """
-    return Rows(tsv_file, topn)
-
-
-def process_json_file(json_file: str) -> "Wholes":
-    """{id: whole-image feature} of a file of `[url, [floats]]` lines, read from disk when asked for.
-
-    The last line of an id counts. Raises InputError for a line that is not of this form.
-    """
-    return Wholes(json_file)
-
-
 class Rows(Sequence):
-    """What process_tsv_file returns. ids: each row's image_id. without_id: how many rows were skipped."""
+    """The first topn rows of a region TSV, dicts that are read from disk when asked for.
 
-    def __init__(self, path: str, topn: int):
-        self.path, self.ids, self.places, self.without_id = path, [], [], 0
+    ids: each row's image_id. without_id: how many rows without an integer id were skipped.
+    Raises InputError for any other row that is not of the form above.
+    """
+
+    def __init__(self, tsv_file: str, topn: int = 1000000):
+        path = self.path = tsv_file
+        self.ids, self.places, self.without_id = [], [], 0
         for number, place, line in _scan(path):
             if len(self.ids) == topn:
                 break
@@ -130,10 +119,15 @@ class Rows(Sequence):
 
 
 class Wholes(Mapping):
-    """What process_json_file returns. repeated: how many lines give an id again."""
+    """{id: whole-image feature} of a file of `[url, [floats]]` lines, read from disk when asked for.
 
-    def __init__(self, path: str):
-        self.path, self.places, self.repeated = path, {}, 0
+    The last line of an id counts; repeated: how many lines give an id again.
+    Raises InputError for a line that is not of this form.
+    """
+
+    def __init__(self, json_file: str):
+        path = self.path = json_file
+        self.places, self.repeated = {}, 0
         for number, place, line in _scan(path):
             try:
                 url, feature = json.loads(line)
@@ -155,6 +149,9 @@ class Wholes(Mapping):
 
     def __getitem__(self, image_id):
         return json.loads(_read_line(self.path, self.places[image_id]))[1]
+
+
+process_tsv_file, process_json_file = Rows, Wholes  # the published names
 
 
 class Images:

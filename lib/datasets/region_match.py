@@ -163,18 +163,13 @@ def judge_whole(features: np.ndarray, whole: np.ndarray) -> Judgement:
     return Judgement(own, other, 0.0, misses, n, None if reason else wrong, text)
 
 
-def judge_dataset(dataset: Any) -> Judgement | None:
-    """Judge the boxes of a data.PrecompDataset's first images; None where it has no boxes."""
-    if not getattr(dataset, "need_boxes", False):
-        return None
-    features, *_, grids = dataset.features(range(min(FIRST_IMAGES, dataset.n_images)))
-    return judge(features.float().numpy(), grids.numpy())
-
-
 def warn_of_boxes(dataset: Any) -> None:
-    """Log a warning where the boxes of a data set's first images do not belong to their features."""
-    judgement = judge_dataset(dataset) if distributed.rank() == 0 else None
-    if judgement and judgement.wrong:
+    """Log a warning where the boxes of a data.PrecompDataset's first images do not belong to their features."""
+    if distributed.rank() > 0 or not getattr(dataset, "need_boxes", False):
+        return
+    features, *_, grids = dataset.features(range(min(FIRST_IMAGES, dataset.n_images)))
+    judgement = judge(features.float().numpy(), grids.numpy())
+    if judgement.wrong:
         message = "%s_boxes.npy: of other images or regions than the features: %s. scripts/align.py orders them."
         log.warning(message, dataset.prefix, judgement)
 

@@ -23,28 +23,29 @@ HEADER = {b"image_id", b"img_id", b"features"}  # names of columns
 MOST_PIXELS = 1 << 31  # of a side
 LINES_LOOKED_AT = 100  # to tell the form
 BOX_VALUES = 6  # at the end of a VinVL feature: x1, y1, x2, y2, width, height from 0 to 1
-ANYTHING, INTEGER = re.compile(rb".*", re.DOTALL), re.compile(rb"\s*\d+\s*")
 BASE64 = re.compile(rb"\s*(b['\"])?[A-Za-z0-9+/]{6,}=*['\"]?\s*")  # of at least 4 bytes, so that no integer is meant
-JSON = re.compile(rb"\s*[{\[].*", re.DOTALL)
+KINDS = {  # patterns of the values of columns; of others BASE64
+    "image_id": re.compile(rb".*", re.DOTALL),
+    **dict.fromkeys(("image_w", "image_h", "num_boxes"), re.compile(rb"\s*\d+\s*")),
+    "json": re.compile(rb"\s*[{\[].*", re.DOTALL),
+}
 
 
 @dataclass(frozen=True)
 class TsvForm:
-    """The form of a TSV file: its columns' names, a pattern for the values of each, and the decoder of a line.
+    """The form of a TSV file: its columns' names, and the decoder of a line.
 
     decode(values, fields, img_dim) returns Regions and raises InputError saying what is malformed.
     """
 
     name: str
     fields: tuple[str, ...]
-    kinds: tuple[re.Pattern[bytes], ...]
     decode: Callable[[list[bytes], tuple[str, ...], int], Regions]
 
     def fits(self, values: list[bytes]) -> bool:
-        """Whether the values of a line are of these kinds. A cut line glued to a whole one may have as many fields."""
-        return len(values) == len(self.fields) and all(
-            kind.fullmatch(value) for kind, value in zip(self.kinds, values, strict=True)
-        )
+        """Whether a line's values are of the fields' kinds. A cut line glued to a whole one may have as many fields."""
+        pairs = zip(self.fields, values, strict=False)
+        return len(values) == len(self.fields) and all(KINDS.get(name, BASE64).fullmatch(x) for name, x in pairs)
 
     def __str__(self):
         return f"{self.name} ({', '.join(self.fields)})"
@@ -55,7 +56,7 @@ def form_of_fields(names: str) -> TsvForm:
     fields = tuple(names.replace("img_", "image_").split(","))
     if not set(FIELDS.split(",")) <= set(fields):
         raise InputError(f"--fields {names}: expected {FIELDS} among them")
-    return TsvForm("columns of --fields", fields, (ANYTHING,) * len(fields), decode_columns)
+    return TsvForm("columns of --fields", fields, decode_columns)
 
 
 def find_form(paths: list[str]) -> TsvForm:
@@ -170,17 +171,7 @@ def _floats(text, name, n, dim):
 
 
 FORMS = (
-    TsvForm(
-        "bottom-up-attention's columns",
-        tuple(FIELDS.split(",")),
-        (ANYTHING, INTEGER, INTEGER, INTEGER, BASE64, BASE64),
-        decode_columns,
-    ),
-    TsvForm(
-        "LXMERT's columns",
-        tuple(LXMERT_FIELDS.split(",")),
-        (ANYTHING, INTEGER, INTEGER, BASE64, BASE64, BASE64, BASE64, INTEGER, BASE64, BASE64),
-        decode_columns,
-    ),
-    TsvForm("VinVL's columns", ("image_id", "json"), (ANYTHING, JSON), decode_json),
+    TsvForm("bottom-up-attention's columns", tuple(FIELDS.split(",")), decode_columns),
+    TsvForm("LXMERT's columns", tuple(LXMERT_FIELDS.split(",")), decode_columns),
+    TsvForm("VinVL's columns", ("image_id", "json"), decode_json),
 )

@@ -111,8 +111,8 @@ def fetch_kaggle(name: str, archive: Path) -> None:
 def unpack(archive: Path, folder: Path) -> None:
     """Unpack a zip or tar archive (known by its content, not its name), and archives inside it, into folder.
 
-    Raises InputError for anything else, for a damaged archive, and for a member that would land outside folder or is
-    neither file nor folder (links, devices).
+    Raises InputError for anything else, for a damaged archive, for too little disk space, and for a member that would
+    land outside folder or is neither file nor folder (links, devices).
     """
     try:
         for name, is_file, is_folder, open_member in _members(archive):
@@ -150,5 +150,8 @@ def _members(archive):
     if start[:2] != b"PK":
         raise InputError(f"{archive}: neither a zip nor a tar archive (it begins with {start}); unpack it by hand")
     with zipfile.ZipFile(archive) as source:
+        needed, free = sum(member.file_size for member in source.infolist()), shutil.disk_usage(archive.parent).free
+        if needed > free:
+            raise InputError(f"{archive}: unpacks to {needed:,} bytes, the disk has {free:,} left")
         for member in source.infolist():
             yield member.filename, not member.is_dir(), member.is_dir(), partial(source.open, member)

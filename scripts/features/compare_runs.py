@@ -40,6 +40,7 @@ PLACE_WORDS = frozenset(
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 degree of freedom and more
 MODEL_NAMES = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
 KEY = ("model", "features", "cross_attn", "seed", "embed_size", "epochs", "mean_warmup_epochs", "amp")
+FLAGS = {"model": "position", "epochs": "num_epochs"}  # of columns with another name
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 COLUMNS = (*KEY, *RECALLS, "rsum", "rsum_low", "rsum_high", "dev_rsum", "minutes")
 
@@ -70,18 +71,16 @@ def read_ranks(path, captions, n_images):
     return ranks
 
 
-def chosen_recalls(ranks, chosen, n_images):
-    """Of the chosen captions (n,) the hits of each image at 1, 5, 10, mean over seeds, and their number.
-
-    ranks: t2i, (seeds, n). Returns (n_images, 3) and (n_images, 1).
-    """
-    hits = [((ranks < k).mean(0) * chosen).reshape(n_images, -1).sum(1) for k in RECALL_AT]
-    return np.stack(hits, 1), chosen.reshape(n_images, -1).sum(1)[:, None]
-
-
 def compare_chosen(first, second, chosen, n_images):
-    """Recalls of two models on the chosen captions and their difference, each (3,), and its interval (low, high)."""
-    (hits, counts), (others, _) = (chosen_recalls(ranks, chosen, n_images) for ranks in (first, second))
+    """Recalls of two models on the chosen captions (n,) and their difference, each (3,), and its interval (low, high).
+
+    first, second: t2i ranks, (seeds, n).
+    """
+    counts = chosen.reshape(n_images, -1).sum(1)[:, None]
+    hits, others = (  # of each image at 1, 5, 10, mean over seeds: (n_images, 3)
+        np.stack([((ranks < k).mean(0) * chosen).reshape(n_images, -1).sum(1) for k in RECALL_AT], 1)
+        for ranks in (first, second)
+    )
     share = counts / counts.mean()  # images weigh as many captions as they have in this part
     difference = 100 * (hits - others) / counts.mean()
     mean = difference.mean(0)
@@ -141,27 +140,13 @@ def read_table(path):
         return list(table)
 
 
-def write_table(path, rows):
-    """Write rows (dicts of str), sorted by their keys."""
-    rows = sorted(rows, key=lambda row: [row[name] for name in KEY])
-    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
-    write_lines(path, map(",".join, lines))
-
-
 def describe(checkpoints, features):
     """The key columns of a model, or of an ensemble, from the options of its checkpoints."""
-    opts = [checkpoint["opt"] for checkpoint in checkpoints]
-
-    def joined(name):
-        return "+".join(dict.fromkeys(str(option(opt, name)) for opt in opts))
-
-    model = "+".join(dict.fromkeys(MODEL_NAMES[option(opt, "position")] for opt in opts))
-    return {
-        "model": model,
-        "features": features,
-        "epochs": joined("num_epochs"),
-        **{name: joined(name) for name in ("cross_attn", "seed", "embed_size", "mean_warmup_epochs", "amp")},
-    }
+    row = {"features": features}
+    for column in set(KEY) - {"features"}:
+        values = [option(checkpoint["opt"], FLAGS.get(column, column)) for checkpoint in checkpoints]
+        row[column] = "+".join(dict.fromkeys(str(MODEL_NAMES.get(value, value)) for value in values))
+    return row
 
 
 def record(opt):
@@ -180,9 +165,11 @@ def record(opt):
     numbers = [*result["i2t"][:3], *result["t2i"][:3], *result["intervals"]["rsum"], dev_rsum]
     row = describe(checkpoints, opt.features)
     row.update(zip(COLUMNS[len(KEY) :], [f"{number:.1f}" for number in numbers], strict=False), minutes=opt.minutes)
-    others = [each for each in rows if any(each[name] != row[name] for name in KEY)]
-    write_table(opt.out, [*others, row])
-    print(f"{opt.out}: {len(others) + 1} rows")
+    rows = [row, *(each for each in rows if any(each[name] != row[name] for name in KEY))]
+    rows.sort(key=lambda row: [row[name] for name in KEY])
+    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
+    write_lines(opt.out, map(",".join, lines))
+    print(f"{opt.out}: {len(rows)} rows")
 
 
 def main():

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -75,20 +76,17 @@ def read_ahead(paths, opt, problems, boxes_of):
         except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
             return full, f"{type(error).__name__}: {error}; skipped"
 
-    def readable(loaded):
-        if len(loaded) == 2:
-            problems.add("unreadable", *loaded)
-            return ()
-        return (loaded,)
-
+    paths, waiting = iter(paths), deque()
     with ThreadPoolExecutor(opt.workers) as pool:
-        waiting = deque()
-        for path in paths:
-            waiting.append(pool.submit(load, path))
-            if len(waiting) > 2 * opt.workers:
-                yield from readable(waiting.popleft().result())
-        while waiting:
-            yield from readable(waiting.popleft().result())
+        while True:
+            waiting.extend(pool.submit(load, path) for path in islice(paths, 2 * opt.workers - len(waiting)))
+            if not waiting:
+                return
+            loaded = waiting.popleft().result()
+            if len(loaded) == 2:
+                problems.add("unreadable", *loaded)
+            else:
+                yield loaded
 
 
 def batches(images, batch_size):
