@@ -1,6 +1,7 @@
 """Encode a split once into a collection on disk, for search among more pictures than can be scored for each sentence.
 
-python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar --data_path data --split test
+example: python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar \\
+    --data_path data --split test --query "a red ring at the top"
 
 The collection's folder lies beside the checkpoint, unless --out says otherwise; scripts/search/store.py lists its
 files. A stopped run goes on where it was when the same command runs again.
@@ -14,6 +15,7 @@ if not __package__:
 
 from evaluation import load_split
 from lib.errors import run
+from lib.options import add_options
 from scripts.search.build import open_or_build
 from scripts.search.queries import check_query, unknown_note
 from scripts.search.store import N_CENTROIDS, collection_folder
@@ -22,22 +24,16 @@ MAX_CENTROIDS = 1 << 16  # indices of a uint16
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description="Encode a split once into a collection on disk, with an index for its search.",
-        epilog="example: python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar "
-        '--data_path data --split test --query "a red ring at the top"',
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_path", required=True, help="checkpoint")
-    add("--data_path", help="folder of the data sets (default: the checkpoint's)")
-    add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+    add_options(parser, ("data_path", "vocab_path", "device"), data_path=None, vocab_path=None)
     add("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
     add("--out", metavar="DIR", help="the collection's folder (default: beside the checkpoint)")
     add("--anchors", type=int, help=f"centroids of words (t2i) or regions (i2t) (default: {N_CENTROIDS})")
     add("--overwrite", action="store_true", help="make anew what is there already")
     add("--query", metavar="SENTENCE", help="then print the best ten pictures for a sentence")
     add("--candidates", type=int, default=1000, help="pictures that --query scores exactly (default: %(default)s)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
     return parser
 
 

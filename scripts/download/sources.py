@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.constants import N_REGIONS, N_SLOTS
+from lib.datasets.news import FILES
 from lib.errors import InputError
 from lib.files import open_npy
 
@@ -35,29 +36,19 @@ class Source(NamedTuple):
     wanted: list[str]
 
 
+SCAN = files("f30k_precomp", PUBLIC, "ims.npy caps.txt")
+SCAN += files("coco_precomp", PUBLIC + " testall", "ims.npy caps.txt")
+TENCENT_TRAIN = files("tencent_data", "train dev", "ims.npy boxes.npy who_ims.npy caps.txt")
+TENCENT_TEST = [f"tencent_data_meta/{name}" for name in (*FILES, "test_list.json")]
+MODELS = ["models/sentence_t2i.pth.tar", "models/tag_t2i.pth.tar"]
 # Positions stand apart from SCAN's features: they list the images in another order, see align in download_data.py.
 SOURCES = {
     "f30k": Source("f30k", "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO", files("pfan/f30k_precomp", PUBLIC, "boxes.npy")),
     "coco": Source("coco", "1DaCZxeXOCm05u-Gf-_MG_zSNKO1UxBat", files("pfan/coco_precomp", PUBLIC, "boxes.npy")),
-    "scan": Source(
-        "scan",
-        None,
-        files("f30k_precomp", PUBLIC, "ims.npy caps.txt")
-        + files("coco_precomp", PUBLIC + " testall", "ims.npy caps.txt"),
-    ),
-    "tencent_train": Source(
-        "tencent",
-        "1WKq05mhSMc2u0SLtCWkUzgmqTLx95kXR",
-        files("tencent_data", "train dev", "ims.npy boxes.npy who_ims.npy caps.txt"),
-    ),
-    "tencent_test": Source(
-        "tencent",
-        "1dPyo2EBHQoHkqx-Dl4R7ISb8t-rVG_KK",
-        [f"tencent_data_meta/{name}" for name in "test_own.tsv.0 test_features.json img_id.txt test_list.json".split()],
-    ),
-    "models": Source(
-        "models", "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn", ["models/sentence_t2i.pth.tar", "models/tag_t2i.pth.tar"]
-    ),
+    "scan": Source("scan", None, SCAN),
+    "tencent_train": Source("tencent", "1WKq05mhSMc2u0SLtCWkUzgmqTLx95kXR", TENCENT_TRAIN),
+    "tencent_test": Source("tencent", "1dPyo2EBHQoHkqx-Dl4R7ISb8t-rVG_KK", TENCENT_TEST),
+    "models": Source("models", "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn", MODELS),
 }
 ITEMS = list(dict.fromkeys(source.item for source in SOURCES.values()))
 # Each file and the items that bring it. Boxes beside SCAN's features come by two.
