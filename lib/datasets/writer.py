@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -215,7 +215,7 @@ class SplitWriter:
         _remove(self.commit_path)
 
 
-def sample(items):
+def sample(items: Iterable[Any]) -> list:
     """Some of many items, spread over them."""
     items = list(items)
     return items[:: len(items) // SAMPLE + 1]
