@@ -10,7 +10,6 @@ again a second after its connection has ended.
 """
 
 import argparse
-import http.client
 import json
 import sys
 import tempfile
@@ -25,7 +24,7 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.load.hostile import hostile_clients
-from scripts.load.measurement import Load
+from scripts.load.measurement import FAILURES, Load
 from scripts.load.server import Client, make_model, make_request, running_server
 
 CACHE_MB = {"new": 0, "seen": 256}  # none, and the server's default
@@ -40,10 +39,8 @@ def measure(port, bodies, opt):
     client = Client(port)
     try:
         expected = [client.score(body) for body in bodies]  # which also fills the cache, where there is one
-    except (OSError, http.client.HTTPException, RuntimeError) as error:
+    except FAILURES as error:
         raise InputError(f"--port {port}: {error}, expected scores") from None
-    if any(scores is None for scores in expected):
-        raise InputError(f"--port {port}: 429, expected a server that nobody else asks")
     load, ok = Load(port, bodies, expected), True
     for clients in opt.clients if opt.hostile else (1, *opt.clients):
         if opt.hostile:
@@ -87,12 +84,11 @@ def main():
     opt = parser.parse_args()
     if min(opt.requests, opt.images, *opt.clients) < 1:
         parser.error("expected numbers of at least 1")
-    rng = np.random.default_rng(0)
+    rng, ok = np.random.default_rng(0), True
     bodies = [json.dumps(make_request(rng, opt.images, opt.img_dim)).encode() for _ in range(DISTINCT)]
     print(f"{DISTINCT} different requests, {opt.images} images and {len(bodies[0]) / 1e6:.2f} MB each")
     if opt.port:
         sys.exit(0 if measure(opt.port, bodies, opt) else 1)
-    ok = True
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(folder, opt.embed_size, opt.img_dim)
         for case, size in CACHE_MB.items():

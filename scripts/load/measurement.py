@@ -3,7 +3,6 @@
 import http.client
 import os
 import re
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +11,7 @@ import numpy as np
 from scripts.load.server import Client
 
 TOLERANCE = 1e-5  # between the scores of a request alone and among others
-ATTEMPTS = 20  # of a request that is answered 429, a second apart
+FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of Client.score
 
 
 def read_metrics(port):
@@ -42,39 +41,33 @@ class Load:
         images = (found.get(f'pfan_pictures_total{{source="{source}"}}', 0) for source in ("cache", "new"))
         return np.array([*images, found.get("process_cpu_seconds_total", 0), time.process_time(), machine_seconds()])
 
-    def run(self, clients, n_requests):
-        self.clients, self.n_requests, self.local = clients, n_requests, threading.local()
-        self.times, self.refusals, self.wrong, self.failed, self.memory = [], [], [], [], []
+    def run(self, n_clients, n_requests):
+        self.n_clients, self.n_requests = n_clients, n_requests
+        self.times, self.wrong, self.failed, self.memory = [], [], [], []
+        clients, numbers = [Client(self.port) for _ in range(n_clients)], iter(range(n_requests))
         before, started = self.counts(), time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(self.measure, range(n_requests)))
+        with ThreadPoolExecutor(n_clients) as pool:
+            list(pool.map(lambda client: self.ask(client, numbers), clients))
         self.seconds = time.perf_counter() - started
         self.rate, self.used = len(self.times) / self.seconds, self.counts() - before
+        self.refusals = [count for client in clients for count in client.refusals if count]
         return self
 
-    def measure(self, number):
-        """Send one request, again where the server is busy, and note what came."""
-        if number % max(1, self.n_requests // 10) == 0:
-            self.memory.append(read_metrics(self.port).get("process_resident_memory_bytes", 0) / 2**20)
-        number %= len(self.bodies)
-        started, attempt, scores = time.perf_counter(), 0, None
-        if not hasattr(self.local, "client"):
-            self.local.client = Client(self.port)
-        try:
-            while (scores := self.local.client.score(self.bodies[number])) is None and attempt < ATTEMPTS:
-                attempt += 1
-                time.sleep(1)
-        except (OSError, http.client.HTTPException, RuntimeError) as error:
-            del self.local.client
-            return self.failed.append(f"{type(error).__name__} {error}")
-        if scores is None:
-            return self.failed.append(f"429, {ATTEMPTS} times")
-        self.times.append(time.perf_counter() - started)
-        if attempt:
-            self.refusals.append(attempt)
-        difference = np.abs(scores - self.expected[number]).max()
-        if not difference <= TOLERANCE:
-            self.wrong.append(difference)
+    def ask(self, client, numbers):
+        """Send the requests of these numbers, which other clients draw from as well, and note what comes."""
+        for number in numbers:
+            if number % max(1, self.n_requests // 10) == 0:
+                self.memory.append(read_metrics(self.port).get("process_resident_memory_bytes", 0) / 2**20)
+            number, started = number % len(self.bodies), time.perf_counter()
+            try:
+                scores = client.score(self.bodies[number])
+            except FAILURES as error:
+                self.failed.append(f"{type(error).__name__} {error}")
+                continue
+            self.times.append(time.perf_counter() - started)
+            difference = np.abs(scores - self.expected[number]).max()
+            if not difference <= TOLERANCE:
+                self.wrong.append(difference)
 
     def fine(self):
         """Whether every request got its scores."""
@@ -85,7 +78,7 @@ class Load:
         hits, new, server, client, machine = self.used
         others = max(0, machine - server - client) / (self.seconds * os.cpu_count())
         lines = [
-            f"{self.clients:3d} clients: {self.rate:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, "
+            f"{self.n_clients:3d} clients: {self.rate:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, "
             f"{len(self.failed)} of {self.n_requests} failed, {len(self.wrong)} wrong, "
             f"{len(self.refusals)} refused first, at most {max(self.refusals, default=0)} times, "
             f"{hits / max(1, hits + new):.0%} of the images from the cache",

@@ -22,6 +22,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 PATH = "/scan_sentence_image_score"
 WORDS = "上海 新闻 足球 天气 股市 红色 汽车 iphone news".split()
 HEIGHT, WIDTH = 100, 200  # of the images
+ATTEMPTS = 20  # of a request that is answered 429, a second apart
 
 
 def make_model(folder, embed_size, img_dim, **options):
@@ -67,26 +68,34 @@ def make_request(rng, n_images, img_dim):
 class Client:
     """One connection that is kept open."""
 
-    def __init__(self, port, timeout=120):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
+    def __init__(self, port):
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        self.refusals = []  # how often each request was asked again because the server was busy
 
     def ask(self, method, path, body=None):
         """Status and body (bytes) of an answer."""
         key = os.environ.get("PFAN_API_KEY")
         headers = {"Content-Type": "application/json", **({"X-API-Key": key} if key else {})}
-        self.connection.request(method, path, body, headers)
-        response = self.connection.getresponse()
-        return response.status, response.read()
+        try:
+            self.connection.request(method, path, body, headers)
+            response = self.connection.getresponse()
+            return response.status, response.read()
+        except BaseException:
+            self.connection.close()  # the next request opens it again
+            raise
 
     def score(self, body):
-        """(2, P) scores, t2i and i2t; None for a 429, RuntimeError for any other answer but 200."""
-        status, answer = self.ask("POST", PATH, body)
-        if status == 429:
-            return None
-        if status != 200:
-            raise RuntimeError(f"{status} {answer.decode(errors='replace')[:100]}")
-        scores = json.loads(answer)
-        return np.array([scores["sim_t2i"], scores["sim_i2t"]])
+        """(2, P) scores, t2i and i2t. RuntimeError for any answer but 200, or where the server stays busy (429)."""
+        for attempt in range(ATTEMPTS):
+            status, answer = self.ask("POST", PATH, body)
+            if status == 200:
+                self.refusals.append(attempt)
+                scores = json.loads(answer)
+                return np.array([scores["sim_t2i"], scores["sim_i2t"]])
+            if status != 429:
+                break
+            time.sleep(1)
+        raise RuntimeError(f"{status} {answer.decode(errors='replace')[:100]}")
 
 
 @contextmanager
