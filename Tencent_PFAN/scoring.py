@@ -88,13 +88,6 @@ class Body(msgspec.Struct):
     sentences: described(list[Sentence], "several, instead of sentence", minItems=1) | UnsetType = UNSET
 
 
-class Scores(msgspec.Struct):
-    """An answer: a number for each image; with sentences, a list of these for each of them."""
-
-    sim_t2i: list[float | list[float]]
-    sim_i2t: list[float | list[float]]
-
-
 decode_body = msgspec.json.Decoder(Body).decode
 MISSING = re.compile(r"Object missing required field `(\w+)`$")
 

@@ -115,10 +115,8 @@ class FeaturesOnGPU:
 
     def __iter__(self):
         for batch in self.loader:
-            if isinstance(batch, tuple) and batch:
-                numbers = to_device(batch[0], self.rows[0].device)
-                batch = *(x.index_select(0, numbers) for x in self.rows), *batch[1:]
-            yield batch
+            numbers = to_device(batch[0], self.rows[0].device)
+            yield *(x.index_select(0, numbers) for x in self.rows), *batch[1:]
 
 
 def keep_features(loader: Any, device: torch.device, where: str) -> Any:
