@@ -197,18 +197,16 @@ class Scorer:
         single = body.sentence is not UNSET
         if single == (body.sentences is not UNSET):
             raise BadRequest("sentence: beside sentences, expected one of the two" if single else "sentence: missing")
-        if not single and not 0 < len(body.sentences) <= MAX_SENTENCES:
-            raise BadRequest(f"sentences: {len(body.sentences)}, expected 1 to {MAX_SENTENCES}")
+        sentences = {"sentence": body.sentence}
+        if not single:
+            sentences = {f"sentences[{i}]": sentence for i, sentence in enumerate(body.sentences)}
+        if not 0 < len(sentences) <= MAX_SENTENCES:
+            raise BadRequest(f"sentences: {len(sentences)}, expected 1 to {MAX_SENTENCES}")
         if not body.boxes:
             raise BadRequest("boxes: no images")
         if len(body.whole_items) != len(body.boxes):
             raise BadRequest(f"whole_items: {len(body.whole_items)}, but {len(body.boxes)} boxes")
-        named = (
-            [(body.sentence, "sentence")]
-            if single
-            else [(sentence, f"sentences[{i}]") for i, sentence in enumerate(body.sentences)]
-        )
-        captions = [self.word_ids(*sentence) for sentence in named]
+        captions = [self.word_ids(sentence, field) for field, sentence in sentences.items()]
         return Job(captions, single, *self.read_images(body))
 
     def read_images(self, body):

@@ -2,7 +2,8 @@
 
 Without --port it makes a model of random weights and starts servers of its own on this machine: once without an
 embedding cache, so that every image is new to the server, and once with the default one, where every image has been
-seen before. The clients run on the same cores, and so does whatever else the machine does: what each took is printed.
+seen before. The clients run on the same cores, and so does whatever else the machine does: plan with the CPU time that
+the server took.
 
 --hostile measures each row three times alone and three times beside 200 clients that mean harm: 100 send their headers
 a byte at a time, 60 a body at 2 KB a second, 20 break off half-way, 10 send nonsense, 10 announce 100 GB. Each connects
@@ -10,10 +11,13 @@ again a second after its connection has ended.
 """
 
 import argparse
+import http.client
 import json
+import re
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from statistics import median
 
@@ -24,7 +28,6 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.load.hostile import hostile_clients
-from scripts.load.measurement import FAILURES, Load
 from scripts.load.server import Client, make_model, make_request, running_server
 
 CACHE_MB = {"new": 0, "seen": 256}  # none, and the server's default
@@ -32,6 +35,73 @@ DISTINCT = 40  # requests that differ
 LEAST_SHARE = 0.5  # of the calm rate that good clients must keep beside hostile ones
 ROUNDS = 3  # of calm and hostile, in turns: what else runs on the machine changes
 WARM_UP = 5  # seconds until all hostile clients are at work
+TOLERANCE = 1e-5  # between the scores of a request alone and among others
+FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of Client.score
+
+
+def read_metrics(port):
+    """{name: value} of a server's /metrics, a name with its labels."""
+    text = Client(port).ask("GET", "/metrics")[1].decode()
+    return {name: float(value) for name, value in re.findall(r"^(\w+(?:{.*})?) (\S+)$", text, re.M)}
+
+
+class Load:
+    """Requests from so many clients at a time, each answer compared with the expected scores."""
+
+    def __init__(self, port, bodies, expected):
+        self.port, self.bodies, self.expected = port, bodies, expected
+
+    def counts(self):
+        """Images found in the cache and not, CPU seconds of the server and of this process, so far."""
+        found = read_metrics(self.port)
+        images = (found.get(f'pfan_pictures_total{{source="{source}"}}', 0) for source in ("cache", "new"))
+        return np.array([*images, found.get("process_cpu_seconds_total", 0), time.process_time()])
+
+    def run(self, n_clients, n_requests):
+        self.n_clients, self.n_requests = n_clients, n_requests
+        self.times, self.wrong, self.failed, self.memory = [], [], [], []
+        clients, numbers = [Client(self.port) for _ in range(n_clients)], iter(range(n_requests))
+        before, started = self.counts(), time.perf_counter()
+        with ThreadPoolExecutor(n_clients) as pool:
+            list(pool.map(lambda client: self.ask(client, numbers), clients))
+        self.rate = len(self.times) / (time.perf_counter() - started)
+        self.used = self.counts() - before
+        self.refusals = [count for client in clients for count in client.refusals if count]
+        return self
+
+    def ask(self, client, numbers):
+        """Send the requests of these numbers, which other clients draw from as well, and note what comes."""
+        for number in numbers:
+            if number % max(1, self.n_requests // 10) == 0:
+                self.memory.append(read_metrics(self.port).get("process_resident_memory_bytes", 0) / 2**20)
+            number, started = number % len(self.bodies), time.perf_counter()
+            try:
+                scores = client.score(self.bodies[number])
+            except FAILURES as error:
+                self.failed.append(f"{type(error).__name__} {error}")
+                continue
+            self.times.append(time.perf_counter() - started)
+            difference = np.abs(scores - self.expected[number]).max()
+            if not difference <= TOLERANCE:
+                self.wrong.append(difference)
+
+    def fine(self):
+        """Whether every request got its scores."""
+        return not self.failed and not self.wrong
+
+    def __str__(self):
+        middle, late = np.percentile(self.times, [50, 95]) * 1000 if self.times else (float("nan"),) * 2
+        hits, new, *seconds = self.used
+        server, client = (1000 * used / self.n_requests for used in seconds)
+        lines = [
+            f"{self.n_clients:3d} clients: {self.rate:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, "
+            f"{len(self.failed)} of {self.n_requests} failed, {len(self.wrong)} wrong, "
+            f"{len(self.refusals)} refused first, at most {max(self.refusals, default=0)} times, "
+            f"{hits / max(1, hits + new):.0%} of the images from the cache",
+            f"             CPU a request: server {server:.1f} ms, client {client:.1f} ms; "
+            f"memory {self.memory[0]:.0f} -> {self.memory[-1]:.0f} MB, most {max(self.memory):.0f}",
+        ]
+        return "\n".join([*lines, *(f"  failed: {problem}" for problem in self.failed[:3])])
 
 
 def measure(port, bodies, opt):

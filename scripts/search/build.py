@@ -194,19 +194,14 @@ def open_or_build(model_path, model, loader, split, folder=None, n_centroids=Non
     """
     folder = folder or collection_folder(model_path, model.opt.data_name, split)
     note = os.path.join(folder, "collection.json")
-    try:
-        before = read_json(note)
-    except InputError:
-        if not overwrite:
-            raise
-        before = {}
+    before = None if overwrite else read_json(note)
     n_centroids = n_centroids or (before or {}).get("anchors", N_CENTROIDS)
     made_from = fingerprint(model_path, loader.dataset, n_centroids)
-    if before is not None and not overwrite and (found := other_input(before, made_from)):
+    if before is not None and (found := other_input(before, made_from)):
         raise InputError(f"{folder}: made from other {found}, --overwrite of build_index.py makes it anew")
-    if before is None or overwrite:
+    if before is None:
         check_folder(folder)
-        if before is not None:
+        if os.path.exists(note):
             os.remove(note)
         print(f"making {folder}", flush=True)
         build(folder, made_from, model, loader, n_centroids)
