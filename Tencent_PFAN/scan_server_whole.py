@@ -30,7 +30,7 @@ from lib.errors import run
 from lib.web import Answer, Refused
 from Tencent_PFAN.bodies import Bodies, unpack, unpacked_size
 from Tencent_PFAN.demo_page import add_demo
-from Tencent_PFAN.scoring import BadRequest, Scorer
+from Tencent_PFAN.scoring import Scorer
 from Tencent_PFAN.web import PATH, RESPONSES, Counting, request_body
 
 BATCH_IMAGES = 256  # of the requests that are scored together; a single request may have more
@@ -100,8 +100,6 @@ class Service:
             with self.place_in_queue(len(body) + unpacked):
                 async with asyncio.timeout(self.opt.timeout):
                     return await self.score_body(body, unpacked)
-        except BadRequest as error:
-            raise Refused(400, str(error)) from None
         except TimeoutError:
             raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
 
