@@ -62,11 +62,9 @@ class Service:
             for name, what in (("requests", "Requests"), ("pictures", "Images"))
         )
         self.images = prometheus.Counter("pfan_pictures", "Images, by where from", ["source"], registry=registry)
-        for name, what, count in (
-            ("pfan_waiting", "Requests not answered yet", self.unanswered),
-            ("pfan_bodies", "Bodies that arrive", self.bodies.__len__),
-        ):
-            prometheus.Gauge(name, what, registry=registry).set_function(count)
+        unanswered = prometheus.Gauge("pfan_waiting", "Requests not answered yet", registry=registry)
+        unanswered.set_function(self.unanswered)
+        prometheus.Gauge("pfan_bodies", "Bodies that arrive", registry=registry).set_function(self.bodies.__len__)
 
     def start(self):
         """Score what comes, until stop(). Called in the loop that answers the requests."""

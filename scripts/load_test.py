@@ -28,7 +28,8 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.load.hostile import hostile_clients
-from scripts.load.server import Client, make_model, make_request, running_server
+from scripts.load.server import make_model, make_request, running_server
+from test_server.test import Server, explain
 
 CACHE_MB = {"new": 0, "seen": 256}  # none, and the server's default
 DISTINCT = 40  # requests that differ
@@ -36,54 +37,64 @@ LEAST_SHARE = 0.5  # of the calm rate that good clients must keep beside hostile
 ROUNDS = 3  # of calm and hostile, in turns: what else runs on the machine changes
 WARM_UP = 5  # seconds until all hostile clients are at work
 TOLERANCE = 1e-5  # between the scores of a request alone and among others
-FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of Client.score
+ATTEMPTS = 20  # of a request that is answered 429, a second apart
+FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of ask
 
 
-def read_metrics(port):
+def read_metrics(server):
     """{name: value} of a server's /metrics, a name with its labels."""
-    text = Client(port).ask("GET", "/metrics")[1].decode()
+    text = server.send(path="/metrics", method="GET")[2].decode()
     return {name: float(value) for name, value in re.findall(r"^(\w+(?:{.*})?) (\S+)$", text, re.M)}
+
+
+def ask(server, body):
+    """Scores (2, P), t2i and i2t, and how often the server was busy before. RuntimeError where there are none."""
+    for refusals in range(ATTEMPTS):
+        status, _, answer = server.send(body)
+        if status == 200:
+            return np.array([*json.loads(answer).values()]), refusals
+        if status != 429:
+            break
+        time.sleep(1)
+    raise RuntimeError(f"{status} {explain(answer)}")
 
 
 class Load:
     """Requests from so many clients at a time, each answer compared with the expected scores."""
 
-    def __init__(self, port, bodies, expected):
-        self.port, self.bodies, self.expected = port, bodies, expected
+    def __init__(self, server, bodies, expected):
+        self.server, self.bodies, self.expected = server, bodies, expected
 
     def counts(self):
         """Images found in the cache and not, CPU seconds of the server and of this process, so far."""
-        found = read_metrics(self.port)
+        found = read_metrics(self.server)
         images = (found.get(f'pfan_pictures_total{{source="{source}"}}', 0) for source in ("cache", "new"))
         return np.array([*images, found.get("process_cpu_seconds_total", 0), time.process_time()])
 
     def run(self, n_clients, n_requests):
         self.n_clients, self.n_requests = n_clients, n_requests
-        self.times, self.wrong, self.failed, self.memory = [], [], [], []
-        clients, numbers = [Client(self.port) for _ in range(n_clients)], iter(range(n_requests))
+        self.times, self.refusals, self.wrong, self.failed, self.memory = [], [], [], [], []
         before, started = self.counts(), time.perf_counter()
         with ThreadPoolExecutor(n_clients) as pool:
-            list(pool.map(lambda client: self.ask(client, numbers), clients))
+            list(pool.map(self.measure, range(n_requests)))
         self.rate = len(self.times) / (time.perf_counter() - started)
         self.used = self.counts() - before
-        self.refusals = [count for client in clients for count in client.refusals if count]
         return self
 
-    def ask(self, client, numbers):
-        """Send the requests of these numbers, which other clients draw from as well, and note what comes."""
-        for number in numbers:
-            if number % max(1, self.n_requests // 10) == 0:
-                self.memory.append(read_metrics(self.port).get("process_resident_memory_bytes", 0) / 2**20)
-            number, started = number % len(self.bodies), time.perf_counter()
-            try:
-                scores = client.score(self.bodies[number])
-            except FAILURES as error:
-                self.failed.append(f"{type(error).__name__} {error}")
-                continue
-            self.times.append(time.perf_counter() - started)
-            difference = np.abs(scores - self.expected[number]).max()
-            if not difference <= TOLERANCE:
-                self.wrong.append(difference)
+    def measure(self, number):
+        """Send one request and note what comes."""
+        if number % max(1, self.n_requests // 10) == 0:
+            self.memory.append(read_metrics(self.server).get("process_resident_memory_bytes", 0) / 2**20)
+        number, started = number % len(self.bodies), time.perf_counter()
+        try:
+            scores, refusals = ask(self.server, self.bodies[number])
+        except FAILURES as error:
+            return self.failed.append(f"{type(error).__name__} {error}")
+        self.times.append(time.perf_counter() - started)
+        self.refusals += [refusals] * bool(refusals)
+        difference = np.abs(scores - self.expected[number]).max()
+        if not difference <= TOLERANCE:
+            self.wrong.append(difference)
 
     def fine(self):
         """Whether every request got its scores."""
@@ -106,12 +117,12 @@ class Load:
 
 def measure(port, bodies, opt):
     """Serial answers first, then the load; prints. Returns whether all went well."""
-    client = Client(port)
+    server = Server(port=port, timeout=120)
     try:
-        expected = [client.score(body) for body in bodies]  # which also fills the cache, where there is one
+        expected = [ask(server, body)[0] for body in bodies]  # which also fills the cache, where there is one
     except FAILURES as error:
         raise InputError(f"--port {port}: {error}, expected scores") from None
-    load, ok = Load(port, bodies, expected), True
+    load, ok = Load(server, bodies, expected), True
     for clients in opt.clients if opt.hostile else (1, *opt.clients):
         if opt.hostile:
             ok &= measure_hostile(load, clients, opt.requests)
@@ -126,7 +137,7 @@ def measure_hostile(load, clients, n_requests):
     rates, ok = {"alone": [], "beside hostile clients": []}, True
     for _ in range(ROUNDS):
         for case, found in rates.items():
-            with hostile_clients(load.port, load.bodies[0]) if case != "alone" else nullcontext():
+            with hostile_clients(load.server.port, load.bodies[0]) if case != "alone" else nullcontext():
                 time.sleep(0 if case == "alone" else WARM_UP)
                 print(f"{case}:\n{load.run(clients, n_requests)}", flush=True)
             found.append(load.rate)

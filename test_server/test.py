@@ -75,14 +75,14 @@ class Server:
                 f"no server at {self.host}:{self.port} ({error}); Tencent_PFAN/run_server.sh starts it"
             ) from None
 
-    def post(self, body):
+    def send(self, body=None, path=PATH, method="POST"):
         """One attempt → status, headers, body of the answer. OSError or HTTPException where the connection fails."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         connection = self.local.connection
         try:
             try:
-                connection.request("POST", PATH, body, self.headers)
+                connection.request(method, path, body, self.headers)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # a server may refuse a request before it has read all of it: the answer may be there
             response = connection.getresponse()
@@ -100,7 +100,7 @@ class Server:
         for attempt in range(self.retries + 1):
             delay = min(0.5 * 2**attempt, 30.0) * random.uniform(1.0, 1.2)
             try:
-                status, headers, answer = self.post(body)
+                status, headers, answer = self.send(body)
             except (OSError, http.client.HTTPException) as error:
                 status, reason = None, f"{type(error).__name__} {error}".strip()
             else:

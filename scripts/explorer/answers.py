@@ -114,8 +114,7 @@ class Explorer:
         if not knows_a_word(collection.vocab, sentence):
             return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
         # a rank counts what was scored exactly: all pictures, or the first stage's candidates
-        n_scored = self.n_images if collection.first_stage is None else self.opt.candidates
-        images, scores = collection.search(sentence, n_scored, self.opt.candidates)
+        images, scores = collection.search(sentence, None, self.opt.candidates)
         cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
         rank = first_rank(images, right)
         return {"tokens": tokens, "results": cards, "rank": rank, "scored": len(scores)}
@@ -189,8 +188,7 @@ class Explorer:
         """Per model: the best k captions for a picture, the picture's captions marked."""
         right, answer = set(self._captions_of(image)), []
         for collection in self.collections:
-            n_scored = len(self.captions) if collection.first_stage is None else self.opt.candidates
-            order, scores = collection.search_captions(collection.image(image), n_scored, self.opt.candidates)
+            order, scores = collection.search_captions(collection.image(image), None, self.opt.candidates)
             results = [
                 {"text": self.captions[i], "score": float(score), "right": i in right}
                 for i, score in zip(order[:k].tolist(), scores, strict=False)
