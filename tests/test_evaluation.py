@@ -26,6 +26,7 @@ from evaluation import (
     evalrank,
     i2t,
     load_split,
+    score_shards,
     score_split,
     shard_xattn_i2t,
     shard_xattn_t2i,
@@ -222,6 +223,18 @@ def test_scores_are_the_same_for_any_shard_size_and_form(toy, way, shard):
     arrays = shard(images.numpy(), captions.numpy(), np.array(lens), model.opt, shard_size=7)
     assert arrays.dtype == np.float32
     np.testing.assert_allclose(arrays, expected, rtol=0, atol=1e-5)
+
+
+def test_processes_of_which_some_hold_the_images_on_their_gpu_score_each_pair_once(monkeypatch):
+    images, captions = (torch.zeros(10, 3, 4),), (torch.zeros(7, 5, 4), [5] * 7)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda x: x)
+    counts = np.zeros((10, 7))
+    for rank, held in enumerate((lambda x, device: x, lambda x, device: x.clone())):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluation, "resident", held)
+        counts += score_shards(images, captions, lambda i, c, lens: torch.ones(len(i), len(c)), torch.device("cpu"), 2)
+    assert (counts == 1).all()
 
 
 def test_softmax_sums_to_1_along_an_axis():

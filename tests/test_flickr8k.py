@@ -72,14 +72,15 @@ def trained(flickr8k):
 def test_the_chain_goes_from_photographs_to_recalls_with_intervals(trained):
     folder, said = trained
     commands = re.findall(r"^\+ python (\S+)", said, re.MULTILINE)
-    tools = ["captions_to_dataset", "extract_features", "vocab", "check_data", "train", "evaluation"]
+    tools = ["captions_to_dataset", "extract_features", "extract_features", "reduce_features"]
+    tools += ["vocab", "check_data", "train", "evaluation"]
     assert [os.path.basename(path).removesuffix(".py") for path in commands] == tools
     assert said.startswith("60 photographs, 40 of them to train; on one idle CPU core about\n  features 1 min")
     assert "36 boxes from 0 to 1 for each of 8091 images" in said and "ready to train" in said
     assert "Images: 10, Captions: 50" in said and "95 % intervals" in said
     for split, n in SPLITS.items():
         features = np.load(folder / f"data/flickr8k/{split}_ims.npy")
-        assert features.shape == (n, 37, 1280) and features.dtype == np.float16 and np.isfinite(features).all()
+        assert features.shape == (n, 24, 512) and features.dtype == np.float16 and np.isfinite(features).all()
 
 
 def printed(main, *args):

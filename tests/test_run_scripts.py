@@ -50,6 +50,14 @@ def test_flickr30k_is_ranked_once_with_both_models(script, trained):
     assert ran[0].endswith("--split test --intervals")
 
 
+def test_runs_that_start_small_are_ranked_as_they_are_trained(script, trained):
+    trained("f30k", "attention_small")
+    status, [command], _, errors = script("run_eval.sh", "small")
+    assert (status, errors) == (0, []) and "t2i_attention_small/model_best" in command
+    status, [command], _, _ = script("run_train.sh", "i2t", "small")
+    assert status == 0 and "--model_name ./runs/f30k_precomp/i2t_attention_small/ " in command
+
+
 def test_coco_ranks_test_first_and_says_what_testall_needs(script, trained, tmp_path):
     trained("coco", "area")
     status, ran, rest, errors = script("run_eval.sh", "coco", "area")
@@ -74,6 +82,7 @@ def test_a_training_that_is_missing_is_named_with_its_command(script, trained):
     [
         ([], "--cross_attn=t2i --lambda_softmax=9 --learning_rate=.0002 --position=attention"),
         (["coco", "i2t", "area"], "--cross_attn=i2t --lambda_softmax=4 --learning_rate=.0005 --position=area"),
+        (["f30k", "small"], "--learning_rate=.0002 --position=attention --position_init=0.02 --mean_warmup_epochs=1"),
     ],
 )
 def test_the_published_runs(script, words, flags):

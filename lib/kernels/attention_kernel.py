@@ -14,7 +14,7 @@ from lib.constants import LEAK
 from lib.tensors import EPS
 
 Float: TypeAlias = np.float32
-Array: TypeAlias = np.ndarray  # of float32 everywhere, and contiguous
+Array: TypeAlias = np.ndarray  # of float32, but for the int64 tables of blocks, and contiguous
 LOG_SUM_EXP, MEAN, MAX, SUM = range(4)
 HOW = {"LogSumExp": LOG_SUM_EXP, "Mean": MEAN, "Max": MAX, "Sum": SUM}
 ONE, HALF, LIMIT = np.float32(1), np.float32(0.5), np.float32(85)  # the last: of exponents
@@ -99,17 +99,17 @@ def add_squares(e: Array, gram: Array, products: Array, squares: Array) -> None:
 
 
 @compiled
-def aggregate(values: Array, K: int, M: int, how: int, smooth: Float, factor: Float, scores: Array) -> None:
-    """scores (M) += factor · AGG_FUNC how, with λ_lse smooth, over the first axis of values (K·M), which are lost."""
+def aggregate(values: Array, K: int, M: int, how: int, lse: Float, factor: Float, scores: Array) -> None:
+    """scores (M) += factor · AGG_FUNC how of λ_lse lse, over the first axis of values (K·M), which are lost."""
     if how == LOG_SUM_EXP:
         for i in range(K * M):  # within ±λ_lse, but that the cosine of a context that cancels may be anything
-            x = smooth * values[i]
+            x = lse * values[i]
             values[i] = exp(LIMIT if x > LIMIT else -LIMIT if x < -LIMIT else x)
     fold(values, K, M, how == MAX)
     for m in range(M):
         score: Any = values[m]
         if how == LOG_SUM_EXP:
-            score = math.log(score) / smooth
+            score = math.log(score) / lse
         elif how == MEAN:
             score /= K
         scores[m] += factor * score
