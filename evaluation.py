@@ -19,7 +19,7 @@ from lib.checkpoint import check_kind, load_checkpoint
 from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.files import check_output, digest_lines
-from lib.gpu import BlockLimit, resident_chunks
+from lib.gpu import BlockLimit, resident
 from lib.intervals import RECALL_AT
 from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
 from lib.options import EVALUATION, OPTIONS, add_options, as_list, check_options, evaluation_options, option
@@ -109,28 +109,22 @@ def score_shards(
 
     images: what model.encode_images returns, of all. captions: what model.encode_captions returns, of all, the words
     padded (n_captions, W, D) or one after the other (ΣW_i, D). score(*embeddings) → a shard's scores, on device.
-    shard_size: images, and captions, of a shard. On a GPU the images are sent once and stay, as far as memory allows,
-    and a shard that does not fit is divided. Several processes divide the shards between them; each returns all scores.
+    shard_size: images, and captions, of a shard. On a GPU the images are sent once where they take half of its free
+    memory at most, else a shard at a time, and a shard that does not fit is divided. Several processes divide the
+    shards between them; each returns all scores.
     """
     words, lens, *more = captions
     lens, limit = torch.as_tensor(lens, dtype=torch.int64).reshape(-1), BlockLimit(device)
+    images, shards = tuple(resident(x, device) for x in images), range(0, len(images[0]), shard_size)
     sims = np.zeros((len(images[0]), len(lens)), dtype=np.float32)
-    image_shards = -(-len(images[0]) // shard_size)
     with distributed.progress(total=sims.size, desc=desc, unit="pair", unit_scale=True) as bar:
-        for first, chunk in resident_chunks(images, device, shard_size):
-            shards = range(0, len(chunk[0]), shard_size)
-            for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
-                text = (
-                    select_words(words, lens, index, device),
-                    lens[index],
-                    *(to_device(x[index], device) for x in more),
-                )
-                done = number * image_shards + first // shard_size  # the same in all processes, whatever their chunks
-                for i in distributed.my_indices(len(shards), done):
-                    block = limit.score(score, [x[shards[i] : shards[i] + shard_size] for x in chunk], text)
-                    start = first + shards[i]
-                    sims[start : start + len(block), index.numpy()] = block.numpy()
-                    bar.update(block.numel() * distributed.world_size())
+        for number, index in enumerate(lens.argsort(stable=True).split(shard_size)):
+            text = select_words(words, lens, index, device), lens[index], *(to_device(x[index], device) for x in more)
+            for i in distributed.my_indices(len(shards), number * len(shards)):
+                rows = slice(shards[i], shards[i] + shard_size)
+                block = limit.score(score, [to_device(x[rows], device) for x in images], text)
+                sims[rows, index.numpy()] = block.numpy()
+                bar.update(block.numel() * distributed.world_size())
     distributed.all_reduce_sum(torch.from_numpy(sims))
     return sims
 

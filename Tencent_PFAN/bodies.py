@@ -10,7 +10,6 @@ import zlib
 from starlette.requests import ClientDisconnect
 
 from lib.web import Refused
-from Tencent_PFAN.scoring import BadRequest
 
 FREE_SECONDS = 5  # in which a body may arrive at any rate
 YOUNG_SECONDS = 1  # in which no body gives way: its rate is not known yet
@@ -97,19 +96,19 @@ class Bodies:
 
 
 def unpacked_size(packed):
-    """Bytes of a gzip file before it was packed, by its last four bytes. Raises BadRequest where it is not gzip."""
+    """Bytes of a gzip file before it was packed, by its last four bytes. Raises Refused where it is not gzip."""
     if packed[:2] != b"\x1f\x8b":
-        raise BadRequest("body: not gzip, though Content-Encoding says so")
+        raise Refused(400, "body: not gzip, though Content-Encoding says so")
     return int.from_bytes(packed[-4:], "little")
 
 
 def unpack(packed, size):
-    """The bytes in a gzip file of one member, size of them. Raises BadRequest."""
+    """The bytes in a gzip file of one member, size of them. Raises Refused."""
     unpacker = zlib.decompressobj(wbits=31)
     try:
         data = unpacker.decompress(packed, size + 1)  # no more memory than was announced
     except zlib.error as error:
-        raise BadRequest(f"body: broken gzip ({error})") from None
+        raise Refused(400, f"body: broken gzip ({error})") from None
     if not unpacker.eof or unpacker.unused_data:
-        raise BadRequest("body: gzip that is cut off, or more than one file")
+        raise Refused(400, "body: gzip that is cut off, or more than one file")
     return data

@@ -13,12 +13,11 @@ import math
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import prometheus_client as prometheus
 import torch
 from fastapi import Depends, Request, Security
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from fastapi.security import APIKeyHeader
 from fastapi_offline import FastAPIOffline
@@ -31,8 +30,8 @@ from lib.errors import run
 from lib.web import Answer, Refused
 from Tencent_PFAN.bodies import Bodies, unpack, unpacked_size
 from Tencent_PFAN.demo_page import add_demo
-from Tencent_PFAN.scoring import BadRequest, Scorer
-from Tencent_PFAN.web import PATH, Counting, json_of, request_schema, responses
+from Tencent_PFAN.scoring import Scorer
+from Tencent_PFAN.web import PATH, RESPONSES, Counting, request_body
 
 BATCH_IMAGES = 256  # of the requests that are scored together; a single request may have more
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -63,11 +62,9 @@ class Service:
             for name, what in (("requests", "Requests"), ("pictures", "Images"))
         )
         self.images = prometheus.Counter("pfan_pictures", "Images, by where from", ["source"], registry=registry)
-        for name, what, count in (
-            ("pfan_waiting", "Requests not answered yet", self.unanswered),
-            ("pfan_bodies", "Bodies that arrive", self.bodies.__len__),
-        ):
-            prometheus.Gauge(name, what, registry=registry).set_function(count)
+        unanswered = prometheus.Gauge("pfan_waiting", "Requests not answered yet", registry=registry)
+        unanswered.set_function(self.unanswered)
+        prometheus.Gauge("pfan_bodies", "Bodies that arrive", registry=registry).set_function(self.bodies.__len__)
 
     def start(self):
         """Score what comes, until stop(). Called in the loop that answers the requests."""
@@ -96,35 +93,35 @@ class Service:
         self.check_queue(announced)
         body = await self.bodies.read(request)
         try:
-            size = unpacked_size(body) if packed else None
-            self.bodies.check_size(size or 0)
-            return await self.score_in_turn(body, size)
-        except BadRequest as error:
-            raise Refused(400, str(error)) from None
+            unpacked = unpacked_size(body) if packed else 0
+            self.bodies.check_size(unpacked)
+            with self.place_in_queue(len(body) + unpacked):
+                async with asyncio.timeout(self.opt.timeout):
+                    return await self.score_body(body, unpacked)
+        except TimeoutError:
+            raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
 
     def check_queue(self, size):
         """Raises Refused where a body of so many bytes has no place in the queue."""
         if self.waiting >= self.opt.queue or (self.waiting and self.waiting_bytes + size > self.opt.queue_mb << 20):
             raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
 
-    async def score_in_turn(self, body, unpacked):
-        """The answer to a body that is there; unpacked: size of what is in it where it is gzip, or None."""
-        size = len(body) + (unpacked or 0)
+    @contextmanager
+    def place_in_queue(self, size):
+        """Inside, a body of so many bytes waits. Raises Refused as check_queue."""
         self.check_queue(size)
         self.waiting += 1
         self.waiting_bytes += size
         try:
-            async with asyncio.timeout(self.opt.timeout):
-                return await self.score_body(body, unpacked)
-        except TimeoutError:
-            raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
+            yield
         finally:
             self.waiting -= 1
             self.waiting_bytes -= size
 
     async def score_body(self, body, unpacked):
+        """The answer to a body that is there; unpacked: size of what is in it where it is gzip, else 0."""
         loop = asyncio.get_running_loop()
-        if unpacked is not None:
+        if unpacked:
             body = await loop.run_in_executor(self.parsers, unpack, body, unpacked)
         job = await loop.run_in_executor(self.parsers, self.scorer.read, body)
         self.images.labels("cache").inc(len(job.embeddings))
@@ -196,19 +193,16 @@ def make_app(scorer, opt):
         description="How well images fit a sentence, words to regions (t2i) and regions to words (i2t).",
         redoc_url=None,
         lifespan=lifespan,
-        exception_handlers={**web.REFUSALS, RequestValidationError: web.refuse_parameters},
+        exception_handlers=web.REFUSALS,
     )
     app.state.service = service
     app.add_middleware(Counting, service=service)
     web.guard(app, opt.host, opt.allowed_hosts)
     keyed = [Depends(check_key)]
 
-    @app.post(
-        PATH,
-        dependencies=keyed,
-        openapi_extra={"requestBody": {"required": True, **json_of(request_schema(scorer.img_dim))}},
-        responses=responses(),
-    )
+    document = {"openapi_extra": {"requestBody": request_body(scorer.img_dim)}, "responses": RESPONSES}
+
+    @app.post(PATH, dependencies=keyed, **document)
     async def score(request: Request) -> Response:
         """Scores of every image with the sentence, both ways; with `sentences`, a list for each of them."""
         return await service.score(request)

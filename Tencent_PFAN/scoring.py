@@ -1,6 +1,6 @@
 """Requests of the scoring server → arrays → scores: parse and check one request, score many as one batch.
 
-Every way in which a request can be wrong raises BadRequest with one line that names the field and the index.
+Every way in which a request can be wrong raises Refused with one line that names the field and the index.
 Sizes in the docstrings: P images of R = 36 regions, S sentences of W words, D embed_size.
 """
 
@@ -25,6 +25,7 @@ from lib.constants import N_REGIONS
 from lib.datasets.boxes import SQUARE
 from lib.datasets.regions import are_shares
 from lib.segmentation import segment
+from lib.web import Refused
 from model import load_model
 from position import position_grid
 from Tencent_PFAN.model_whole import SCAN
@@ -37,22 +38,18 @@ MAX_CHARACTERS, MAX_WORDS, MAX_SENTENCES = 20_000, 1_000, 100  # of a request: t
 BLOCK_PICTURES = 128  # pictures that are encoded, or scored with one request's sentences, at once
 
 
-class BadRequest(ValueError):
-    """A request that cannot be scored; the message is one line: where, what was found, what was expected."""
-
-
 # ---------------------------------------------------------------- text
 
 
 def caption(sentence, field):
     """Words separated by spaces, of a list of words or of a string, which is cut with jieba where it is Chinese."""
     if sum(map(len, sentence)) > MAX_CHARACTERS:
-        raise BadRequest(f"{field}: {sum(map(len, sentence))} characters, expected at most {MAX_CHARACTERS}")
+        raise Refused(400, f"{field}: {sum(map(len, sentence))} characters, expected at most {MAX_CHARACTERS}")
     if isinstance(sentence, str):
         sentence = segment(sentence)
     text = " ".join(sentence)
     if not text.strip():
-        raise BadRequest(f"{field}: empty, expected words")
+        raise Refused(400, f"{field}: empty, expected words")
     return text
 
 
@@ -88,33 +85,26 @@ class Body(msgspec.Struct):
     sentences: described(list[Sentence], "several, instead of sentence", minItems=1) | UnsetType = UNSET
 
 
-class Scores(msgspec.Struct):
-    """An answer: a number for each image; with sentences, a list of these for each of them."""
-
-    sim_t2i: list[float | list[float]]
-    sim_i2t: list[float | list[float]]
-
-
 decode_body = msgspec.json.Decoder(Body).decode
 MISSING = re.compile(r"Object missing required field `(\w+)`$")
 
 
 def parse(body):
-    """bytes → Body. Raises BadRequest."""
+    """bytes → Body. Raises Refused."""
     try:
         return decode_body(body.removeprefix(codecs.BOM_UTF8))
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         place = place.rstrip("`").lstrip(".")
         if missing := MISSING.match(reason):
-            raise BadRequest(f"{place}.{missing[1]}: missing".lstrip(".")) from None
-        raise BadRequest(f"{place or 'body'}: {reason[:1].lower()}{reason[1:]}") from None
+            raise Refused(400, f"{place}.{missing[1]}: missing".lstrip(".")) from None
+        raise Refused(400, f"{place or 'body'}: {reason[:1].lower()}{reason[1:]}") from None
     except RecursionError:
-        raise BadRequest("body: JSON nested too deeply") from None
+        raise Refused(400, "body: JSON nested too deeply") from None
     except UnicodeDecodeError:
-        raise BadRequest("body: not UTF-8") from None
+        raise Refused(400, "body: not UTF-8") from None
     except msgspec.DecodeError as error:
-        raise BadRequest(f"body: not JSON ({error})") from None
+        raise Refused(400, f"body: not JSON ({error})") from None
 
 
 def floats(text, shape, field):
@@ -125,10 +115,10 @@ def floats(text, shape, field):
         except ValueError:
             data = pybase64.b64decode("".join(text.split()), validate=True)
     except ValueError:
-        raise BadRequest(f"{field}: not base64") from None
+        raise Refused(400, f"{field}: not base64") from None
     expected = 4 * shape[0] * shape[1]
     if len(data) != expected:
-        raise BadRequest(f"{field}: {len(data)} bytes, expected {expected}, float32 of {shape[0]} x {shape[1]}")
+        raise Refused(400, f"{field}: {len(data)} bytes, expected {expected}, float32 of {shape[0]} x {shape[1]}")
     return data
 
 
@@ -137,7 +127,7 @@ def check_features(features, field):
     if not max(features.max(), -features.min()) <= LARGEST:  # NaN is not <= anything either
         *place, _ = np.argwhere(~(np.abs(features) <= LARGEST))[0]
         where = f", region {place[0]}" if place else ""
-        raise BadRequest(f"{field}{where}: NaN, infinite or beyond {LARGEST:g}, expected finite numbers")
+        raise Refused(400, f"{field}{where}: NaN, infinite or beyond {LARGEST:g}, expected finite numbers")
 
 
 def check_boxes(boxes, sizes, indices):
@@ -152,11 +142,11 @@ def check_boxes(boxes, sizes, indices):
     ):
         if bad.any():
             i, box = np.argwhere(bad)[0]
-            raise BadRequest(f"boxes[{indices[i]}].boxes: box {box} {boxes[i, box].tolist()} {what}")
+            raise Refused(400, f"boxes[{indices[i]}].boxes: box {box} {boxes[i, box].tolist()} {what}")
     for i, corners, size in zip(indices, boxes, sizes, strict=True):
         if are_shares(corners) and size.max() > SQUARE:
             found = f"none reaches beyond 1 in an image of {size[0]:g} x {size[1]:g}"
-            raise BadRequest(f"boxes[{i}].boxes: {found}, expected pixels, not shares of its sides")
+            raise Refused(400, f"boxes[{i}].boxes: {found}, expected pixels, not shares of its sides")
 
 
 # ---------------------------------------------------------------- jobs
@@ -195,27 +185,25 @@ class Scorer:
     def word_ids(self, sentence, field):
         ids = self.vocab.encode(caption(sentence, field))
         if len(ids) > MAX_WORDS + 2:
-            raise BadRequest(f"{field}: {len(ids) - 2} words, expected at most {MAX_WORDS}")
+            raise Refused(400, f"{field}: {len(ids) - 2} words, expected at most {MAX_WORDS}")
         return torch.tensor(ids)
 
     def read(self, data):
-        """The bytes of a request → Job. Raises BadRequest."""
+        """The bytes of a request → Job. Raises Refused."""
         body = parse(data)
         single = body.sentence is not UNSET
         if single == (body.sentences is not UNSET):
-            raise BadRequest("sentence: beside sentences, expected one of the two" if single else "sentence: missing")
-        if not single and not 0 < len(body.sentences) <= MAX_SENTENCES:
-            raise BadRequest(f"sentences: {len(body.sentences)}, expected 1 to {MAX_SENTENCES}")
+            raise Refused(400, "sentence: beside sentences, expected one of the two" if single else "sentence: missing")
+        sentences = {"sentence": body.sentence}
+        if not single:
+            sentences = {f"sentences[{i}]": sentence for i, sentence in enumerate(body.sentences)}
+        if not 0 < len(sentences) <= MAX_SENTENCES:
+            raise Refused(400, f"sentences: {len(sentences)}, expected 1 to {MAX_SENTENCES}")
         if not body.boxes:
-            raise BadRequest("boxes: no images")
+            raise Refused(400, "boxes: no images")
         if len(body.whole_items) != len(body.boxes):
-            raise BadRequest(f"whole_items: {len(body.whole_items)}, but {len(body.boxes)} boxes")
-        named = (
-            [(body.sentence, "sentence")]
-            if single
-            else [(sentence, f"sentences[{i}]") for i, sentence in enumerate(body.sentences)]
-        )
-        captions = [self.word_ids(*sentence) for sentence in named]
+            raise Refused(400, f"whole_items: {len(body.whole_items)}, but {len(body.boxes)} boxes")
+        captions = [self.word_ids(sentence, field) for field, sentence in sentences.items()]
         return Job(captions, single, *self.read_images(body))
 
     def read_images(self, body):
@@ -223,13 +211,13 @@ class Scorer:
         keys, embeddings, new = [], {}, {}
         for i, (image, whole) in enumerate(zip(body.boxes, body.whole_items, strict=True)):
             if image.num_boxes != N_REGIONS:
-                raise BadRequest(f"boxes[{i}].num_boxes: {image.num_boxes}, expected {N_REGIONS}")
+                raise Refused(400, f"boxes[{i}].num_boxes: {image.num_boxes}, expected {N_REGIONS}")
             for name in ("image_h", "image_w"):
                 if not 1 <= getattr(image, name) <= MAX_PIXELS:
                     found = f"{getattr(image, name):g}"
-                    raise BadRequest(f"boxes[{i}].{name}: {found}, expected 1 to {MAX_PIXELS:.0f} pixels")
+                    raise Refused(400, f"boxes[{i}].{name}: {found}, expected 1 to {MAX_PIXELS:.0f} pixels")
             if len(whole) != self.img_dim:
-                raise BadRequest(f"whole_items[{i}]: {len(whole)} numbers, expected {self.img_dim}")
+                raise Refused(400, f"whole_items[{i}]: {len(whole)} numbers, expected {self.img_dim}")
             boxes = floats(image.boxes, (N_REGIONS, 4), f"boxes[{i}].boxes")
             features = floats(image.features, (N_REGIONS, self.img_dim), f"boxes[{i}].features")
             with np.errstate(over="ignore"):  # beyond float32: infinite, which the check below finds
@@ -291,5 +279,5 @@ class Scorer:
         stacked = (map(torch.stack, zip(*block, strict=True)) for block in blocks)
         sims = torch.cat([self.model.score(*images, *text, cross_attn=way) for images in stacked]).T
         if not torch.isfinite(sims).all():
-            raise BadRequest("boxes: features that have no finite score with this model")
+            raise Refused(400, "boxes: features that have no finite score with this model")
         return (sims[0] if single else sims).tolist()

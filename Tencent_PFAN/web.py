@@ -3,11 +3,25 @@
 import time
 
 import msgspec
+from pydantic import BaseModel
 
-from Tencent_PFAN.scoring import Body, Scores
+from Tencent_PFAN.scoring import Body
 
 PATH = "/scan_sentence_image_score"
-REASONS = {
+
+
+class Scores(BaseModel):
+    """An answer: a number for each image; with sentences, a list of these for each of them."""
+
+    sim_t2i: list[float | list[float]]
+    sim_i2t: list[float | list[float]]
+
+
+class Error(BaseModel):
+    error: str
+
+
+REFUSALS = {
     400: "cannot be scored; the reason names the field and the index",
     401: "no or a wrong X-API-Key",
     408: "the body did not arrive in time",
@@ -16,30 +30,19 @@ REASONS = {
     429: "too many requests wait; Retry-After says when to come back",
     503: "not scored in time",
 }
+RESPONSES = {
+    200: {"description": "a number for each image", "model": Scores},
+    **{status: {"description": why, "model": Error} for status, why in REFUSALS.items()},
+}
 
 
-class Error(msgspec.Struct):
-    error: str
-
-
-def json_of(schema):
-    return {"content": {"application/json": {"schema": schema}}}
-
-
-def request_schema(img_dim):
-    """JSON schema of a request's body, for features of img_dim values."""
+def request_body(img_dim):
+    """What OpenAPI calls requestBody, with features of img_dim values."""
     _, parts = msgspec.json.schema_components([Body])
     schema = parts["Body"]
     schema["properties"]["boxes"]["items"] = parts["Image"]
     schema["properties"]["whole_items"]["items"].update(minItems=img_dim, maxItems=img_dim)
-    return schema
-
-
-def responses():
-    """What OpenAPI calls responses: status → description and schema."""
-    _, parts = msgspec.json.schema_components([Scores, Error])
-    refusals = {status: {"description": why, **json_of(parts["Error"])} for status, why in REASONS.items()}
-    return {200: {"description": "a number for each image", **json_of(parts["Scores"])}, **refusals}
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
 
 
 class Counting:

@@ -52,11 +52,6 @@ def load_checkpoint(path: str) -> dict:
         raise InputError(f"{path}: no such checkpoint")
     try:
         checkpoint = load_plain(path)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused, damaged or more than tensors, numbers and options") from None
-    except Exception as error:  # torch.load meets broken bytes with many exception types
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
-    try:
         make_plain(checkpoint)
         check_keys(checkpoint)
         check_checkpoint_options(checkpoint["opt"])
@@ -64,6 +59,10 @@ def load_checkpoint(path: str) -> dict:
         check_words(checkpoint)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused, damaged or more than tensors, numbers and options") from None
+    except Exception as error:  # torch.load meets broken bytes with many exception types
+        raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
     if not hasattr(checkpoint["opt"], "position"):
         checkpoint["opt"].position = infer_position(checkpoint["model"][0])
     return checkpoint

@@ -4,7 +4,7 @@ On a CPU everything stays where it is and blocks have no limit.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,22 +35,6 @@ def resident(X: Any, device: torch.device) -> Any:
     if free is None or not 0 < getattr(X, "nbytes", 0) <= SHARE * free:
         return X
     return to_device(X if isinstance(X, Tensor) else torch.from_numpy(np.array(X)), device)
-
-
-def resident_chunks(
-    tensors: tuple[Tensor, ...], device: torch.device, multiple: int
-) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
-    """Pairs of a first row and all tensors' rows (n, …) from there on, on the device: as many at once as half of the
-    free memory holds.
-
-    multiple: a chunk is a multiple of this many rows, but for the last. On a CPU the only chunk are the tensors.
-    """
-    free, n, n_bytes = free_bytes(device), len(tensors[0]), sum(x.nbytes for x in tensors)
-    size = max(1, n)
-    if free is not None and n_bytes > SHARE * free:
-        size = max(1, int(SHARE * free * n / n_bytes) // multiple) * multiple
-    for start in range(0, n, size):
-        yield start, tuple(to_device(x[start : start + size], device) for x in tensors)
 
 
 class BlockLimit:
@@ -115,10 +99,8 @@ class FeaturesOnGPU:
 
     def __iter__(self):
         for batch in self.loader:
-            if isinstance(batch, tuple) and batch:
-                numbers = to_device(batch[0], self.rows[0].device)
-                batch = *(x.index_select(0, numbers) for x in self.rows), *batch[1:]
-            yield batch
+            numbers = to_device(batch[0], self.rows[0].device)
+            yield *(x.index_select(0, numbers) for x in self.rows), *batch[1:]
 
 
 def keep_features(loader: Any, device: torch.device, where: str) -> Any:

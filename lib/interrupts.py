@@ -6,13 +6,7 @@ from contextlib import contextmanager
 
 from lib import distributed
 
-try:
-    from signal import ITIMER_REAL, SIGALRM, setitimer
-
-    HAS_TIMER = True
-except ImportError:  # on Windows
-    HAS_TIMER = False
-
+HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none
 PATIENCE = 5  # seconds from a signal to the end of one of several processes whose data do not come
 
 
@@ -28,8 +22,8 @@ class GracefulStop:
     """
 
     def __init__(self):
-        self.signal, self.model_rests, self.handlers = None, False, {}
-        self.waits_for_data = False
+        self.signal, self.handlers = None, {}
+        self.model_rests = self.waits_for_data = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -38,7 +32,7 @@ class GracefulStop:
 
     def __exit__(self, *error):
         if self.signal and HAS_TIMER:
-            setitimer(ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -47,8 +41,8 @@ class GracefulStop:
         if distributed.world_size() == 1 and (self.model_rests or second):
             raise (StopTraining if self.model_rests else KeyboardInterrupt)(number)
         if self.waits_for_data and HAS_TIMER:
-            signal.signal(SIGALRM, self.give_up)
-            setitimer(ITIMER_REAL, PATIENCE)
+            signal.signal(signal.SIGALRM, self.give_up)
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
     def give_up(self, number, frame):
         """Of several processes: end without the others, which wait for this one, where its data do not come."""

@@ -8,7 +8,7 @@ import torch
 
 from lib.errors import InputError
 from lib.files import digest_lines, sample_digest
-from lib.options import OPTIONS, option
+from lib.options import OPTIONS
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ def check_same_options(path: str, checkpoint: dict, opt: Any) -> None:
     path: of the checkpoint. opt: the run's options. Batch size and seed must be the same within an epoch only.
     """
     then = checkpoint["opt"]
+    of_batches = ("batch_size", "seed") if checkpoint.get("step", 0) else ()
     for name, row in OPTIONS.items():
-        if row.fixed and hasattr(opt, name) and hasattr(then, name) and getattr(opt, name) != getattr(then, name):
+        if not (row.fixed or name in of_batches) or not (hasattr(opt, name) and hasattr(then, name)):
+            continue
+        if getattr(opt, name) != getattr(then, name):
             flags = f"--{name} {getattr(then, name)}, found --{name} {getattr(opt, name)}"
-            raise InputError(f"{path}: trained with {flags}; {WAY_OUT}")
-    for name in ("batch_size", "seed") if checkpoint.get("step", 0) else ():
-        if getattr(opt, name) != option(then, name):
-            flags = f"--{name} {option(then, name)}, found --{name} {getattr(opt, name)}"
-            raise InputError(f"{path}: saved within an epoch with {flags}")
+            when = "saved within an epoch" if name in of_batches else "trained"
+            raise InputError(f"{path}: {when} with {flags}; {WAY_OUT}")
 
 
 def check_same_data(path: str, checkpoint: dict, vocab_size: int, digests: dict[str, dict[str, str]]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import uvicorn
+from fastapi.exceptions import RequestValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -50,11 +51,11 @@ async def refuse_unexpected(request: Request, error: Any) -> Response:
 
 
 async def refuse_parameters(request: Request, error: Any) -> Response:
-    """For FastAPI's RequestValidationError."""
     return Answer({"error": "; ".join(f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())}, 400)
 
 
-REFUSALS = {HTTPException: refuse, Exception: refuse_unexpected}  # an app's exception_handlers
+# an app's exception_handlers
+REFUSALS = {HTTPException: refuse, RequestValidationError: refuse_parameters, Exception: refuse_unexpected}
 
 # ---------------------------------------------------------------- layers around an app
 

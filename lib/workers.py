@@ -12,7 +12,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from lib.errors import InputError
 
@@ -156,10 +156,5 @@ def move(x: Tensor) -> Tensor:
 
 
 def stack(rows: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape, stacked; in a loading process straight into shared memory. Raises as `share`."""
-    if get_worker_info() is None or len({x.shape for x in rows}) > 1:
-        return torch.stack(rows)
-    try:
-        return default_collate(rows)
-    except RuntimeError as error:
-        raise InputError(f"{SHARED_MEMORY}: no space for the batches that wait for training; {WAY_OUT}") from error
+    """Tensors of one shape, stacked; in a loading process in shared memory. Raises as `share`."""
+    return share(torch.stack(rows))

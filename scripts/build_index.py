@@ -17,7 +17,7 @@ from evaluation import load_split
 from lib.errors import run
 from lib.options import add_options
 from scripts.search.build import open_or_build
-from scripts.search.queries import check_query, unknown_note
+from scripts.search.queries import check_query
 from scripts.search.store import N_CENTROIDS, collection_folder
 
 MAX_CENTROIDS = 1 << 16  # indices of a uint16
@@ -45,14 +45,13 @@ def main():
     model, loader = load_split(
         opt.model_path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
     )
-    unknown = [] if opt.query is None else check_query(loader.dataset.vocab, opt.query, "--query")
+    if opt.query is not None:
+        check_query(loader.dataset.vocab, opt.query, "--query")
     collection = open_or_build(opt.model_path, model, loader, opt.split, opt.out, opt.anchors, opt.overwrite)
     folder = opt.out or collection_folder(opt.model_path, model.opt.data_name, opt.split)
     size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
     print(f"{folder}: {len(collection.images)} pictures, {len(collection.lens)} captions, {size:.1f} MB")
     if opt.query is not None:
-        if unknown:
-            print(unknown_note(unknown))
         for image, score in zip(*collection.search(opt.query, 10, opt.candidates), strict=True):
             print(f"  {score:.3f}  picture {image}")
 

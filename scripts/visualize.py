@@ -38,7 +38,7 @@ from scripts.explorer.names import name_models
 from scripts.explorer.pictures import SIDE, Pictures
 from scripts.features.images import read_image
 from scripts.search.collection import Collection
-from scripts.search.queries import check_query, unknown_note
+from scripts.search.queries import check_query
 
 HEAT, POSITIVE, FRAME = "#ff7a00", "#1a7a3c", "#e7eaee"
 CURVES = {
@@ -101,8 +101,7 @@ def draw_search(opt):
     """The best images for a sentence, a row each: the image, then what each of its words attends to."""
     collection, dataset, pictures = open_split(opt)
     tokens = collection.vocab.tokenize(opt.sentence)
-    if unknown := check_query(collection.vocab, opt.sentence, "--sentence"):
-        print(unknown_note(unknown))
+    check_query(collection.vocab, opt.sentence, "--sentence")
     images, scores = collection.search(opt.sentence, min(opt.top, dataset.n_images))
     words = collection.embed(opt.sentence)
     # the longest words, in their order: small ones say little

@@ -179,26 +179,13 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python compute_map.py dist_tag_t2i.json dist_sentence_t2i.json --weights 1 2",
     )
-    parser.add_argument(
-        "files",
-        nargs="*",
-        default=list(WEIGHTS),
-        metavar="FILE",
-        help="score files: *_t2i.json gives dist_t2i, *_i2t.json dist_i2t, any other the mean "
-        f"of both (default: {' '.join(WEIGHTS)})",
-    )
-    parser.add_argument(
-        "--weights",
-        nargs="+",
-        type=positive,
-        metavar="W",
-        help="one per file (default: 1.5 for dist_tag_new_t2i.json, 1 for any other)",
-    )
-    parser.add_argument(
-        "--test_list",
-        default="../data/tencent_data_meta/test_list.json",
-        help="one item a line, with Img_urls and Img_flags (default: %(default)s)",
-    )
+    add, beside = parser.add_argument, f"(default: {' '.join(WEIGHTS)})"
+    mixed = f"score files: *_t2i.json gives dist_t2i, *_i2t.json dist_i2t, any other the mean of both {beside}"
+    add("files", nargs="*", default=list(WEIGHTS), metavar="FILE", help=mixed)
+    one_each = "one per file (default: 1.5 for dist_tag_new_t2i.json, 1 for any other)"
+    add("--weights", nargs="+", type=positive, metavar="W", help=one_each)
+    lines = "one item a line, with Img_urls and Img_flags (default: %(default)s)"
+    add("--test_list", default="../data/tencent_data_meta/test_list.json", help=lines)
     args = parser.parse_args()
     weights = args.weights or [WEIGHTS.get(os.path.basename(path), 1.0) for path in args.files]
     if len(weights) != len(args.files):

@@ -75,14 +75,14 @@ class Server:
                 f"no server at {self.host}:{self.port} ({error}); Tencent_PFAN/run_server.sh starts it"
             ) from None
 
-    def post(self, body):
+    def send(self, body=None, path=PATH, method="POST"):
         """One attempt → status, headers, body of the answer. OSError or HTTPException where the connection fails."""
         if not hasattr(self.local, "connection"):
             self.local.connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         connection = self.local.connection
         try:
             try:
-                connection.request("POST", PATH, body, self.headers)
+                connection.request(method, path, body, self.headers)
             except (BrokenPipeError, ConnectionResetError):
                 pass  # a server may refuse a request before it has read all of it: the answer may be there
             response = connection.getresponse()
@@ -100,7 +100,7 @@ class Server:
         for attempt in range(self.retries + 1):
             delay = min(0.5 * 2**attempt, 30.0) * random.uniform(1.0, 1.2)
             try:
-                status, headers, answer = self.post(body)
+                status, headers, answer = self.send(body)
             except (OSError, http.client.HTTPException) as error:
                 status, reason = None, f"{type(error).__name__} {error}".strip()
             else:
@@ -342,25 +342,18 @@ def parse_args():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example:\n  python test.py dist_sentence_t2i.json sentence 5091",
     )
-    parser.add_argument("out", metavar="OUT", help="file to write")
-    parser.add_argument("kind", help="tag: the items' Tag words; sentence or any other word: their Content words")
-    parser.add_argument("port", type=int, help="of the server: run_server.sh uses 5091 for sentences, 5092 for tags")
-    parser.add_argument("--host", default="127.0.0.1", help="of the server (default: %(default)s)")
-    parser.add_argument(
-        "--data_path",
-        default="../data/tencent_data_meta",
-        help="folder with test_list.json, img_id.txt, test_own.tsv.0 and test_features.json (default: %(default)s)",
-    )
-    parser.add_argument("--workers", type=int, default=4, help="requests at a time (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one answer (default: %(default)s)")
-    parser.add_argument(
-        "--retries",
-        type=int,
-        default=6,
-        help="further attempts where the server is busy or gone, after 0.5, 1, 2, ... seconds or "
-        "what it asks for (default: %(default)s)",
-    )
-    parser.add_argument("--api_key", help="sent as X-API-Key; better in PFAN_API_KEY, as others can read command lines")
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("out", metavar="OUT", help="file to write")
+    add("kind", help="tag: the items' Tag words; sentence or any other word: their Content words")
+    add("port", type=int, help="of the server: run_server.sh uses 5091 for sentences, 5092 for tags")
+    add("--host", default="127.0.0.1", help=f"of the server {shown}")
+    data = f"folder with test_list.json, {', '.join(FILES)} {shown}"
+    add("--data_path", default="../data/tencent_data_meta", help=data)
+    add("--workers", type=int, default=4, help=f"requests at a time {shown}")
+    add("--timeout", type=float, default=60.0, help=f"seconds for one answer {shown}")
+    waits = "further attempts where the server is busy or gone, after 0.5, 1, 2, ... seconds or what it asks for"
+    add("--retries", type=int, default=6, help=f"{waits} {shown}")
+    add("--api_key", help="sent as X-API-Key; better in PFAN_API_KEY, as others can read command lines")
     args = parser.parse_args()
     if not 0 < args.port < 65536:
         parser.error(f"port: {args.port}, expected 1 to 65535")

@@ -9,9 +9,10 @@ import torch
 from processes import LIMIT, serve_app
 
 from scripts.load import server
-from scripts.load.server import PATH, encode, make_boxes  # noqa: F401
+from scripts.load.server import encode, make_boxes  # noqa: F401
 from Tencent_PFAN.scan_server_whole import get_parser, make_app
 from Tencent_PFAN.scoring import Scorer
+from test_server.test import PATH
 
 IMG_DIM = 8
 

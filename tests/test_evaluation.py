@@ -225,16 +225,14 @@ def test_scores_are_the_same_for_any_shard_size_and_form(toy, way, shard):
     np.testing.assert_allclose(arrays, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("chunks", [(10, 10), (4, 10), (2, 6)])
-def test_processes_whose_gpus_hold_unlike_chunks_score_each_pair_once(chunks, monkeypatch):
+def test_processes_of_which_some_hold_the_images_on_their_gpu_score_each_pair_once(monkeypatch):
     images, captions = (torch.zeros(10, 3, 4),), (torch.zeros(7, 5, 4), [5] * 7)
-    monkeypatch.setattr(distributed, "world_size", lambda: len(chunks))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce_sum", lambda x: x)
     counts = np.zeros((10, 7))
-    for rank, size in enumerate(chunks):
+    for rank, held in enumerate((lambda x, device: x, lambda x, device: x.clone())):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-        parts = [(first, (images[0][first : first + size],)) for first in range(0, 10, size)]
-        monkeypatch.setattr(evaluation, "resident_chunks", lambda *_, parts=parts: parts)
+        monkeypatch.setattr(evaluation, "resident", held)
         counts += score_shards(images, captions, lambda i, c, lens: torch.ones(len(i), len(c)), torch.device("cpu"), 2)
     assert (counts == 1).all()
 

@@ -8,6 +8,7 @@ import torch
 from evaluation import load_split
 from lib.errors import InputError
 from lib.options import option
+from lib.web import Refused
 from scripts.explorer.groups import Groups
 from scripts.explorer.names import name_models
 from scripts.explorer.pictures import Pictures
@@ -18,10 +19,6 @@ from vocab import tokenize
 
 MAX_CHARACTERS, MAX_WORDS = 500, 100  # of a sentence
 N_EXAMPLES = 12  # captions that the page offers
-
-
-class BadSentence(ValueError):
-    """A sentence that cannot be searched for; the message is for the page."""
 
 
 class Explorer:
@@ -90,7 +87,7 @@ class Explorer:
     def search(self, sentence, k):
         """The k pictures that each model finds for a sentence; the right ones are marked where it is a caption.
 
-        Raises BadSentence.
+        Raises Refused.
         """
         self._check_sentence(sentence)
         groups = {self.groups.of_caption(i) for i in self.by_text.get(normalize(sentence), ())}
@@ -99,26 +96,25 @@ class Explorer:
         return {"sentence": sentence, "right": sorted(right), "models": found}
 
     def _check_sentence(self, sentence):
-        """Raise BadSentence for a sentence that is empty, too long, or of words that no model knows."""
+        """Raise Refused for a sentence that is empty, too long, or of words that no model knows."""
         if not sentence.strip():
-            raise BadSentence("Type a sentence first.")
+            raise Refused(400, "Type a sentence first.")
         if len(sentence) > MAX_CHARACTERS:
-            raise BadSentence(f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
+            raise Refused(400, f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
         if len(tokenize(sentence)) > MAX_WORDS:
-            raise BadSentence(f"The sentence has over {MAX_WORDS} words: shorten it.")
+            raise Refused(400, f"The sentence has over {MAX_WORDS} words: shorten it.")
         vocabs = [collection.vocab for collection in self.collections]
         if not any(knows_a_word(vocab, sentence) for vocab in vocabs):
             words = ", ".join(dict.fromkeys(words_of(vocabs[0], sentence)))
             who = "The model knows none" if len(vocabs) == 1 else "The models know none"
-            raise BadSentence(f"{who} of these words: {words}." if words else "Type a word first.")
+            raise Refused(400, f"{who} of these words: {words}." if words else "Type a word first.")
 
     def _search_one(self, collection, sentence, k, right):
         tokens = read_tokens(collection, sentence)
         if not knows_a_word(collection.vocab, sentence):
             return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
         # a rank counts what was scored exactly: all pictures, or the first stage's candidates
-        n_scored = self.n_images if collection.first_stage is None else self.opt.candidates
-        images, scores = collection.search(sentence, n_scored, self.opt.candidates)
+        images, scores = collection.search(sentence, None, self.opt.candidates)
         cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
         rank = first_rank(images, right)
         return {"tokens": tokens, "results": cards, "rank": rank, "scored": len(scores)}
@@ -169,7 +165,7 @@ class Explorer:
     def attention(self, image, sentence):
         """Per model: the score, and the attention between a picture's regions and a sentence's words.
 
-        Raises BadSentence.
+        Raises Refused.
         """
         self._check_sentence(sentence)
         answer = []
@@ -192,8 +188,7 @@ class Explorer:
         """Per model: the best k captions for a picture, the picture's captions marked."""
         right, answer = set(self._captions_of(image)), []
         for collection in self.collections:
-            n_scored = len(self.captions) if collection.first_stage is None else self.opt.candidates
-            order, scores = collection.search_captions(collection.image(image), n_scored, self.opt.candidates)
+            order, scores = collection.search_captions(collection.image(image), None, self.opt.candidates)
             results = [
                 {"text": self.captions[i], "score": float(score), "right": i in right}
                 for i, score in zip(order[:k].tolist(), scores, strict=False)

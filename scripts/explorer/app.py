@@ -3,12 +3,10 @@
 import os
 
 from fastapi import FastAPI, Query
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
-from lib.web import REFUSALS, Answer, Refused, guard, refuse, refuse_parameters
-from scripts.explorer.answers import BadSentence
+from lib.web import REFUSALS, Answer, Refused, guard
 from scripts.explorer.hard_cases import HardCases
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
@@ -17,16 +15,11 @@ MAX_RESULTS = 100
 
 def make_app(explorer):
     """The FastAPI app of an Explorer."""
-    handlers = {**REFUSALS, BadSentence: refuse_sentence, RequestValidationError: refuse_parameters}
-    app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=handlers)
+    app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=REFUSALS)
     guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
     add_routes(app, explorer)
     app.mount("/", StaticFiles(directory=PAGE, html=True))
     return app
-
-
-async def refuse_sentence(request, error):
-    return await refuse(request, Refused(400, str(error)))
 
 
 def add_routes(app, explorer):

@@ -8,72 +8,63 @@ import random
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
+from itertools import chain, repeat
 
 HEAD = b"POST /scan_sentence_image_score HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-PAUSE = 1.0  # seconds between a connection and the next; 0.1 makes broken_off a flood of 340 MB a second
+PAUSE = 1.0  # seconds between a connection and the next; 0.1 makes the broken-off bodies a flood of 340 MB a second
 
 
 def head(size):
     return HEAD + f"Content-Length: {size}\r\n\r\n".encode()
 
 
-async def send(reader, writer, pieces, pause=0.0):
-    """Write pieces of bytes, so many seconds apart, until the server ends the connection."""
-    for piece in pieces:
-        if reader.at_eof():
-            break
-        writer.write(piece)
-        await writer.drain()
-        await asyncio.sleep(pause)
+def slow_headers(body):
+    """A header that never ends."""
+    return chain([HEAD + b"X-Slow: "], repeat(b"x"))
 
 
-async def slow_headers(reader, writer, body):
-    """A header that never ends, a byte every 0.1 seconds."""
-    writer.write(HEAD + b"X-Slow: ")
-    await send(reader, writer, iter(lambda: b"x", None), 0.1)
+def slow_body(body):
+    return chain([head(len(body))], (body[start : start + 512] for start in range(0, len(body), 512)))
 
 
-async def slow_body(reader, writer, body):
-    """A body at 2 KB a second."""
-    writer.write(head(len(body)))
-    await send(reader, writer, (body[start : start + 512] for start in range(0, len(body), 512)), 0.25)
-
-
-async def broken_off(reader, writer, body):
+def broken_off(body):
     """Half of a body, and the connection's end."""
-    await send(reader, writer, [head(len(body)), body[: len(body) // 2]])
+    return head(len(body)), body[: len(body) // 2]
 
 
-async def nonsense(reader, writer, body):
+def nonsense(body):
     """Bytes that are not HTTP."""
-    await send(reader, writer, [random.randbytes(random.randrange(1, 5000)) + b"\r\n\r\n"])
-    await asyncio.wait_for(reader.read(), 10)
+    return (random.randbytes(random.randrange(1, 5000)) + b"\r\n\r\n",)
 
 
-async def huge(reader, writer, body):
+def huge(body):
     """A body of 100 GB, sent as fast as the server takes it."""
-    writer.write(head(10**11))
-    await send(reader, writer, iter(lambda: b" " * (1 << 16), None))
+    return chain([head(10**11)], repeat(b" " * (1 << 16)))
 
 
-COUNTS = {slow_headers: 100, slow_body: 60, broken_off: 20, nonsense: 10, huge: 10}
+# what is sent, a piece after the other; seconds between two pieces; how many clients
+CLIENTS = ((slow_headers, 0.1, 100), (slow_body, 0.25, 60), (broken_off, 0, 20), (nonsense, 0, 10), (huge, 0, 10))
 
 
-async def connect_for_ever(client, port, body):
+async def connect_for_ever(pieces, pause, port, body):
     await asyncio.sleep(random.uniform(0, PAUSE))
     while True:
-        with suppress(OSError, TimeoutError):
+        with suppress(OSError):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
-                await client(reader, writer, body)
+                for piece in pieces(body):
+                    if reader.at_eof():
+                        break
+                    writer.write(piece)
+                    await writer.drain()
+                    await asyncio.sleep(pause)
             finally:
-                writer.transport.abort()
+                writer.close()
         await asyncio.sleep(PAUSE)
 
 
 async def run_all(port, body):
-    clients = [client for client, count in COUNTS.items() for _ in range(count)]
-    await asyncio.gather(*(connect_for_ever(client, port, body) for client in clients))
+    await asyncio.gather(*(connect_for_ever(*kind, port, body) for *kind, count in CLIENTS for _ in range(count)))
 
 
 @contextmanager

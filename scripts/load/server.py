@@ -1,8 +1,6 @@
-"""What load_test.py asks and what it asks it of: requests, a connection, and a server of random weights."""
+"""What load_test.py asks and what it asks it of: requests, and a server of random weights."""
 
 import base64
-import http.client
-import json
 import os
 import socket
 import subprocess
@@ -16,10 +14,10 @@ from lib.checkpoint import save_checkpoint
 from lib.errors import InputError
 from Tencent_PFAN import train_whole
 from Tencent_PFAN.model_whole import SCAN
+from test_server.test import Server
 from vocab import SPECIAL, Vocabulary, serialize_vocab
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-PATH = "/scan_sentence_image_score"
 WORDS = "上海 新闻 足球 天气 股市 红色 汽车 iphone news".split()
 HEIGHT, WIDTH = 100, 200  # of the images
 
@@ -64,31 +62,6 @@ def make_request(rng, n_images, img_dim):
     }
 
 
-class Client:
-    """One connection that is kept open."""
-
-    def __init__(self, port, timeout=120):
-        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-
-    def ask(self, method, path, body=None):
-        """Status and body (bytes) of an answer."""
-        key = os.environ.get("PFAN_API_KEY")
-        headers = {"Content-Type": "application/json", **({"X-API-Key": key} if key else {})}
-        self.connection.request(method, path, body, headers)
-        response = self.connection.getresponse()
-        return response.status, response.read()
-
-    def score(self, body):
-        """(2, P) scores, t2i and i2t; None for a 429, RuntimeError for any other answer but 200."""
-        status, answer = self.ask("POST", PATH, body)
-        if status == 429:
-            return None
-        if status != 200:
-            raise RuntimeError(f"{status} {answer.decode(errors='replace')[:100]}")
-        scores = json.loads(answer)
-        return np.array([scores["sim_t2i"], scores["sim_i2t"]])
-
-
 @contextmanager
 def running_server(model, *flags):
     """A server process on a free port of 127.0.0.1, which is yielded. It ends with the context."""
@@ -100,7 +73,7 @@ def running_server(model, *flags):
         try:
             while process.poll() is None:
                 with suppress(OSError):
-                    Client(port).ask("GET", "/health")
+                    Server(port=port).send(path="/health", method="GET")
                     break
                 time.sleep(0.25)
             else:

@@ -90,8 +90,7 @@ def build(folder, made_from, model, loader, n_centroids):
     fill_table(files, *contexts, torch.from_numpy(centroids.reconstruct_n(0, centroids.ntotal)))
     write_json(files.path("collection.json"), made_from)
     for leftover in ("by_item.npy", "progress.json"):
-        if os.path.exists(files.path(leftover)):
-            os.remove(files.path(leftover))
+        os.remove(files.path(leftover))
 
 
 @torch.no_grad()
@@ -155,13 +154,17 @@ def fill_table(files, elements, starts, centroids):
 
     A search reads only the rows of its words' centroids. elements (ΣL, D), starts (contexts + 1,), centroids (K, D).
     """
-    n = len(starts) - 1
+    n, k = len(starts) - 1, len(centroids)
 
     def rows(block):
         return block.start, largest_products(elements, starts[block.start : block.stop + 1], centroids)
 
-    files.fill("by_item.npy", (n, len(centroids)), cut(n, TABLE_BLOCK), rows)
-    transpose_table(files, len(centroids), n)
+    def columns(block):
+        return block.start, by_item[:, block].T
+
+    files.fill("by_item.npy", (n, k), cut(n, TABLE_BLOCK), rows)
+    by_item = open_npy(files.path("by_item.npy"))
+    files.fill("table.npy", (k, n), cut(k, max(1, TRANSPOSE_BYTES // (2 * max(1, n)))), columns)
 
 
 def largest_products(elements, starts, centroids):
@@ -172,15 +175,6 @@ def largest_products(elements, starts, centroids):
         products = torch.from_numpy(elements[bounds[0] : bounds[-1]].astype(np.float32)) @ centroids.T
         largest.append(np.maximum.reduceat(products.numpy(), bounds[:-1] - bounds[0], axis=0))
     return np.concatenate(largest)
-
-
-def transpose_table(files, k, n):
-    """Write table.npy (K, n) from by_item.npy (n, K), some rows at a time."""
-    by_item = open_npy(files.path("by_item.npy"))
-    file = ArrayWriter(files.path("table.npy"), (k, n), np.float16)
-    for block in cut(k, max(1, TRANSPOSE_BYTES // (2 * max(1, n)))):
-        file.write(block.start, np.ascontiguousarray(by_item[:, block].T))
-    file.commit()
 
 
 # ---------------------------------------------------------------- open or build
@@ -194,19 +188,14 @@ def open_or_build(model_path, model, loader, split, folder=None, n_centroids=Non
     """
     folder = folder or collection_folder(model_path, model.opt.data_name, split)
     note = os.path.join(folder, "collection.json")
-    try:
-        before = read_json(note)
-    except InputError:
-        if not overwrite:
-            raise
-        before = {}
+    before = None if overwrite else read_json(note)
     n_centroids = n_centroids or (before or {}).get("anchors", N_CENTROIDS)
     made_from = fingerprint(model_path, loader.dataset, n_centroids)
-    if before is not None and not overwrite and (found := other_input(before, made_from)):
+    if before is not None and (found := other_input(before, made_from)):
         raise InputError(f"{folder}: made from other {found}, --overwrite of build_index.py makes it anew")
-    if before is None or overwrite:
+    if before is None:
         check_folder(folder)
-        if before is not None:
+        if os.path.exists(note):
             os.remove(note)
         print(f"making {folder}", flush=True)
         build(folder, made_from, model, loader, n_centroids)

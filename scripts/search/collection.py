@@ -77,13 +77,12 @@ class Collection:
             if block[-1] - block[0] == len(block) - 1:
                 words = self.words[self.starts[block[0]] : self.starts[block[-1] + 1]]
             else:
-                words = [self.words[self.starts[i] : self.starts[i + 1]] for i in block]
-                words = torch.cat(words) if isinstance(self.words, torch.Tensor) else np.concatenate(words)
+                words = self.words[np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in block])]
             scores[start : start + CAPTION_BLOCK] = self.score(image[None], self.tensor(words), self.lens[block])[0]
         return scores
 
     def search(self, sentence, k=10, candidates=1000):
-        """The best k pictures for a sentence: their indices (k,) and scores (k,), best first.
+        """The best k pictures for a sentence: their indices (k,) and scores (k,), best first; k None: all.
 
         With a first stage, only its candidates are scored exactly.
         """
@@ -108,7 +107,7 @@ class Collection:
         return [attention.cpu().numpy() for attention in both]
 
 
-def best(scores: np.ndarray, rows: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (k,) and scores (k,) of the k largest scores (n,), best first. rows: the scores' indices."""
+def best(scores: np.ndarray, rows: np.ndarray | None, k: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Indices (k,) and scores (k,) of the k largest scores (n,), best first; k None: all. rows: the scores' indices."""
     order = np.argsort(-scores, kind="stable")[:k]
     return order if rows is None else rows[order], scores[order]

@@ -18,7 +18,7 @@ import numpy as np
 
 from lib.datasets import json_files
 from lib.errors import InputError
-from lib.files import open_npy, replace
+from lib.files import digest_lines, open_npy, replace
 from scripts.search.collection import Collection
 from scripts.search.first_stage import FirstStage
 
@@ -48,21 +48,17 @@ def fingerprint(model_path, dataset, n_centroids):
         checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "checkpoint": checkpoint,
-        "captions": digest("\n".join(dataset.captions).encode()),
+        "captions": digest_lines(dataset.captions),
         "features": [*dataset.images.shape, sample_digest(dataset.images, 8)],
         "anchors": n_centroids,
-        "vocabulary": digest(json.dumps(sorted(dataset.vocab.word2idx.items())).encode()),
+        "vocabulary": digest_lines([json.dumps(sorted(dataset.vocab.word2idx.items()))]),
         "grids": sample_digest(dataset.boxes, 1024) if dataset.need_boxes else None,
     }
 
 
-def digest(data):
-    return hashlib.sha256(data).hexdigest()
-
-
 def sample_digest(array, count):
-    """The digest of count rows at most, spread over an array."""
-    return digest(np.ascontiguousarray(array[:: len(array) // count + 1]))
+    """SHA-256 of count rows at most, spread over an array."""
+    return hashlib.sha256(np.ascontiguousarray(array[:: len(array) // count + 1])).hexdigest()
 
 
 def other_input(before, made_from):
@@ -70,10 +66,10 @@ def other_input(before, made_from):
 
     Notes of older collections have no vocabulary and no grids.
     """
-    known = {name: before.get(name) for name in made_from if name in before or name not in ADDED}
     if set(before) - set(made_from):
         return "things"
-    return next((name for name in known if known[name] != made_from[name]), None)
+    known = [name for name in made_from if name in before or name not in ADDED]
+    return next((name for name in known if before.get(name) != made_from[name]), None)
 
 
 # ---------------------------------------------------------------- notes

@@ -38,10 +38,8 @@ async function show() {
   const {hard, q, open} = state()
   $('search-view').hidden = hard
   $('hard-view').hidden = !hard
-  for (const [id, here] of [['tab-search', !hard], ['tab-hard', hard]]) {
-    if (here) $(id).setAttribute('aria-current', 'page')
-    else $(id).removeAttribute('aria-current')
-  }
+  $('tab-search').ariaCurrent = hard ? null : 'page'
+  $('tab-hard').ariaCurrent = hard ? 'page' : null
   if (hard) showHard()
   else {
     if ($('sentence').value.trim() !== q) $('sentence').value = q
