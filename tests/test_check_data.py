@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_opt
 from dataset_commands import fails, ok, tool
 from folders import make_folder, write_lines
 from regions import boxes_with_features
 
 from data import PrecompDataset
 from lib.datasets.arrays import open_rows, read_rows
+from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError
 from vocab import deserialize_vocab
 
@@ -118,20 +120,40 @@ def folder(tmp_path):
     return tmp_path / "data/toy_precomp"
 
 
-def test_boxes_that_belong_to_the_features_are_said_to(tmp_path, folder):
+def train(tmp_path, position):
+    """What training notices of the folder's boxes is logged."""
+    opt = make_opt(data_path=str(tmp_path / "data"), img_dim=256, position=position)
+    vocab = deserialize_vocab(str(tmp_path / "vocab/toy_precomp_vocab.json"))
+    warn_of_boxes(PrecompDataset(str(tmp_path / "data/toy_precomp"), "train", vocab, opt))
+
+
+def test_boxes_that_belong_to_the_features_are_said_to(tmp_path, folder, caplog):
     status, lines = check(tmp_path)
     assert status == 0 and any("40 images" in line and "regions that overlap look alike: 0." in line for line in lines)
+    train(tmp_path, "attention")
+    assert not caplog.messages
 
 
-@pytest.mark.parametrize("order", ["shifted", "reversed", "regions"])
-def test_boxes_of_other_images_or_regions_are_wrong(tmp_path, folder, order):
-    boxes = np.load(folder / "train_boxes.npy")
-    changed = {"shifted": np.roll(boxes, 1, axis=0), "reversed": boxes[::-1], "regions": boxes[:, ::-1]}[order]
-    np.save(folder / "train_boxes.npy", changed)
+ORDERS = {
+    "shifted": lambda grids: np.roll(grids, 1, axis=0),
+    "reversed": lambda grids: grids[::-1],
+    "regions": lambda grids: grids[:, ::-1],
+    "one missing": lambda grids: np.r_[grids[:10], grids[11:], grids[:1]],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_boxes_of_other_images_or_regions_are_wrong_and_training_warns_of_them(tmp_path, folder, caplog, order):
+    np.save(folder / "train_boxes.npy", ORDERS[order](np.load(folder / "train_boxes.npy")))
     status, lines = check(tmp_path)
     [wrong] = wrongs(lines)
     assert status == 1 and "train_boxes.npy: of other images or regions than" in wrong and "scripts/align.py" in wrong
     assert check(tmp_path, "--position", "none")[0] == 0
+    train(tmp_path, "attention")
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder}/train_boxes.npy: of other images or regions") and "align.py" in message
+    train(tmp_path, "none")
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("what", ["random features", "fixed windows"])

@@ -127,9 +127,17 @@ def test_files_that_repeat_every_image_for_each_caption_hold_fewer_images(toy, b
     assert torch.equal(images[1], once[15][0])
 
 
-def test_features_that_repeat_their_images_unequally_often_are_refused_with_the_rows(toy):
-    toy.save("test_ims", toy.load("test_ims").repeat([4, 6, 5, 5, 5, 5], axis=0))
-    with pytest.raises(InputError, match="test_ims.npy: rows 0 to 3 are one image and rows 4 to 9 another, 4 and 6"):
+@pytest.mark.parametrize(
+    ("counts", "named"),
+    [
+        ((4, 6, 5, 5, 5, 5), "rows 0 to 3 are one image and rows 4 to 9 another, 4 and 6 times"),
+        ((5, 5, 4, 5, 6, 5), "rows 5 to 9 are one image and rows 10 to 13 another, 5 and 4 times"),
+        ((5, 10, 5, 10), "rows 0 to 4 are one image and rows 5 to 14 another, 5 and 10 times"),
+    ],
+)
+def test_features_that_repeat_their_images_unequally_often_are_refused_with_the_rows(toy, counts, named):
+    toy.save("test_ims", toy.load("test_ims")[: len(counts)].repeat(counts, axis=0))
+    with pytest.raises(InputError, match=f"test_ims.npy: {named}"):
         toy.dataset()
 
 
