@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from folders import write_lines
 from processes import run
-from training import Place, assert_same, change, load, metrics, values
+from training import Place, WholePlace, assert_same, change, load, metrics, values
 
 from evaluation import evalrank
 from lib import events
@@ -126,8 +126,9 @@ def test_the_same_seed_trains_the_same_model_whatever_the_workers(place):
         assert_same(one["model"], other["model"])
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(place):
-    place.flags += " --lr_update 1 --workers 2 --num_epochs 3"
+@pytest.mark.parametrize("kind", [Place, WholePlace])
+def test_a_resumed_run_ends_where_an_unbroken_one_does(kind, tmp_path):
+    place = kind(tmp_path, "--lr_update 1 --workers 2 --num_epochs 3")
     straight, broken = place.fit("straight"), place.fit("broken", "--num_epochs 1")
     resumed = place.fit("resumed", f"--resume {broken}/checkpoint_0.pth.tar")
     assert not (resumed / "checkpoint_0.pth.tar").exists()
