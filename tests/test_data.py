@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from folders import make_folder, random_boxes, random_captions, write_lines
+from folders import make_folder, random_captions, write_lines
 
 from data import PrecompDataset, collate_fn, get_loaders, get_test_loader
 from lib.errors import InputError
@@ -87,15 +87,6 @@ def test_features_of_any_number_type_are_read_and_float16_stays_what_it_is(toy, 
     assert images.is_shared() == (workers > 0)
     np.testing.assert_array_equal(images, ims[np.array(ids) // 5])
     np.testing.assert_array_equal(grids, boxes.astype(np.float32)[np.array(ids) // 5])
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_batch_names_the_image_with_features_that_are_no_numbers(toy, workers):
-    ims = toy.load("dev_ims").astype(np.float16)
-    ims[4, 35, 15] = np.inf
-    toy.save("dev_ims", ims)
-    with pytest.raises(InputError, match="dev_ims.npy, image 4: NaN or infinite features"):
-        list(loaders(toy, workers)[1])
 
 
 def test_a_process_tokenises_a_caption_once(toy):
@@ -179,12 +170,6 @@ def test_two_equal_images_side_by_side_lengthen_no_others_run(toy):
     toy.save("test_ims", ims.repeat(5, axis=0))
     dataset = toy.dataset()
     assert (dataset.n_images, dataset.im_div) == (6, 5)
-
-
-def test_as_many_images_as_captions_without_repeats_are_one_caption_each(toy):
-    toy.captions("test", 6)
-    dataset = toy.dataset()
-    assert (len(dataset), dataset.n_images, dataset.im_div) == (6, 6, 1)
 
 
 def test_images_that_differ_in_any_one_value_are_different_images(toy):
@@ -293,15 +278,6 @@ def test_more_than_5000_dev_captions_are_all_used(tmp_path):
     assert len(dev.dataset) == 5050 and dev.dataset.n_images == 1010
 
 
-def test_workers_give_the_same_batches_as_none(toy):
-    for epoch in (0, 1):
-        ours, theirs = loaders(toy, workers=0), loaders(toy, workers=2)
-        for loader in (ours[0], theirs[0]):
-            loader.batch_sampler.epoch = epoch
-        for one, two in zip(ours, theirs, strict=True):
-            assert_same_batches(list(one), list(two))
-
-
 def test_without_position_no_boxes_are_needed(toy):
     for split in ("train", "dev"):
         (toy.folder / f"{split}_boxes.npy").unlink()
@@ -312,13 +288,6 @@ def test_without_position_no_boxes_are_needed(toy):
     for position in ("attention", "area"):
         with pytest.raises(InputError, match="train_boxes.npy: no such file"):
             loaders(toy, position=position)
-
-
-def test_padded_regions_without_cells_are_read(toy):
-    boxes = random_boxes(np.random.default_rng(0), 6)
-    boxes[:, 30:, :15], boxes[:, 30:, 15:] = 256, 0
-    toy.save("test_boxes", boxes)
-    np.testing.assert_array_equal(toy.dataset()[0][1], boxes[0])
 
 
 def test_the_real_folder_is_read(shared, toy):

@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from dataset_commands import fails
 from folders import write_lines
 from PIL import Image
 from processes import LIMIT, serve_app, wait_for
 from test_evaluation import save_model
 
 from evaluation import encode_data, load_split, shard_xattn
-from lib.errors import InputError, run
+from lib.errors import InputError
 from scripts import explore
 from scripts.explorer import hard_cases
 from scripts.explorer.answers import Explorer, first_rank
@@ -291,15 +292,12 @@ def test_models_of_one_split_in_two_folders_are_shown_side_by_side(made, tmp_pat
         (["--model_path", "nosuch.pth.tar", "--port", "TAKEN"], ": address already in use, expected this machine's"),
     ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(made, monkeypatch, capsys, flags, said):
+def test_the_command_says_what_is_wrong_in_one_line(made, flags, said):
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
         ports = {name: str(listening.getsockname()[1]) for name, listening in (("TAKEN", taken), ("free", free))}
         free.close()
-        flags = ["--model_path", str(made[1][0]), "--port", ports["free"], *(ports.get(flag, flag) for flag in flags)]
-        monkeypatch.setattr("sys.argv", ["explore.py", *flags])
-        with pytest.raises(SystemExit) as left:
-            run(explore.main)
-    assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+        flags = ("--model_path", made[1][0], "--port", ports["free"], *(ports.get(flag, flag) for flag in flags))
+        assert said in fails("explore", *flags)
 
 
 # ---------------------------------------------------------------- image files and boxes

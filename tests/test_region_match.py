@@ -4,7 +4,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from regions import boxes_with_features
+from folders import boxes_with_features
 
 from lib.datasets.region_match import judge, likeness, match, overlaps
 
