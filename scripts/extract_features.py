@@ -38,6 +38,7 @@ from scripts.features.region_networks import BACKBONES, STRIDE, Detector, load_b
 
 POOL = 7  # points a side at which a region is sampled
 SETTINGS = ("regions", "backbone", "weights", "detector", "detector_weights", "image_size", "seed")  # decide the values
+MORE_REGIONS = ("boxes", "windows", "whole_region")  # likewise, where they are given
 
 
 @torch.no_grad()
@@ -83,18 +84,19 @@ class Extractor:
             print(self.given)
         backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
         self.networks = backbone, detector, device
-        self.count = (self.given.n_regions if self.given else N_REGIONS) + opt.whole_region
+        n_boxes = min(opt.boxes or N_REGIONS, self.given.n_regions) if self.given else N_REGIONS
+        self.count = n_boxes + opt.windows + opt.whole_region
         self.img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
         self.settings = {name: getattr(opt, name) for name in SETTINGS}
         if self.given:
             self.settings["regions"] = self.given.digest()
-        if opt.whole_region:
-            self.settings["whole_region"] = True
+        self.settings |= {name: getattr(opt, name) for name in MORE_REGIONS if getattr(opt, name)}
 
     def boxes(self, path, size):
         """Boxes (R, 4) in pixels of the image at path, of size (height, width), or None: the detector finds them."""
         if self.given:
-            return self.given.pixels(self.given.row(path), size)
+            boxes = self.given.pixels(self.given.row(path), size)[: self.opt.boxes]
+            return np.concatenate([boxes, windows(*size)[N_REGIONS - 1 - self.opt.windows : N_REGIONS - 1]])
         return windows(*size) if self.opt.regions == "windows" else None
 
     def regions_of(self, paths):
@@ -212,6 +214,8 @@ def get_parser():
     add("--tsv", metavar="FILE", help="write this bottom-up-attention TSV instead of arrays")
     help_regions = "proposals, windows, or a file of boxes: .npz of ids and boxes, or COCO JSON (default: %(default)s)"
     add("--regions", default="proposals", metavar="proposals|windows|BOXES", help=help_regions)
+    add("--boxes", type=int, metavar="N", help="only the first N boxes of an image in the file BOXES (default: all)")
+    add("--windows", type=int, default=0, metavar="N", help="the N largest of the windows as well (default: 0)")
     add("--whole_region", action="store_true", help="the whole image as one more region, the last")
     help_backbone = "detector: its own ResNet-50 (default with proposals); else the default is resnet50"
     add("--backbone", choices=("detector", *BACKBONES), help=help_backbone)
@@ -244,6 +248,10 @@ def main():
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
     if not 0 <= opt.seed < 2**63:
         raise InputError(f"--seed {opt.seed}: expected 0 to 2^63 - 1")
+    if opt.regions in ("proposals", "windows") and (opt.boxes is not None or opt.windows):
+        raise InputError(f"--boxes and --windows: go with a file of boxes, found --regions {opt.regions}")
+    if (opt.boxes is not None and opt.boxes < 1) or not 0 <= opt.windows < N_REGIONS:
+        raise InputError(f"--boxes {opt.boxes} --windows {opt.windows}: expected at least 1, and 0 to {N_REGIONS - 1}")
     if opt.whole_region and opt.regions == "windows":
         raise InputError("--whole_region: the last of the windows is the whole image already")
     make_folder(opt.out)

@@ -67,16 +67,20 @@ if [ -f "$photos" ]; then
 fi
 [ -f "$data/test_caps.txt" ] || show python scripts/captions_to_dataset.py --tsv "$captions" \
     --ids "train=$train_ids" "dev=$dev_ids" "test=$test_ids" --out "$data"
-[ "$boxes" = windows ] || whole_region=--whole_region # the last window is the whole image
-show python scripts/extract_features.py --images "$photos" --out "$data" --regions "$boxes" ${whole_region:-} \
-    --backbone efficientnet_lite2 --float16 --pixel_boxes
+[ "$boxes" = windows ] || more="--boxes 13 --windows 10 --whole_region" # the last of the windows is the whole image
+for network in lite0 lite2; do
+    show python scripts/extract_features.py --images "$photos" --out "$data.$network" \
+        --ids "train=$data/train_ids.txt" "dev=$data/dev_ids.txt" "test=$data/test_ids.txt" \
+        --regions "$boxes" ${more:-} --backbone "efficientnet_$network" --float16 --pixel_boxes
+done
+show python scripts/reduce_features.py "$data.lite0" "$data.lite2" --out "$data" --dimensions 512
 [ -f "$out/vocab/${name}_vocab.json" ] || show python vocab.py --data_path "$out/data" --data_name "$name" \
     --vocab_path "$out/vocab"
 show python scripts/check_data.py "$data" --vocab_path "$out/vocab"
 show python train.py --data_path "$out/data" --data_name "$name" --vocab_path "$out/vocab" \
     --logger_name "$run" --model_name "$run" --resume auto --save_step 100 --keep_last 1 --log_step 50 --workers 1 \
-    --img_dim 1280 --embed_size 256 --num_epochs 7 --lr_update 5 --learning_rate 0.0005 --batch_size 128 \
-    --mean_warmup_epochs 2 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
+    --img_dim 512 --embed_size 256 --num_epochs 5 --lr_update 4 --learning_rate 0.001 --batch_size 128 \
+    --mean_warmup_epochs 1 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
     --cross_attn "$cross_attn" --lambda_softmax "$lambda_softmax" --position "$position" --seed "$seed" "$@"
 show python evaluation.py --model_path "$run/model_best.pth.tar" --data_path "$out/data" --vocab_path "$out/vocab" \
     --split test --intervals

@@ -343,6 +343,23 @@ def test_the_packaged_backbone_needs_no_download(tmp_path, photos, backbone):
     assert len(np.unique(images[:, -1], axis=0)) == 12  # no two photos are alike as a whole
 
 
+def test_the_first_boxes_and_the_largest_windows_may_be_the_regions(tmp_path, photos):
+    boxes = np.random.default_rng(0).random((12, 9, 2)) / 3
+    names = sorted(path.name for path in photos.iterdir())
+    np.savez(tmp_path / "boxes.npz", ids=np.array(names), boxes=np.concatenate([boxes, boxes + 0.5], 2))
+    args = ["--images", photos, "--backbone", "efficientnet_lite0", "--weights", "random", "--image_size", 64]
+    args += ["--device", "cpu", "--pixel_boxes"]
+    extract(*args, "--regions", tmp_path / "boxes.npz", "--out", tmp_path / "all")
+    extract(*args, "--regions", "windows", "--out", tmp_path / "windows")
+    more = ["--boxes", 4, "--windows", 10, "--whole_region"]
+    extract(*args, "--regions", tmp_path / "boxes.npz", *more, "--out", tmp_path / "some")
+    for name in ("train_ims.npy", "train_boxes.npy", "train_pixel_boxes.npy"):
+        given, windows, some = (np.load(tmp_path / folder / name) for folder in ("all", "windows", "some"))
+        np.testing.assert_allclose(some[:, :4], given[:, :4], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(some[:, 4:14], windows[:, 25:35], rtol=1e-4, atol=1e-6)
+        assert some.shape[1] == 15
+
+
 def test_the_whole_image_may_be_one_more_region(tmp_path, photos):
     boxes = np.tile(np.array([0.2, 0.2, 0.6, 0.7], dtype=np.float32), (12, 5, 1))
     names = sorted(path.name for path in photos.iterdir())
@@ -472,6 +489,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, photos):
         ((tmp_path / "no", tmp_path / "o"), "no such folder"),
         ((photos, tmp_path / "o", "--backbone", "detector"), "--regions windows has no detector"),
         ((photos, tmp_path / "o", "--whole_region"), "--whole_region: the last of the windows is the whole image"),
+        ((photos, tmp_path / "o", "--windows", 3), "--boxes and --windows: go with a file of boxes"),
         ((photos, tmp_path / "o", "--tsv", tmp_path / "no/t.tsv"), "No such file"),
         ((photos, tmp_path / "o", "--weights", tmp_path / "no.pth"), "no such file"),
         ((tmp_path / "text.txt", tmp_path / "o"), "text.txt: is no folder"),

@@ -29,7 +29,7 @@ Blocks: TypeAlias = list[tuple[int, Tensor]]  # (index of the first context or q
 
 ROWS, COLUMNS = 288, 1024  # of S in a piece
 LEAST_ELEMENTS = 2**20  # of S: below, compiling would take longer than it saves
-SLOWER = "2 to 5 times slower"
+SLOWER = "up to 2.5 times slower"
 SHARES = 8  # of the pieces for each thread, which takes the next when it has done one
 
 
