@@ -58,7 +58,7 @@ def test_training_loads_data_with_spawned_processes(tmp_path):
     assert (tmp_path / "model_best.pth.tar").is_file()
 
 
-TOOLS = "tsv_to_dataset npz_to_dataset align captions_to_dataset check_data position extract_features reduce_features"
+TOOLS = "tsv_to_dataset npz_to_dataset align captions_to_dataset check_data position extract_features"
 
 
 @pytest.mark.parametrize("name", [*TOOLS.split(), "vocab", "download_data"])
