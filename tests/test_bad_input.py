@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from dataset_commands import call, tool
+from dataset_commands import Calls, call, tool
 from folders import random_captions, write_lines
 from processes import run
 from training import NAME, Place
@@ -146,14 +146,14 @@ def test_an_array_file_that_is_none_is_refused(place, content, tmp_path):
     trap = tmp_path / "ran"
     path = place.path("dev_ims.npy")
     if content == "pickle":
-        path.write_bytes(pickle.dumps(Trap(str(trap))))
+        path.write_bytes(pickle.dumps(Calls(open, str(trap), "w")))
     elif content == "text":
         path.write_text("1 2 3\n")
     elif content == "npz":
         with path.open("wb") as file:
             np.savez(file, a=np.zeros(3))
     elif content == "object":
-        np.save(path, np.array([Trap(str(trap))], dtype=object), allow_pickle=True)
+        np.save(path, np.array([Calls(open, str(trap), "w")], dtype=object), allow_pickle=True)
     else:
         np.save(path, np.array(["a", "b"]))
     assert str(path) in place.train()
@@ -246,16 +246,6 @@ def test_a_vocabulary_that_does_not_fit_the_checkpoint_shows_both_sizes(place):
 
 
 # ---------------------------------------------------------------- checkpoints
-
-
-class Trap:
-    """Unpickling it leaves a file behind."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (self.path, "w")
 
 
 def test_options_that_lack_a_flag_name_the_checkpoint(place, tmp_path):

@@ -1,7 +1,6 @@
 """check_data.py: what is there, and what would go wrong in training."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,62 +14,6 @@ from lib.datasets.region_match import warn_of_boxes
 from vocab import deserialize_vocab
 
 
-def test_check_counts_features_that_are_no_numbers_and_finds_captions_that_do_not_divide(tmp_path):
-    """test_bad_input.py has what training refuses and check_data.py says as well."""
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    images = np.load(folder / "train_ims.npy")
-    images[3:5, 2, 1] = np.nan
-    np.save(folder / "train_ims.npy", images)
-    write_lines(folder / "dev_caps.txt", (folder / "dev_caps.txt").read_text().splitlines()[1:])
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 1 and wrongs(done.stdout.splitlines()) == [
-        f"WRONG: {folder}/train_ims.npy: NaN or infinite features in 2 images, the first is 3",
-        f"WRONG: {folder}/dev: 6 images in _ims.npy and 29 captions, expected one to be a multiple of the other",
-    ]
-
-
-def test_check_finds_features_that_were_never_filled(tmp_path):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    images = np.load(folder / "train_ims.npy")
-    images[:, 1:] = 0
-    np.save(folder / "train_ims.npy", images)
-    assert "rows are all zero (padding)" in ok("check_data", folder, "--vocab_path", vocab_path)
-    np.save(folder / "train_ims.npy", images * 0)
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 1 and "train_ims.npy: all of the 432 rows are zero" in done.stdout, done.stdout
-
-
-def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    for name in ("ims", "boxes"):
-        np.save(folder / f"train_{name}.npy", np.asfortranarray(np.load(folder / f"train_{name}.npy")))
-    assert "ready to train" in ok("check_data", folder, "--vocab_path", vocab_path)
-    vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    images, _ = PrecompDataset(str(folder), "train", vocab).features(range(12))
-    np.testing.assert_array_equal(read_rows(open_rows(str(folder / "train_ims.npy")), 3, 99), images[3:].numpy())
-
-
-def test_check_says_what_is_there(tmp_path):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 0 and "ready to train" in done.stdout, done.stdout
-    assert "(12, 36, 16)" in done.stdout and "5 captions an image" in done.stdout and "--img_dim 16" in done.stdout
-    assert "vocab.py" in tool("check_data", folder, "--vocab_path", tmp_path).stdout
-    os.remove(folder / "dev_ims.npy")
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 1 and "dev_ims.npy: no such file" in done.stdout
-    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
-    (folder / "train_ids.txt").write_bytes(b"\xff\n")
-    assert "note: " + str(folder / "train_ids.txt, line 1: not UTF-8") in tool("check_data", folder).stdout
-
-
-# ---------------------------------------------------------------- files that do not belong together
-
-
 def check(tmp_path, *more):
     """Exit status and the lines of check_data.py on data/toy_precomp."""
     done = tool("check_data", tmp_path / "data/toy_precomp", "--vocab_path", tmp_path / "vocab", *more)
@@ -80,6 +23,62 @@ def check(tmp_path, *more):
 
 def wrongs(lines):
     return [line for line in lines if line.startswith("WRONG")]
+
+
+@pytest.fixture
+def random_folder(tmp_path):
+    make_folder(tmp_path)
+    return tmp_path / "data/toy_precomp"
+
+
+def test_check_counts_features_that_are_no_numbers_and_finds_captions_that_do_not_divide(tmp_path, random_folder):
+    """test_bad_input.py has what training refuses and check_data.py says as well."""
+    images = np.load(random_folder / "train_ims.npy")
+    images[3:5, 2, 1] = np.nan
+    np.save(random_folder / "train_ims.npy", images)
+    write_lines(random_folder / "dev_caps.txt", (random_folder / "dev_caps.txt").read_text().splitlines()[1:])
+    status, lines = check(tmp_path)
+    assert status == 1 and wrongs(lines) == [
+        f"WRONG: {random_folder}/train_ims.npy: NaN or infinite features in 2 images, the first is 3",
+        f"WRONG: {random_folder}/dev: 6 images in _ims.npy and 29 captions, expected one to be a multiple of the other",
+    ]
+
+
+def test_check_finds_features_that_were_never_filled(tmp_path, random_folder):
+    images = np.load(random_folder / "train_ims.npy")
+    images[:, 1:] = 0
+    np.save(random_folder / "train_ims.npy", images)
+    status, lines = check(tmp_path)
+    assert status == 0 and any("rows are all zero (padding)" in line for line in lines)
+    np.save(random_folder / "train_ims.npy", images * 0)
+    assert any("train_ims.npy: all of the 432 rows are zero" in line for line in wrongs(check(tmp_path)[1]))
+
+
+def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path, random_folder):
+    for name in ("ims", "boxes"):
+        path = random_folder / f"train_{name}.npy"
+        np.save(path, np.asfortranarray(np.load(path)))
+    assert check(tmp_path)[0] == 0
+    vocab = deserialize_vocab(str(tmp_path / "vocab/toy_precomp_vocab.json"))
+    images, _ = PrecompDataset(str(random_folder), "train", vocab).features(range(12))
+    np.testing.assert_array_equal(read_rows(open_rows(str(random_folder / "train_ims.npy")), 3, 99), images[3:].numpy())
+
+
+def test_check_says_what_is_there(tmp_path, random_folder):
+    status, lines = check(tmp_path)
+    said = "\n".join(lines)
+    assert status == 0 and "ready to train" in said
+    assert "(12, 36, 16)" in said and "5 captions an image" in said and "--img_dim 16" in said
+    assert "vocab.py" in tool("check_data", random_folder, "--vocab_path", tmp_path).stdout
+    os.remove(random_folder / "dev_ims.npy")
+    (random_folder / "train_ids.txt").write_bytes(b"\xff\n")
+    status, lines = check(tmp_path)
+    assert status == 1 and any("dev_ims.npy: no such file" in line for line in lines)
+    assert any(line.startswith(f"note: {random_folder}/train_ids.txt, line 1: not UTF-8") for line in lines)
+    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- files that do not belong together
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_opt
+from dataset_commands import Calls
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -286,21 +287,11 @@ def test_an_option_with_an_unknown_choice_is_an_error_that_names_the_file(tmp_pa
 # ---------------------------------------------------------------- files that are no checkpoints
 
 
-class Payload:
-    """Its pickle runs a shell command when it is read."""
-
-    def __init__(self, command, call=os.system):
-        self.command, self.call = command, call
-
-    def __reduce__(self):
-        return self.call, (self.command,)
-
-
 @pytest.mark.parametrize("write", ["zip", "legacy", "pickle", "python2"])
 @pytest.mark.parametrize("place", ["whole", "opt", "model", "surplus"])
 def test_a_file_that_would_run_code_is_refused_and_runs_nothing(tmp_path, write, place):
     path, marker = tmp_path / "c.pth.tar", tmp_path / "it_ran"
-    payload = Payload(f"touch {marker}")
+    payload = Calls(os.system, f"touch {marker}")
     value = payload if place == "whole" else {**make_checkpoint(), place: payload}
     if write == "pickle":
         path.write_bytes(pickle.dumps(value))
@@ -317,7 +308,7 @@ CALLS = [eval, exec, __import__, os.listdir, getattr, open]
 NO_OPTIONS = [np.datetime64("2026-01-01"), np.complex64(1), np.zeros(3), np.array(None), np.float64]
 
 
-@pytest.mark.parametrize("value", [*NO_OPTIONS, np.random.RandomState(), *(Payload("/", call) for call in CALLS)])
+@pytest.mark.parametrize("value", [*NO_OPTIONS, np.random.RandomState(), *(Calls(call, "/") for call in CALLS)])
 def test_options_may_hold_no_calls_and_no_objects_of_other_classes(tmp_path, value):
     checkpoint = make_checkpoint()
     checkpoint["opt"].extra = value

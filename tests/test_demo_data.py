@@ -3,26 +3,21 @@
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from dataset_commands import command
 from PIL import Image
-from processes import LIMIT
 
 from position import position_grid
 from scripts.demo import regions, scenes, sentences
-
-ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
 
 COUNTS = {"train": 24, "dev": 8, "test": 12}
 
 
 def make(path, *flags):
-    command = [sys.executable, "scripts/demo/make_demo_data.py", "--data_path", str(path), "--data_name", "d"]
-    command += [word for split, n in COUNTS.items() for word in (f"--{split}", str(n))]
-    return subprocess.run(command + list(flags), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+    counts = [word for split, n in COUNTS.items() for word in (f"--{split}", n)]
+    return command("demo/make_demo_data", "--data_path", path, "--data_name", "d", *counts, *flags)
 
 
 def contents(path):

@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,8 +17,7 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from dataset_commands import fails
+from dataset_commands import command, fails, ok
 from folders import write_lines
 from PIL import Image
 from processes import LIMIT, serve_app, wait_for
@@ -57,9 +54,8 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("explore")
     where = ("--data_path", str(root / "data"), "--data_name", "demo")
     counts = ("--train", "40", "--dev", "5", "--test", str(N_IMAGES), "--workers", "1")
-    subprocess.run([sys.executable, "scripts/demo/make_demo_data.py", *where, *counts], cwd=ROOT, check=True)
-    words = ("vocab.py", *where, "--vocab_path", str(root / "vocab"), "--threshold", "1")
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    assert command("demo/make_demo_data", *where, *counts).returncode == 0
+    ok("vocab", *where, "--vocab_path", root / "vocab", "--threshold", "1")
     paths = [root / "first.pth.tar", root / "second.pth.tar"]
     for path, position in zip(paths, ("attention", "none"), strict=True):
         here = (str(root / "data"), str(root / "vocab"))

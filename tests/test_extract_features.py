@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from dataset_commands import ROOT, command, ok, run_killed
+from dataset_commands import ROOT, Calls, command, ok, run_killed
 from folders import write_lines
 from PIL import Image, ImageDraw
 from torchvision.models import detection
@@ -69,7 +69,7 @@ def test_windows_become_a_dataset_with_whole_image_features(tmp_path, photos):
     sizes = [Image.open(photos / name).size[::-1] for name in names]
     expected = position_grid(np.stack([region_networks.windows(*size) for size in sizes]), sizes)
     np.testing.assert_allclose(boxes[..., 15:], expected[..., 15:], atol=1e-5)
-    assert len(np.unique(boxes[0], axis=0)) == 36 and (boxes[:, -1, 30] == 1).all()  # the whole image stands last
+    assert len(np.unique(images[0], axis=0)) == 36 and (boxes[:, -1, 30] == 1).all()  # the whole image stands last
     before = os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns
     assert "train: there already" in extract(*windows_args(photos, tmp_path / "o", "--whole"))
     assert os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns == before
@@ -451,17 +451,9 @@ def test_folded_norms_give_the_same_maps(norm):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
 
 
-class RunsCode:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, photos):
-    torch.save({"model": RunsCode(tmp_path / "ran")}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(RunsCode(tmp_path / "ran"), protocol=4))
+    torch.save({"model": Calls(open, str(tmp_path / "ran"), "w")}, tmp_path / "zip.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Calls(open, str(tmp_path / "ran"), "w"), protocol=4))
     for name, says in (("zip.pth", "refused, it names io.open"), ("plain.pth", "refused|not a file of weights")):
         for more in (("--weights", tmp_path / name), ("--regions", "proposals", "--detector_weights", tmp_path / name)):
             with pytest.raises(InputError, match=f"{name}: not the weights of .*({says})"):

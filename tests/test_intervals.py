@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from dataset_commands import ok
 from folders import make_folder, save_model
 
 from evaluation import evalrank, i2t, t2i
@@ -101,6 +99,5 @@ def test_models_of_different_splits_are_not_compared(toy):
 
 
 def test_the_command_takes_both_flags(toy):
-    command = [sys.executable, "evaluation.py", "--model_path", toy[0], "--split", "test", "--versus", toy[1]]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    out = ok("evaluation", "--model_path", toy[0], "--split", "test", "--intervals", "--versus", toy[1])
     assert "\nThe other model:\n  i2t R@1: " in out and out.count("[") == 21

@@ -7,7 +7,7 @@ import resource
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, detected, fails, no_leftovers, ok
+from dataset_commands import Calls, D, R, detected, fails, no_leftovers, ok
 from folders import write_lines
 
 from lib.datasets import plain_pickle
@@ -213,16 +213,6 @@ def test_a_image_without_a_size_is_named(tmp_path):
 
 
 # ---------------------------------------------------------------- hostile files
-
-
-class Calls:
-    """Unpickled freely, it calls a function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 def repeated(depth, n):

@@ -84,12 +84,6 @@ def test_two_runs_do_not_write_one_split_at_once(tmp_path):
         SplitWriter(tmp_path, "train", ["a"], arrays, Origin({}))
 
 
-def test_files_of_others_are_not_replaced(tmp_path):
-    np.save(tmp_path / "train_ims.npy", np.zeros((1, 2), np.float32))
-    with pytest.raises(InputError, match="--overwrite"):
-        SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, Origin({}))
-
-
 def test_memory_stays_small_while_gigabytes_are_written(tmp_path):
     """2 GB of rows in a sparse file: the process grows by a few MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -3,15 +3,13 @@
 import argparse
 import re
 import struct
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from dataset_commands import command
 from folders import write_lines
-from processes import run
 from training import Place, WholePlace, assert_same, change, load, metrics, values
 
 from evaluation import evalrank
@@ -20,10 +18,6 @@ from vocab import from_txt
 
 TRAIN_TAGS = {"epoch", "step", "Eit", "Le", "lr", "batch_time", "data_time"}
 DEV_TAGS = {"r1", "r5", "r10", "medr", "meanr", "r1i", "r5i", "r10i", "medri", "meanri", "rsum"}
-
-
-def command(script, *flags):
-    return run([sys.executable, ROOT / script, *map(str, flags)])
 
 
 @pytest.fixture
@@ -38,7 +32,7 @@ def place(tmp_path):
 def done(tmp_path_factory):
     """Two epochs of train.py with the README's flags, as users of the published code have them in their scripts."""
     place = Place(tmp_path_factory.mktemp("run"))
-    done = command("train.py", *place.line("models", "--num_epoches 2 --log_step 2 --workers 2"))
+    done = command("train", *place.line("models", "--num_epoches 2 --log_step 2 --workers 2"))
     assert done.returncode == 0, done.stderr
     done.folder = place.root / "models"
     return done
@@ -54,7 +48,7 @@ def test_every_epoch_leaves_a_checkpoint_and_the_best_one_its_copy(done):
     assert first["best_rsum"] == pytest.approx(rsums[0], abs=0.06)
     assert second["best_rsum"] == best["best_rsum"] == pytest.approx(max(rsums), abs=0.06)
     assert_same(best, first if rsums[0] >= rsums[1] else second)
-    evaluated = command("evaluation.py", "--model_path", done.folder / "model_best.pth.tar", "--split", "dev")
+    evaluated = command("evaluation", "--model_path", done.folder / "model_best.pth.tar", "--split", "dev")
     assert "Images: 6, Captions: 30" in evaluated.stdout, evaluated.stderr
     assert float(re.search(r"rsum: ([\d.]+)", evaluated.stdout)[1]) == pytest.approx(best["best_rsum"], abs=0.06)
 
@@ -243,12 +237,12 @@ def test_real_photographs_are_learned_from_the_command_line(shared, tmp_path, at
     for path in real.glob("dev_*"):
         (folder / path.name).symlink_to(path)
     data = ["--data_path", tmp_path, "--data_name", "flickr8k_precomp", "--vocab_path", tmp_path / "vocab"]
-    assert command("vocab.py", *data).returncode == 0
+    assert command("vocab", *data).returncode == 0
     flags = "--max_violation --bi_gru --agg_func=Mean --batch_size=16 --val_step=2000000 --workers=0 --num_epochs=8"
     flags += f" --learning_rate=.0005 --embed_size=128 --word_dim=64 --img_dim=1280 {attention}"
-    done = command("train.py", *data, "--logger_name", tmp_path, "--model_name", tmp_path, *flags.split())
+    done = command("train", *data, "--logger_name", tmp_path, "--model_name", tmp_path, *flags.split())
     assert done.returncode == 0, done.stderr
-    done = command("evaluation.py", "--model_path", tmp_path / "checkpoint_7.pth.tar", "--split", "train")
+    done = command("evaluation", "--model_path", tmp_path / "checkpoint_7.pth.tar", "--split", "train")
     found = re.findall(r"(?:to text|to image): (.*)", done.stdout)
     assert len(found) == 2, done.stderr
     for recalls in ([float(x) for x in line.split()][:3] for line in found):

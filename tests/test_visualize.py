@@ -2,7 +2,6 @@
 
 import io
 import os
-import subprocess
 import sys
 
 import matplotlib.pyplot as plt
@@ -13,6 +12,7 @@ from dataset_commands import fails, ok
 from folders import make_folder, save_model
 from matplotlib import font_manager
 from PIL import Image
+from processes import run
 
 from lib import events
 from lib.errors import InputError
@@ -88,8 +88,8 @@ def test_every_figure_is_written_as_a_png(toy, tmp_path, flags):
 )
 def test_a_command_loads_only_what_it_needs(command, unneeded):
     code = f"import sys; from scripts import {command}; print(*({set(unneeded)} & set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert loaded.stdout.split() == []
+    loaded = run([sys.executable, "-c", code], cwd=ROOT)
+    assert (loaded.returncode, loaded.stdout.split()) == (0, []), loaded.stderr
 
 
 def test_search_draws_the_attention_of_each_word(toy, capsys):

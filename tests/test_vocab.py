@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from dataset_commands import command
 from folders import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,10 +33,6 @@ def write_captions(root, train, dev=("a",), name="mine"):
     write_lines(folder / "train_caps.txt", train)
     write_lines(folder / "dev_caps.txt", dev)
     return str(root / "data"), name
-
-
-def run_vocab(*flags):
-    return run([sys.executable, ROOT / "vocab.py", *map(str, flags)])
 
 
 # What nltk.word_tokenize gives: words, clitics, punctuation, quotes; a full stop parts from a word at a sentence's end.
@@ -232,7 +229,7 @@ def test_the_command_writes_the_vocabulary_that_training_reads(tmp_path):
     data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits .", "the dog ."], ["the cat ."])
     write_lines(tmp_path / "stop.txt", ["the"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "new" / "vocab"]
-    done = run_vocab(*flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt")
+    done = command("vocab", *flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt")
     assert done.returncode == 0, done.stderr
     path = tmp_path / "new" / "vocab" / "mine_vocab.json"
     assert str(path) in done.stdout and "7 words" in done.stdout
@@ -243,20 +240,20 @@ def test_a_vocabulary_of_other_words_is_replaced_only_when_asked(tmp_path):
     data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits ."], ["a cat ."])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path]
     path = tmp_path / "mine_vocab.json"
-    assert run_vocab(*flags, "--threshold", 1).returncode == 0
+    assert command("vocab", *flags, "--threshold", 1).returncode == 0
     before = path.read_bytes()
-    assert run_vocab(*flags, "--threshold", 1).returncode == 0  # the same words
-    done = run_vocab(*flags, "--threshold", 2)
+    assert command("vocab", *flags, "--threshold", 1).returncode == 0  # the same words
+    done = command("vocab", *flags, "--threshold", 2)
     assert done.returncode == 2 and str(path) in done.stderr and "--overwrite" in done.stderr
     assert path.read_bytes() == before
-    assert run_vocab(*flags, "--threshold", 2, "--overwrite").returncode == 0
+    assert command("vocab", *flags, "--threshold", 2, "--overwrite").returncode == 0
     assert path.read_bytes() != before
 
 
 def test_a_vocabulary_without_words_is_refused_with_a_way_out(tmp_path):
     data_path, name = write_captions(tmp_path, ["一个男人在跑步", "两只狗", "红色的球", "女孩"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab"]
-    done = run_vocab(*flags)
+    done = command("vocab", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert "mine_vocab.json: no words but <pad> <start> <end> <unk>; --threshold" in done.stderr
     assert "--segment" in done.stderr and not list((tmp_path / "vocab").iterdir())
@@ -266,10 +263,10 @@ def test_segmented_chinese_is_read_as_it_was_counted(tmp_path):
     """The vocabulary's file says that its words were cut with jieba, so that whoever reads it cuts captions alike."""
     data_path, name = write_captions(tmp_path, ["一个男人在跑步", "男人跑步", "A red 球"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab", "--threshold", 1]
-    assert run_vocab(*flags).returncode == 0
+    assert command("vocab", *flags).returncode == 0
     whole = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert not whole.segment and "一个男人在跑步" in whole.word2idx
-    assert run_vocab(*flags, "--segment", "--overwrite").returncode == 0
+    assert command("vocab", *flags, "--segment", "--overwrite").returncode == 0
     vocab = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert vocab.segment and {"男人", "跑步", "red", "球"} <= set(vocab.word2idx)
     assert vocab.tokenize("一个男人在跑步 red") == ["一个", "男人", "在", "跑步", "red"]
