@@ -50,6 +50,14 @@ def test_flickr30k_is_ranked_once_with_both_models(script, trained):
     assert ran[0].endswith("--split test --intervals")
 
 
+def test_runs_that_start_small_are_ranked_as_they_are_trained(script, trained):
+    trained("f30k", "attention_small")
+    status, [command], _, errors = script("scripts/run_eval.sh", "small")
+    assert (status, errors) == (0, []) and "t2i_attention_small/model_best" in command
+    status, [command], _, _ = script("scripts/run_train.sh", "i2t", "small")
+    assert status == 0 and "--model_name ./runs/f30k_precomp/i2t_attention_small/ " in command
+
+
 def test_coco_ranks_test_first_and_says_what_testall_needs(script, trained, tmp_path):
     trained("coco", "area")
     status, ran, rest, errors = script("scripts/run_eval.sh", "coco", "area")
@@ -79,6 +87,7 @@ OF_ALL = "--max_violation --bi_gru --agg_func=Mean --num_epochs=30 --lr_update=1
         ("scripts", "coco i2t area", "--cross_attn=i2t --lambda_softmax=4 --learning_rate=.0005 --position=area"),
         ("Tencent_PFAN", "", "--cross_attn=t2i --lambda_softmax=9 --learning_rate=.0002 --lambda_whole=2"),
         ("Tencent_PFAN", "i2t", "--cross_attn=i2t --lambda_softmax=4 --embed_size=512 --lambda_whole=2"),
+        ("scripts", "f30k small", "--learning_rate=.0002 --position_init=0.02 --mean_warmup_epochs=1"),
     ],
 )
 def test_the_published_runs(script, path, words, flags):
