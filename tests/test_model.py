@@ -1,7 +1,5 @@
 """Encoders and the training step against the formulas in reference.py; test_score.py has the score and the loss."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import reference
@@ -81,14 +79,6 @@ def test_region_embeddings_and_their_gradients_follow_the_formulas(kind, positio
         (expected * weight).sum().backward()
     for name, parameter in encoder.named_parameters():
         close(parameter.grad, state[name].grad, rtol=1e-3, atol=1e-4)
-
-
-def test_a_caption_is_embedded_alike_in_any_company_and_order():
-    model = SCAN(make_opt(num_layers=2))
-    *_, captions, lens = random_batch((9, 2, 5, 5, 1))
-    together, _ = model.txt_enc(captions, lens)
-    for i, n in enumerate(lens):
-        close(model.txt_enc(captions[i : i + 1, :n], [n])[0][0], together[i, :n], atol=1e-6)
 
 
 # ---------------------------------------------------------------- the model
@@ -176,13 +166,6 @@ def test_train_emb_counts_steps_and_logs():
     for start, training in ((model.val_start, False), (model.train_start, True)):
         start()
         assert (model.img_enc.training, model.txt_enc.training) == (training, training)
-
-
-def test_options_without_the_newer_flags_mean_pfan_a_in_full_precision():
-    opt = SimpleNamespace(**vars(make_opt()))
-    model = SCAN(opt)
-    assert hasattr(model.img_enc, "fc_att")
-    assert torch.isfinite(model.train_emb(*random_batch()))
 
 
 def test_start_values():

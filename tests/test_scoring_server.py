@@ -137,11 +137,6 @@ def test_a_box_that_reaches_outside_is_clipped(port):
     np.testing.assert_array_equal(*ours)
 
 
-def test_need_box_whole_models_are_served(tmp_path):
-    with serve(scorer_of(str(tmp_path), need_box_whole=True)) as port:
-        assert np.isfinite(scores(port, make_request(2))).all()
-
-
 def test_images_that_come_again_are_not_encoded_again_and_the_cache_has_an_end(tmp_path):
     scorer = Scorer(make_model(str(tmp_path)), cache_bytes=20_000)
     first = make_request(4)
