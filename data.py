@@ -23,7 +23,7 @@ from vocab import from_txt, unknown_words_message
 log = logging.getLogger(__name__)
 
 SAMPLED_CAPTIONS = 1000  # looked at for unknown words
-LARGEST_SEED = 2**32 - 5  # a prime: PyTorch's generator takes 32 bits
+SEED_MODULUS = 2**32 - 5  # a prime; PyTorch's generator takes 32 bits
 
 
 class ImageCaptions(Protocol):
@@ -271,7 +271,7 @@ class EpochBatches(Sampler):
         self.n, self.batch_size, self.seed, self.epoch, self.first = n, batch_size, seed, 0, 0
 
     def __iter__(self):
-        generator = torch.Generator().manual_seed(((self.seed << 20) + self.epoch) % LARGEST_SEED)
+        generator = torch.Generator().manual_seed(((self.seed << 20) + self.epoch) % SEED_MODULUS)
         order = torch.randperm(self.n, generator=generator).tolist()
         for start in range(self.first * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]

@@ -115,6 +115,7 @@ def score_shards(
     words, lens, *more = captions
     lens, limit = torch.as_tensor(lens, dtype=torch.int64).reshape(-1), BlockLimit(device)
     sims = np.zeros((len(images[0]), len(lens)), dtype=np.float32)
+    image_shards = -(-len(images[0]) // shard_size)
     with distributed.progress(total=sims.size, desc=desc, unit="pair", unit_scale=True) as bar:
         for first, chunk in resident_chunks(images, device, shard_size):
             shards = range(0, len(chunk[0]), shard_size)
@@ -124,7 +125,8 @@ def score_shards(
                     lens[index],
                     *(to_device(x[index], device) for x in more),
                 )
-                for i in distributed.my_indices(len(shards), number * len(shards)):
+                done = number * image_shards + first // shard_size  # the same in all processes, whatever their chunks
+                for i in distributed.my_indices(len(shards), done):
                     block = limit.score(score, [x[shards[i] : shards[i] + shard_size] for x in chunk], text)
                     start = first + shards[i]
                     sims[start : start + len(block), index.numpy()] = block.numpy()

@@ -201,7 +201,7 @@ class ScoreConfig(NamedTuple):
 
     @classmethod
     def of(cls, opt: Any, cross_attn: str | None = None, max_term: bool | None = None) -> "ScoreConfig":
-        """The options' configuration. cross_attn: opt's where None. max_term: where None in t2i, but for plain SCAN."""
+        """Of the options. cross_attn: opt's where None. max_term: where None, True in t2i with positions."""
         t2i = (cross_attn or opt.cross_attn) == "t2i"
         max_term = t2i and option(opt, "position") != "none" if max_term is None else max_term
         return cls(opt.raw_feature_norm, opt.agg_func, opt.lambda_softmax, opt.lambda_lse, t2i, max_term)
@@ -228,7 +228,7 @@ def attend(
 ) -> Tensor:
     """Stacked cross attention of N contexts × M queries: scores (N, M).
 
-    S (N, L, K, M): dot products of the contexts' elements v and the queries' q; overwritten where no gradient needs it.
+    S (N, L, K, M): dot products of the contexts' elements v and the queries' q.
     gram (N, L, L): dot products of a context's elements with each other. query_norms (K, M) or (N, K, M): ‖q‖. Masks,
     bool, False for padding, whose vectors are 0, or None: of the queries (N or 1, K, M), of the contexts (N, L).
     SCAN, equations 1 to 8: the relevance of q is its cosine with what it attends to, Σ A v, that is
@@ -280,7 +280,8 @@ def xattn_score(
 ) -> Tensor:
     """Scores (I, C) of images (I, R, D) with captions (C, W, D) of cap_lens words, or (P,) of the pairs (P, 2) only.
 
-    pairs: the indices of an image and a caption in each row.
+    pairs: the indices of an image and a caption in each row. All pairs without gradient on a CPU are scored by attend's
+    compiled form, where it applies and gives attend's numbers; all else by attend.
     """
     if pairs is None and pieces.applies(images, captions, cap_lens, config):
         rows = RAW_FEATURE_NORM[config.raw_feature_norm], AGG_FUNC[config.agg_func]
@@ -320,8 +321,8 @@ def hardest_negatives(scores: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     """Each image's hardest caption and each caption's hardest image, as far as they cost something.
 
     scores (B, B), whose diagonal are the positives; overwritten. Returns pairs (P, 2), an image's and a caption's
-    index, and the index of the positive (P,) that each is compared with. A GPU keeps all 2B, costly or not: choosing
-    them, it would wait for the host.
+    index, and the index of the positive (P,) that each is compared with. A GPU keeps all 2B, costly or not: to
+    select them, the host would have to wait for it.
     """
     numbers = torch.arange(len(scores), device=scores.device)
     positives = scores.diagonal().clone()
@@ -340,7 +341,7 @@ def hardest_negatives(scores: Tensor, margin: float) -> tuple[Tensor, Tensor]:
 class ContrastiveLoss(nn.Module):
     """SCAN's hinge loss over a batch's score matrix, both directions, summed.
 
-    score(*embeddings, pairs=None): what to ask for scores; None: xattn_score_t2i or xattn_score_i2t, as opt says.
+    score(*embeddings, pairs=None): a function that returns scores; None: xattn_score_t2i or _i2t, as opt says.
     With max_violation only the hardest negative of each row and column counts, so that the loss depends on 3B scores at
     most: the matrix is scored without gradient, those pairs once more with it. Same loss, same gradient.
     """

@@ -85,16 +85,16 @@ def _grid(boxes, sizes, n, top_n):
     # Areas and squared distances of the centres are rounded, so that rounding errors do not decide between equals:
     # to 2⁻²⁵ of the largest area, float32's precision, and to 2⁻²⁶ of the longer side squared.
     largest = area.max(1, keepdims=True)
-    weight = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1))) + (area > 0)  # any area is before none
+    order = np.rint(area * (2.0**25 / np.where(largest > 0, largest, 1))) + (area > 0)  # any area is before none
     stretch = (lengths / lengths.max(1, keepdims=True))[..., None]
     far = np.rint(((edge + 0.5 - (low + high) / 2) * stretch) ** 2 * (2**26 / n**2))
     distance = (far[:, 0, :, None] + far[:, 1, None, :]).reshape(len(boxes), n * n)
-    best = np.lexsort((distance, -weight))[:, :top_n]
+    best = np.lexsort((distance, -order))[:, :top_n]
 
-    weights = np.take_along_axis(area, best, axis=1)
-    total = weights.sum(1, keepdims=True)
-    cells = np.where(weights > 0, best, n * n)
-    return np.concatenate([cells, weights / np.where(total > 0, total, 1), share], axis=1)
+    areas = np.take_along_axis(area, best, axis=1)
+    total = areas.sum(1, keepdims=True)
+    cells = np.where(areas > 0, best, n * n)
+    return np.concatenate([cells, areas / np.where(total > 0, total, 1), share], axis=1)
 
 
 def get_parser() -> argparse.ArgumentParser:

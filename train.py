@@ -36,7 +36,7 @@ from vocab import checkpoint_vocab, checkpoint_words, word_list
 
 log = logging.getLogger(__name__)
 
-IMPOSSIBLE = 1000  # cosine scores cannot produce a loss this many times (1 + margin) · batch²
+IMPOSSIBLE = 1000  # times (1 + margin) · batch²: a loss above it means broken numbers, scores being cosines
 
 
 def get_parser() -> argparse.ArgumentParser:

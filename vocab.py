@@ -48,7 +48,7 @@ SENTENCE_END = re.compile(r"[.?!]\S*\s")  # Punkt splits after one of these only
 # Letters, commas, hyphens and one full stop, without the words that NLTK cuts in two: 95 % of the captions of
 # Flickr8k, which NLTK takes 400 µs each for.
 SIMPLE = re.compile(r"(?!.*\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b)(?:[a-z ]|,(?= )|-(?!-))*\.?")
-MOSTLY_UNKNOWN = 0.5  # share of unknown words from which a vocabulary was hardly made for the captions
+MOSTLY_UNKNOWN = 0.5  # above this share of unknown words the vocabulary is probably of another data set
 
 
 def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]:

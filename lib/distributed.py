@@ -37,7 +37,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def start(device: str) -> None:
-    """Join the other processes that torchrun started; all but the first print and log nothing from then on.
+    """Join the other processes that torchrun started; all but the first then print nothing and log only warnings.
 
     device: the --device flag. With CUDA a process takes the GPU of its LOCAL_RANK, or the only one that it can see
     (schedulers such as SLURM can show each process one GPU). Raises InputError where there are too few GPUs.

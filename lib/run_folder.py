@@ -103,7 +103,7 @@ class RunFolder:
         for path in self.others:
             os.remove(path)
         inside = os.path.commonpath([os.path.realpath(self.path), os.path.realpath(logger_name)])
-        if self.others and resumed is None and inside == os.path.realpath(self.path):
+        if self.others and resumed is None and inside == os.path.realpath(self.path) and os.path.isdir(logger_name):
             for name in os.listdir(logger_name):
                 if name == METRICS or ".tfevents." in name:
                     os.remove(os.path.join(logger_name, name))

@@ -24,6 +24,7 @@ from evaluation import (
     evalrank,
     i2t,
     load_split,
+    score_shards,
     score_split,
     shard_xattn_i2t,
     shard_xattn_t2i,
@@ -197,6 +198,20 @@ def test_scores_are_the_same_for_any_batch_and_shard_size_workers_threads_and_fo
     arrays = shard(images.numpy(), captions.numpy(), np.array(lens), model.opt, shard_size=7)
     assert arrays.dtype == np.float32
     np.testing.assert_allclose(arrays, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunks", [(10, 10), (4, 10), (2, 6)])
+def test_processes_whose_gpus_hold_unlike_chunks_score_each_pair_once(chunks, monkeypatch):
+    images, captions = (torch.zeros(10, 3, 4),), (torch.zeros(7, 5, 4), [5] * 7)
+    monkeypatch.setattr(distributed, "world_size", lambda: len(chunks))
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda x: x)
+    counts = np.zeros((10, 7))
+    for rank, size in enumerate(chunks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts = [(first, (images[0][first : first + size],)) for first in range(0, 10, size)]
+        monkeypatch.setattr(evaluation, "resident_chunks", lambda *_, parts=parts: parts)
+        counts += score_shards(images, captions, lambda i, c, lens: torch.ones(len(i), len(c)), torch.device("cpu"), 2)
+    assert (counts == 1).all()
 
 
 # ---------------------------------------------------------------- evalrank
