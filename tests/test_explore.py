@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 import torch
 from dataset_commands import command, fails, ok
-from folders import write_lines
+from folders import save_model, write_lines
 from PIL import Image
 from processes import LIMIT, serve_app, wait_for
-from test_evaluation import save_model
 
 from evaluation import encode_data, load_split, shard_xattn
 from lib.errors import InputError
