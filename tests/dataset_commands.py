@@ -15,6 +15,7 @@ import traceback
 from unittest import mock
 
 import numpy as np
+import processes
 from conftest import ROOT
 
 from lib import errors
@@ -23,10 +24,8 @@ R, D = 36, 8
 
 
 def command(name, *args, **more):
-    """A command run as a user types it. more: of subprocess.run."""
-    return subprocess.run(
-        [sys.executable, script(name), *map(str, args)], capture_output=True, text=True, timeout=300, cwd=ROOT, **more
-    )
+    """A command run as a user types it. more: of Popen."""
+    return processes.run([sys.executable, script(name), *map(str, args)], cwd=ROOT, **more)
 
 
 def script(name):
@@ -110,6 +109,16 @@ def vinvl_line(image_id, boxes, features, scores):
         for box, feature, score in zip(boxes, features, scores, strict=True)
     ]
     return f"{image_id}\t" + json.dumps({"image_h": 375, "image_w": 500, "objects": objects})
+
+
+class Calls:
+    """Unpickled freely, it calls a function."""
+
+    def __init__(self, function, *arguments):
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self):
+        return self.function, self.arguments
 
 
 def no_leftovers(folder):

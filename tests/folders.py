@@ -1,4 +1,4 @@
-"""A small random data folder with its vocabulary, in the published layout; untrained models of it; random batches."""
+"""A small random data folder with its vocabulary, in the published layout; models of it; random batches and boxes."""
 
 import os
 
@@ -8,6 +8,7 @@ from conftest import make_opt
 
 import model
 from lib.checkpoint import save_checkpoint
+from position import position_grid
 from vocab import build_vocab, deserialize_vocab, serialize_vocab
 
 WORDS = "a man woman dog child runs sits jumps holds red blue ball grass water street near with in the two".split()
@@ -20,6 +21,21 @@ def random_boxes(rng, n, n_regions=36, width=31):
     weights = weights / weights.sum(-1, keepdims=True)
     share = rng.random((n, n_regions, 1))
     return np.concatenate([cells, weights, share], axis=-1)[..., :width].astype(np.float32)
+
+
+def boxes_with_features(n, n_regions=36, img_dim=256, seed=0):
+    """Position grids (n, n_regions, 31), and features (n, n_regions, img_dim) float32.
+
+    An image's cells have random features; a region's are the mean of its cells', and noise: regions that overlap look
+    alike, as those of photographs do.
+    """
+    rng = np.random.default_rng(seed)
+    corners = np.sort(rng.uniform(0, 320, (n, n_regions, 2, 2)), axis=2).reshape(n, n_regions, 4)
+    grids = position_grid(corners, np.full((n, 2), 320))
+    area = np.zeros((n, n_regions, 257), np.float32)
+    np.put_along_axis(area, grids[..., :15].astype(int), grids[..., 15:30], 2)
+    features = area[..., :256] @ rng.standard_normal((n, 256, img_dim))
+    return grids, (features + 0.1 * rng.standard_normal(features.shape)).astype(np.float32)
 
 
 def random_captions(rng, n):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -37,6 +38,13 @@ def run(command, **options):
     with started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
         printed = process.communicate(timeout=LIMIT)
     return subprocess.CompletedProcess(command, process.returncode, *printed)
+
+
+def free_ports(n):
+    """Numbers of n ports that nobody listens at now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        return [free.getsockname()[1] for free in sockets]
 
 
 @contextlib.contextmanager

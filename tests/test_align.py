@@ -5,8 +5,7 @@ import os
 import numpy as np
 import pytest
 from dataset_commands import D, R, fails, ok, tool
-from folders import make_folder, write_lines
-from regions import boxes_with_features
+from folders import boxes_with_features, make_folder, write_lines
 
 
 def folders_to_align(tmp_path, order, ids=True):

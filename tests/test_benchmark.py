@@ -9,11 +9,8 @@ import pytest
 import torch
 from folders import make_folder, save_model
 
-from data import get_precomp_loader
-from evaluation import encode_data
-from position import position_grid
 from scripts import benchmark
-from scripts.bench import inputs, measurements, published_way
+from scripts.bench import inputs, measurements
 
 TINY = {
     "repeats": 1,
@@ -49,26 +46,6 @@ def test_the_published_way_gives_the_same_embeddings_scores_and_training_steps(s
         torch.testing.assert_close(ours.score(*mine), plain.score(*mine), rtol=0, atol=1e-5)
     steps = [(ours.train_emb(*batch).item(), plain.train_emb(*batch).item()) for _ in range(3)]
     assert [a for a, _ in steps] == pytest.approx([b for _, b in steps], rel=1e-4)
-
-
-def test_the_published_way_encodes_a_split_alike(s):
-    inputs.make_split(s, s.folder, "test", s.images)
-    ours, plain = measurements.both_models(inputs.flags(s))
-    loader = get_precomp_loader(s.folder, "test", inputs.make_vocab(s), plain.opt, 8, False, 0)
-    images, words, lens = encode_data(ours, loader)
-    plain_images, plain_words, plain_lens = published_way.encode_data(plain, loader)
-    assert plain_images.dtype == plain_words.dtype == np.float64
-    np.testing.assert_allclose(images, plain_images[:: s.per_image], rtol=0, atol=1e-5)
-    assert lens == plain_lens
-    mask = np.arange(words.shape[1])[None, :, None] < np.array(lens)[:, None, None]
-    np.testing.assert_allclose(words, plain_words * mask, rtol=0, atol=1e-5)
-
-
-def test_the_published_way_gives_the_same_position_weights():
-    boxes, sizes = inputs.random_boxes(4)
-    plain, ours = published_way.position_grids(boxes, sizes), position_grid(boxes, sizes)
-    np.testing.assert_allclose(plain[..., 15:], ours[..., 15:], rtol=0, atol=1e-6)
-    assert ((plain[..., :15] < 256) == (ours[..., :15] < 256)).all()
 
 
 def run_command(monkeypatch, *flags, measure=None):

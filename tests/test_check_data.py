@@ -1,99 +1,17 @@
 """check_data.py: what is there, and what would go wrong in training."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_opt
 from dataset_commands import fails, ok, tool
-from folders import make_folder, write_lines
-from regions import boxes_with_features
+from folders import boxes_with_features, make_folder, write_lines
 
 from data import PrecompDataset
 from lib.datasets.arrays import open_rows, read_rows
-from lib.errors import InputError
+from lib.datasets.region_match import warn_of_boxes
 from vocab import deserialize_vocab
-
-
-def break_folder(folder, what):
-    images, boxes = (np.load(folder / f"train_{name}.npy") for name in ("ims", "boxes"))
-    captions = (folder / "train_caps.txt").read_text().splitlines()
-    if what == "NaN features":
-        images[3, 2, 1] = np.nan
-    elif what == "cell indices":
-        boxes[2, 1, 3] = 257
-    elif what == "weights":
-        boxes[2, 1, 20] = -0.5
-    elif what == "regions":
-        boxes = boxes[:, :-1]
-    elif what == "multiple":
-        captions = captions[:-1]
-    elif what == "empty":
-        captions[7] = ""
-    elif what == "30 or 31":
-        boxes = boxes[..., :29]
-    np.save(folder / "train_ims.npy", images)
-    np.save(folder / "train_boxes.npy", boxes)
-    write_lines(folder / "train_caps.txt", captions)
-
-
-FAULTS = ("NaN features", "cell indices", "weights", "regions", "multiple", "empty", "30 or 31")
-
-
-@pytest.mark.parametrize("what", FAULTS)
-def test_check_says_what_training_would_stumble_over(tmp_path, what):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    break_folder(folder, what)
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 1, done.stdout + done.stderr
-    vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    with pytest.raises(InputError) as caught:
-        PrecompDataset(str(folder), "train", vocab).features(range(12))
-    said = f"{folder}/train_ims.npy: NaN or infinite features in 1 images, the first is 3"
-    [wrong] = [line for line in done.stdout.splitlines() if line.startswith("WRONG")]
-    assert wrong == "WRONG: " + (said if what == "NaN features" else str(caught.value))
-
-
-def test_check_finds_features_that_were_never_filled(tmp_path):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    images = np.load(folder / "train_ims.npy")
-    images[:, 1:] = 0
-    np.save(folder / "train_ims.npy", images)
-    assert "rows are all zero (padding)" in ok("check_data", folder, "--vocab_path", vocab_path)
-    np.save(folder / "train_ims.npy", images * 0)
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 1 and "train_ims.npy: all of the 432 rows are zero" in done.stdout, done.stdout
-
-
-def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    for name in ("ims", "boxes"):
-        np.save(folder / f"train_{name}.npy", np.asfortranarray(np.load(folder / f"train_{name}.npy")))
-    assert "ready to train" in ok("check_data", folder, "--vocab_path", vocab_path)
-    vocab = deserialize_vocab(os.path.join(vocab_path, "toy_precomp_vocab.json"))
-    images, _ = PrecompDataset(str(folder), "train", vocab).features(range(12))
-    np.testing.assert_array_equal(read_rows(open_rows(str(folder / "train_ims.npy")), 3, 99), images[3:].numpy())
-
-
-def test_check_says_what_is_there(tmp_path):
-    data_path, vocab_path = make_folder(tmp_path)
-    folder = Path(data_path) / "toy_precomp"
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 0 and "ready to train" in done.stdout, done.stdout
-    assert "(12, 36, 16)" in done.stdout and "5 captions an image" in done.stdout and "--img_dim 16" in done.stdout
-    assert "vocab.py" in tool("check_data", folder, "--vocab_path", tmp_path).stdout
-    os.remove(folder / "dev_ims.npy")
-    done = tool("check_data", folder, "--vocab_path", vocab_path)
-    assert done.returncode == 1 and "dev_ims.npy: no such file" in done.stdout
-    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
-    (folder / "train_ids.txt").write_bytes(b"\xff\n")
-    assert "note: " + str(folder / "train_ids.txt, line 1: not UTF-8") in tool("check_data", folder).stdout
-
-
-# ---------------------------------------------------------------- files that do not belong together
 
 
 def check(tmp_path, *more):
@@ -108,6 +26,62 @@ def wrongs(lines):
 
 
 @pytest.fixture
+def random_folder(tmp_path):
+    make_folder(tmp_path)
+    return tmp_path / "data/toy_precomp"
+
+
+def test_check_counts_features_that_are_no_numbers_and_finds_captions_that_do_not_divide(tmp_path, random_folder):
+    """test_bad_input.py has what training refuses and check_data.py says as well."""
+    images = np.load(random_folder / "train_ims.npy")
+    images[3:5, 2, 1] = np.nan
+    np.save(random_folder / "train_ims.npy", images)
+    write_lines(random_folder / "dev_caps.txt", (random_folder / "dev_caps.txt").read_text().splitlines()[1:])
+    status, lines = check(tmp_path)
+    assert status == 1 and wrongs(lines) == [
+        f"WRONG: {random_folder}/train_ims.npy: NaN or infinite features in 2 images, the first is 3",
+        f"WRONG: {random_folder}/dev: 6 images in _ims.npy and 29 captions, expected one to be a multiple of the other",
+    ]
+
+
+def test_check_finds_features_that_were_never_filled(tmp_path, random_folder):
+    images = np.load(random_folder / "train_ims.npy")
+    images[:, 1:] = 0
+    np.save(random_folder / "train_ims.npy", images)
+    status, lines = check(tmp_path)
+    assert status == 0 and any("rows are all zero (padding)" in line for line in lines)
+    np.save(random_folder / "train_ims.npy", images * 0)
+    assert any("train_ims.npy: all of the 432 rows are zero" in line for line in wrongs(check(tmp_path)[1]))
+
+
+def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path, random_folder):
+    for name in ("ims", "boxes"):
+        path = random_folder / f"train_{name}.npy"
+        np.save(path, np.asfortranarray(np.load(path)))
+    assert check(tmp_path)[0] == 0
+    vocab = deserialize_vocab(str(tmp_path / "vocab/toy_precomp_vocab.json"))
+    images, _ = PrecompDataset(str(random_folder), "train", vocab).features(range(12))
+    np.testing.assert_array_equal(read_rows(open_rows(str(random_folder / "train_ims.npy")), 3, 99), images[3:].numpy())
+
+
+def test_check_says_what_is_there(tmp_path, random_folder):
+    status, lines = check(tmp_path)
+    said = "\n".join(lines)
+    assert status == 0 and "ready to train" in said
+    assert "(12, 36, 16)" in said and "5 captions an image" in said and "--img_dim 16" in said
+    assert "vocab.py" in tool("check_data", random_folder, "--vocab_path", tmp_path).stdout
+    os.remove(random_folder / "dev_ims.npy")
+    (random_folder / "train_ids.txt").write_bytes(b"\xff\n")
+    status, lines = check(tmp_path)
+    assert status == 1 and any("dev_ims.npy: no such file" in line for line in lines)
+    assert any(line.startswith(f"note: {random_folder}/train_ids.txt, line 1: not UTF-8") for line in lines)
+    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- files that do not belong together
+
+
+@pytest.fixture
 def folder(tmp_path):
     """data/toy_precomp of 40 images whose boxes belong to their features."""
     make_folder(tmp_path, splits={"train": 40, "dev": 10})
@@ -118,20 +92,40 @@ def folder(tmp_path):
     return tmp_path / "data/toy_precomp"
 
 
-def test_boxes_that_belong_to_the_features_are_said_to(tmp_path, folder):
+def train(tmp_path, position):
+    """What training notices of the folder's boxes is logged."""
+    opt = make_opt(data_path=str(tmp_path / "data"), img_dim=256, position=position)
+    vocab = deserialize_vocab(str(tmp_path / "vocab/toy_precomp_vocab.json"))
+    warn_of_boxes(PrecompDataset(str(tmp_path / "data/toy_precomp"), "train", vocab, opt))
+
+
+def test_boxes_that_belong_to_the_features_are_said_to(tmp_path, folder, caplog):
     status, lines = check(tmp_path)
     assert status == 0 and any("40 images" in line and "regions that overlap look alike: 0." in line for line in lines)
+    train(tmp_path, "attention")
+    assert not caplog.messages
 
 
-@pytest.mark.parametrize("order", ["shifted", "reversed", "regions"])
-def test_boxes_of_other_images_or_regions_are_wrong(tmp_path, folder, order):
-    boxes = np.load(folder / "train_boxes.npy")
-    changed = {"shifted": np.roll(boxes, 1, axis=0), "reversed": boxes[::-1], "regions": boxes[:, ::-1]}[order]
-    np.save(folder / "train_boxes.npy", changed)
+ORDERS = {
+    "shifted": lambda grids: np.roll(grids, 1, axis=0),
+    "reversed": lambda grids: grids[::-1],
+    "regions": lambda grids: grids[:, ::-1],
+    "one missing": lambda grids: np.r_[grids[:10], grids[11:], grids[:1]],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_boxes_of_other_images_or_regions_are_wrong_and_training_warns_of_them(tmp_path, folder, caplog, order):
+    np.save(folder / "train_boxes.npy", ORDERS[order](np.load(folder / "train_boxes.npy")))
     status, lines = check(tmp_path)
     [wrong] = wrongs(lines)
     assert status == 1 and "train_boxes.npy: of other images or regions than" in wrong and "scripts/align.py" in wrong
     assert check(tmp_path, "--position", "none")[0] == 0
+    train(tmp_path, "attention")
+    (message,) = caplog.messages
+    assert message.startswith(f"{folder}/train_boxes.npy: of other images or regions") and "align.py" in message
+    train(tmp_path, "none")
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("what", ["random features", "fixed windows"])

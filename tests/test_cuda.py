@@ -26,7 +26,6 @@ from evaluation import LogCollector, evalrank, load_split, score_shards
 from lib.gpu import keep_features
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ScoreConfig, xattn_score
 from scripts.search.build import open_or_build
-from scripts.search.collection import Collection
 from Tencent_PFAN import evaluation_whole, model_whole
 from Tencent_PFAN.scoring import Scorer
 from vocab import Vocabulary
@@ -181,8 +180,8 @@ def embeddings(n_images, n_captions, dim=16):
     return torch.from_numpy(images), torch.from_numpy(words), lens
 
 
-def scores_of(images, words, lens, device, shard_size, way="t2i", score=xattn_score):
-    config = ScoreConfig.of(make_opt(), way)
+def scores_of(images, words, lens, device, shard_size, score=xattn_score):
+    config = ScoreConfig.of(make_opt())
     ask, device = (lambda *shard: score(*shard, config)), torch.device(device)
     return score_shards((images,), (words, lens), ask, device, shard_size)
 
@@ -197,13 +196,6 @@ def test_scoring_sends_both_sides_once(cuda):
 
     scores_of(images, words, lens, "cuda:0", 512, score=score_one)
     assert cuda.sent <= 1.1 * (images.nbytes + words.nbytes)
-
-
-@pytest.mark.parametrize("way", ["t2i", "i2t"])
-def test_scores_are_those_of_the_cpu(way, cuda):
-    some = embeddings(40, 90)
-    expected, scores = (scores_of(*some, device, 16, way) for device in ("cpu", "cuda:0"))
-    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-5)
 
 
 @simulated
@@ -242,7 +234,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(place, cuda):
+def test_training_saving_resuming_and_ranking_give_the_cpus_results(place, cuda):
     stored = []
     for name in ("cpu", "cuda"):
         flags = f"--device {name if name == 'cpu' else 'cuda:0'} --num_epochs"
@@ -256,15 +248,6 @@ def test_training_saving_resuming_ranking_and_searching_give_the_cpus_results(pl
     paths = [str(place.root / name / "checkpoint_2.pth.tar") for name in ("cpu", "cuda")]
     cpu, gpu = (evalrank(paths, split="test", device=device) for device in ("cpu", "cuda:0"))
     assert gpu["rsum"] == pytest.approx(cpu["rsum"], abs=1e-3)
-    found = []
-    for device in ("cpu", "cuda:0"):
-        collection = Collection.encode(*load_split(paths[0], None, None, "test", device=device))
-        rows, scores = collection.search("a man runs", 3)
-        captions, caption_scores = collection.search_captions(collection.image(0), 3)
-        attention = collection.attention(collection.image(0), collection.caption(0))
-        found.append([rows, scores, captions, caption_scores, *attention])
-    for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")

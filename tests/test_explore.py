@@ -10,8 +10,6 @@ import os
 import re
 import shutil
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -19,14 +17,13 @@ import urllib.request
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from folders import write_lines
+from dataset_commands import command, fails, ok
+from folders import save_model, write_lines
 from PIL import Image
 from processes import LIMIT, serve_app, wait_for
-from test_evaluation import save_model
 
 from evaluation import encode_data, load_split, shard_xattn
-from lib.errors import InputError, run
+from lib.errors import InputError
 from scripts import explore
 from scripts.explorer import hard_cases
 from scripts.explorer.answers import Explorer, first_rank
@@ -56,9 +53,8 @@ def made(tmp_path_factory):
     root = tmp_path_factory.mktemp("explore")
     where = ("--data_path", str(root / "data"), "--data_name", "demo")
     counts = ("--train", "40", "--dev", "5", "--test", str(N_IMAGES), "--workers", "1")
-    subprocess.run([sys.executable, "scripts/demo/make_demo_data.py", *where, *counts], cwd=ROOT, check=True)
-    words = ("vocab.py", *where, "--vocab_path", str(root / "vocab"), "--threshold", "1")
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    assert command("demo/make_demo_data", *where, *counts).returncode == 0
+    ok("vocab", *where, "--vocab_path", root / "vocab", "--threshold", "1")
     paths = [root / "first.pth.tar", root / "second.pth.tar"]
     for path, position in zip(paths, ("attention", "none"), strict=True):
         here = (str(root / "data"), str(root / "vocab"))
@@ -291,15 +287,12 @@ def test_models_of_one_split_in_two_folders_are_shown_side_by_side(made, tmp_pat
         (["--model_path", "nosuch.pth.tar", "--port", "TAKEN"], ": address already in use, expected this machine's"),
     ],
 )
-def test_the_command_says_what_is_wrong_in_one_line(made, monkeypatch, capsys, flags, said):
+def test_the_command_says_what_is_wrong_in_one_line(made, flags, said):
     with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as free:
         ports = {name: str(listening.getsockname()[1]) for name, listening in (("TAKEN", taken), ("free", free))}
         free.close()
-        flags = ["--model_path", str(made[1][0]), "--port", ports["free"], *(ports.get(flag, flag) for flag in flags)]
-        monkeypatch.setattr("sys.argv", ["explore.py", *flags])
-        with pytest.raises(SystemExit) as left:
-            run(explore.main)
-    assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+        flags = ("--model_path", made[1][0], "--port", ports["free"], *(ports.get(flag, flag) for flag in flags))
+        assert said in fails("explore", *flags)
 
 
 # ---------------------------------------------------------------- image files and boxes

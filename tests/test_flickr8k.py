@@ -1,19 +1,16 @@
 """scripts/flickr8k.sh on 60 photographs of Flickr8k: from files as they are published to recalls."""
 
 import csv
-import io
 import os
 import re
 import subprocess
-import sys
 import tarfile
-from contextlib import redirect_stdout
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SHARED
+from dataset_commands import call
 from folders import write_lines
 
 from evaluation import evalrank
@@ -83,11 +80,11 @@ def test_the_chain_goes_from_photographs_to_recalls_with_intervals(trained):
         assert features.shape == (n, 24, 512) and features.dtype == np.float16 and np.isfinite(features).all()
 
 
-def printed(main, *args):
-    """What a command prints, called in this process."""
-    with patch.object(sys, "argv", ["command", *map(str, args)]), redirect_stdout(io.StringIO()) as out:
-        main()
-    return out.getvalue()
+def compare(*args):
+    """What compare_runs.py prints."""
+    done = call(compare_runs.main, "compare_runs.py", *args)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_training_photographs_are_found_far_above_chance(trained):
@@ -102,7 +99,7 @@ def test_a_run_becomes_one_row_of_the_table_of_results(trained):
     folder, _ = trained
     run, table = folder / "runs/flickr8k/t2i_attention_seed0", folder / "results.csv"
     for minutes in ("1", "2"):
-        said = printed(compare_runs.main, "record", run, "--features", "boxes", "--out", table, "--minutes", minutes)
+        said = compare("record", run, "--features", "boxes", "--out", table, "--minutes", minutes)
     with open(table, newline="") as file:
         (row,) = csv.DictReader(file)
     expected = {"model": "PFAN-A", "features": "boxes", "cross_attn": "t2i", "seed": "0", "embed_size": "64"}
@@ -112,9 +109,8 @@ def test_a_run_becomes_one_row_of_the_table_of_results(trained):
     assert f"Image to text: {' '.join(recalls[:3])} " in said and f"Text to image: {' '.join(recalls[3:])} " in said
     assert float(row["rsum_low"]) <= float(row["rsum"]) <= float(row["rsum_high"])
     ranks = run / "test_ranks.pth.tar"
-    said = printed(
-        compare_runs.main, folder / "data/flickr8k/test_caps.txt", "--first", ranks, ranks, "--second", ranks, ranks
-    )
+    captions = folder / "data/flickr8k/test_caps.txt"
+    said = compare(captions, "--first", ranks, ranks, "--second", ranks, ranks)
     assert said.startswith("50 captions, 2 seeds\n")
     assert said.count("difference +0.0, over images [+0.0, +0.0], over seeds [+0.0, +0.0]") == 7
     assert said.count("difference +0.0, over images [+0.0, +0.0]\n") == 6

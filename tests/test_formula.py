@@ -3,10 +3,12 @@ scores. test_score.py has the formula's numbers."""
 
 import contextlib
 import json
+import re
 import sys
 import traceback
 
 import numpy as np
+import processes
 import pytest
 import torch
 from conftest import ROOT, make_opt
@@ -18,7 +20,7 @@ from training import Place, load, values
 import model
 import train
 from data import PrecompDataset
-from evaluation import evalrank, load_split, shard_xattn_i2t, shard_xattn_t2i
+from evaluation import evalrank, load_split, score_split, shard_xattn_i2t, shard_xattn_t2i
 from lib.kernels import pieces
 from lib.tensors import filled
 from model import AGG_FUNC, RAW_FEATURE_NORM, SCAN, ContrastiveLoss, l2norm, leaky
@@ -127,11 +129,14 @@ def before(toy, tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument")
-@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("name", ["nothing", *EDITS])
 def test_an_edit_of_the_formula_changes_all_that_scores_on_every_device(name, toy, before, tmp_path, monkeypatch):
-    edit(monkeypatch, name)
-    after = answers(toy, tmp_path, "cpu")
-    assert [key for key, x in before.items() if np.allclose(x, after[key], atol=1e-4)] == []
+    """Also where nothing is edited, all that scores gives the CPU's numbers on a GPU."""
+    after = before
+    if name in EDITS:
+        edit(monkeypatch, name)
+        after = answers(toy, tmp_path, "cpu")
+        assert [key for key, x in before.items() if np.allclose(x, after[key], atol=1e-4)] == []
     with contextlib.nullcontext() if torch.cuda.is_available() else pretend_cuda():
         for key, x in answers(toy, tmp_path, "cuda:0").items():
             np.testing.assert_allclose(x, after[key], rtol=1e-4, atol=2e-3 if "index" in key else 1e-4, err_msg=key)
@@ -266,3 +271,27 @@ def test_from_main_to_attend_are_at_most_12_calls(tmp_path, monkeypatch):
     )
     train.main()
     assert len(found) >= 2 and all(len(names) <= 12 for names in found), found
+
+
+def test_the_variant_of_score_and_data_that_contributing_shows_word_for_word_trains_and_ranks(tmp_path, monkeypatch):
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.S)
+    (tmp_path / "mine.py").write_text(code)
+    line = [
+        sys.executable,
+        tmp_path / "mine.py",
+        *Place(tmp_path, splits={"train": 4, "test": 6, "dev": 4}).line("run"),
+    ]
+    done = processes.run(line, env={"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Images: 6, Captions: 30\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import mine
+
+    scan, loader = load_split(f"{tmp_path}/run/model_best.pth.tar", split="test", make_model=mine.Mine)
+    features, boxes = loader.dataset.features([0, 1])
+    assert torch.equal(2 * features, torch.from_numpy(np.array(loader.dataset.images[:2])))
+    words = scan.encode_captions(loader.dataset.encode_caption(0)[None], [len(loader.dataset.encode_caption(0))])
+    images = scan.encode_images(features, boxes)
+    both = [super(mine.Mine, scan).score(*images, *words, cross_attn=way) for way in ("t2i", "i2t")]
+    [sims] = score_split(scan, loader)
+    np.testing.assert_allclose(sims[:2, :1], (sum(both) / 2).detach().numpy(), atol=1e-6)

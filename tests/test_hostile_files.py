@@ -447,13 +447,6 @@ def test_a_checkpoint_with_another_value_anywhere_ends_in_success_or_one_line(va
         survive("model.pth.tar", folder)
 
 
-@pytest.mark.parametrize("awkward", AWKWARD, ids=range(len(AWKWARD)))
-def test_awkward_captions_are_read_or_refused_by_line(tmp_path, awkward):
-    (tmp_path / "captions.txt").write_bytes(b"a man\n" + awkward + b"\na dog\n")
-    error = survive("captions.txt", tmp_path)
-    assert error is None or "line " in error
-
-
 @pytest.mark.parametrize("name", ["karpathy.json", "coco.json"])
 @pytest.mark.parametrize(
     "data", [b'{"images": [\xed\xa0\x80', b'{"annotations": ' + b"[" * 100_000, b'{"images": ["\xff"]}']

@@ -4,19 +4,16 @@ import json
 import os
 import shutil
 
-import faiss
 import numpy as np
 import pytest
-import torch
+from dataset_commands import fails, ok
 from folders import make_folder, save_model, write_lines
 
 from evaluation import load_split
-from lib.errors import InputError, run
-from scripts import build_index
+from lib.errors import InputError
 from scripts.search import build as building
 from scripts.search.build import build, open_or_build
 from scripts.search.collection import Collection
-from scripts.search.first_stage import FirstStage
 from scripts.search.store import FILES, collection_folder, fingerprint, open_collection
 
 FINISHED = FILES - {"by_item.npy", "progress.json"}
@@ -72,51 +69,26 @@ def test_with_all_candidates_the_search_is_exhaustive(toy, way):
         assert captions == pytest.approx(memory.score_captions(memory.image(3)), abs=3e-3)
 
 
-def test_a_search_scores_its_candidates_exactly(built):
+def test_a_search_for_images_or_captions_scores_its_candidates_exactly(built):
     model, loader, folder = built
     collection = open_collection(folder, model, loader.dataset.vocab)
-    words = collection.embed(loader.dataset.captions[0])
-    rows = collection.first_stage.images(words, 12)
-    images, scores = collection.search(loader.dataset.captions[0], 5, candidates=12)
-    assert len(rows) == 12 and set(images) <= set(rows)
-    assert scores == pytest.approx(np.sort(collection.score_images(words)[rows])[::-1][:5], abs=1e-6)
-    assert sorted(scores, reverse=True) == scores.tolist()
-
-
-def test_some_captions_are_scored_as_in_the_whole(built):
-    model, loader, folder = built
-    collection = open_collection(folder, model, loader.dataset.vocab)
-    rows = np.array([3, 90, 17, 18])
-    some = collection.score_captions(collection.image(1), rows)
-    assert some == pytest.approx(collection.score_captions(collection.image(1))[rows], abs=1e-6)
-
-
-def test_the_first_stage_takes_each_words_nearest_anchor():
-    anchors = faiss.IndexFlatIP(2)
-    anchors.add(np.array([[1, 0], [0, 1], [-1, 0]], dtype=np.float32))
-    table = np.array([[9, 0, 1, 1], [0, 9, 1, 5], [7, 7, 7, 0]], dtype=np.float16)
-    nearest, starts = np.array([0, 0, 1, 2, 1], dtype=np.uint16), np.array([0, 1, 4, 5])
-    stage = FirstStage(True, anchors, nearest, starts, table)
-    words = torch.tensor([[0.9, 0.1], [0.2, 0.8]])  # the first two anchors: sums 9, 9, 2, 6
-    assert stage.images(words, 2).tolist() == [0, 1]
-    assert stage.images(words, 3).tolist() == [0, 1, 3]
-    assert stage.images(words, 99).tolist() == [0, 1, 2, 3]
-    # strengths of the anchors .6, .8 and 0: captions of .6, (.6 + .8 + 0) / 3 and .8 a word
-    regions = torch.tensor([[0.6, 0.0], [0.0, 0.8]])
-    assert stage.captions(regions, 1).tolist() == [2]
-    assert stage.captions(regions, 2).tolist() == [0, 2]
-    swapped = FirstStage(False, anchors, nearest, starts, table)  # i2t: the same with the roles swapped
-    assert swapped.captions(words, 3).tolist() == [0, 1, 3] and swapped.images(regions, 2).tolist() == [0, 2]
-
-
-def test_the_table_is_the_largest_product_of_anchors_and_regions(built):
-    model, loader, folder = built
-    collection = open_collection(folder, model, loader.dataset.vocab)
-    anchors = collection.first_stage.centroids.reconstruct_n(0, collection.first_stage.centroids.ntotal)
-    images = np.asarray(collection.images, dtype=np.float32)
-    expected = np.einsum("nrd,kd->knr", images, anchors).max(2)
-    assert np.asarray(collection.first_stage.table, dtype=np.float32) == pytest.approx(expected, abs=1e-3)
-    assert np.linalg.norm(anchors, axis=1) == pytest.approx(1, abs=1e-4)
+    sentence = loader.dataset.captions[0]
+    words, image = collection.embed(sentence), collection.image(3)
+    for found, rows, exact in (
+        (
+            collection.search(sentence, 5, candidates=12),
+            collection.first_stage.images(words, 12),
+            collection.score_images(words),
+        ),
+        (
+            collection.search_captions(image, 5, candidates=40),
+            collection.first_stage.captions(image, 40),
+            collection.score_captions(image),
+        ),
+    ):
+        items, scores = found
+        assert set(items) <= set(rows) and scores == pytest.approx(exact[items], abs=1e-6)
+        assert scores == pytest.approx(np.sort(exact[rows])[::-1][:5], abs=1e-6)
 
 
 def test_a_promising_first_stage_finds_most_of_the_top(built):
@@ -152,16 +124,6 @@ def test_the_first_stage_is_the_mean_over_what_attends_of_the_best_that_is_atten
         ):
             assert len(rows) == 20 and np.all(np.diff(rows) > 0)
             assert np.array(values)[rows].min() >= np.sort(values)[-20] - 2e-3  # the table is of half precision
-
-
-def test_captions_are_searched_in_two_stages_too(built):
-    model, loader, folder = built
-    collection = open_collection(folder, model, loader.dataset.vocab)
-    image = collection.image(3)
-    exact, rows = collection.score_captions(image), collection.first_stage.captions(image, 40)
-    captions, scores = collection.search_captions(image, 5, candidates=40)
-    assert set(captions) <= set(rows) and scores == pytest.approx(np.sort(exact[rows])[::-1][:5], abs=1e-6)
-    assert scores == pytest.approx(exact[captions], abs=1e-6)
 
 
 @pytest.mark.parametrize("stop_at", ["images.npy", "words.npy", "nearest.npy", "by_item.npy"])
@@ -201,38 +163,33 @@ def test_a_finished_collection_is_opened_and_not_made_again(toy, built, monkeypa
         open_or_build(toy[1]["t2i"], model, loader, "test", folder, n_centroids=16)
 
 
-def test_a_collection_of_another_model_is_refused(toy, built):
-    _, loader, folder = built
-    with pytest.raises(InputError, match="made from other checkpoint"):
-        open_or_build(toy[1]["i2t"], load(toy[1]["i2t"])[0], loader, "test", folder)
-
-
 @pytest.mark.parametrize(
     "name, change, said",
     [
-        ("test_boxes.npy", lambda rows: rows[::-1], "grids"),
-        ("test_ims.npy", lambda rows: rows + 1, "features"),
-        ("test_caps.txt", lambda lines: lines[::-1], "captions"),
+        ("data/toy_precomp/test_boxes.npy", lambda rows: rows[::-1], "grids"),
+        ("data/toy_precomp/test_ims.npy", lambda rows: rows + 1, "features"),
+        ("data/toy_precomp/test_caps.txt", lambda lines: lines[::-1], "captions"),
+        ("vocab/toy_precomp_vocab.json", lambda ids: {**ids, "ball": ids["red"], "red": ids["ball"]}, "vocabulary"),
+        ("i2t.pth.tar", None, "checkpoint"),
     ],
 )
-def test_a_collection_of_other_data_of_the_same_shape_is_refused(toy, built, tmp_path, name, change, said):
-    shutil.copytree(toy[0] / "data", tmp_path / "data")
-    path = tmp_path / "data" / "toy_precomp" / name
+def test_a_collection_of_another_model_or_of_other_data_of_the_same_shape_is_refused(
+    toy, built, tmp_path, name, change, said
+):
+    for folder in ("data", "vocab"):
+        shutil.copytree(toy[0] / folder, tmp_path / folder)
+    path = tmp_path / name
     if name.endswith(".npy"):
         np.save(path, change(np.load(path)))
-    else:
+    elif name.endswith(".txt"):
         write_lines(path, change(path.read_text().splitlines()))
-    model, loader = load_split(toy[1]["t2i"], str(tmp_path / "data"), None, "test")
+    elif name.endswith(".json"):
+        path.write_text(json.dumps({"word2idx": change(json.loads(path.read_text())["word2idx"])}))
+    checkpoint = toy[1]["i2t" if name.startswith("i2t") else "t2i"]
+    where = {"data_path": str(tmp_path / "data"), "vocab_path": str(tmp_path / "vocab")}
+    model, loader = load_split(checkpoint, split="test", **where)
     with pytest.raises(InputError, match=f"made from other {said}, --overwrite"):
-        open_or_build(toy[1]["t2i"], model, loader, "test", built[2])
-
-
-def test_a_collection_of_another_vocabulary_of_the_same_size_is_refused(toy, built):
-    model, loader = load(toy[1]["t2i"])
-    words = loader.dataset.vocab.word2idx
-    words["ball"], words["red"] = words["red"], words["ball"]
-    with pytest.raises(InputError, match="made from other vocabulary, --overwrite"):
-        open_or_build(toy[1]["t2i"], model, loader, "test", built[2])
+        open_or_build(checkpoint, model, loader, "test", built[2])
 
 
 def test_a_collection_made_before_vocabulary_and_grids_were_noted_is_opened(toy, built, tmp_path):
@@ -313,23 +270,16 @@ def test_progress_of_another_form_is_named(toy, built, tmp_path, note):
         open_or_build(toy[1]["t2i"], model, loader, "test", str(tmp_path))
 
 
-def test_the_command_builds_and_searches(toy, monkeypatch, capsys):
-    _, paths = toy
-    monkeypatch.setattr("sys.argv", ["build_index.py", "--model_path", paths["t2i"], "--query", "a red ball"])
-    build_index.main()
-    folder, printed = collection_folder(paths["t2i"], "toy_precomp", "test"), capsys.readouterr().out
+def test_the_command_builds_and_searches(toy):
+    path = toy[1]["t2i"]
+    printed = ok("build_index", "--model_path", path, "--query", "a red ball")
+    folder = collection_folder(path, "toy_precomp", "test")
     assert set(os.listdir(folder)) == FINISHED
     assert f"{folder}: {N} pictures, {2 * N} captions" in printed and printed.count("  picture ") == 10
+    assert "not in the vocabulary" not in printed
 
 
 # ---------------------------------------------------------------- words that the vocabulary lacks
-
-
-def query(monkeypatch, path, out, sentence):
-    """Run build_index.py --query as a command."""
-    line = ["build_index.py", "--model_path", path, "--out", str(out), "--query", sentence]
-    monkeypatch.setattr("sys.argv", line)
-    run(build_index.main)
 
 
 @pytest.mark.parametrize(
@@ -342,34 +292,27 @@ def query(monkeypatch, path, out, sentence):
         ("…!", "--query '…!': expected at least one word"),
     ],
 )
-def test_a_query_without_a_known_word_is_refused_before_anything_is_built(
-    toy, tmp_path, monkeypatch, capsys, sentence, said
-):
-    with pytest.raises(SystemExit) as left:
-        query(monkeypatch, toy[1]["t2i"], tmp_path / "made", sentence)
-    assert left.value.code == 2 and capsys.readouterr().err == f"error: {said}\n"
-    assert not (tmp_path / "made").exists()
+def test_a_query_without_a_known_word_is_refused_before_anything_is_built(toy, tmp_path, sentence, said):
+    made = tmp_path / "made"
+    assert fails("build_index", "--model_path", toy[1]["t2i"], "--out", made, "--query", sentence) == f"error: {said}"
+    assert not made.exists()
 
 
-def test_the_unknown_words_of_a_query_are_named(toy, built, monkeypatch, capsys):
-    query(monkeypatch, toy[1]["t2i"], built[2], "a red xyzzy plugh xyzzy")
-    printed = capsys.readouterr().out
+def test_the_unknown_words_of_a_query_are_named(toy, built):
+    words = "a red xyzzy plugh xyzzy"
+    printed = ok("build_index", "--model_path", toy[1]["t2i"], "--out", built[2], "--query", words)
     assert "not in the vocabulary, read as <unk>: xyzzy, plugh\n" in printed and printed.count("  picture ") == 10
-    query(monkeypatch, toy[1]["t2i"], built[2], "a red ball")
-    assert "not in the vocabulary" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- pictures without captions
 
 
 @pytest.mark.parametrize("way", ["t2i", "i2t"])
-def test_pictures_without_captions_are_encoded_and_searched(toy, tmp_path, monkeypatch, capsys, way):
+def test_pictures_without_captions_are_encoded_and_searched(toy, tmp_path, way):
     shutil.copytree(toy[0] / "data", tmp_path / "data")
     os.remove(tmp_path / "data" / "toy_precomp" / "test_caps.txt")
-    line = ["build_index.py", "--model_path", toy[1][way], "--data_path", str(tmp_path / "data")]
-    monkeypatch.setattr("sys.argv", [*line, "--out", str(tmp_path / "made"), "--query", "a red ball"])
-    run(build_index.main)
-    printed = capsys.readouterr().out
+    where = ("--data_path", tmp_path / "data", "--out", tmp_path / "made")
+    printed = ok("build_index", "--model_path", toy[1][way], *where, "--query", "a red ball")
     assert f"{tmp_path / 'made'}: {N} pictures, 0 captions" in printed and printed.count("  picture ") == 10
     model, loader = load_split(toy[1][way], str(tmp_path / "data"), None, "test", captions_optional=True)
     collection = open_collection(str(tmp_path / "made"), model, loader.dataset.vocab)

@@ -1,7 +1,5 @@
 """Encoders and the training step against the formulas in reference.py; test_score.py has the score and the loss."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import reference
@@ -10,8 +8,8 @@ from conftest import make_opt
 from folders import random_batch
 
 from evaluation import LogCollector
-from lib.errors import InputError
 from model import SCAN, EncoderImagePrecomp
+from Tencent_PFAN import model_whole
 
 
 def close(ours, expected, rtol=1e-4, atol=1e-5):
@@ -25,18 +23,6 @@ def double(state):
     return {name: value.double() for name, value in state.items()}
 
 
-@pytest.mark.parametrize("no_norm", [False, True])
-@pytest.mark.parametrize("position", ["attention", "area", "none"])
-@pytest.mark.parametrize("encoder", ["basic", "weight_norm"])
-def test_region_embeddings_follow_the_formulas(encoder, position, no_norm):
-    model = SCAN(make_opt(precomp_enc_type=encoder, position=position, no_imgnorm=no_norm))
-    images, boxes, *_ = random_batch()
-    state = double(model.state_dict()[0])
-    ours = model.img_enc(images, boxes)
-    for embedding, features, box in zip(ours, images.double(), boxes.double(), strict=True):
-        close(embedding, reference.image_embedding(state, features, box, position, not no_norm))
-
-
 def test_the_number_of_cells_and_the_size_of_their_embedding_are_honoured():
     encoder = EncoderImagePrecomp(64, 32, split_size=4, position_embed_size=7)
     assert encoder.position_embedding.weight.shape == (17, 7) and encoder.fc.weight.shape == (32, 71)
@@ -45,12 +31,6 @@ def test_the_number_of_cells_and_the_size_of_their_embedding_are_honoured():
     state = double(encoder.state_dict())
     for embedding, features, box in zip(encoder(images, boxes), images.double(), boxes.double(), strict=True):
         close(embedding, reference.image_embedding(state, features, box))
-
-
-def test_the_31st_value_of_a_box_changes_nothing():
-    model = SCAN(make_opt())
-    images, boxes, *_ = random_batch()
-    assert torch.equal(model.img_enc(images, boxes), model.img_enc(images, boxes[..., :30]))
 
 
 def test_a_region_without_a_box_takes_part_like_any_other():
@@ -65,80 +45,72 @@ def test_a_region_without_a_box_takes_part_like_any_other():
 @pytest.mark.parametrize("no_norm", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("bi_gru", [True, False])
-def test_word_embeddings_follow_the_formulas(bi_gru, num_layers, no_norm):
-    model = SCAN(make_opt(bi_gru=bi_gru, num_layers=num_layers, no_txtnorm=no_norm))
-    *_, captions, lens = random_batch()
-    state = double(model.state_dict()[1])
-    ours, _ = model.txt_enc(captions, lens)
-    assert ours.shape == (3, 6, 32)
-    for embedding, ids, n in zip(ours, captions, lens, strict=True):
-        close(embedding[:n], reference.caption_embedding(state, ids[:n], num_layers, bi_gru, not no_norm))
-        assert not embedding[n:].any()
-
-
-@pytest.mark.parametrize(("bi_gru", "num_layers"), [(True, 1), (False, 1), (True, 2), (False, 3)])
-def test_gradients_of_the_text_encoder_follow_the_formulas(bi_gru, num_layers):
-    encoder = SCAN(make_opt(bi_gru=bi_gru, num_layers=num_layers)).txt_enc
+def test_word_embeddings_and_their_gradients_follow_the_formulas(bi_gru, num_layers, no_norm):
+    encoder = SCAN(make_opt(bi_gru=bi_gru, num_layers=num_layers, no_txtnorm=no_norm)).txt_enc
     *_, captions, lens = random_batch((2, 6, 1, 4))
     state = {name: value.detach().double().requires_grad_() for name, value in encoder.named_parameters()}
     weights = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(0))
-    (encoder(captions, lens)[0] * weights).sum().backward()
-    for ids, n, weight in zip(captions, lens, weights, strict=True):
-        (reference.caption_embedding(state, ids[:n], num_layers, bi_gru) * weight[:n]).sum().backward()
+    ours, _ = encoder(captions, lens)
+    assert ours.shape == (4, 6, 32)
+    (ours * weights).sum().backward()
+    for embedding, ids, n, weight in zip(ours, captions, lens, weights, strict=True):
+        expected = reference.caption_embedding(state, ids[:n], num_layers, bi_gru, not no_norm)
+        close(embedding[:n], expected)
+        assert not embedding[n:].any()
+        (expected * weight[:n]).sum().backward()
     for name, parameter in encoder.named_parameters():
         close(parameter.grad, state[name].grad, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("no_norm", [False, True])
 @pytest.mark.parametrize("position", ["attention", "area", "none"])
 @pytest.mark.parametrize("kind", ["basic", "weight_norm"])
-def test_gradients_of_the_image_encoder_follow_the_formulas(kind, position):
-    encoder = SCAN(make_opt(precomp_enc_type=kind, position=position)).img_enc
+def test_region_embeddings_and_their_gradients_follow_the_formulas(kind, position, no_norm):
+    encoder = SCAN(make_opt(precomp_enc_type=kind, position=position, no_imgnorm=no_norm)).img_enc
     images, boxes, *_ = random_batch()
     state = {name: value.detach().double().requires_grad_() for name, value in encoder.named_parameters()}
     weights = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(0))
-    (encoder(images, boxes) * weights).sum().backward()
-    for features, box, weight in zip(images.double(), boxes.double(), weights, strict=True):
-        (reference.image_embedding(state, features, box, position) * weight).sum().backward()
+    ours = encoder(images, boxes)
+    assert torch.equal(ours, encoder(images, boxes[..., :30])), "the 31st value of a box changes nothing"
+    (ours * weights).sum().backward()
+    for embedding, features, box, weight in zip(ours, images.double(), boxes.double(), weights, strict=True):
+        expected = reference.image_embedding(state, features, box, position, not no_norm)
+        close(embedding, expected)
+        (expected * weight).sum().backward()
     for name, parameter in encoder.named_parameters():
         close(parameter.grad, state[name].grad, rtol=1e-3, atol=1e-4)
-
-
-def test_a_caption_is_embedded_alike_in_any_company_and_order():
-    model = SCAN(make_opt(num_layers=2))
-    *_, captions, lens = random_batch((9, 2, 5, 5, 1))
-    together, _ = model.txt_enc(captions, lens)
-    for i, n in enumerate(lens):
-        close(model.txt_enc(captions[i : i + 1, :n], [n])[0][0], together[i, :n], atol=1e-6)
 
 
 # ---------------------------------------------------------------- the model
 
 
-def test_forward_emb_gives_embeddings_and_the_lengths():
-    model = SCAN(make_opt())
-    img_emb, cap_emb, cap_lens = model.forward_emb(*random_batch())
-    assert img_emb.shape == (3, 4, 32) and cap_emb.shape == (3, 6, 32) and list(cap_lens) == [6, 4, 1]
-    assert img_emb.requires_grad and cap_emb.requires_grad
-    assert not model.forward_emb(*random_batch(), volatile=True)[0].requires_grad
+def scan_of(position, **flags):
+    """A model of this position, or the whole-image variant; and batches for it."""
+    whole = position == "whole"
+    scan = (model_whole.SCAN if whole else SCAN)(make_opt(position="area" if whole else position, **flags))
+    return scan, lambda *lens: random_batch(lens, whole=whole)
 
 
-@pytest.mark.parametrize("position", ["attention", "area", "none"])
+@pytest.mark.parametrize("position", ["attention", "area", "none", "whole"])
 @pytest.mark.parametrize("encoder", ["basic", "weight_norm"])
 @pytest.mark.parametrize("max_violation", [True, False])
 def test_training_lowers_the_loss(encoder, position, max_violation):
     torch.manual_seed(0)
-    model = SCAN(make_opt(precomp_enc_type=encoder, position=position, max_violation=max_violation, learning_rate=0.01))
-    losses = [model.train_emb(*random_batch((6, 4, 3, 1))).item() for _ in range(20)]
+    model, batch = scan_of(
+        position, precomp_enc_type=encoder, max_violation=max_violation, learning_rate=0.01, bi_gru=max_violation
+    )
+    losses = [model.train_emb(*batch(6, 4, 3, 1)).item() for _ in range(20)]
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_a_batch_of_one_costs_nothing_and_changes_nothing_but_trains():
-    for way in ("t2i", "i2t"):
-        for max_violation in (True, False):
-            model = SCAN(make_opt(cross_attn=way, max_violation=max_violation))
-            before = [parameter.clone() for parameter in model.params]
-            assert model.train_emb(*random_batch((4,))).item() == 0
-            assert all(torch.equal(a, b) for a, b in zip(before, model.params, strict=True))
+@pytest.mark.parametrize("position", ["attention", "whole"])
+@pytest.mark.parametrize("way", ["t2i", "i2t"])
+@pytest.mark.parametrize("max_violation", [True, False])
+def test_a_batch_of_one_costs_nothing_and_changes_nothing_but_trains(position, way, max_violation):
+    model, batch = scan_of(position, cross_attn=way, max_violation=max_violation)
+    before = [parameter.clone() for parameter in model.params]
+    assert model.train_emb(*batch(4)).item() == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.params, strict=True))
 
 
 @pytest.mark.parametrize("position", ["attention", "area", "none"])
@@ -190,33 +162,10 @@ def test_train_emb_counts_steps_and_logs():
     meters = model.logger.meters
     assert meters["Eit"].val == 2 and meters["lr"].val == 2e-4 and meters["Le"].val == losses[1]
     assert meters["Le"].avg == pytest.approx(sum(losses) / 2, rel=1e-4)
-
-
-def test_train_and_val_start_switch_both_encoders():
-    model = SCAN(make_opt())
+    assert [model.forward_emb(*batch, volatile=x)[0].requires_grad for x in (False, True)] == [True, False]
     for start, training in ((model.val_start, False), (model.train_start, True)):
         start()
         assert (model.img_enc.training, model.txt_enc.training) == (training, training)
-
-
-@pytest.mark.parametrize(
-    "name", ["position", "precomp_enc_type", "raw_feature_norm", "agg_func", "cross_attn", "matmul_precision"]
-)
-def test_an_unknown_choice_is_an_error_that_names_flag_and_value(name):
-    with pytest.raises(InputError, match=f"--{name} sideways: expected "):
-        SCAN(make_opt(**{name: "sideways"}))
-
-
-def test_an_unknown_device_is_an_error_that_names_it():
-    with pytest.raises(InputError, match="--device abacus"):
-        SCAN(make_opt(device="abacus"))
-
-
-def test_options_without_the_newer_flags_mean_pfan_a_in_full_precision():
-    opt = SimpleNamespace(**vars(make_opt()))
-    model = SCAN(opt)
-    assert hasattr(model.img_enc, "fc_att")
-    assert torch.isfinite(model.train_emb(*random_batch()))
 
 
 def test_start_values():
@@ -226,13 +175,9 @@ def test_start_values():
         bound = (6 / (64 + 200 + 32)) ** 0.5
         largest = getattr(fc, weight).abs().max().item()
         assert 0.98 * bound < largest <= bound and not fc.bias.any()
+    assert fc.weight_g.item() == pytest.approx(fc.weight_v.norm().item(), rel=1e-6)
     words = SCAN(make_opt()).txt_enc.embed.weight
     assert 0.098 < words.abs().max().item() <= 0.1 and abs(words.mean().item()) < 0.01
-
-
-def test_weight_norm_starts_with_the_length_of_its_weight():
-    fc = SCAN(make_opt(precomp_enc_type="weight_norm")).img_enc.fc
-    assert fc.weight_g.item() == pytest.approx(fc.weight_v.norm().item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])

@@ -7,7 +7,7 @@ import resource
 
 import numpy as np
 import pytest
-from dataset_commands import D, R, detected, fails, no_leftovers, ok
+from dataset_commands import Calls, D, R, detected, fails, no_leftovers, ok
 from folders import write_lines
 
 from lib.datasets import plain_pickle
@@ -164,24 +164,18 @@ def test_files_extracted_again_are_not_taken_for_the_old_ones(tmp_path):
     assert "made otherwise; --overwrite" in fails("npz_to_dataset", *args)
 
 
-def test_linked_folders_are_followed_once(tmp_path):
-    write_info(tmp_path / "disk", images_of(2))
+def test_linked_folders_are_followed_once_and_names_that_are_not_utf8_are_named(tmp_path):
+    write_info(tmp_path / "disk", images_of(3))
     write_transposed(tmp_path / "in", images_of(1, seed=1))
-    (tmp_path / "in/0.npz").rename(tmp_path / "in/2.npz")
+    (tmp_path / "in/0.npz").rename(tmp_path / "in/3.npz")
     (tmp_path / "in/link").symlink_to(tmp_path / "disk")
     (tmp_path / "disk/round").symlink_to(tmp_path / "in")
-    out = ok("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
-    assert "train: 3 of 3 images" in out and (tmp_path / "o/train_ids.txt").read_text() == "2\n0\n1\n"
-
-
-def test_names_that_are_not_utf8_are_named_and_left_out(tmp_path):
-    write_info(tmp_path / "in", images_of(2))
-    os.rename(tmp_path / "in/1.npz", os.fsencode(tmp_path / "in") + b"/caf\xe9.npz")
-    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
-    assert "1 unreadable" in fails("npz_to_dataset", *args)
+    os.rename(tmp_path / "disk/2.npz", os.fsencode(tmp_path / "disk") + b"/caf\xe9.npz")
+    args = ("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
+    assert "1 unreadable" in fails(*args)
     assert r"caf\udce9.npz: unreadable: the name is not UTF-8" in (tmp_path / "o/npz_problems.txt").read_text()
-    ok("npz_to_dataset", *args, "--skip_bad")
-    assert (tmp_path / "o/train_ids.txt").read_text() == "0\n"
+    ok(*args, "--skip_bad")
+    assert (tmp_path / "o/train_ids.txt").read_text() == "3\n0\n1\n"
 
 
 def test_what_is_no_folder_and_files_of_another_kind_are_named(tmp_path):
@@ -219,16 +213,6 @@ def test_a_image_without_a_size_is_named(tmp_path):
 
 
 # ---------------------------------------------------------------- hostile files
-
-
-class Calls:
-    """Unpickled freely, it calls a function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
 
 
 def repeated(depth, n):

@@ -1,9 +1,11 @@
-"""Windows and macOS: no module needs what only POSIX systems have, and loading processes may be spawned."""
+"""Every command starts; on Windows and macOS too: nothing needs what only POSIX systems have; spawned processes."""
 
 import os
 import sys
 
+import pytest
 from conftest import ROOT
+from dataset_commands import command
 from folders import make_folder
 from processes import run
 
@@ -54,3 +56,12 @@ def test_training_loads_data_with_spawned_processes(tmp_path):
     done = run([sys.executable, tmp_path / "spawned.py", *flags.split(), "--device", "cpu"], env=env)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "model_best.pth.tar").is_file()
+
+
+TOOLS = "tsv_to_dataset npz_to_dataset align captions_to_dataset check_data position extract_features"
+
+
+@pytest.mark.parametrize("name", [*TOOLS.split(), "vocab", "download_data"])
+def test_every_tool_starts_as_a_file_and_shows_an_example(name):
+    done = command(name, "--help")
+    assert done.returncode == 0 and "example: python " in done.stdout, done.stderr

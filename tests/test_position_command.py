@@ -215,29 +215,6 @@ def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):
     assert os.listdir(tmp_path) == ["i.json"]
 
 
-def test_what_a_line_quotes_of_a_file_is_short(tmp_path):
-    long = "x" * 3000
-    (tmp_path / "ids.txt").write_text(long + "\n")
-    np.savez(tmp_path / "b.npz", **{long[:99] + str(i): np.zeros(1) for i in range(30)})
-    image, box = {"id": 1, "height": 5, "width": 5}, {"image_id": 1, "bbox": [0, 0, 3, 3]}
-    for name, images, boxes, more, said in (
-        ("lost", [image], [box], ("--ids", tmp_path / "ids.txt"), "no image 'xxx"),
-        ("bbox", [image], [{**box, "bbox": long}], (), "image '1', box 0: bbox 'xxx"),
-        ("deep", [image], [{**box, "bbox": [[long]]}], (), "image '1', box 0: bbox [['xxx"),
-        ("many", [{**image, "id": long}], [{**box, "image_id": long}] * 2, ("--n_regions", 1), "has more than 1 boxes"),
-        ("size", [{**image, "height": long}], [box], (), "no image sizes in it"),
-        ("back", [{**image, "id": long}], [{"image_id": long, "bbox": [3, 3, -1, -1]}], (), "corners are reversed"),
-        ("b.npz", [], [], (), "expected boxes or bboxes"),
-    ):
-        path = tmp_path / name
-        if not name.endswith(".npz"):
-            path = tmp_path / f"{name}.json"
-            path.write_text(json.dumps({"images": images, "annotations": boxes}))
-        message = fails("position", path, "--out", tmp_path / "o.npy", *more)
-        assert message.startswith(f"error: {path}: ") and said in message
-        assert len(message) < len(str(path)) + 300, message
-
-
 def test_the_pages_of_a_file_of_boxes_are_given_back(tmp_path):
     """Half a gigabyte read in blocks, of a sparse file: what is resident grows by a few MB, not by all of it."""
     boxes = np.lib.format.open_memmap(tmp_path / "b.npy", "w+", np.float32, (1 << 20, R // 3, 4 * 3))

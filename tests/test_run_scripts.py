@@ -1,4 +1,4 @@
-"""run_train.sh and run_eval.sh: the commands that they run."""
+"""run_train.sh, the whole-image variant's as well, and run_eval.sh: the commands that they run."""
 
 import os
 import shutil
@@ -10,20 +10,20 @@ from conftest import ROOT
 
 @pytest.fixture
 def script(tmp_path):
-    """script(name, *words) runs a script in a copy of the folder scripts with a python that prints its words.
+    """script(path, *words) runs a copy of a script with a python that prints its words.
 
     Returns exit status, the commands that were run, and what stood on stderr but for the shell's trace.
     """
-    (tmp_path / "scripts").mkdir()
-    (tmp_path / "bin").mkdir()
+    for folder in ("scripts", "Tencent_PFAN", "bin"):
+        (tmp_path / folder).mkdir()
     python = tmp_path / "bin/python"
     python.write_text('#!/bin/sh\necho "ran: $*"\n')
     python.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
 
-    def run(name, *words):
-        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
-        done = subprocess.run(["sh", tmp_path / "scripts" / name, *words], env=env, capture_output=True, text=True)
+    def run(path, *words):
+        shutil.copy(ROOT / path, tmp_path / path)
+        done = subprocess.run(["sh", tmp_path / path, *words], env=env, capture_output=True, text=True)
         ran = [line.removeprefix("ran: ") for line in done.stdout.splitlines() if line.startswith("ran: ")]
         rest = [line for line in done.stdout.splitlines() if not line.startswith("ran: ")]
         return done.returncode, ran, rest, [line for line in done.stderr.splitlines() if not line.startswith("+ ")]
@@ -44,7 +44,7 @@ def trained(tmp_path):
 
 def test_flickr30k_is_ranked_once_with_both_models(script, trained):
     trained("f30k")
-    status, ran, rest, errors = script("run_eval.sh", "--intervals")
+    status, ran, rest, errors = script("scripts/run_eval.sh", "--intervals")
     assert (status, len(ran), rest, errors) == (0, 1, [], [])
     assert "runs/f30k_precomp/t2i_attention/model_best.pth.tar runs/f30k_precomp/i2t_attention/model_best" in ran[0]
     assert ran[0].endswith("--split test --intervals")
@@ -52,40 +52,45 @@ def test_flickr30k_is_ranked_once_with_both_models(script, trained):
 
 def test_runs_that_start_small_are_ranked_as_they_are_trained(script, trained):
     trained("f30k", "attention_small")
-    status, [command], _, errors = script("run_eval.sh", "small")
+    status, [command], _, errors = script("scripts/run_eval.sh", "small")
     assert (status, errors) == (0, []) and "t2i_attention_small/model_best" in command
-    status, [command], _, _ = script("run_train.sh", "i2t", "small")
+    status, [command], _, _ = script("scripts/run_train.sh", "i2t", "small")
     assert status == 0 and "--model_name ./runs/f30k_precomp/i2t_attention_small/ " in command
 
 
 def test_coco_ranks_test_first_and_says_what_testall_needs(script, trained, tmp_path):
     trained("coco", "area")
-    status, ran, rest, errors = script("run_eval.sh", "coco", "area")
+    status, ran, rest, errors = script("scripts/run_eval.sh", "coco", "area")
     assert (status, len(ran), errors) == (0, 1, []) and ran[0].endswith("--split test")
     assert "testall_boxes.npy is missing" in rest[0] and "tsv_to_dataset.py" in "".join(rest)
     (tmp_path / "data/coco_precomp").mkdir(parents=True)
     (tmp_path / "data/coco_precomp/testall_boxes.npy").touch()
-    status, ran, rest, errors = script("run_eval.sh", "coco", "area")
+    status, ran, rest, errors = script("scripts/run_eval.sh", "coco", "area")
     assert [line.partition("--split ")[2] for line in ran] == ["test", "testall --fold5", "testall"]
     assert (status, rest, errors) == (0, [], [])
 
 
 def test_a_training_that_is_missing_is_named_with_its_command(script, trained):
     trained("coco", ways=["t2i"])
-    status, ran, _, errors = script("run_eval.sh", "coco")
+    status, ran, _, errors = script("scripts/run_eval.sh", "coco")
     assert (status, ran) == (2, []) and len(errors) == 1
     assert "i2t_attention/model_best.pth.tar: no such file; sh scripts/run_train.sh coco i2t attention" in errors[0]
 
 
+OF_ALL = "--max_violation --bi_gru --agg_func=Mean --num_epochs=30 --lr_update=15 --batch_size=128 --val_step=2000000"
+
+
 @pytest.mark.parametrize(
-    ("words", "flags"),
+    ("path", "words", "flags"),
     [
-        ([], "--cross_attn=t2i --lambda_softmax=9 --learning_rate=.0002 --position=attention"),
-        (["coco", "i2t", "area"], "--cross_attn=i2t --lambda_softmax=4 --learning_rate=.0005 --position=area"),
-        (["f30k", "small"], "--learning_rate=.0002 --position=attention --position_init=0.02 --mean_warmup_epochs=1"),
+        ("scripts", "", "--cross_attn=t2i --lambda_softmax=9 --learning_rate=.0002 --position=attention"),
+        ("scripts", "coco i2t area", "--cross_attn=i2t --lambda_softmax=4 --learning_rate=.0005 --position=area"),
+        ("Tencent_PFAN", "", "--cross_attn=t2i --lambda_softmax=9 --learning_rate=.0002 --lambda_whole=2"),
+        ("Tencent_PFAN", "i2t", "--cross_attn=i2t --lambda_softmax=4 --embed_size=512 --lambda_whole=2"),
+        ("scripts", "f30k small", "--learning_rate=.0002 --position_init=0.02 --mean_warmup_epochs=1"),
     ],
 )
-def test_the_published_runs(script, words, flags):
-    status, [command], _, errors = script("run_train.sh", *words, "--seed", "3")
+def test_the_published_runs(script, path, words, flags):
+    status, [command], _, errors = script(f"{path}/run_train.sh", *words.split(), "--seed", "3")
     assert (status, errors) == (0, [])
-    assert set(flags.split()) <= set(command.split()) and command.endswith("--seed 3")
+    assert {*OF_ALL.split(), *flags.split()} <= set(command.split()) and command.endswith("--seed 3")

@@ -89,7 +89,7 @@ def check_loss(opt, images, captions, lens, bound=1e-10):
 @example(shape={"n_images": 4, "n_regions": 5, "lens": [6, 1, 3, 1], "seed": 1})
 @example(shape={"n_images": 4, "n_regions": 1, "lens": [2], "seed": 2})
 def test_scores_losses_and_gradients_follow_the_formulas(padded, norm, agg, way, shape):
-    """In float64 within 1e-10; all pairs at once or some of them."""
+    """In float64 within 1e-10, in float32 within 1e-4; all pairs at once or some of them."""
     opt = make_opt(raw_feature_norm=norm, agg_func=agg, cross_attn=way)
     images, captions = embeddings(**shape)
     lens, n = shape["lens"], min(len(images), len(captions))
@@ -100,20 +100,11 @@ def test_scores_losses_and_gradients_follow_the_formulas(padded, norm, agg, way,
             ours = XATTN_SCORE[way](images, captions, form, opt)
             assert ours.shape == expected.shape
             close(ours, expected, 1e-10)
+        close(XATTN_SCORE[way](images.float(), captions.float(), lens, opt), expected, 1e-4)
         ours = xattn_score(images, captions, lens, ScoreConfig.of(opt, way), pairs)
         close(ours, expected[pairs[:, 0], pairs[:, 1]], 1e-10)
         for opt.max_violation in (True, False):
             check_loss(opt, images[:n], captions[:n], lens[:n])
-
-
-@both_forms
-@every_row
-def test_scores_in_float32_are_close_to_the_formulas(padded, norm, agg, way):
-    opt = make_opt(raw_feature_norm=norm, agg_func=agg, cross_attn=way)
-    images, captions = embeddings(3, 5, [6, 1, 3, 1], seed=1)
-    with captions_in(padded):
-        ours = XATTN_SCORE[way](images.float(), captions.float(), [6, 1, 3, 1], opt)
-    close(ours, reference.scores(images, captions, [6, 1, 3, 1], opt), 1e-4)
 
 
 @both_forms
@@ -286,15 +277,6 @@ def test_medium_multiplies_in_bfloat16_and_keeps_scores_and_recalls(way, calls):
     one = np.repeat([100 / 60, 100 / 300], 3) + 1e-9  # a single image or caption
     assert (abs(ranks(medium) - ranks(scores)) <= one).all()
     assert ranks(scores).min() < 90
-
-
-@pytest.mark.parametrize("D", [1, 2, 37, 1024])
-def test_products_in_bfloat16_are_within_its_precision(D):
-    X, captions, _ = split(D=D)
-    left, right = X.flatten(0, 1)[:50], captions.flatten(0, 1)[:70]
-    S = pieces.multiply(pieces.factor(left, True), pieces.factor(right, True))
-    assert S.dtype == torch.float32
-    np.testing.assert_allclose(S, left.double() @ right.double().T, rtol=0, atol=2**-7)
 
 
 def test_high_and_processors_without_bfloat16_or_oneDNN_stay_in_float32(monkeypatch, calls):

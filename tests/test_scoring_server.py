@@ -15,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from conftest import ROOT
-from processes import LIMIT, run, started, wait_for
+from dataset_commands import call
+from processes import LIMIT, free_ports, run, started, wait_for
 from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, post, scorer_of, serve
 
-from lib import errors
 from Tencent_PFAN import bodies
 from Tencent_PFAN.scan_server_whole import get_parser, main
 from Tencent_PFAN.scoring import Scorer, caption
@@ -135,11 +135,6 @@ def test_a_box_that_reaches_outside_is_clipped(port):
         scores(port, {**request, "boxes": [{**request["boxes"][0], "boxes": encode(b)}]}) for b in (inside, outside)
     ]
     np.testing.assert_array_equal(*ours)
-
-
-def test_need_box_whole_models_are_served(tmp_path):
-    with serve(scorer_of(str(tmp_path), need_box_whole=True)) as port:
-        assert np.isfinite(scores(port, make_request(2))).all()
 
 
 def test_images_that_come_again_are_not_encoded_again_and_the_cache_has_an_end(tmp_path):
@@ -517,12 +512,10 @@ def test_the_key_of_the_environment_is_not_shown(monkeypatch):
         (["--host", "a..b"], None, "--host a..b --port 1: "),
     ],
 )
-def test_flags_that_no_server_can_keep_are_refused(monkeypatch, capsys, flags, key, said):
+def test_flags_that_no_server_can_keep_are_refused(monkeypatch, flags, key, said):
     monkeypatch.setenv("PFAN_API_KEY", key or "")
-    monkeypatch.setattr("sys.argv", ["scan_server_whole.py", "model.pth.tar", "1", *flags])
-    with pytest.raises(SystemExit) as left:
-        errors.run(main)
-    assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    done = call(main, "scan_server_whole.py", "model.pth.tar", "1", *flags)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- what people look at
@@ -558,12 +551,6 @@ def test_page_and_documentation_load_nothing_from_elsewhere(port):
 # ---------------------------------------------------------------- processes
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def answers(port, host="127.0.0.1"):
     try:
         return get(port, "/health", host=host)[0] == 200
@@ -574,7 +561,7 @@ def answers(port, host="127.0.0.1"):
 def test_sigterm_lets_what_has_begun_finish(tmp_path):
     """Also without stderr, and with a stdout that cannot encode the model's path."""
     (tmp_path / "modèle").mkdir()
-    model, port = make_model(str(tmp_path / "modèle")), free_port()
+    model, (port,) = make_model(str(tmp_path / "modèle")), free_ports(1)
     script = str(ROOT / "Tencent_PFAN/scan_server_whole.py")
     command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, script, model, str(port), "--threads", "1"]
     environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii"}
@@ -600,7 +587,7 @@ scan_server_whole.run(scan_server_whole.main)
 
 
 def test_sigterm_ends_a_server_whose_scoring_hangs(tmp_path):
-    model, port = make_model(str(tmp_path)), free_port()
+    model, (port,) = make_model(str(tmp_path)), free_ports(1)
     command = [sys.executable, "-c", HANGING, model, str(port), "--threads", "1", "--timeout", "1"]
     with started(command, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) as process:
         wait_for(lambda: answers(port))
@@ -616,7 +603,7 @@ def test_run_server_starts_both_models_and_stops_both(tmp_path, host, address):
         socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError:
         pytest.skip(f"this machine has no {host}")
-    model, ports = make_model(str(tmp_path)), (free_port(), free_port())
+    model, ports = make_model(str(tmp_path)), free_ports(2)
     names = {"SENTENCE_PORT": str(ports[0]), "TAG_PORT": str(ports[1]), "http_proxy": "http://proxy.invalid:1"}
     command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), model, model, "--threads", "1", "--host", host]
     environment = {**ENVIRONMENT, **names}
@@ -631,7 +618,8 @@ def test_run_server_starts_both_models_and_stops_both(tmp_path, host, address):
 
 def test_run_server_says_so_where_a_model_is_missing(tmp_path):
     command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), str(tmp_path / "none"), str(tmp_path / "none")]
-    environment = {**ENVIRONMENT, "SENTENCE_PORT": str(free_port()), "TAG_PORT": str(free_port())}
+    sentence, tag = map(str, free_ports(2))
+    environment = {**ENVIRONMENT, "SENTENCE_PORT": sentence, "TAG_PORT": tag}
     done = run(command, env=environment)
     assert done.returncode == 1
     assert "no such checkpoint" in done.stderr

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import os
 import resource
 import subprocess
@@ -85,12 +84,6 @@ def test_two_runs_do_not_write_one_split_at_once(tmp_path):
         SplitWriter(tmp_path, "train", ["a"], arrays, Origin({}))
 
 
-def test_files_of_others_are_not_replaced(tmp_path):
-    np.save(tmp_path / "train_ims.npy", np.zeros((1, 2), np.float32))
-    with pytest.raises(InputError, match="--overwrite"):
-        SplitWriter(tmp_path, "train", ["a"], {"ims": ((2,), np.float32)}, Origin({}))
-
-
 def test_memory_stays_small_while_gigabytes_are_written(tmp_path):
     """2 GB of rows in a sparse file: the process grows by a few MB."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -111,22 +104,6 @@ def test_ids_of_one_image_meet_and_repeated_lists_shrink(tmp_path):
     write_lines(tmp_path / "ids.txt", [7, 7, 8, 8])
     problems = Problems(str(tmp_path / "problems.txt"))
     assert read_ids(str(tmp_path / "ids.txt"), problems) == ["7", "8"] and not problems.total
-
-
-@pytest.mark.parametrize("form", ["id_mapping", "karpathy", "karpathy_coco"])
-def test_file_names_of_ids_are_read_in_either_form(tmp_path, form):
-    names = {"0": "a.jpg", "7": "val2014/b.jpg"}
-    value = names
-    if form == "karpathy":
-        value = {
-            "images": [{"imgid": 0, "filename": "a.jpg"}, {"imgid": 7, "filename": "b.jpg", "filepath": "val2014"}]
-        }
-    elif form == "karpathy_coco":  # ids of MS-COCO count before Karpathy's
-        images = [("a.jpg", "", 0, 3), ("b.jpg", "val2014", 7, 0)]
-        keys = ("filename", "filepath", "cocoid", "imgid")
-        value = {"images": [dict(zip(keys, image, strict=True)) for image in images]}
-    (tmp_path / "names.json").write_text(json.dumps(value))
-    assert read_file_names(str(tmp_path / "names.json")) == names
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"images": [3]}', '{"images": [{"imgid": 3}]}', '{"a": 3}'])

@@ -89,13 +89,6 @@ def test_a_run_stopped_at_any_step_ends_bit_for_bit_as_if_it_had_not_been(fit, s
         assert not (folder / "checkpoint_last.pth.tar").exists()
 
 
-def test_a_run_stopped_again_and_again_ends_the_same(fit, straight):
-    for step in (2, 3, 4, 7):
-        with pytest.raises(KeyboardInterrupt):
-            fit("often", "--resume auto", ends_at(step))
-    assert_same(load(fit("often", "--resume auto"), "checkpoint_1"), load(straight, "checkpoint_1"))
-
-
 def test_validation_is_interrupted_at_once_and_made_up_for(fit, straight, monkeypatch):
     validate = train.validate
 
@@ -218,10 +211,6 @@ def test_the_last_checkpoint_is_the_one_with_the_most_training_that_loads(tmp_pa
     (folder / "checkpoint_7.pth.tar.part").write_bytes(b"what a killed process left")
     assert last_checkpoint(str(folder))[0] == str(folder / "checkpoint_last.pth.tar")
     assert "checkpoint_2.pth.tar: not a checkpoint" in caplog.text
-
-
-def test_resume_auto_without_any_checkpoint_starts_afresh(fit, straight):
-    assert_same(load(fit("fresh", "--resume auto"), "checkpoint_1"), load(straight, "checkpoint_1"))
 
 
 def test_save_step_saves_within_epochs_and_the_file_goes_with_the_epoch(fit):

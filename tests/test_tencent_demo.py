@@ -8,18 +8,10 @@ import socket
 import numpy as np
 import pytest
 from conftest import ROOT
-from processes import run
+from processes import free_ports, run
 
 from lib.errors import InputError
 from scripts.demo.make_tencent_demo import beside_chance
-
-
-def free_ports(n):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 def test_demo_trains_serves_scores_and_ranks_well_above_chance(tmp_path):

@@ -56,14 +56,6 @@ def test_tsv_parts_become_a_dataset_in_the_order_of_the_id_lists(tmp_path, parts
         )
     assert (tmp_path / "out/test_ids.txt").read_text() == "15.jpg\nCOCO_val2014_000000000014.jpg\n"
     assert no_leftovers(tmp_path / "out")
-
-
-def test_a_second_run_leaves_finished_files_alone_and_other_settings_need_overwrite(tmp_path, parts):
-    ok("tsv_to_dataset", *tsv_args(tmp_path))
-    before = os.stat(tmp_path / "out/train_ims.npy")
-    assert "train: there already" in ok("tsv_to_dataset", *tsv_args(tmp_path))
-    after = os.stat(tmp_path / "out/train_ims.npy")
-    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     assert "--overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path, "--float16"))
     ok("tsv_to_dataset", *tsv_args(tmp_path, "--float16", "--overwrite"))
     halves = np.load(tmp_path / "out/train_ims.npy")
@@ -108,21 +100,16 @@ def test_missing_and_doubled_ids_of_a_list_are_named(tmp_path, parts):
     assert "train.txt, line 5: doubled: id 11 stands in line 2" in listed and "train, id 777: missing" in listed
 
 
-@pytest.mark.parametrize("regions, n, kept", [("best", 36, 36), ("all", 60, 50)])
-def test_adaptive_regions_are_cut_or_padded(tmp_path, regions, n, kept):
+def test_fields_of_ones_own_with_scores_choose_the_best_regions(tmp_path):
     rng = np.random.default_rng(1)
-    many, few = detected(rng, 50), detected(rng, 10)
+    boxes, features = detected(rng, 50)
     scores = rng.random(50)
     fields = "image_id,image_w,image_h,num_boxes,boxes,features,objects_conf"
-    write_lines(tmp_path / "t.tsv", [tsv_line(1, *many, 500, 375, scores), tsv_line(2, *few, 500, 375, np.ones(10))])
+    write_lines(tmp_path / "t.tsv", [tsv_line(1, boxes, features, 500, 375, scores)])
     args = (tmp_path / "t.tsv", "--all", "train", "--img_dim", D, "--fields", fields, "--out")
-    out = ok("tsv_to_dataset", *args, tmp_path / "out", "--regions", regions, "--n_regions", n)
-    assert "padded" in out
-    images, boxes = (np.load(tmp_path / f"out/train_{name}.npy") for name in ("ims", "boxes"))
-    best = np.argsort(-scores.astype("<f4"), kind="stable")[:36] if regions == "best" else np.arange(50)
-    np.testing.assert_array_equal(images[0, :kept], many[1][best])
-    np.testing.assert_array_equal(images[1, :10], few[1])
-    assert (images[1, 10:] == 0).all() and (boxes[1, 10:, :15] == 256).all() and (boxes[1, 10:, 15:] == 0).all()
+    ok("tsv_to_dataset", *args, tmp_path / "out", "--regions", "best", "--n_regions", 20)
+    best = np.argsort(-scores.astype("<f4"), kind="stable")[:20]
+    np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [features[best]])
     fails("tsv_to_dataset", *args, tmp_path / "o2")
     assert "36 (--regions fixed)" in (tmp_path / "o2/tsv_problems.txt").read_text()
 

@@ -2,19 +2,20 @@
 
 import io
 import os
-import subprocess
 import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
+from dataset_commands import fails, ok
 from folders import make_folder, save_model
 from matplotlib import font_manager
 from PIL import Image
+from processes import run
 
 from lib import events
-from lib.errors import InputError, run
+from lib.errors import InputError
 from scripts import visualize
 
 
@@ -25,6 +26,8 @@ def toy(tmp_path_factory):
     where = make_folder(root, splits={"dev": 6, "test": 8}, n_regions=4)
     save_model(root / "attention.pth.tar", *where)
     save_model(root / "none.pth.tar", *where, position="none")
+    other = make_folder(root / "other", splits={"dev": 6, "test": 8}, n_regions=4, seed=1)
+    save_model(root / "other.pth.tar", *other)  # of as many images and captions
     for name, run_mark in (("run", "a"), ("_run", "b")):
         log_run(root / name, run_mark)
     os.mkdir(root / "older")  # of a version that wrote TensorBoard's files only
@@ -58,7 +61,8 @@ def draw(*flags):
 
 
 FIGURES = [
-    ("search", "--model_path", "{}/attention.pth.tar", "--sentence", "a red ball", "--top", "2"),
+    # a price and half of an emoji
+    ("search", "--model_path", "{}/attention.pth.tar", "--sentence", "a $5 or $10_ ball \ud83d", "--top", "2"),
     ("captions", "--model_path", "{}/none.pth.tar", "--picture", "3"),  # --image as older versions call it
     ("positions", "--model_path", "{}/attention.pth.tar"),
     ("curves", "{}/run", "{}/older"),
@@ -67,11 +71,9 @@ FIGURES = [
 
 
 @pytest.mark.parametrize("flags", FIGURES, ids=[flags[0] for flags in FIGURES])
-def test_every_figure_is_written_as_a_png(toy, tmp_path, monkeypatch, flags):
+def test_every_figure_is_written_as_a_png(toy, tmp_path, flags):
     out = tmp_path / "figure.png"
-    words = [word.format(toy) for word in flags]
-    monkeypatch.setattr("sys.argv", ["visualize.py", *words, "--out", str(out), "--dpi", "40"])
-    visualize.main()
+    ok("visualize", *(word.format(toy) for word in flags), "--out", out, "--dpi", "40")
     with Image.open(out) as image:
         assert image.format == "PNG" and len(np.unique(image.convert("L"))) > 5
     assert os.listdir(tmp_path) == ["figure.png"]
@@ -86,8 +88,8 @@ def test_every_figure_is_written_as_a_png(toy, tmp_path, monkeypatch, flags):
 )
 def test_a_command_loads_only_what_it_needs(command, unneeded):
     code = f"import sys; from scripts import {command}; print(*({set(unneeded)} & set(sys.modules)))"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert loaded.stdout.split() == []
+    loaded = run([sys.executable, "-c", code], cwd=ROOT)
+    assert (loaded.returncode, loaded.stdout.split()) == (0, []), loaded.stderr
 
 
 def test_search_draws_the_attention_of_each_word(toy, capsys):
@@ -158,13 +160,6 @@ def test_a_folder_named_with_an_underscore_is_in_the_legend(toy):
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [str(toy / "_run")]
 
 
-def test_a_price_and_half_of_an_emoji_in_a_sentence_are_drawn(toy, tmp_path, monkeypatch):
-    words = ["search", "--model_path", f"{toy}/attention.pth.tar", "--sentence", "a $5 or $10_{ ball \ud83d"]
-    monkeypatch.setattr("sys.argv", ["visualize.py", *words, "--out", str(tmp_path / "x.png"), "--dpi", "40"])
-    visualize.main()
-    assert (tmp_path / "x.png").exists()
-
-
 def test_a_character_that_the_usual_font_lacks_is_drawn_by_one_that_has_it(recwarn):
     usual, *others = (
         {*font_manager.get_font(path).get_charmap()}
@@ -200,38 +195,25 @@ def test_position_maps_compare_cells_by_what_fc_makes_of_them(toy):
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", " "), "expected at least one word"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", "xyzzy!"), "is in the vocabulary (xyzzy)"),
         (("search", "--model_path", "{}/none.pth.tar", "--sentence", "a", "--top", "99"), "expected --top 1 to 10"),
+        (("ablation", "--model_path", "{}/none.pth.tar", "{}/other.pth.tar"), "other.pth.tar: ranks the test split of"),
+        (("curves", "missing", "--out", "{}"), "is no file, expected one or a free name"),  # told before the work
     ],
 )
-def test_what_cannot_be_drawn_is_said_in_one_line(toy, tmp_path, monkeypatch, capsys, flags, said):
-    words = [word.format(toy) for word in flags]
-    monkeypatch.setattr("sys.argv", ["visualize.py", *words, "--out", str(tmp_path / "x.png")])
-    with pytest.raises(SystemExit) as left:
-        run(visualize.main)
-    assert left.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1] and not os.listdir(tmp_path)
+def test_what_cannot_be_drawn_is_said_in_one_line(toy, tmp_path, flags, said):
+    command, *words = (word.format(toy) for word in flags)
+    assert said in fails("visualize", command, "--out", tmp_path / "x.png", *words) and not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize("flags", [("search", "--sentence", "a red ball"), ("captions", "--image", "3")])
-def test_features_that_give_nan_are_one_line(tmp_path, monkeypatch, capsys, flags):
+def test_features_that_give_nan_are_one_line(tmp_path, flags):
     where = make_folder(tmp_path, splits={"dev": 6, "test": 8}, n_regions=4)
     save_model(tmp_path / "model.pth.tar", *where)
     features = tmp_path / "data" / "toy_precomp" / "test_ims.npy"
     np.save(features, np.full_like(np.load(features), 3e38))  # float32's largest: sums of it are infinite
     out = tmp_path / "x.png"
-    line = ["visualize.py", *flags, "--model_path", str(tmp_path / "model.pth.tar"), "--out", str(out)]
-    monkeypatch.setattr("sys.argv", line)
-    with pytest.raises(SystemExit) as left:
-        run(visualize.main)
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert left.value.code == 2 and not out.exists()
+    last = fails("visualize", *flags, "--model_path", tmp_path / "model.pth.tar", "--out", out)
+    assert not out.exists()
     assert last.startswith(f"error: {tmp_path / 'model.pth.tar'}: image ") and f"of {features} gives NaN" in last
-
-
-def test_an_ablation_on_other_captions_of_the_same_number_is_refused(toy, tmp_path):
-    """Flickr30K's and MS-COCO's test splits both have 1,000 images of 5 captions."""
-    where = make_folder(tmp_path, splits={"dev": 6, "test": 8}, n_regions=4, seed=1)
-    save_model(tmp_path / "other.pth.tar", *where)
-    with pytest.raises(InputError, match="other.pth.tar: ranks the test split of .*, other captions than"):
-        draw("ablation", "--model_path", toy / "attention.pth.tar", tmp_path / "other.pth.tar")
 
 
 def test_a_run_that_logged_none_of_the_curves_is_refused(tmp_path):
@@ -249,9 +231,3 @@ def test_a_file_of_another_kind_is_an_error(tmp_path, name, said):
     (tmp_path / name).write_bytes(b"\xff\n" * 100)
     with pytest.raises(InputError, match=f"{name}.*: .*{said}"):
         draw("curves", tmp_path)
-
-
-def test_an_output_that_cannot_be_written_is_told_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["visualize.py", "curves", "missing", "--out", str(tmp_path)])
-    with pytest.raises(InputError, match="is no file, expected one or a free name"):
-        visualize.main()

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from conftest import ROOT
+from dataset_commands import command
 from folders import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,7 +14,6 @@ from processes import run
 
 import vocab as vocab_module
 from lib.errors import InputError
-from lib.segmentation import segment
 from Tencent_PFAN import vocab as tencent
 from vocab import (
     Vocabulary,
@@ -24,7 +24,6 @@ from vocab import (
     nltk_tokenizers,
     serialize_vocab,
     tokenize,
-    unknown_words_message,
 )
 
 
@@ -34,10 +33,6 @@ def write_captions(root, train, dev=("a",), name="mine"):
     write_lines(folder / "train_caps.txt", train)
     write_lines(folder / "dev_caps.txt", dev)
     return str(root / "data"), name
-
-
-def run_vocab(*flags):
-    return run([sys.executable, ROOT / "vocab.py", *map(str, flags)])
 
 
 # What nltk.word_tokenize gives: words, clitics, punctuation, quotes; a full stop parts from a word at a sentence's end.
@@ -88,11 +83,6 @@ def test_plain_captions_are_cut_as_nltk_cuts_them(pieces):
     assert tokenize(caption) == [word for part in split_sentences(caption) for word in split_words(part)]
 
 
-def test_chinese_text_is_cut_into_words_and_other_text_at_spaces():
-    assert segment("一个男人在跑步 a red dog") == ["一个", "男人", "在", "跑步", "a", "red", "dog"]
-    assert segment("  ") == []
-
-
 def test_jieba_is_loaded_when_chinese_text_first_comes():
     code = "import sys, vocab; from lib.segmentation import segment; "
     code += "segment('a red dog'); before = 'jieba' in sys.modules; segment('红球'); "
@@ -107,13 +97,19 @@ def test_tencent_news_lower_cases_ascii_letters_only(shared):
     assert vocab("Φ") > 3 and vocab.encode("Φ zxqvj Ⅲ") == [1, vocab("Φ"), 0, vocab("Ⅲ"), 2]
 
 
-def test_a_vocabulary_starts_with_the_four_special_words(tmp_path):
-    vocab = build_vocab(*write_captions(tmp_path, ["b a"]), threshold=1)
-    assert [vocab(word) for word in ("<pad>", "<start>", "<end>", "<unk>", "a", "b")] == [0, 1, 2, 3, 4, 5]
-    assert len(vocab) == vocab.idx == 6
-    assert vocab.idx2word[4] == "a"
-    assert vocab.encode("b zebra a") == [1, 5, 3, 4, 2]
-    assert vocab.encode("") == [1, 2]
+def test_a_vocabulary_starts_with_the_four_special_words_and_its_file_has_the_published_form(tmp_path):
+    vocab = build_vocab(*write_captions(tmp_path, ["läuft 快跑"]), threshold=1)
+    words = ["<pad>", "<start>", "<end>", "<unk>", "a", "läuft", "快跑"]
+    assert list(vocab.word2idx) == words and len(vocab) == vocab.idx == 7
+    assert vocab.encode("快跑 zebra a") == [1, 6, 3, 4, 2] and vocab.encode("") == [1, 2]
+    path = tmp_path / "v_vocab.json"
+    serialize_vocab(vocab, str(path))
+    ids = {word: index for index, word in enumerate(words)}
+    published = {"word2idx": ids, "idx2word": {str(index): word for word, index in ids.items()}, "idx": 7}
+    assert json.loads(path.read_text(encoding="utf-8")) == published
+    again = deserialize_vocab(str(path))
+    assert (again.word2idx, again.idx2word, again.idx) == (vocab.word2idx, vocab.idx2word, vocab.idx)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "v_vocab.json"]
 
 
 @pytest.mark.parametrize("kind, unknown", [(Vocabulary, 3), (tencent.Vocabulary, 0)])
@@ -153,24 +149,6 @@ def test_main_with_arguments_writes_the_vocabulary_of_words_that_occur_four_time
     monkeypatch.setattr(sys, "argv", ["pytest", "--not-a-flag"])
     module.main(*data)
     assert list(deserialize_vocab(f"vocab/{name}").word2idx)[4:] == ["dog"]
-
-
-def test_a_vocabulary_survives_being_written_and_read(tmp_path):
-    vocab = build_vocab(*write_captions(tmp_path, ["Ein Mädchen läuft 快跑 ."]), threshold=1)
-    path = str(tmp_path / "v_vocab.json")
-    serialize_vocab(vocab, path)
-    again = deserialize_vocab(path)
-    assert (again.word2idx, again.idx2word, again.idx) == (vocab.word2idx, vocab.idx2word, vocab.idx)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "v_vocab.json"]
-
-
-def test_the_file_has_the_published_form(tmp_path):
-    path = tmp_path / "v_vocab.json"
-    serialize_vocab(build_vocab(*write_captions(tmp_path, ["a b"]), threshold=1), str(path))
-    stored = json.loads(path.read_text(encoding="utf-8"))
-    assert stored["word2idx"] == {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4, "b": 5}
-    assert stored["idx2word"] == {str(index): word for word, index in stored["word2idx"].items()}
-    assert stored["idx"] == 6
 
 
 @pytest.mark.parametrize("name", ["f30k_new", "coco_precomp", "tencent_data_sent"])
@@ -235,6 +213,8 @@ WORDS = {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}
         (json.dumps({"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2}}), "found no <unk>"),
         (json.dumps({"word2idx": {**WORDS, "a": 5}}), "gaps"),
         (json.dumps({"word2idx": {**WORDS, "a": 3}}), "repeats"),
+        (json.dumps({"word2idx": {"dog": 0, "<pad>": 1, "<start>": 2, "<end>": 3, "<unk>": 4}}), "ids 0 to 3"),
+        (json.dumps({"word2idx": WORDS}), "no words but"),
     ],
 )
 def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content, message):
@@ -245,26 +225,11 @@ def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_special_words_elsewhere_than_0_to_3_are_refused(tmp_path):
-    """Id 0 pads captions and unknown words are 3 in every published checkpoint."""
-    path = tmp_path / "v_vocab.json"
-    path.write_text(json.dumps({"word2idx": {"dog": 0, "<pad>": 1, "<start>": 2, "<end>": 3, "<unk>": 4}}))
-    with pytest.raises(InputError, match="v_vocab.json"):
-        deserialize_vocab(str(path))
-
-
-def test_a_missing_vocabulary_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(InputError) as caught:
-        deserialize_vocab(str(tmp_path / "f30k_precomp_vocab.json"))
-    command = f"python vocab.py --data_path DATA_PATH --data_name f30k_precomp --vocab_path {tmp_path}"
-    assert command in str(caught.value)
-
-
 def test_the_command_writes_the_vocabulary_that_training_reads(tmp_path):
     data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits .", "the dog ."], ["the cat ."])
     write_lines(tmp_path / "stop.txt", ["the"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "new" / "vocab"]
-    done = run_vocab(*flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt")
+    done = command("vocab", *flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt")
     assert done.returncode == 0, done.stderr
     path = tmp_path / "new" / "vocab" / "mine_vocab.json"
     assert str(path) in done.stdout and "7 words" in done.stdout
@@ -275,59 +240,34 @@ def test_a_vocabulary_of_other_words_is_replaced_only_when_asked(tmp_path):
     data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits ."], ["a cat ."])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path]
     path = tmp_path / "mine_vocab.json"
-    assert run_vocab(*flags, "--threshold", 1).returncode == 0
+    assert command("vocab", *flags, "--threshold", 1).returncode == 0
     before = path.read_bytes()
-    assert run_vocab(*flags, "--threshold", 1).returncode == 0  # the same words
-    done = run_vocab(*flags, "--threshold", 2)
+    assert command("vocab", *flags, "--threshold", 1).returncode == 0  # the same words
+    done = command("vocab", *flags, "--threshold", 2)
     assert done.returncode == 2 and str(path) in done.stderr and "--overwrite" in done.stderr
     assert path.read_bytes() == before
-    assert run_vocab(*flags, "--threshold", 2, "--overwrite").returncode == 0
+    assert command("vocab", *flags, "--threshold", 2, "--overwrite").returncode == 0
     assert path.read_bytes() != before
-
-
-def test_the_command_reports_a_missing_folder_in_one_line(tmp_path):
-    done = run_vocab("--data_path", tmp_path, "--data_name", "nowhere", "--vocab_path", tmp_path / "v")
-    assert done.returncode == 2
-    captions = tmp_path / "nowhere" / "train_caps.txt"
-    assert done.stderr == f"error: {captions}: no such file\n"
-    assert not (tmp_path / "v").exists()
 
 
 def test_a_vocabulary_without_words_is_refused_with_a_way_out(tmp_path):
     data_path, name = write_captions(tmp_path, ["一个男人在跑步", "两只狗", "红色的球", "女孩"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab"]
-    done = run_vocab(*flags)
+    done = command("vocab", *flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert "mine_vocab.json: no words but <pad> <start> <end> <unk>; --threshold" in done.stderr
-    assert "--segment" in done.stderr and not (tmp_path / "vocab").exists()
-    path = tmp_path / "special_vocab.json"
-    path.write_text(json.dumps({"word2idx": WORDS}))
-    with pytest.raises(InputError, match="special_vocab.json: no words but"):
-        deserialize_vocab(str(path))
+    assert "--segment" in done.stderr and not list((tmp_path / "vocab").iterdir())
 
 
 def test_segmented_chinese_is_read_as_it_was_counted(tmp_path):
     """The vocabulary's file says that its words were cut with jieba, so that whoever reads it cuts captions alike."""
     data_path, name = write_captions(tmp_path, ["一个男人在跑步", "男人跑步", "A red 球"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab", "--threshold", 1]
-    assert run_vocab(*flags).returncode == 0
+    assert command("vocab", *flags).returncode == 0
     whole = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert not whole.segment and "一个男人在跑步" in whole.word2idx
-    assert run_vocab(*flags, "--segment", "--overwrite").returncode == 0
+    assert command("vocab", *flags, "--segment", "--overwrite").returncode == 0
     vocab = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert vocab.segment and {"男人", "跑步", "red", "球"} <= set(vocab.word2idx)
     assert vocab.tokenize("一个男人在跑步 red") == ["一个", "男人", "在", "跑步", "red"]
     assert vocab.encode("男人跑步 quickly") == [1, vocab("男人"), vocab("跑步"), 3, 2]
-
-
-def test_words_in_the_order_of_their_ids_make_the_vocabulary_again(tmp_path):
-    vocab = build_vocab(*write_captions(tmp_path, ["b a c"]), threshold=1)
-    again = Vocabulary.from_words(list(vocab.word2idx))
-    assert again.word2idx == vocab.word2idx and again.idx2word == vocab.idx2word and again("zebra") == 3
-
-
-def test_mostly_unknown_words_are_worth_a_warning():
-    assert unknown_words_message("dev_caps.txt", 5, 10) is None and unknown_words_message("dev_caps.txt", 0, 0) is None
-    assert unknown_words_message("dev_caps.txt", 93, 100).startswith(
-        "dev_caps.txt: 93 % of the words are not in the vocabulary"
-    )
