@@ -11,7 +11,7 @@ place, and in the others.
 python scripts/features/compare_runs.py record runs/flickr8k/t2i_attention_seed0 --features boxes --out docs/results.csv
 
 ranks the test split with a model (or an ensemble), writes its test_ranks.pth.tar and adds a row to a table of results,
-where it replaces one of the same model, features, cross_attn, seed, embed_size, epochs, mean_warmup_epochs and amp.
+where it replaces one of the same model, features and options.
 """
 
 import argparse
@@ -39,7 +39,7 @@ PLACE_WORDS = frozenset(
 )
 STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, of 1 degree of freedom and more
 MODEL_NAMES = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
-KEY = ("model", "features", "cross_attn", "seed", "embed_size", "epochs", "mean_warmup_epochs", "amp")
+KEY = ("model", "features", "cross_attn", "seed", "embed_size", "epochs", "mean_warmup_epochs", "position_init", "amp")
 FLAGS = {"model": "position", "epochs": "num_epochs"}  # of columns with another name
 RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 COLUMNS = (*KEY, *RECALLS, "rsum", "rsum_low", "rsum_high", "dev_rsum", "minutes")
