@@ -39,7 +39,7 @@ def done(tmp_path_factory):
 
 
 def test_every_epoch_leaves_a_checkpoint_and_the_best_one_its_copy(done):
-    names = sorted(path.name for path in done.folder.glob("*.*"))
+    names = sorted(path.name for path in done.folder.glob("*.tar"))
     assert names == ["checkpoint_0.pth.tar", "checkpoint_1.pth.tar", "model_best.pth.tar"]
     first, second, best = (load(done.folder, name.split(".")[0]) for name in names)
     assert (first["epoch"], second["epoch"]) == (1, 2), "epoch counts finished epochs"
