@@ -318,7 +318,7 @@ def pieces_agree(config: ScoreConfig, *formula: Callable) -> bool:
 
 
 def hardest_negatives(scores: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """Each image's hardest caption and each caption's hardest image, as far as they cost something.
+    """Each image's hardest caption and each caption's hardest image, by image, as far as they cost something.
 
     scores (B, B), whose diagonal are the positives; overwritten. Returns pairs (P, 2), an image's and a caption's
     index, and the index of the positive (P,) that each is compared with. A GPU keeps all 2B, costly or not: to
@@ -330,12 +330,11 @@ def hardest_negatives(scores: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     (caption_scores, captions), (image_scores, images) = scores.max(1), scores.max(0)
     pairs = torch.stack([torch.cat([numbers, images]), torch.cat([captions, numbers])], 1)
     anchors = numbers.repeat(2)
-    if scores.is_cpu or len(scores) == 1 or distributed.world_size() > 1:
+    chosen = pairs[:, 0].argsort(stable=True)
+    if scores.is_cpu or len(scores) == 1:
         costs = ~(margin + torch.cat([caption_scores, image_scores]) - positives[anchors] <= 0)  # NaN costs as well
-        chosen = costs.nonzero()[:, 0]
-        chosen = chosen[pairs[chosen, 0].argsort(stable=True)]  # by image: each process scores those of its images
-        pairs, anchors = pairs[chosen], anchors[chosen]
-    return pairs, anchors
+        chosen = chosen[costs[chosen]]
+    return pairs[chosen], anchors[chosen]
 
 
 class ContrastiveLoss(nn.Module):

@@ -35,7 +35,7 @@ from vocab import checkpoint_vocab
 MAX_PIXELS = 1e6  # height and width of an image
 LARGEST = 1e9  # of a feature's values, so that no product of float32 overflows
 MAX_CHARACTERS, MAX_WORDS, MAX_SENTENCES = 20_000, 1_000, 100  # of a request: text costs more than its bytes show
-BLOCK_PICTURES = 128  # pictures that are encoded, or scored with one request's sentences, at once
+BLOCK_IMAGES = 128  # images that are encoded, or scored with one request's sentences, at once
 
 
 # ---------------------------------------------------------------- text
@@ -244,7 +244,7 @@ class Scorer:
 
     @torch.inference_mode()
     def score(self, jobs):
-        """[{"sim_t2i", "sim_i2t"}] of jobs, encoded as one batch; each scored with its own pictures only."""
+        """[{"sim_t2i", "sim_i2t"}] of jobs, encoded as one batch; each scored with its own images only."""
         known = {key: entry for job in jobs for key, entry in job.embeddings.items()}
         new = {key: x for job in jobs for key, x in job.new.items() if key not in known}
         known.update(self.encode(new))
@@ -261,10 +261,10 @@ class Scorer:
         return results
 
     def encode(self, new):
-        """key → (features, whole, grid) of new pictures → key → (regions (36, D), whole (D,)), kept in the cache."""
+        """key → (features, whole, grid) of new images → key → (regions (36, D), whole (D,)), kept in the cache."""
         encoded, keys = {}, list(new)
-        for at in range(0, len(keys), BLOCK_PICTURES):
-            block = keys[at : at + BLOCK_PICTURES]
+        for at in range(0, len(keys), BLOCK_IMAGES):
+            block = keys[at : at + BLOCK_IMAGES]
             columns = zip(*(new[key] for key in block), strict=True)
             embeddings = self.model.encode_images(*(torch.from_numpy(np.stack(column)) for column in columns))
             for key, *entry in zip(block, *embeddings, strict=True):
@@ -274,8 +274,8 @@ class Scorer:
         return encoded
 
     def sims(self, entries, text, way, single):
-        """Scores of the pictures' entries with words (S, W, D), lengths, finals (S, D): (P,) or (S, P), as lists."""
-        blocks = [entries[at : at + BLOCK_PICTURES] for at in range(0, len(entries), BLOCK_PICTURES)]
+        """Scores of the images' entries with words (S, W, D), lengths, finals (S, D): (P,) or (S, P), as lists."""
+        blocks = [entries[at : at + BLOCK_IMAGES] for at in range(0, len(entries), BLOCK_IMAGES)]
         stacked = (map(torch.stack, zip(*block, strict=True)) for block in blocks)
         sims = torch.cat([self.model.score(*images, *text, cross_attn=way) for images in stacked]).T
         if not torch.isfinite(sims).all():

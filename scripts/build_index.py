@@ -1,4 +1,4 @@
-"""Encode a split once into a collection on disk, for search among more pictures than can be scored for each sentence.
+"""Encode a split once into a collection on disk, for search among more images than can be scored for each sentence.
 
 example: python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar \\
     --data_path data --split test --query "a red ring at the top"
@@ -32,8 +32,8 @@ def get_parser():
     add("--out", metavar="DIR", help="the collection's folder (default: beside the checkpoint)")
     add("--anchors", type=int, help=f"centroids of words (t2i) or regions (i2t) (default: {N_CENTROIDS})")
     add("--overwrite", action="store_true", help="make anew what is there already")
-    add("--query", metavar="SENTENCE", help="then print the best ten pictures for a sentence")
-    add("--candidates", type=int, default=1000, help="pictures that --query scores exactly (default: %(default)s)")
+    add("--query", metavar="SENTENCE", help="then print the best ten images for a sentence")
+    add("--candidates", type=int, default=1000, help="images that --query scores exactly (default: %(default)s)")
     return parser
 
 
@@ -50,10 +50,10 @@ def main():
     collection = open_or_build(opt.model_path, model, loader, opt.split, opt.out, opt.anchors, opt.overwrite)
     folder = opt.out or collection_folder(opt.model_path, model.opt.data_name, opt.split)
     size = sum(entry.stat().st_size for entry in os.scandir(folder)) / 1e6
-    print(f"{folder}: {len(collection.images)} pictures, {len(collection.lens)} captions, {size:.1f} MB")
+    print(f"{folder}: {len(collection.images)} images, {len(collection.lens)} captions, {size:.1f} MB")
     if opt.query is not None:
         for image, score in zip(*collection.search(opt.query, 10, opt.candidates), strict=True):
-            print(f"  {score:.3f}  picture {image}")
+            print(f"  {score:.3f}  image {image}")
 
 
 if __name__ == "__main__":

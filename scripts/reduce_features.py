@@ -91,14 +91,14 @@ def write_split(split, opt):
     check_same_images(opt.folders, split)
     arrays = {"ims": ((images.shape[1], min(opt.dimensions, images.shape[2])), np.float16)}
     inputs = [os.path.join(folder, "train_ims.npy") for folder in opt.folders] + images.paths
-    for name in ("caps.txt", "boxes.npy", "pixel_boxes.npy"):
-        if os.path.isfile(f"{source}_{name}"):
-            shutil.copyfile(f"{source}_{name}", f"{target}_{name}")
     ids = read_lines(source + "_ids.txt")
     with SplitWriter(opt.out, split, ids, arrays, Origin({"tool": "reduce_features"}, inputs), opt.overwrite) as out:
         if out.finished:
             print(f"{split}: there already")
             return
+        for name in ("caps.txt", "boxes.npy", "pixel_boxes.npy"):
+            if os.path.isfile(f"{source}_{name}"):
+                shutil.copyfile(f"{source}_{name}", f"{target}_{name}")
         for row in tqdm(np.flatnonzero(~out.done), desc=split, unit="image", disable=None):
             out.write(row, ims=reduction_of(opt.folders, opt.dimensions)(images[row]))
         print(f"{split}: {out.finish()} images, {images.shape[2]} values → {arrays['ims'][0][1]}, in {opt.out}")

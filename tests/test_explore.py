@@ -242,7 +242,7 @@ def test_more_images_than_index_above_are_searched_in_two_stages(made, explorer)
 @pytest.mark.parametrize(
     "name, change, said",
     [
-        ("test_ids.txt", lambda rows: rows[::-1], "other pictures than"),
+        ("test_ids.txt", lambda rows: rows[::-1], "other images than"),
         ("test_pixel_boxes.npy", lambda rows: rows[:, ::-1], "other regions than"),
         ("test_pixel_boxes.npy", lambda rows: rows[::-1], "not the regions of"),
         ("test_pixel_boxes.npy", lambda rows: rows * 1.7, "% of the boxes reach outside the images in"),

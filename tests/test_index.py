@@ -275,7 +275,7 @@ def test_the_command_builds_and_searches(toy):
     printed = ok("build_index", "--model_path", path, "--query", "a red ball")
     folder = collection_folder(path, "toy_precomp", "test")
     assert set(os.listdir(folder)) == FINISHED
-    assert f"{folder}: {N} pictures, {2 * N} captions" in printed and printed.count("  picture ") == 10
+    assert f"{folder}: {N} images, {2 * N} captions" in printed and printed.count("  image ") == 10
     assert "not in the vocabulary" not in printed
 
 
@@ -301,7 +301,7 @@ def test_a_query_without_a_known_word_is_refused_before_anything_is_built(toy, t
 def test_the_unknown_words_of_a_query_are_named(toy, built):
     words = "a red xyzzy plugh xyzzy"
     printed = ok("build_index", "--model_path", toy[1]["t2i"], "--out", built[2], "--query", words)
-    assert "not in the vocabulary, read as <unk>: xyzzy, plugh\n" in printed and printed.count("  picture ") == 10
+    assert "not in the vocabulary, read as <unk>: xyzzy, plugh\n" in printed and printed.count("  image ") == 10
 
 
 # ---------------------------------------------------------------- pictures without captions
@@ -313,7 +313,7 @@ def test_pictures_without_captions_are_encoded_and_searched(toy, tmp_path, way):
     os.remove(tmp_path / "data" / "toy_precomp" / "test_caps.txt")
     where = ("--data_path", tmp_path / "data", "--out", tmp_path / "made")
     printed = ok("build_index", "--model_path", toy[1][way], *where, "--query", "a red ball")
-    assert f"{tmp_path / 'made'}: {N} pictures, 0 captions" in printed and printed.count("  picture ") == 10
+    assert f"{tmp_path / 'made'}: {N} images, 0 captions" in printed and printed.count("  image ") == 10
     model, loader = load_split(toy[1][way], str(tmp_path / "data"), None, "test", captions_optional=True)
     collection = open_collection(str(tmp_path / "made"), model, loader.dataset.vocab)
     with_captions = Collection.encode(*load(toy[1][way]))

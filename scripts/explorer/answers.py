@@ -24,8 +24,8 @@ N_EXAMPLES = 12  # captions that the page offers
 class Explorer:
     """Models, each with its embeddings of one split.
 
-    opt: explore.py's flags. Raises InputError where a checkpoint, the split or the pictures cannot be read, or where
-    the models' splits are not of the same pictures, regions and captions.
+    opt: explore.py's flags. Raises InputError where a checkpoint, the split or the images cannot be read, or where
+    the models' splits are not of the same images, regions and captions.
     """
 
     def __init__(self, opt):
@@ -82,10 +82,10 @@ class Explorer:
             "examples": self.captions[::step][:N_EXAMPLES],
         }
 
-    # ---- sentence → pictures
+    # ---- sentence → images
 
     def search(self, sentence, k):
-        """The k pictures that each model finds for a sentence; the right ones are marked where it is a caption.
+        """The k images that each model finds for a sentence; the right ones are marked where it is a caption.
 
         Raises Refused.
         """
@@ -113,7 +113,7 @@ class Explorer:
         tokens = read_tokens(collection, sentence)
         if not knows_a_word(collection.vocab, sentence):
             return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
-        # a rank counts what was scored exactly: all pictures, or the first stage's candidates
+        # a rank counts what was scored exactly: all images, or the first stage's candidates
         images, scores = collection.search(sentence, None, self.opt.candidates)
         cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
         rank = first_rank(images, right)
@@ -124,10 +124,10 @@ class Explorer:
         caption = self.captions[captions[0]] if captions else ""
         return {"image": image, "score": score, "right": right, "caption": caption, **self.look(image)}
 
-    # ---- one picture
+    # ---- one image
 
     def look(self, image):
-        """What it takes to draw a picture: {"id", "file": whether there is one, "aspect", "boxes"}."""
+        """What it takes to draw an image: {"id", "file": whether there is one, "aspect", "boxes"}."""
         width, height = self.pictures.size(image)
         boxes = self.pictures.boxes(image)
         return {
@@ -138,7 +138,7 @@ class Explorer:
         }
 
     def picture(self, image):
-        """A picture with the grids of its regions: area weights, and each model's learned weights."""
+        """An image with the grids of its regions: area weights, and each model's learned weights."""
         grid = self.pictures.grid(image)
         return {
             **self.look(image),
@@ -154,7 +154,7 @@ class Explorer:
 
     @torch.no_grad()
     def _learned_weights(self, number, image):
-        """Weights (R, 15) that a model's position attention gives the cells of a picture's regions; None without it."""
+        """Weights (R, 15) that a model's position attention gives the cells of an image's regions; None without it."""
         model = self.collections[number].model
         if option(model.opt, "position") != "attention":
             return None
@@ -163,7 +163,7 @@ class Explorer:
         return np.round(weights[1][0].float().cpu().numpy(), 5).tolist()
 
     def attention(self, image, sentence):
-        """Per model: the score, and the attention between a picture's regions and a sentence's words.
+        """Per model: the score, and the attention between an image's regions and a sentence's words.
 
         Raises Refused.
         """
@@ -182,10 +182,10 @@ class Explorer:
             )
         return {"image": image, "sentence": sentence, "models": answer}
 
-    # ---- picture → captions
+    # ---- image → captions
 
     def captions_for(self, image, k):
-        """Per model: the best k captions for a picture, the picture's captions marked."""
+        """Per model: the best k captions for an image, the image's captions marked."""
         right, answer = set(self._captions_of(image)), []
         for collection in self.collections:
             order, scores = collection.search_captions(collection.image(image), None, self.opt.candidates)
@@ -198,14 +198,14 @@ class Explorer:
 
 
 def mismatch(dataset, pictures, other, folder):
-    """Why another split is not of the first one's pictures, regions and captions; "" where it is."""
+    """Why another split is not of the first one's images, regions and captions; "" where it is."""
     if other.prefix == dataset.prefix:
         return ""
     if other.captions != dataset.captions:
         return "other captions than"
     shown = Pictures(other, folder)
     if other.n_images != dataset.n_images or shown.ids != pictures.ids:
-        return "other pictures than"
+        return "other images than"
     if not (other.captions or (pictures.has_ids and shown.has_ids)):
         return "neither captions nor ids to compare with"
     pairs = [(pictures.boxes(i), shown.boxes(i)) for i in pictures.sample]

@@ -8,8 +8,8 @@ import torch
 
 from evaluation import rank_both, score_shards
 
-MAX_GROUPS = 1000  # of pictures and captions that are compared, spread over the split
-MAX_CASES = 30  # that are shown, of sentences and of pictures
+MAX_GROUPS = 1000  # of images and captions that are compared, spread over the split
+MAX_CASES = 30  # that are shown, of sentences and of images
 CAPTION_BLOCK = 64  # captions between two reports of progress
 
 
@@ -64,7 +64,7 @@ class HardCases:
         return sims
 
     def _cases(self, ranks, images, captions):
-        """Sentences, then pictures, by the ratio of their largest and smallest rank: 1 to 10 is like 10 to 100."""
+        """Sentences, then images, by the ratio of their largest and smallest rank: 1 to 10 is like 10 to 100."""
         cases = []
         for way, indices in (("rti", captions), ("rt", images)):
             by_model = np.stack([found[way] for found in ranks])  # models × queries
@@ -76,7 +76,7 @@ class HardCases:
         return cases
 
     def _query(self, way, index):
-        """The picture of a case, and its sentence where that is the query."""
+        """The image of a case, and its sentence where that is the query."""
         image = index if way == "rt" else self.groups.images(self.groups.of_caption(index))[0]
         text = self.explorer.captions[index] if way == "rti" else None
         return {"sentence": text, "image": image, **self.explorer.look(image)}

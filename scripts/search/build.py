@@ -26,7 +26,7 @@ from scripts.search.store import (
 
 SAMPLES_PER_CENTROID = 64  # words or regions that train a centroid, at most
 SYNC_EVERY = 16  # batches between two notes of how far a build is
-TABLE_BLOCK = 1024  # pictures or captions whose rows of the table are made at once
+TABLE_BLOCK = 1024  # images or captions whose rows of the table are made at once
 NEAREST_BLOCK = 16384  # words or regions whose nearest centroids are found at once
 TRANSPOSE_BYTES = 256 << 20  # of the table that is transposed at once
 SAMPLE_SEED = 0

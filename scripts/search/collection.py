@@ -1,6 +1,6 @@
-"""Sentence → pictures and picture → captions in an encoded split, exactly or in two stages.
+"""Sentence → images and image → captions in an encoded split, exactly or in two stages.
 
-Sizes in the docstrings: n pictures of R regions, W words, D embed_size.
+Sizes in the docstrings: n images of R regions, W words, D embed_size.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from lib.gpu import resident
 from lib.tensors import pad_rows
 from model import func_attention
 
-IMAGE_BLOCK = 1024  # pictures that are scored at once, at most
+IMAGE_BLOCK = 1024  # images that are scored at once, at most
 CAPTION_BLOCK = 4096  # captions that are scored at once
 
 
@@ -45,7 +45,7 @@ class Collection:
         return self.tensor(self.words[self.starts[index] : self.starts[index + 1]])
 
     def image(self, index):
-        """Region embeddings (R, D) of a picture."""
+        """Region embeddings (R, D) of an image."""
         return self.tensor(self.images[index])
 
     def tensor(self, rows):
@@ -58,7 +58,7 @@ class Collection:
 
     @torch.no_grad()
     def score_images(self, words, rows=None):
-        """Exact scores float32 of a sentence's words (W, D) with all pictures (n,), or with rows (len(rows),)."""
+        """Exact scores float32 of a sentence's words (W, D) with all images (n,), or with rows (len(rows),)."""
         rows = range(len(self.images)) if rows is None else rows
         scores = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), IMAGE_BLOCK):
@@ -69,7 +69,7 @@ class Collection:
 
     @torch.no_grad()
     def score_captions(self, image, rows=None):
-        """Exact scores float32 of a picture's regions (R, D) with all captions (n_captions,), or with rows."""
+        """Exact scores float32 of an image's regions (R, D) with all captions (n_captions,), or with rows."""
         rows = np.arange(len(self.lens)) if rows is None else rows
         scores = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), CAPTION_BLOCK):
@@ -82,7 +82,7 @@ class Collection:
         return scores
 
     def search(self, sentence, k=10, candidates=1000):
-        """The best k pictures for a sentence: their indices (k,) and scores (k,), best first; k None: all.
+        """The best k images for a sentence: their indices (k,) and scores (k,), best first; k None: all.
 
         With a first stage, only its candidates are scored exactly.
         """
@@ -91,13 +91,13 @@ class Collection:
         return best(self.score_images(words, rows), rows, k)
 
     def search_captions(self, image, k=10, candidates=1000):
-        """The best k captions for a picture's regions (R, D): their indices (k,) and scores (k,), best first."""
+        """The best k captions for an image's regions (R, D): their indices (k,) and scores (k,), best first."""
         rows = None if self.first_stage is None else self.first_stage.captions(image, candidates)
         return best(self.score_captions(image, rows), rows, k)
 
     @torch.no_grad()
     def attention(self, image, words):
-        """Attention between a picture's regions (R, D) and a sentence's words (W, D), numpy.
+        """Attention between an image's regions (R, D) and a sentence's words (W, D), numpy.
 
         Returns t2i (W, R) and i2t (R, W), each row with the sum 1.
         """

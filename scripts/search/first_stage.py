@@ -1,4 +1,4 @@
-"""The first stage of the search: approximate scores, by which the pictures or captions to score exactly are chosen."""
+"""The first stage of the search: approximate scores, by which the images or captions to score exactly are chosen."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,16 +9,16 @@ import torch
 
 @dataclass
 class FirstStage:
-    """Approximate scores of a collection's pictures with a sentence, and of its captions with a picture.
+    """Approximate scores of a collection's images with a sentence, and of its captions with an image.
 
     The query is what attends: words in t2i, regions in i2t; the context is what is attended to. A pair's approximate
     score is the mean over the query's elements of the largest dot product with an element of the context, where each
     query element is replaced by its nearest centroid.
 
     centroids: a faiss index of K directions (K, D). nearest (ΣQ,): the nearest centroid of each query element in the
-    collection, grouped by item; starts (items + 1,): where each item's begin. Items are captions in t2i, pictures in
+    collection, grouped by item; starts (items + 1,): where each item's begin. Items are captions in t2i, images in
     i2t. table (K, contexts): the largest dot product of a centroid with the elements of each context, which are the
-    pictures in t2i, the captions in i2t.
+    images in t2i, the captions in i2t.
     """
 
     t2i: bool
@@ -28,7 +28,7 @@ class FirstStage:
     table: np.ndarray
 
     def images(self, words: torch.Tensor, count: int) -> np.ndarray:
-        """Indices of the best count pictures for words (W, D), in ascending order."""
+        """Indices of the best count images for words (W, D), in ascending order."""
         return self.by_table(words, count) if self.t2i else self.by_centroid(words, count)
 
     def captions(self, regions: torch.Tensor, count: int) -> np.ndarray:

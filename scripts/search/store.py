@@ -4,7 +4,7 @@ images.npy (n, R, D) and words.npy (ΣW, D), float16, memory-mapped by the searc
 anchors.faiss   a faiss index of K directions, the k-means centroids of the queries' elements: words (t2i) or
                 regions (i2t, and t2i without captions)
 nearest.npy     uint16: the nearest centroid of each query element, words (ΣW,) or regions (nR,)
-table.npy       float16: the largest dot product of a centroid with each picture's regions (K, n), in i2t with each
+table.npy       float16: the largest dot product of a centroid with each image's regions (K, n), in i2t with each
                 caption's words (K, captions)
 collection.json what it was made from; written last
 """
@@ -108,7 +108,7 @@ def read_centroids(path):
 def roles(cross_attn, images, words, lens):
     """What attends and what is attended to, each as elements (ΣE, D) and where each item's begin (items + 1,).
 
-    images (n, R, D), words (ΣW, D), lens (captions,). Returns (captions, pictures) in t2i, (pictures, captions) in i2t.
+    images (n, R, D), words (ΣW, D), lens (captions,). Returns (captions, images) in t2i, (images, captions) in i2t.
     """
     pictures = images.reshape(-1, images.shape[2]), np.arange(len(images) + 1) * images.shape[1]
     captions = words, np.concatenate([[0], lens.cumsum(dtype=np.int64)])
