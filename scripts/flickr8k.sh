@@ -80,7 +80,7 @@ show python scripts/check_data.py "$data" --vocab_path "$out/vocab"
 show python train.py --data_path "$out/data" --data_name "$name" --vocab_path "$out/vocab" \
     --logger_name "$run" --model_name "$run" --resume auto --save_step 100 --keep_last 1 --log_step 50 --workers 1 \
     --img_dim 512 --embed_size 256 --num_epochs 5 --lr_update 4 --learning_rate 0.001 --batch_size 128 \
-    --mean_warmup_epochs 1 --position_init 0.02 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
+    --mean_warmup_epochs 1 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
     --cross_attn "$cross_attn" --lambda_softmax "$lambda_softmax" --position "$position" --seed "$seed" "$@"
 show python evaluation.py --model_path "$run/model_best.pth.tar" --data_path "$out/data" --vocab_path "$out/vocab" \
     --split test --intervals
