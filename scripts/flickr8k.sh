@@ -52,7 +52,7 @@ n=$(cat "$train_ids" "$dev_ids" "$test_ids" | grep -c .)
 n_train=$(grep -c . "$train_ids")
 
 echo "$n photographs, $n_train of them to train; on one idle CPU core about"
-echo "  features $((n * 20 / 8000 + 1)) min, captions, vocabulary and check $((n / 4000 + 1)) min,"
+echo "  features $((n * 40 / 8000 + 1)) min, captions, vocabulary and check $((n / 4000 + 1)) min,"
 echo "  training $((n_train * 12 / 6000 + 1)) min (5 epochs, embed_size 256), evaluation $((n / 4000 + 1)) min"
 mkdir -p "$data" "$run"
 flags="$cross_attn $position $seed $*"
