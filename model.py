@@ -280,7 +280,7 @@ def xattn_score(
 ) -> Tensor:
     """Scores (I, C) of images (I, R, D) with captions (C, W, D) of cap_lens words, or (P,) of the pairs (P, 2) only.
 
-    pairs: the indices of an image and a caption in each row. All pairs without gradient on a CPU are scored by attend's
+    pairs: the indices of an image and a caption in each row. In evaluation a CPU scores all pairs by attend's
     compiled form, where it applies and gives attend's numbers; all else by attend.
     """
     if pairs is None and pieces.applies(images, captions, cap_lens, config):

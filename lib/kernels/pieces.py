@@ -36,12 +36,12 @@ SHARES = 8  # of the pieces for each thread, which takes the next when it has do
 def applies(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, config: Any) -> bool:
     """Whether `scores` can do this, and pays. The arguments are those of model.xattn_score.
 
-    float32 on the CPU without gradient; an L2 norm, which bounds the exponents of the softmax; exponents in range.
+    float32 on the CPU, of embeddings without gradient (in training it saved nothing and took 0.2 GB); an L2 norm, which
+    bounds the exponents of the softmax; exponents in range.
     """
     n_regions, n_words = images.shape[0] * images.shape[1], int(torch.as_tensor(cap_lens).sum())
     return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in (images, captions))
-        and not (torch.is_grad_enabled() and (images.requires_grad or captions.requires_grad))
+        all(x.device.type == "cpu" and x.dtype == torch.float32 and not x.requires_grad for x in (images, captions))
         and not torch.is_autocast_enabled("cpu")
         and config.raw_feature_norm in ("l2norm", "clipped_l2norm")
         and config.agg_func in ("LogSumExp", "Mean", "Max", "Sum")
