@@ -19,7 +19,7 @@ runs=runs/${data}_precomp
 for cross_attn in t2i i2t; do
     [ -f "$runs/${cross_attn}_$position$small/model_best.pth.tar" ] && continue
     echo "error: $runs/${cross_attn}_$position$small/model_best.pth.tar: no such file;" \
-        "sh scripts/run_train.sh $data $cross_attn $position ${small#_} makes it" >&2
+        "sh scripts/run_train.sh $data $cross_attn $position${small:+ small} makes it" >&2
     exit 2
 done
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
