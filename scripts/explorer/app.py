@@ -17,20 +17,12 @@ def make_app(explorer):
     """The FastAPI app of an Explorer."""
     app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=REFUSALS)
     guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
-    add_routes(app, explorer)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    return app
-
-
-def add_routes(app, explorer):
-    """What the page asks for."""
     hard_cases, count = HardCases(explorer), Query(ge=1, le=MAX_RESULTS)
 
     def existing(number):
         """An image's index (int) from the text in an address."""
-        n = explorer.n_images
-        if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < n):
-            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {n - 1}.")
+        if not (number.isdecimal() and len(number) < 10 and int(number) < explorer.n_images):
+            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {explorer.n_images - 1}.")
         return int(number)
 
     def locked(answer, *args):
@@ -51,7 +43,7 @@ def add_routes(app, explorer):
 
     @app.get("/api/images/{number}")
     def describe(number: str):
-        return locked(explorer.picture, existing(number))
+        return locked(explorer.image, existing(number))
 
     @app.get("/api/images/{number}/captions")
     def captions(number: str, k: int = count):
@@ -63,7 +55,10 @@ def add_routes(app, explorer):
 
     @app.get("/images/{number}")
     def image(number: str):
-        path = explorer.pictures.files.get(explorer.pictures.ids[existing(number)])
+        path = explorer.images.files.get(explorer.images.ids[existing(number)])
         if path is None:
-            raise Refused(404, f"Image {number} has no file in {explorer.pictures.folder}.")
+            raise Refused(404, f"Image {number} has no file in {explorer.images.folder}.")
         return FileResponse(path)
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app

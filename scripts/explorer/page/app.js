@@ -1,6 +1,6 @@
 // The page's address says what is shown: #q=SENTENCE, #q=SENTENCE&open=NUMBER, #hard.
 import {Detail} from './detail.js'
-import {$, ask, drawn, h, number, percent, say} from './dom.js'
+import {$, ask, drawn, h, number, say} from './dom.js'
 
 const K = 24, WAIT = 250  // results shown; milliseconds without a key before a search
 let about, shown = null, asking = null, polling = null
@@ -66,7 +66,7 @@ async function search(sentence) {
     $('results').replaceChildren(...shown.models.map(column))
     const seconds = (performance.now() - started) / 1000
     const best = about.models.some(model => model.indexed) ? `The best ${number(about.candidates)} of ` : ''
-    say('status', `${best}${number(about.pictures)} images ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
+    say('status', `${best}${number(about.images)} images ranked in ${seconds.toFixed(2)} s. ${marked(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
     shown = null
@@ -77,16 +77,16 @@ async function search(sentence) {
   }
 }
 
-function truth({right}) {
+function marked({positives}) {
   if (!about.captions) return ''
-  if (!right.length) return 'The sentence is no caption of this split, so no image counts as right.'
-  return right.length === 1 ? 'Its own image is marked.' : `The ${right.length} images that it describes are marked.`
+  if (!positives.length) return 'The sentence is no caption of this split, so no image counts as right.'
+  return positives.length === 1 ? 'Its own image is marked.' : `The ${positives.length} images that it describes are marked.`
 }
 
 function column(model, i) {
   const place = !model.scored ? 'The model knows none of these words.'
     : model.rank ? `its image at rank ${number(model.rank)} of ${number(model.scored)}`
-    : shown.right.length ? `its image is not among the ${number(model.scored)} that were scored` : ' '
+    : shown.positives.length ? `its image is not among the ${number(model.scored)} that were scored` : ' '
   const unknown = model.tokens.filter(token => !token.known).length
   return h('section', {className: 'model'},
     h('h2', {}, about.models[i].name),
@@ -103,11 +103,11 @@ function word(token) {
 }
 
 function card(result, rank) {
-  const button = h('button', {type: 'button', className: result.right ? 'card right' : 'card'},
+  const button = h('button', {type: 'button', className: result.positive ? 'card positive' : 'card'},
     drawn(result, `Image ${result.id}`),
     h('div', {className: 'text'},
       h('div', {className: 'line'}, h('b', {}, `${rank + 1}`), h('span', {}, result.score.toFixed(3))),
-      h('span', {className: 'mark'}, result.right ? '✓ its image' : ''),
+      h('span', {className: 'mark'}, result.positive ? '✓ its image' : ''),
       h('span', {className: 'caption'}, result.caption)))
   button.dataset.image = result.image
   button.onclick = () => go({open: result.image})
@@ -121,15 +121,16 @@ async function showHard() {
   try {
     const hard = await ask('api/hard')
     if (!state().hard) return
-    if (hard.state === 'done') {
+    if (!hard) {
+      say('hard-status', 'Comparing the models on every query …')
+      polling = setTimeout(showHard, 500)
+    } else if (hard.failure) say('hard-status', hard.failure, true)
+    else {
       say('hard-status', hard.cases.length ? `Queries whose right answer the models rank most differently, among `
-        + `${number(hard.pictures)} images and ${number(hard.captions)} captions. Lower is better.`
+        + `${number(hard.images)} images and ${number(hard.captions)} captions. Lower is better.`
         : 'The models rank the right answer of every query alike.')
       if (!$('hard-list').children.length) listHard(hard.cases)
-    } else if (hard.state === 'new' || hard.state === 'running') {
-      say('hard-status', `Comparing the models on every query: ${percent(hard.share)} done.`)
-      polling = setTimeout(showHard, 500)
-    } else say('hard-status', hard.state, true)
+    }
   } catch (error) { say('hard-status', error.message, true) }
 }
 
@@ -198,9 +199,9 @@ addEventListener('hashchange', show)
 try {
   about = await ask('api/about')
   const files = !about.files ? ' No image files: the regions are drawn on a blank frame.'
-    : about.files < about.pictures ? ` Files of ${number(about.files)} images.` : ''
+    : about.files < about.images ? ` Files of ${number(about.files)} images.` : ''
   const captions = about.captions ? `${number(about.captions)} captions` : 'no captions'
-  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} images, ${captions}.${files}`
+  $('about').textContent = `${about.data}, ${about.split}: ${number(about.images)} images, ${captions}.${files}`
   $('tab-hard').hidden = about.models.length < 2 || !about.captions
   $('example').hidden = !about.captions
   document.documentElement.style.setProperty('--models', about.models.length)

@@ -179,9 +179,9 @@ export class Detail {
       : `its own captions are not among the ${number(model.scored)} that were scored`
     return h('section', {className: 'model'}, h('h3', {}, this.about.models[i].name), h('p', {className: 'note'}, place),
       h('ol', {}, ...model.results.map((result, rank) => {
-        const button = h('button', {type: 'button', className: result.right ? 'right' : ''},
+        const button = h('button', {type: 'button', className: result.positive ? 'positive' : ''},
           h('b', {}, `${rank + 1}`), h('span', {}, result.score.toFixed(3)),
-          h('span', {}, result.text, result.right ? h('i', {}, ' ✓ its own') : ''))
+          h('span', {}, result.text, result.positive ? h('i', {}, ' ✓ its own') : ''))
         button.classList.toggle('now', result.text === this.sentence)
         button.onclick = () => this.read(result.text).then(() => $('detail').scrollTo({top: 0}), error => this.fail(error))
         return h('li', {}, button)
