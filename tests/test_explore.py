@@ -93,17 +93,22 @@ def embeddings(made):
     return [(*encode_data(model, loader), model.opt) for model, loader in splits]
 
 
-def test_a_sentence_ranks_the_images_as_evalrank_scores_them(embeddings, explorer, address):
-    caption = 17
-    status, answer = get(address, "search", sentence=explorer.captions[caption], k=5)
-    assert status == 200 and answer["positives"] == [caption // 5]
-    for (images, captions, lens, opt), found in zip(embeddings, answer["models"], strict=True):
-        scores = shard_xattn(images, captions[caption : caption + 1], lens[caption : caption + 1], opt)[:, 0]
-        best = np.argsort(-scores)
-        assert [result["image"] for result in found["results"]] == best[:5].tolist()
-        assert [result["score"] for result in found["results"]] == pytest.approx(scores[best[:5]].tolist(), abs=1e-5)
-        assert found["rank"] == 1 + best.tolist().index(caption // 5)
-        assert [result["positive"] for result in found["results"]] == [i == caption // 5 for i in best[:5]]
+def test_a_sentence_ranks_the_images_and_an_image_the_captions_as_evalrank_scores_them(embeddings, explorer, address):
+    by_sentence = get(address, "search", sentence=explorer.captions[17], k=5)[1]
+    by_image = get(address, "images/3/captions", k=60)[1]
+    assert by_sentence["positives"] == [3]
+    found = zip(embeddings, by_sentence["models"], by_image["models"], strict=True)
+    for (images, captions, lens, opt), of_sentence, of_image in found:
+        scores = shard_xattn(images, captions, lens, opt)
+        best = np.argsort(-scores[:, 17])
+        results = [(result["image"], result["positive"]) for result in of_sentence["results"]]
+        assert results == [(image, image == 3) for image in best[:5]]
+        assert of_sentence["rank"] == 1 + best.tolist().index(3)
+        for answer, expected in (of_sentence, scores[best[:5], 17]), (of_image, np.sort(scores[3])[::-1]):
+            assert [result["score"] for result in answer["results"]] == pytest.approx(expected.tolist(), abs=1e-5)
+        positives = [(rank, result["text"]) for rank, result in enumerate(of_image["results"], 1) if result["positive"]]
+        assert sorted(text for _, text in positives) == sorted(explorer.captions[15:20])
+        assert of_image["rank"] == positives[0][0]
 
 
 def test_a_model_that_knows_no_word_shows_nothing_beside_one_that_does(made, explorer, monkeypatch):
@@ -115,16 +120,6 @@ def test_a_model_that_knows_no_word_shows_nothing_beside_one_that_does(made, exp
     assert len(first["results"]) == 3 and first["scored"] == N_IMAGES
     assert (second["results"], second["rank"], second["scored"]) == ([], None, 0)
     assert not any(token["known"] for token in second["tokens"][1:-1])
-
-
-def test_an_image_ranks_the_captions(embeddings, explorer, address):
-    _, answer = get(address, "images/3/captions", k=60)
-    for (images, captions, lens, opt), found in zip(embeddings, answer["models"], strict=True):
-        scores = shard_xattn(images[3:4], captions, lens, opt)[0]
-        assert [r["score"] for r in found["results"]] == pytest.approx(np.sort(scores)[::-1].tolist(), abs=1e-5)
-        own = [i for i, result in enumerate(found["results"]) if result["positive"]]
-        assert len(own) == 5 and found["rank"] == own[0] + 1
-        assert {found["results"][i]["text"] for i in own} == set(explorer.captions[15:20])
 
 
 def test_attention_is_the_formulas(embeddings, explorer, address):
@@ -160,18 +155,13 @@ def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
 def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer):
     hard = wait_for(HardCases(explorer).ask)
     assert (hard["images"], hard["captions"]) == (N_IMAGES, 5 * N_IMAGES)
-    sentences = [case for case in hard["cases"] if case["sentence"]]
-    images = [case for case in hard["cases"] if not case["sentence"]]
+    sentences, images = ([case for case in hard["cases"] if bool(case["sentence"]) == way] for way in (True, False))
     for cases in (sentences, images):
         ratios = [max(case["ranks"]) / min(case["ranks"]) for case in cases]
         assert ratios == sorted(ratios, reverse=True) and min(ratios) > 1
-        assert ratios == pytest.approx([case["ratio"] for case in cases])
-    found = (
-        explorer.search(sentences[0]["sentence"], 1)["models"],
-        explorer.captions_for(images[0]["image"], 1)["models"],
-    )
-    for models, case in zip(found, (sentences[0], images[0]), strict=True):
-        assert [model["rank"] for model in models] == case["ranks"]
+    found = explorer.search(sentences[0]["sentence"], 1), explorer.captions_for(images[0]["image"], 1)
+    for answer, case in zip(found, (sentences[0], images[0]), strict=True):
+        assert [model["rank"] for model in answer["models"]] == case["ranks"]
 
 
 @pytest.mark.parametrize(
@@ -193,39 +183,35 @@ def test_what_cannot_be_shown_is_refused_with_a_reason(address, path, parameters
     assert found == status and said in answer["error"]
 
 
-def test_a_page_of_another_site_cannot_read_the_explorer_under_its_own_name(made, explorer, monkeypatch):
-    monkeypatch.setattr(explorer, "opt", options(*made[1], "--allowed_hosts", "images.example"))
-    found = {"elsewhere.example": 200, "images.example": 200, "localhost:8": 200}
-    with serve(explorer) as address:
-        for name in found:
-            try:
-                urllib.request.urlopen(urllib.request.Request(address, headers={"Host": name}), timeout=LIMIT).close()
-            except urllib.error.HTTPError as error:
-                found[name] = error.code
-    assert found == {"elsewhere.example": 400, "images.example": 200, "localhost:8": 200}
+def test_a_page_of_another_site_cannot_read_the_explorer_under_its_own_name(address):
+    request = urllib.request.Request(address, headers={"Host": "elsewhere.example"})
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        urllib.request.urlopen(request, timeout=LIMIT)
 
 
 def test_more_images_than_index_above_are_searched_in_two_stages(made, explorer):
-    flags = ("--index_above", "5", "--candidates", str(N_IMAGES))
-    two_stages = Explorer(options(*made[1], *flags))
+    two_stages = Explorer(options(*made[1], "--index_above", "5", "--candidates", str(N_IMAGES)))
     assert all(model["indexed"] for model in two_stages.about()["models"])
-    sentence = explorer.captions[7]
-    answers = (known.search(sentence, 5)["models"] for known in (explorer, two_stages))
+    answers = (known.search(explorer.captions[7], 5)["models"] for known in (explorer, two_stages))
     for fine, coarse in zip(*answers, strict=True):
         assert [r["score"] for r in coarse["results"]] == pytest.approx([r["score"] for r in fine["results"]], abs=3e-3)
-    for fine, coarse in zip(*(known.captions_for(3, 2)["models"] for known in (explorer, two_stages)), strict=True):
-        assert (fine["scored"], coarse["scored"]) == (5 * N_IMAGES, N_IMAGES)  # of captions, that many candidates
-        assert coarse["results"][0]["score"] <= fine["results"][0]["score"] + 3e-3
+    assert [model["scored"] for model in two_stages.captions_for(3, 2)["models"]] == [N_IMAGES, N_IMAGES]  # of 60
+
+
+def other_model(made, root, change, **flags):
+    """A checkpoint that reads a copy of the data in another folder, which change(folder) has changed."""
+    change(shutil.copytree(made[0] / "data" / "demo", root / "data" / "other"))
+    shutil.copytree(made[0] / "vocab", root / "vocab")
+    (root / "vocab" / "demo_vocab.json").rename(root / "vocab" / "other_vocab.json")
+    where = (str(root / "data"), str(root / "vocab"))
+    save_model(root / "other.pth.tar", *where, data_name="other", **{"img_dim": 128, "seed": 2, **flags})
+    return root / "other.pth.tar"
 
 
 @pytest.mark.parametrize(
     "name, change, said",
     [
-        (
-            "test_ids.txt",
-            lambda rows: rows[::-1],
-            "other.pth.tar: id 0 of .*other/test is '300011', that of .*demo/test",
-        ),
+        ("test_ids.txt", lambda rows: rows[::-1], "other.pth.tar: id 0 of .* is '300011', that of"),
         ("test_pixel_boxes.npy", lambda rows: rows[:, ::-1], "other regions than"),
         ("test_pixel_boxes.npy", lambda rows: rows[::-1], "not the regions of"),
         ("test_pixel_boxes.npy", lambda rows: rows * 1.7, "% of the boxes reach outside the images in"),
@@ -233,29 +219,23 @@ def test_more_images_than_index_above_are_searched_in_two_stages(made, explorer)
     ],
 )
 def test_models_whose_splits_differ_in_more_than_shapes_are_refused(made, tmp_path, name, change, said):
-    """The second model reads a copy of the data in which one file belongs to other images."""
-    shutil.copytree(made[0] / "data" / "demo", tmp_path / "data" / "other")
-    path = tmp_path / "data" / "other" / name
-    if name.endswith(".npy"):
-        np.save(path, change(np.load(path)))
-    else:
-        write_lines(path, change(path.read_text().splitlines()))
-    shutil.copyfile(made[0] / "vocab" / "demo_vocab.json", made[0] / "vocab" / "other_vocab.json")
-    where = (str(tmp_path / "data"), str(made[0] / "vocab"))
-    save_model(tmp_path / "other.pth.tar", *where, data_name="other", img_dim=128, position="none")
+    def rewrite(folder):
+        if name.endswith(".npy"):
+            np.save(folder / name, change(np.load(folder / name)))
+        else:
+            write_lines(folder / name, change((folder / name).read_text().splitlines()))
+
     with pytest.raises(InputError, match=said):
-        Explorer(options(made[1][0], tmp_path / "other.pth.tar"))
+        Explorer(options(made[1][0], other_model(made, tmp_path, rewrite, position="none")))
 
 
 def test_models_of_one_split_in_two_folders_are_shown_side_by_side(made, tmp_path):
     """The other folder has features of another extractor; each model's position weights come from its own features."""
-    shutil.copytree(made[0] / "data" / "demo", tmp_path / "data" / "other")
-    features = tmp_path / "data" / "other" / "test_ims.npy"
-    np.save(features, np.load(features)[..., :64])
-    shutil.copyfile(made[0] / "vocab" / "demo_vocab.json", made[0] / "vocab" / "other_vocab.json")
-    where = (str(tmp_path / "data"), str(made[0] / "vocab"))
-    save_model(tmp_path / "other.pth.tar", *where, data_name="other", img_dim=64, seed=2)
-    learned = Explorer(options(made[1][0], tmp_path / "other.pth.tar")).image(4)["learned"]
+
+    def narrow(folder):
+        np.save(folder / "test_ims.npy", np.load(folder / "test_ims.npy")[..., :64])
+
+    learned = Explorer(options(made[1][0], other_model(made, tmp_path, narrow, img_dim=64))).image(4)["learned"]
     assert np.shape(learned) == (2, 36, 15) and not np.allclose(learned[0], learned[1])
 
 
@@ -449,7 +429,7 @@ def person(browser, address):
     return Person(browser, address)
 
 
-def test_the_page_opens_with_a_caption_of_the_split(person, explorer):
+def test_the_page_opens_with_a_caption_of_the_split_and_keeps_its_history(person, explorer):
     assert person.value("#sentence") == explorer.captions[0] and person.all(".card")
     person.one("#example").click()
     person.until(lambda: person.value("#sentence") == explorer.captions[5] and person.has_searched())
@@ -518,9 +498,6 @@ def test_everything_can_be_done_with_the_keyboard(person, explorer):
     assert "chosen" in words[1].get_attribute("class") and max(person.fills().values()) == 1
     person.press(Keys.ARROW_RIGHT)
     assert "chosen" in words[2].get_attribute("class") and "chosen" not in words[1].get_attribute("class")
-    person.run("document.getElementById('region').focus()")
-    person.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
-    person.until(lambda: person.text("#region-name").startswith("2 of 36"))
     person.run("document.getElementById('close').focus()")
     title = person.text("#detail-title")
     person.press(Keys.ARROW_RIGHT)
@@ -540,28 +517,18 @@ def test_a_caption_of_the_image_can_be_looked_at_instead(person):
 
 
 def test_unknown_words_are_marked_and_errors_are_sentences(person):
-    from selenium.webdriver import Keys
-
     person.search("a purple unicorn")
     assert [word.text for word in person.all(".model:first-child .unknown")] == ["unicorn"]
     assert "(1 unknown to the model)" in person.text(".tokens")
     person.open_first()[2].click()  # the failure hides what has the focus
-    for number in ("99999", "abc"):
-        person.run(f"location.hash = 'q=a+ring&open={number}'")
-        person.until(lambda: f"There is no image {number}: expected 0 to 11." in person.text("#detail-status"))  # noqa: B023
-        assert not person.visible("#region")  # nothing to point at
-    person.run("location.hash = 'q=a+ring&open=3'")
-    person.until(lambda: person.visible("#region"))
+    person.run("location.hash = 'q=a+ring&open=99999'")
+    person.until(lambda: "There is no image 99999: expected 0 to 11." in person.text("#detail-status"))
+    assert not person.visible("#region")  # nothing to point at
     person.one("#close").click()
     person.until(lambda: "open" not in person.driver.current_url)
     person.one("#sentence").send_keys(" red" * 120)
-    person.until(
-        lambda: person.text("#status") == "The sentence is too long: shorten it to 500 characters and 100 words."
-    )
-    person.one("#sentence").send_keys(Keys.CONTROL + "a", Keys.BACKSPACE)
-    person.until(lambda: person.text("#status") == "")
-    person.one("#form button").click()
-    person.until(lambda: person.text("#status") == "Type a sentence first.")
+    person.until(lambda: "The sentence is too long" in person.text("#status"))
+    assert not person.all(".card")
 
 
 def test_hard_cases_lead_to_the_query(person):
@@ -571,9 +538,8 @@ def test_hard_cases_lead_to_the_query(person):
     case = next(case for case in cases if "“" in case.text)
     sentence = case.text.split("“")[1].split("”")[0]
     person.click(case)
-    person.until(
-        lambda: person.value("#sentence") == sentence and person.has_searched() and person.all(".card.positive")
-    )
+    person.until(lambda: person.value("#sentence") == sentence and person.has_searched())
+    assert person.all(".card.positive")
 
 
 def test_three_models_fit_a_narrow_dark_screen_and_nothing_jumps(browser, made):
@@ -620,18 +586,15 @@ def test_images_without_captions_are_searched(browser, made, explorer, tmp_path)
     shutil.copytree(made[0] / "data" / "demo", tmp_path / "demo")
     os.remove(tmp_path / "demo" / "test_caps.txt")
     shown = Explorer(options(*made[1], "--data_path", tmp_path))
-    found, expected = (known.search("a red ring", 5) for known in (shown, explorer))
-    assert found["positives"] == []
-    for one, other in zip(found["models"], expected["models"], strict=True):
-        assert [r["score"] for r in one["results"]] == pytest.approx([r["score"] for r in other["results"]], abs=3e-3)
-        assert one["rank"] is None and {r["caption"] for r in one["results"]} == {""}
+    found, expected = (known.search("a red ring", 5)["models"] for known in (shown, explorer))
+    for one, other in zip(found, expected, strict=True):
+        assert [result["score"] for result in one["results"]] == [result["score"] for result in other["results"]]
     assert [model["results"] for model in shown.captions_for(3, 5)["models"]] == [[], []]
     with serve(shown) as address:
         person = Person(browser, address)
         assert "12 images, no captions" in person.text("#about")
-        assert [person.visible(name) for name in ("#example", "#tab-hard", "#sentence")] == [False, False, True]
+        assert not person.visible("#example") and not person.visible("#tab-hard")
         person.search("a red ring")
-        assert "no caption of this split" not in person.text("#status")
         person.open_first()
         assert not person.visible("#captions")
         person.run("location.hash = 'open=3'")

@@ -35,7 +35,7 @@ function order() {
 }
 
 async function show() {
-  const {hard, q, open} = state()
+  const {hard, q} = state()
   $('search-view').hidden = hard
   $('hard-view').hidden = !hard
   $('tab-search').ariaCurrent = hard ? null : 'page'
@@ -45,8 +45,9 @@ async function show() {
     if ($('sentence').value.trim() !== q) $('sentence').value = q
     if (!q || q !== shown?.sentence) await search(q)
   }
-  if (open === null) detail.close()
-  else detail.open(about, open, q)
+  const now = state()  // it may have changed while the search ran
+  if (now.open === null) detail.close()
+  else detail.open(about, now.open, now.q)
 }
 
 // ---- sentence → images
