@@ -47,8 +47,10 @@ CURVES = {
 }
 SMOOTH = 20  # steps of the running mean
 MAX_RESULTS, MAX_WORDS_SHOWN = 10, 8
-FONT, PLACEHOLDERS = "DejaVu Sans", "Last Resort High-Efficiency"  # the second has a box for every character
-plt.rcParams.update({"font.family": FONT, "font.size": 9, "text.parse_math": False})
+# for what the first lacks the others are asked, which have Chinese
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
+INSTALLED = [font for font in FONTS if font in font_manager.get_font_names()]
+plt.rcParams.update({"font.family": INSTALLED, "font.size": 9, "text.parse_math": False})
 
 # ---------------------------------------------------------------- a sentence's images
 
@@ -206,24 +208,6 @@ def draw_ablation(opt):
 # ---------------------------------------------------------------- command line
 
 
-def show_as_typed(figure):
-    """Have a figure's texts show every character that an installed font has; half of an emoji is escaped."""
-    texts = figure.findobj(Text)
-    for text in texts:
-        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
-    missing = {ord(character) for text in texts for character in text.get_text() if character != "\n"}
-    missing -= charmap(font_manager.findfont(FONT))
-    others = [font for font in font_manager.fontManager.ttflist if missing and font.name != PLACEHOLDERS]
-    families = dict.fromkeys([FONT, *(font.name for font in others if missing & charmap(font.fname))])
-    for text in texts:
-        text.set_family(list(families))
-
-
-def charmap(path):
-    """The characters (set of int) that a font file has."""
-    return {*font_manager.get_font(path).get_charmap()}
-
-
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
@@ -259,7 +243,8 @@ def main():
         parser.error("expected --dpi 20 to 1000")
     check_output(opt.out)
     figure, png = opt.draw(opt), io.BytesIO()
-    show_as_typed(figure)
+    for text in figure.findobj(Text):  # of half an emoji, which is no character, the escape
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
     figure.savefig(png, format="png", dpi=opt.dpi)
     replace(opt.out, lambda file: file.write(png.getvalue()))
     print(opt.out)

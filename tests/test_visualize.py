@@ -1,6 +1,5 @@
 """Figures: each command writes an image, from the numbers that the rest of the project computes."""
 
-import io
 import os
 import sys
 
@@ -10,7 +9,6 @@ import pytest
 from conftest import ROOT
 from dataset_commands import fails, ok
 from folders import make_folder, save_model
-from matplotlib import font_manager
 from PIL import Image
 from processes import run
 
@@ -134,16 +132,6 @@ def test_logs_of_a_killed_run_keep_what_is_whole(toy, tmp_path):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / source.name).write_bytes(source.read_bytes()[:-cut])
         assert list(curve_of(draw("curves", tmp_path / folder)).values()) == [[[9, 90.0]]]
-
-
-def test_a_character_that_the_usual_font_lacks_is_drawn_by_one_that_has_it(recwarn):
-    fonts = [font.fname for font in font_manager.fontManager.ttflist if font.name != visualize.PLACEHOLDERS]
-    lacks = set().union(*map(visualize.charmap, fonts)) - visualize.charmap(font_manager.findfont(visualize.FONT))
-    figure = plt.figure()
-    figure.text(0.5, 0.5, chr(min(lacks)))
-    visualize.show_as_typed(figure)
-    figure.savefig(io.BytesIO())
-    assert not [str(warning.message) for warning in recwarn if "missing from font" in str(warning.message)]
 
 
 def test_position_maps_compare_cells_by_what_fc_makes_of_them(toy):
