@@ -165,22 +165,14 @@ def find_files(folder, ids, names):
     Raises InputError where two files have the name of one id.
     """
     there = {name for name in os.listdir(folder) if name.lower().endswith(FILES)} if os.path.isdir(folder) else set()
-    by_id = {}
+    by_id, found = {}, {}
     for name in sorted(there):
         by_id.setdefault(canonical_id(name), []).append(name)
-    found = {}
     for image_id in ids:
-        listed = [path for path in paths_below(names.get(image_id, "")) if os.path.isfile(os.path.join(folder, path))]
-        named = [image_id] if image_id in there else by_id.get(canonical_id(image_id), [])
-        if not listed and len(named) > 1:
-            raise InputError(f"{folder}: {' and '.join(named[:2])} for image {image_id}, expected one file")
-        if listed or named:
-            found[image_id] = os.path.join(folder, [*listed, *named][0])
+        listed = os.path.basename(names.get(image_id, image_id))  # lists have folders (val2014/…) before the names
+        files = [listed] if listed in there else by_id.get(canonical_id(image_id), [])
+        if len(files) > 1:
+            raise InputError(f"{folder}: {' and '.join(files[:2])} for image {image_id}, expected one file")
+        if files:
+            found[image_id] = os.path.join(folder, files[0])
     return found
-
-
-def paths_below(name):
-    """Where a listed image file may lie below the folder: as its name says (val2014/…), or without folders."""
-    path = os.path.normpath(name)
-    is_below = not path.startswith("..") and not os.path.isabs(path) and path.lower().endswith(FILES)
-    return [path, os.path.basename(path)] if is_below else []

@@ -35,7 +35,6 @@ SAMPLES_PER_CENTROID = 64  # words or regions that train a centroid, at most
 TABLE_BLOCK = 4096  # images or captions whose columns of the table are made at once
 CONTEXT_BLOCK = 32  # of these, that are multiplied at once
 NEAREST_BLOCK = 4096  # words or regions whose nearest centroids are found at once
-SAMPLE_SEED = 0
 
 
 def collection_folder(model_path, data_name, split):
@@ -219,7 +218,7 @@ def save_table(path, elements, starts, centroids):
 
 def find_centroids(elements, k):
     """The k k-means centroids (k, D), of unit length, of elements (n, D)."""
-    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(elements))[: k * SAMPLES_PER_CENTROID]
+    chosen = np.random.default_rng(0).permutation(len(elements))[: k * SAMPLES_PER_CENTROID]
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": SAMPLES_PER_CENTROID}
     kmeans = faiss.Kmeans(elements.shape[1], k, niter=10, seed=1, spherical=True, **limits)
     kmeans.train(np.asarray(elements[np.sort(chosen)], dtype=np.float32))
