@@ -27,7 +27,7 @@ from scripts import explore
 from scripts.demo import make_demo_data
 from scripts.explorer.answers import Explorer
 from scripts.explorer.app import make_app
-from scripts.explorer.hard_cases import HardCases
+from scripts.explorer.hard_cases import compare
 from scripts.explorer.images import SplitImages, find_files
 from vocab import SPECIAL, Vocabulary
 
@@ -153,7 +153,7 @@ def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
 
 
 def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer):
-    hard = wait_for(HardCases(explorer).ask)
+    hard = compare(explorer)
     assert (hard["images"], hard["captions"]) == (N_IMAGES, 5 * N_IMAGES)
     sentences, images = ([case for case in hard["cases"] if bool(case["sentence"]) == way] for way in (True, False))
     for cases in (sentences, images):

@@ -1,5 +1,6 @@
 """The explorer's HTTP side: the page, and the answers as JSON under /api."""
 
+import functools
 import os
 
 from fastapi import FastAPI, Query
@@ -7,7 +8,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from lib.web import REFUSALS, Answer, Refused, guard
-from scripts.explorer.hard_cases import HardCases
+from scripts.explorer import hard_cases
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
 MAX_RESULTS = 100
@@ -17,7 +18,8 @@ def make_app(explorer):
     """The FastAPI app of an Explorer."""
     app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=REFUSALS)
     guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
-    hard_cases, count = HardCases(explorer), Query(ge=1, le=MAX_RESULTS)
+    count = Query(ge=1, le=MAX_RESULTS)
+    comparison = functools.cache(lambda: hard_cases.start(explorer))  # once, when it is first asked for
 
     def existing(number):
         """An image's index (int) from the text in an address."""
@@ -39,7 +41,7 @@ def make_app(explorer):
 
     @app.get("/api/hard")
     def hard():
-        return Answer(hard_cases.ask())
+        return Answer(comparison().result() if comparison().done() else None)
 
     @app.get("/api/images/{number}")
     def describe(number: str):

@@ -2,8 +2,8 @@
 import {Detail} from './detail.js'
 import {$, ask, drawn, h, number, say} from './dom.js'
 
-const K = 24, WAIT = 250  // results shown; milliseconds without a key before a search
-let about, shown = null, asking = null, polling = null
+const K = 24, WAIT = 250  // results shown; milliseconds without a key before a search, or until an answer is asked for again
+let about, shown = null, asking = null
 
 const detail = new Detail({
   step: by => { const at = order().indexOf(state().open) + by; if (order()[at] !== undefined) go({open: order()[at]}) },
@@ -118,27 +118,22 @@ function card(result, rank) {
 // ---- where the models differ
 
 async function showHard() {
-  clearTimeout(polling)
+  if ($('hard-list').children.length) return
   try {
     const hard = await ask('api/hard')
-    if (!state().hard) return
     if (!hard) {
-      say('hard-status', 'Comparing the models on every query …')
-      polling = setTimeout(showHard, 500)
-    } else if (hard.failure) say('hard-status', hard.failure, true)
-    else {
-      say('hard-status', hard.cases.length ? `Queries whose right answer the models rank most differently, among `
-        + `${number(hard.images)} images and ${number(hard.captions)} captions. Lower is better.`
-        : 'The models rank the right answer of every query alike.')
-      if (!$('hard-list').children.length) listHard(hard.cases)
+      setTimeout(showHard, WAIT)
+      return say('hard-status', 'Comparing the models on every query …')
     }
+    const {cases, images, captions} = hard
+    say('hard-status', cases.length ? `Queries whose right answer the models rank most differently, among `
+      + `${number(images)} images and ${number(captions)} captions. Lower is better.`
+      : 'The models rank the right answer of every query alike.')
+    const kinds = [['Sentences that look for their image', cases.filter(entry => entry.sentence)],
+                   ['Images that look for one of their captions', cases.filter(entry => !entry.sentence)]]
+    $('hard-list').replaceChildren(...kinds.filter(([, list]) => list.length).map(([title, list]) =>
+      h('li', {}, h('h2', {}, title), h('ol', {}, ...list.map(hardCase)))))
   } catch (error) { say('hard-status', error.message, true) }
-}
-
-function listHard(cases) {
-  for (const [title, list] of [['Sentences that look for their image', cases.filter(entry => entry.sentence)],
-                                ['Images that look for one of their captions', cases.filter(entry => !entry.sentence)]])
-    if (list.length) $('hard-list').append(h('li', {}, h('h2', {}, title), h('ol', {}, ...list.map(hardCase))))
 }
 
 function hardCase(entry) {
