@@ -20,6 +20,9 @@ from dataset_commands import call, fails, ok
 from folders import save_model, write_lines
 from PIL import Image
 from processes import LIMIT, serve_app, wait_for
+from selenium import webdriver
+from selenium.webdriver import ActionChains, Keys
+from selenium.webdriver.chrome.service import Service
 
 from evaluation import encode_data, load_split, shard_xattn
 from lib.errors import InputError
@@ -331,9 +334,6 @@ def browser():
     missing = [name for name in ("chromium", "chromedriver") if not shutil.which(name)]
     if missing:
         pytest.skip(f"no {' and no '.join(missing)} on this machine: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
     settings = webdriver.ChromeOptions()
     settings.binary_location = shutil.which("chromium")
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
@@ -391,13 +391,9 @@ class Person:
         self.run("arguments[0].click()", element)
 
     def point(self, element):
-        from selenium.webdriver import ActionChains
-
         ActionChains(self.driver, duration=20).move_to_element(element).perform()
 
     def press(self, *keys):
-        from selenium.webdriver import ActionChains
-
         ActionChains(self.driver).send_keys(*keys).perform()
 
     def search(self, sentence):
@@ -482,8 +478,6 @@ def test_pointing_at_a_region_lights_words_and_shows_its_grid(person, explorer):
 
 
 def test_everything_can_be_done_with_the_keyboard(person, explorer):
-    from selenium.webdriver import Keys
-
     person.press("/")
     assert person.run("return document.activeElement.id") == "sentence"
     person.press(explorer.captions[3], Keys.ENTER)  # in place of what was there
