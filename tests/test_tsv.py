@@ -160,15 +160,10 @@ def test_parts_that_come_later_join_a_stopped_run(tmp_path, parts):
     assert "4 used" in ok("tsv_to_dataset", *tsv_args(tmp_path))
 
 
-def test_files_with_a_record_of_an_older_version_are_kept_and_said_to_be_unproved(tmp_path, parts):
+def test_files_without_a_readable_record_are_refused(tmp_path, parts):
     ok("tsv_to_dataset", *tsv_args(tmp_path))
-    path = tmp_path / "out/train_made.json"
-    made = json.loads(path.read_text())
-    made["inputs"] = [note[:2] for note in made["inputs"]]  # names and sizes
-    path.write_text(json.dumps(made))
-    assert "train: kept, though there is no digest" in ok("tsv_to_dataset", *tsv_args(tmp_path))
-    for note in (DEEP, "[]", "null"):  # no record at all
-        path.write_text(note)
+    for note in (DEEP, "[]", "null"):
+        (tmp_path / "out/train_made.json").write_text(note)
         assert "made otherwise; --overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path))
 
 
