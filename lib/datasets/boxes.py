@@ -251,8 +251,8 @@ class BoxCheck:
         if self.outside > MANY_OUTSIDE * self.n:
             raise InputError(
                 f"{self.path}: {self.outside} of {self.n} boxes reach well outside their images, "
-                f"to {self.farthest:.1f} times {self.sizes_are}: expected height before width, in the pixels of the boxes (1x1 for boxes from "
-                "0 to 1), and x1, y1, x2, y2 in arrays (--xywh), x, y, width, height in JSON"
+                f"to {self.farthest:.1f} times {self.sizes_are}: expected height before width, in the pixels of the "
+                "boxes (1x1 for boxes from 0 to 1), and x1, y1, x2, y2 in arrays (--xywh), x, y, width, height in JSON"
             )
         if self.outside:
             return f"{self.outside} boxes reach well outside their images"
