@@ -85,7 +85,6 @@ class Extractor:
             detector = Detector(opt.detector, opt.detector_weights).to(device)
         elif opt.regions != "windows":
             self.given = GivenBoxes(opt.regions)
-            print(self.given)
         backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
         self.networks = backbone, detector, device
         n_boxes = min(opt.boxes or N_REGIONS, self.given.n_regions) if self.given else N_REGIONS
@@ -93,13 +92,13 @@ class Extractor:
         self.img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
         self.settings = {name: getattr(opt, name) for name in SETTINGS}
         if self.given:
-            self.settings["regions"] = self.given.digest()
+            self.settings["regions"] = self.given.digest
         self.settings |= {name: getattr(opt, name) for name in MORE_REGIONS if getattr(opt, name)}
 
     def boxes(self, path, size):
         """Boxes (R, 4) in pixels of the image at path, of size (height, width), or None: the detector finds them."""
         if self.given:
-            boxes = self.given.pixels(self.given.row(path), size)[: self.opt.boxes]
+            boxes = self.given.pixels(path, size)[: self.opt.boxes]
             return np.concatenate([boxes, windows(*size)[N_REGIONS - 1 - self.opt.windows : N_REGIONS - 1]])
         return windows(*size) if self.opt.regions == "windows" else None
 
@@ -191,13 +190,13 @@ def find_paths(splits, found, given, opt, problems):
             if len(hits) != 1:
                 what = f"{len(hits)} files fit: {', '.join(hits[:3])}" if hits else f"no such image in {opt.images}"
                 problems.add("missing", f"{split}, id {image_id}", what + "; skipped")
-            elif given and given.row(hits[0]) is None:
+            elif given and not given.has(hits[0]):
                 problems.add("without boxes", f"{split}, id {image_id}", f"not in {given.path}; skipped")
             else:
                 path_of[image_id] = hits[0]
-        if not any(image_id in path_of for image_id in ids):
+        if path_of.keys().isdisjoint(ids):
             what = f"{given.path}: boxes of none" if given else f"{opt.images}: none"
-            raise InputError(f"{what} of the {len(ids)} images of {split}" + ("" if given else " is there"))
+            raise InputError(f"{what} of the {len(ids)} images of {split}")
     return path_of
 
 
