@@ -40,7 +40,7 @@ show() { # the command, then what it says
     "$@"
 }
 list() { # the list of a split under one of its names
-    for path in "$lists/${1}_ids.txt" "$lists/Flickr_8k.${1}Images.txt" "$lists/${1}Images.txt" "$lists/$1.txt"; do
+    for path in "$lists/${1}_ids.txt" "$lists/Flickr_8k.${1}Images.txt"; do
         [ -f "$path" ] && echo "$path" && return
     done
     usage "$lists: no ${1}_ids.txt or Flickr_8k.${1}Images.txt"
@@ -48,12 +48,6 @@ list() { # the list of a split under one of its names
 train_ids=$(list train)
 dev_ids=$(list dev)
 test_ids=$(list test)
-n=$(cat "$train_ids" "$dev_ids" "$test_ids" | grep -c .)
-n_train=$(grep -c . "$train_ids")
-
-echo "$n photographs, $n_train of them to train; on one idle CPU core about"
-echo "  features $((n * 40 / 8000 + 1)) min, captions, vocabulary and check $((n / 4000 + 1)) min,"
-echo "  training $((n_train * 12 / 6000 + 1)) min (5 epochs, embed_size 256), evaluation $((n / 4000 + 1)) min"
 mkdir -p "$data" "$run"
 flags="$cross_attn $position $seed $*"
 [ -f "$run/flags.txt" ] && [ "$(cat "$run/flags.txt")" != "$flags" ] &&
