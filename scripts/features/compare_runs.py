@@ -123,8 +123,9 @@ def compare(opt):
     place = speaks_of_place(captions)
     for name, chosen in (("with a word of place", place), ("without", ~place)):
         print(f"captions {name}: {chosen.sum()} of {len(captions)}")
-        for k, *row in zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True):
-            print_row(f"t2i R@{k}", *row)
+        if chosen.any():
+            for k, *row in zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True):
+                print_row(f"t2i R@{k}", *row)
 
 
 # ---------------------------------------------------------------- a table of results
