@@ -204,7 +204,7 @@ def test_boxes_that_do_not_fit_are_one_line(tmp_path, photos):
             extract(*given(photos, tmp_path / "o", tmp_path / "boxes.npz"))
     assert "boxes of another size" in (tmp_path / "o/image_problems.txt").read_text()
     (tmp_path / "boxes.json").write_text('[{"bbox": [0, 0, 1, 1]}]')
-    with pytest.raises(InputError, match="detection 0: .* expected an object with image_id"):
+    with pytest.raises(InputError, match="detection 0: found .*missing required field `image_id`"):
         extract(*given(photos, tmp_path / "o", tmp_path / "boxes.json"))
     with pytest.raises(InputError, match="no.npz: no such file, expected proposals, windows, or an .npz or .json file"):
         extract(*given(photos, tmp_path / "o", tmp_path / "no.npz"))

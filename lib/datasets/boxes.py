@@ -4,6 +4,7 @@ import os
 import re
 from array import array
 
+import msgspec
 import numpy as np
 
 from lib.constants import N_REGIONS
@@ -23,6 +24,19 @@ SQUARE = 2  # sizes up to this are those of boxes from 0 to 1
 WELL_OUTSIDE = 0.05  # of the image's side
 MANY_OUTSIDE = 0.05  # share of the boxes
 SMALL_REACH = 0.7  # share of the images' sides beyond which some box of a detector reaches
+
+
+class CocoImage(msgspec.Struct):
+    id: int | str
+    height: float | None = None
+    width: float | None = None
+    file_name: str | None = None
+
+
+class CocoBox(msgspec.Struct):
+    image_id: int | str
+    bbox: tuple[float, float, float, float]  # x, y, width, height
+    score: float = 0.0
 
 
 class BoxFile:
@@ -85,21 +99,14 @@ class BoxFile:
     def _read_coco(self, n_regions, best):
         with open(self.path, "rb") as file:
             is_list = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        images = {} if is_list else dict(self._items("images", "id"))
+        images = {} if is_list else {str(image.id): image for image in self._items("images", CocoImage)}
         found, strangers = {name: array("f") for name in images}, 0  # x1, y1, x2, y2, score of each box
-        for name, item in self._items("" if is_list else "annotations", "image_id"):
-            values = found.setdefault(name, array("f")) if is_list else found.get(name)
-            if values is None:
+        for item in self._items("" if is_list else "annotations", CocoBox):
+            name, (x, y, width, height) = str(item.image_id), item.bbox
+            if is_list or name in found:
+                found.setdefault(name, array("f")).extend((x, y, x + width, y + height, item.score))
+            else:
                 strangers += 1
-                continue
-            try:
-                x, y, width, height = map(float, item["bbox"] if isinstance(item["bbox"], list) else ())
-                values.extend((x, y, x + width, y + height, float(item.get("score", 0))))
-            except (KeyError, TypeError, ValueError, OverflowError):
-                what = f"bbox {brief(item.get('bbox'))}, score {brief(item.get('score'))}"
-                expected = "expected x, y, width, height, and a number"
-                place = f"image {brief(name)}, box {len(values) // 5}"
-                raise InputError(f"{self.path}: {place}: {what}, {expected}") from None
         if strangers:
             print(f"note: {self.path}: {strangers} boxes are of images that it does not list, and left out")
         counts = np.array([len(values) // 5 for values in found.values()], dtype=np.int64)
@@ -118,16 +125,18 @@ class BoxFile:
             self.boxes[row, : len(boxes)] = boxes[:, :4]
         self.found, self.names, self.sizes = np.minimum(counts, n_regions), list(found), None
         if images:
-            self.file_names = [str(image.get("file_name", name)) for name, image in images.items()]
-            self.sizes = _sizes_of(images.values())
+            self.file_names = [image.file_name or name for name, image in images.items()]
+            sizes = np.array([(image.height, image.width) for image in images.values()], dtype=np.float64)
+            self.sizes = None if np.isnan(sizes).any() else sizes
 
-    def _items(self, name, key):
-        """Yield (item[key] as text, item) for the items of the array called name, "" for the whole file."""
+    def _items(self, name, kind):
+        """Yield the items, as structs of a kind, of the array called name, "" for the whole file."""
         for number, item in enumerate(json_items(self.path, name)):
-            if not isinstance(item, dict) or not isinstance(item.get(key), (int, str)):
+            try:
+                yield msgspec.convert(item, kind)
+            except msgspec.ValidationError as error:
                 place = f"{name or 'detection'} {number}"
-                raise InputError(f"{self.path}: {place}: {brief(item)}, expected an object with {key}")
-            yield str(item[key]), item
+                raise InputError(f"{self.path}: {place}: found {brief(item)} ({error})") from None
 
     def _pick(self, ids_path):
         """Keep the images of an id list, in its order."""
@@ -196,14 +205,6 @@ def _read_npz(path):
     if not any(name in arrays for name in BOX_NAMES):
         raise InputError(f"{path}: holds {', '.join(map(brief, there))[:200]}; expected {' or '.join(BOX_NAMES)}")
     return arrays
-
-
-def _sizes_of(images):
-    """Heights and widths (n, 2) of COCO's images; None where one has none."""
-    try:
-        return np.array([(float(image["height"]), float(image["width"])) for image in images])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
 
 
 def parse_size(text: str) -> tuple[float, float] | None:
