@@ -5,26 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from dataset_commands import R, detected, fails, ok
+from dataset_commands import R, coco, detected, fails, ok
 from folders import write_lines
 
 from position import position_grid
-
-
-def coco(path, boxes, sizes, ids=None):
-    """COCO JSON of boxes (n, R, 4), x1, y1, x2, y2, in images of sizes (n, 2) with ids, else 0, 1, …"""
-    ids = list(ids or range(len(boxes)))
-    images = [
-        {"id": i, "file_name": f"{i}.jpg", "height": int(height), "width": int(width)}
-        for i, (height, width) in zip(ids, sizes, strict=True)
-    ]
-    found = [
-        {"image_id": i, "bbox": [x, y, right - x, bottom - y]}
-        for i, each in zip(ids, np.asarray(boxes).tolist(), strict=True)
-        for x, y, right, bottom in each
-    ]
-    path.write_text(json.dumps({"info": {"x": [1]}, "annotations": found, "images": images}))
-    return path
 
 
 @pytest.fixture
@@ -68,12 +52,11 @@ def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     assert "more than 2 boxes" in fails("position", path, "--n_regions", 2, "--out", tmp_path / "o2.npy")
 
 
-def test_ids_may_be_text_in_one_place_and_boxes_of_unknown_images_are_counted(tmp_path):
-    path = tmp_path / "i.json"
-    boxes = [{"image_id": i, "bbox": [0, 0, 90, 90]} for i in ("1", 2, 3)]
-    path.write_text(
-        json.dumps({"images": [{"id": i, "height": 100, "width": 100} for i in (1, "2")], "annotations": boxes})
-    )
+def test_boxes_of_unknown_images_are_counted_and_an_id_may_be_text_in_one_place(tmp_path):
+    path = coco(tmp_path / "i.json", [[[0, 0, 90, 90]]] * 3, [[100, 100]] * 3, (1, 2, 3))
+    value = json.loads(path.read_text())
+    value["annotations"][0]["image_id"] = "1"
+    path.write_text(json.dumps({**value, "images": value["images"][:2]}))
     said = ok("position", path, "--n_regions", 1, "--out", tmp_path / "o.npy")
     assert "1 boxes are of images that it does not list" in said and "padded" not in said
     np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid([[[0, 0, 90, 90]]] * 2, [[100, 100]] * 2))

@@ -68,9 +68,9 @@ class BoxFile:
         if sizes:
             size = parse_size(sizes)
             self.sizes = np.tile(size, (len(self.boxes), 1)) if size else read_sizes(sizes)
-        if self.sizes is not None and self.sizes.shape != (len(self.boxes), 2):
-            found = f"boxes {self.boxes.shape} with image sizes {self.sizes.shape}"
-            raise InputError(f"{path}: {found}, expected ({len(self.boxes)}, 2)")
+        shape = len(self.boxes), 2
+        if self.sizes is not None and self.sizes.shape != shape:
+            raise InputError(f"{path}: boxes {self.boxes.shape} with image sizes {self.sizes.shape}, expected {shape}")
         if ids:
             self._pick(ids)
         self.xywh, self.of_widths = xywh and not of_json, xywh or of_json
@@ -159,10 +159,9 @@ class BoxFile:
         for names in filter(None, (self.file_names, self.names)):
             whole, base = {}, {}
             for row, name in enumerate(names):
-                if whole.setdefault(canonical_id(name), row) != row:
-                    raise InputError(
-                        f"{self.path}: image {brief(name)} stands in rows {whole[canonical_id(name)]} and {row}"
-                    )
+                first = whole.setdefault(canonical_id(name), row)
+                if first != row:
+                    raise InputError(f"{self.path}: image {brief(name)} stands in rows {first} and {row}")
                 base[canonical_id(os.path.basename(str(name)))] = row
             tables += [whole, base]
 

@@ -103,14 +103,9 @@ class SplitWriter:
             for file in self.files.values():
                 file.copy(kept)
         ids = [self.ids[i] for i in kept]
-        texts = {
-            "ids.txt": ids if self.write_ids else None,
-            "caps.txt": self._captions(kept),
-            "made.json": [
-                json.dumps({**self.made, "rows": self._digests(sample(kept)), "kept_ids": digest_lines(ids)}, indent=1)
-            ],
-        }
-        for name, lines in texts.items():
+        made = {**self.made, "rows": self._digests(sample(kept)), "kept_ids": digest_lines(ids)}
+        texts = ids if self.write_ids else None, self._captions(kept), [json.dumps(made, indent=1)]
+        for name, lines in zip(TEXTS, texts, strict=True):
             if lines is not None:
                 write_lines(self._path(name) + ".part", lines)
         self._close()
@@ -132,15 +127,12 @@ class SplitWriter:
 
     def _is_finished(self):
         there = [path for name in self.arrays if os.path.exists(path := f"{self.prefix}_{name}.npy")]
-        made = b""
-        if os.path.isfile(self.prefix + "_made.json"):
-            with open(self.prefix + "_made.json", "rb") as file:
-                made = file.read()
-        if len(there) == len(self.arrays) and self._fits(made, ("ids", "kept_ids")):
-            return True
-        if there:
-            raise InputError(f"{there[0]}: there already, and made otherwise; --overwrite replaces it")
-        return False
+        if not there:
+            return False
+        with contextlib.suppress(FileNotFoundError), open(self.prefix + "_made.json", "rb") as file:
+            if len(there) == len(self.arrays) and self._fits(file.read(), ("ids", "kept_ids")):
+                return True
+        raise InputError(f"{there[0]}: there already, and made otherwise; --overwrite replaces it")
 
     def _fits(self, record, id_lists=("ids",)):
         """Whether the record (bytes of JSON) of an earlier run says the same, and its inputs are as they were.

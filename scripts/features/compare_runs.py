@@ -154,28 +154,24 @@ def describe(checkpoints, features):
 def record(opt):
     """Rank the test split and add a row to the table opt.out."""
     check_output(opt.out)
-    read_table(opt.out)  # is refused before the work begins
+    rows = read_table(opt.out)
     models = [os.path.join(path, BEST) for path in opt.runs]
     checkpoints = [load_checkpoint(path) for path in models]
     files = {"data_path": opt.data_path, "vocab_path": opt.vocab_path}
-    if len(models) == 1:
-        dev_rsum = float(checkpoints[0]["best_rsum"])
-    else:
-        dev_rsum = evalrank(models, split="dev", **files)["rsum"]
+    dev = evalrank(models, split="dev", **files)
     ranks = os.path.join(opt.runs[0], "test_ranks.pth.tar") if len(models) == 1 else None
     result = evalrank(models, split="test", intervals=True, save_ranks=ranks, **files)
-    numbers = [*result["i2t"][:3], *result["t2i"][:3], *result["intervals"]["rsum"], dev_rsum]
+    numbers = [*result["i2t"][:3], *result["t2i"][:3], *result["intervals"]["rsum"], dev["rsum"]]
     row = describe(checkpoints, opt.features)
     row.update(zip(COLUMNS[len(KEY) :], [f"{number:.1f}" for number in numbers], strict=False), minutes=opt.minutes)
-    table = {tuple(each[name] for name in KEY): each for each in [*read_table(opt.out), row]}
+    table = {tuple(each[name] for name in KEY): each for each in [*rows, row]}
     lines = [COLUMNS, *([table[key][name] for name in COLUMNS] for key in sorted(table))]
     write_lines(opt.out, map(",".join, lines))
     print(f"{opt.out}: {len(table)} rows")
 
 
 def main():
-    words = sys.argv[1:]
-    is_record = words[:1] == ["record"]
+    is_record = sys.argv[1:2] == ["record"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     if is_record:
@@ -184,12 +180,12 @@ def main():
         add("--out", required=True, metavar="FILE", help="the table, .csv")
         add_options(parser, ("data_path", "vocab_path"), data_path=None, vocab_path=None)
         add("--minutes", default="", help="how long training took")
-        return record(parser.parse_args(words[1:]))
+        return record(parser.parse_args(sys.argv[2:]))
     add("captions", help="SPLIT_caps.txt")
     add("--first", nargs="+", required=True, metavar="RANKS", help="ranks of a model, a file a seed")
     add("--second", nargs="+", required=True, metavar="RANKS", help="of the model to compare with")
     add("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
-    return compare(parser.parse_args(words))
+    return compare(parser.parse_args())
 
 
 if __name__ == "__main__":
