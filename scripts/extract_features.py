@@ -43,6 +43,14 @@ from scripts.features.region_networks import BACKBONES, STRIDE, Detector, load_b
 POOL = 7  # points a side at which a region is sampled
 SETTINGS = ("regions", "backbone", "weights", "detector", "detector_weights", "image_size", "seed")  # decide the values
 MORE_REGIONS = ("boxes", "windows", "whole_region")  # likewise, where they are given
+LIMITS = {
+    "image_size": (STRIDE, 10_000),
+    "batch_size": (1, 10_000),
+    "workers": (1, 1000),
+    "seed": (0, 2**63 - 1),
+    "boxes": (1, 10_000),
+    "windows": (0, N_REGIONS - 1),
+}
 
 
 @torch.no_grad()
@@ -147,9 +155,7 @@ def write_tsv(path, ids, path_of, opt, extractor):
     inputs = [os.path.join(opt.images, path) for path in sample(dict.fromkeys(path_of.values()))]
     made = json.dumps([extractor.settings, list(map(note_of, inputs))])
     if os.path.exists(path) and not opt.overwrite:
-        if not os.path.exists(path + ".made.json"):
-            print(f"note: {path}: kept, though there is no record of what it was made from")
-        elif read_lines(path + ".made.json") != [made]:
+        if not os.path.exists(path + ".made.json") or read_lines(path + ".made.json") != [made]:
             raise InputError(f"{path}: there already, and made otherwise; --overwrite replaces it")
         print(f"{path}: there already")
         return
@@ -239,15 +245,12 @@ def main():
     opt.image_size = (600 if opt.regions == "proposals" else 448) if opt.image_size is None else opt.image_size
     if opt.regions != "proposals" and opt.backbone == "detector":
         raise InputError(f"--regions {opt.regions} has no detector: expected --backbone " + " | ".join(BACKBONES))
-    for name, least in (("image_size", STRIDE), ("batch_size", 1), ("workers", 1)):
-        if getattr(opt, name) < least:
-            raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
-    if not 0 <= opt.seed < 2**63:
-        raise InputError(f"--seed {opt.seed}: expected 0 to 2^63 - 1")
-    if opt.regions in ("proposals", "windows") and (opt.boxes is not None or opt.windows):
+    for name, (least, most) in LIMITS.items():
+        value = getattr(opt, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name} {value}: expected {least} to {most}")
+    if opt.regions in ("proposals", "windows") and (opt.boxes or opt.windows):
         raise InputError(f"--boxes and --windows: go with a file of boxes, found --regions {opt.regions}")
-    if (opt.boxes is not None and opt.boxes < 1) or not 0 <= opt.windows < N_REGIONS:
-        raise InputError(f"--boxes {opt.boxes} --windows {opt.windows}: expected at least 1, and 0 to {N_REGIONS - 1}")
     if opt.whole_region and opt.regions == "windows":
         raise InputError("--whole_region: the last of the windows is the whole image already")
     make_folder(opt.out)

