@@ -124,24 +124,19 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     np.save(tmp_path / "reversed.npy", boxes)
     write_lines(tmp_path / "ids.txt", [1])
     coco(tmp_path / "good.json", [[[0, 0, 1, 1]]], [[5, 5]])
-    (tmp_path / "huge.json").write_text((tmp_path / "good.json").read_text().replace("5", "9" * 400))
     (tmp_path / "list.json").write_text('[{"image_id": 1, "bbox": [0, 0, 1, 1]}]')
-    (tmp_path / "text.json").write_text('"boxes"')
     before = sorted(os.listdir(tmp_path))
     for name, more, said in (
         ("cut.npz", (), "truncated or not an .npz file"),
-        ("text.json", (), "expected an object with an array called images"),
         ("words.npz", (), "boxes are <U1, expected numbers"),
         ("none.npz", (), "boxes (0, 2, 4), expected (n, R, 4), at least one"),
         ("few.npz", (), "boxes (1500, 2, 4) with image sizes (1499, 2)"),
         ("b.npy", (), "no image sizes in it; --sizes gives them"),
-        ("b.npy", ("--sizes", "1.2.3x4"), "1.2.3x4: no such file"),
         ("b.npy", ("--sizes", "0x4"), "image 0: [0.0, 4.0]: height and width, expected positive numbers"),
         ("reversed.npy", ("--sizes", "9x9"), "image 1400, box 1: [5.0, 5.0, 2.0, 9.0]: corners are reversed"),
         ("good.npz", ("--ids", tmp_path / "ids.txt"), "holds no ids"),
         ("good.json", ("--ids", tmp_path / "ids.txt"), "no image '1' (1 of 1 ids are missing)"),
         ("good.json", ("--n_regions", 0), "--n_regions 0: expected at least 1"),
-        ("huge.json", (), "images 0: found {'file_name'"),
         ("list.json", (), "no image sizes in it"),
         ("nowhere.npz", (), "no such file"),
         ("good.npz", ("--out", tmp_path / "b.npy/o.npy"), "b.npy"),
