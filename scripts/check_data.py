@@ -1,7 +1,7 @@
 """Read a dataset folder and say what is there, and what would go wrong in training.
 
 Each split is opened as training opens it, and read whole. Then its files are compared: whether the boxes belong to the
-features, the whole-image features to the regions', each image's captions to one image, the vocabulary to the captions.
+features, each image's captions to one image, the vocabulary to the captions.
 Exit status 0: it trains (notes may be worth reading); 1: something would go wrong; 2: there is nothing to check.
 
 example: python scripts/check_data.py data/f30k_precomp --vocab_path vocab

@@ -25,8 +25,6 @@ LEAST_OVERLAP_SPREAD = 0.05  # measured: detector's boxes 0.22
 SAME_BOXES = 0.9  # correlation of the overlaps in two images; measured: detector's boxes 0.00, windows 1
 MOST_SAME = 0.5  # share of images with the same boxes
 MOST_MISSES = 0.25  # share of images that another image's boxes fit better; measured: right 0, wrong 0.9
-FEWEST_WHOLE = 30  # images that a judgement of whole-image features needs
-LEAST_WHOLE = 0.1  # correlation of whole-image features that belong; of 100 images: right 0.27, wrong up to 0.05
 LEAST_SCORE = 0.2  # of a pair found by match; measured: right ones 0.27 and more
 LEAST_LEAD = 0.1  # over the next best; measured: wrong ones have less in 997 of 1,000 cases
 BLOCK = 128  # images scored at once: 58 MB with the boxes of 113,287
@@ -95,7 +93,7 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     """
     n, n_regions = len(features), min(features.shape[1], grids.shape[1])  # the whole image may follow without a box
     if n < FEWEST_IMAGES:
-        return _untold("boxes", f"{n} images are too few", n)
+        return _untold(f"{n} images are too few", n)
     alike, overlap = likeness(features[:, :n_regions]), overlaps(grids[:, :n_regions])
     own = (alike.pairs * overlap.pairs).sum(1)
     rolled = [np.roll(overlap.pairs, shift, axis=0) for shift in range(1, min(N_OTHERS, n - 1) + 1)]
@@ -104,36 +102,17 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     misses = int((own <= np.where(same, -1, others).max(0)).sum())
     wrong = misses > MOST_MISSES * n
     if same.mean() > MOST_SAME:
-        return _untold("boxes", "most images have the same boxes", n)
+        return _untold("most images have the same boxes", n)
     if wrong and alike.spread.mean() < max(LEAST_SPREAD, RANDOM_FACTOR / np.sqrt(features.shape[2])):
-        return _untold("boxes", "no regions are more alike than others", n)
+        return _untold("no regions are more alike than others", n)
     if wrong and overlap.spread.mean() < LEAST_OVERLAP_SPREAD:
-        return _untold("boxes", "all regions overlap alike", n)
+        return _untold("all regions overlap alike", n)
     text = f"regions that overlap look alike: {own.mean():.2f} with its boxes, {others.mean():.2f} with another image's"
     return Judgement(wrong, text + (f"; in {misses} of {n} images others fit better" if misses else ""), n)
 
 
-def judge_whole(features: np.ndarray, whole: np.ndarray) -> Judgement:
-    """Judge whether whole-image features (n, D) belong to features of regions (n, R, D), from a sample of images.
-
-    Images whose regions are alike on average have whole-image features that are alike: over all pairs of images
-    the two likenesses correlate, in this order and not in shifted ones.
-    """
-    n = len(features)
-    if n < FEWEST_WHOLE:
-        return _untold("whole images", f"{n} images are too few", n)
-    alike = likeness(features.mean(axis=1, dtype=np.float32)[None])
-    orders = [likeness(np.roll(whole, shift, axis=0)[None]) for shift in range(N_OTHERS + 1)]
-    own, *others = (float((alike.pairs * order.pairs).sum()) for order in orders)
-    wrong = own < LEAST_WHOLE or own <= max(others)
-    if wrong and min(alike.spread[0], orders[0].spread[0]) < RANDOM_FACTOR / np.sqrt(features.shape[2]):
-        return _untold("whole images", "no images are more alike than others", n)
-    text = "images whose regions are alike have whole-image features that are alike: "
-    return Judgement(wrong, text + f"{own:.2f} in this order, {np.mean(others):.2f} in another", n)
-
-
-def _untold(what, reason, n):
-    return Judgement(None, f"whether the {what} belong to the features cannot be told: {reason}", n)
+def _untold(reason, n):
+    return Judgement(None, f"whether the boxes belong to the features cannot be told: {reason}", n)
 
 
 def warn_of_boxes(dataset: Any) -> None:

@@ -10,13 +10,13 @@ from tqdm import tqdm
 from lib.constants import N_CELLS, N_SLOTS
 from lib.datasets.arrays import read_rows
 from lib.datasets.ids import canonical_id
-from lib.datasets.region_match import Judgement, judge, judge_whole
+from lib.datasets.region_match import judge
 from lib.errors import InputError
 from lib.files import open_npy, read_lines
 from vocab import Vocabulary, tokenize, unknown_words_message
 
 BLOCK_BYTES = 1 << 24  # read at a time
-SAMPLE = 100  # images whose boxes and whole-image features are compared with their features
+SAMPLE = 100  # images whose boxes are compared with their features
 MANY = 1000  # images whose captions are compared
 FEWEST_GROUPS = 10  # images that this needs
 LONG_CAPTION = 60  # words
@@ -109,30 +109,22 @@ def describe_grids(array: np.ndarray, report: Report) -> None:
 def compare_boxes(dataset: Any, report: Report) -> None:
     """Whether the boxes of a sample of a data set's images belong to their features."""
     judgement = judge(*(sample_rows(array, dataset.n_images, SAMPLE) for array in (dataset.images, dataset.boxes)))
-    wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
-    _tell(judgement, dataset.prefix + "_boxes.npy", wrong + "; scripts/align.py puts them in order", report)
-
-
-def check_whole(path: str, images: np.ndarray, report: Report) -> None:
-    """Whole-image features, and whether those of a sample of images belong to their regions', images."""
-    check_features(path, report)
-    whole = report.attempt(open_npy, path)
-    if whole is None:
-        return
-    if whole.shape != (len(images), images.shape[2]):
-        report.faults.append(f"{path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
-        return
-    judgement = judge_whole(*(sample_rows(array, len(images), SAMPLE) for array in (images, whole)))
-    _tell(judgement, path, f"of other images than their regions: {judgement}", report)
-
-
-def _tell(judgement: Judgement, path: str, wrong: str, report: Report) -> None:
+    path = dataset.prefix + "_boxes.npy"
     if judgement.wrong:
-        report.faults.append(f"{path}: {wrong}")
+        wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
+        report.faults.append(f"{path}: {wrong}; scripts/align.py puts them in order")
     elif judgement.wrong is None:
         report.notes.append(f"{path}: {judgement}")
     else:
         report.row("", f"{judgement.n_images} images", "", str(judgement))
+
+
+def check_whole(path: str, images: np.ndarray, report: Report) -> None:
+    """Whole-image features, and whether there is one for each of images (n, R, D)."""
+    check_features(path, report)
+    whole = report.attempt(open_npy, path)
+    if whole is not None and whole.shape != (len(images), images.shape[2]):
+        report.faults.append(f"{path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
 
 
 # ---------------------------------------------------------------- captions and ids
