@@ -181,6 +181,6 @@ def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
     assert status == 1 and said in wrongs(lines)[0]
 
 
-def test_ids_that_come_again_are_noted(tmp_path, folder):
-    write_lines(folder / "train_ids.txt", [*range(39), 0])
-    assert [line for line in check(tmp_path)[1] if "1 ids stand again after others" in line]
+def test_ids_of_another_number_are_noted(tmp_path, folder):
+    write_lines(folder / "train_ids.txt", range(39))
+    assert [line for line in check(tmp_path)[1] if "39 ids for 40 images" in line]

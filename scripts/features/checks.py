@@ -179,14 +179,11 @@ def check_groups(path: str, captions: Sequence[str], per_image: int, report: Rep
 def check_ids(path: str, n_images: int, n_captions: int, report: Report) -> set[str]:
     """Count the ids; training reads none, so what is wrong with them is a note. Returns the canonical ids."""
     try:
-        ids = read_lines(path)
+        ids = [canonical_id(name) for name in read_lines(path)]
     except InputError as error:
         report.notes.append(str(error))
         return set()
-    names = [canonical_id(name) for name in ids]
-    report.row(os.path.basename(path), (len(ids),), "", f"{len(set(names))} different")
-    if n_images and len(ids) not in (n_images, n_captions):
+    report.row(os.path.basename(path), (len(ids),), "", f"{len(set(ids))} different")
+    if len(ids) not in (n_images, n_captions):
         report.notes.append(f"{path}: {len(ids)} ids for {n_images} images")
-    elif again := sum(a != b for a, b in zip(names, names[1:], strict=False)) + 1 - len(set(names)):
-        report.notes.append(f"{path}: {again} ids stand again after others; two images have one id")
-    return set(names)
+    return set(ids)
