@@ -26,14 +26,19 @@ ROWS = 256  # images that are read at once
 SAMPLED = 4  # of so many regions one gives the principal directions
 
 
-def open_features(folders, split):
-    """The paths of a split's features in each folder, and the arrays (images, regions, values)."""
-    paths = [os.path.join(folder, f"{split}_ims.npy") for folder in folders]
-    arrays = [open_npy(path) for path in paths]
-    for path, array in zip(paths, arrays, strict=True):
+def open_split(folders, split):
+    """A split's features in each folder, arrays (images, regions, values). Raises InputError where images differ."""
+    first, *others = [os.path.join(folder, split) for folder in folders]
+    arrays = [open_npy(prefix + "_ims.npy") for prefix in (first, *others)]
+    for array in arrays:
         if array.ndim != 3 or array.shape[:2] != arrays[0].shape[:2]:
-            raise InputError(f"{path}: found {array.shape}, expected (images, regions, values) as {paths[0]}")
-    return paths, arrays
+            expected = f"expected (images, regions, values) as {first}_ims.npy"
+            raise InputError(f"{array.filename}: found {array.shape}, {expected}")
+    for prefix in others:
+        for name, read in (("ids.txt", read_lines), ("boxes.npy", open_npy)):
+            if not np.array_equal(read(f"{prefix}_{name}"), read(f"{first}_{name}")):
+                raise InputError(f"{prefix}_{name}: other images or regions than {first}_{name}")
+    return arrays
 
 
 def roots(arrays, rows):
@@ -43,10 +48,10 @@ def roots(arrays, rows):
 
 
 class Reduction:
-    """What the train split of folders says: mean and deviation (D,) of the roots, and the directions (D, K)."""
+    """What the train split says: mean and deviation (D,) of the roots, and the directions (D, K)."""
 
-    def __init__(self, folders, dimensions):
-        _, self.train = open_features(folders, "train")
+    def __init__(self, train, dimensions):
+        self.train = train
         n, total, squares = 0, 0, 0
         for values in self._blocks("mean and deviation"):
             n += len(values)
@@ -78,37 +83,26 @@ class Reduction:
 
 def reduce_splits(opt):
     """Write all splits of the dataset folder opt.out."""
-    reduction = None
+    train, reduction = open_split(opt.folders, "train"), None
     for split in SPLITS:
-        if not os.path.isfile(os.path.join(opt.folders[0], f"{split}_ims.npy")):
+        source = os.path.join(opt.folders[0], split)
+        if not os.path.isfile(source + "_ims.npy"):
             continue
-        paths, arrays = open_features(opt.folders, split)
-        check_same_images(opt.folders, split)
+        arrays = open_split(opt.folders, split)
         shape = arrays[0].shape[1], min(opt.dimensions, sum(array.shape[2] for array in arrays))
-        inputs = [os.path.join(folder, "train_ims.npy") for folder in opt.folders] + paths
-        origin = Origin({"tool": "reduce_features"}, inputs)
-        ids = read_lines(os.path.join(opt.folders[0], f"{split}_ids.txt"))
+        origin = Origin({"tool": "reduce_features"}, [array.filename for array in (*train, *arrays)])
+        ids = read_lines(source + "_ids.txt")
         with SplitWriter(opt.out, split, ids, {"ims": (shape, np.float16)}, origin, opt.overwrite) as out:
             if out.finished:
                 print(f"{split}: there already")
                 continue
             for name in ("caps.txt", "boxes.npy", "pixel_boxes.npy"):
-                source = os.path.join(opt.folders[0], f"{split}_{name}")
-                if os.path.isfile(source):
-                    shutil.copy(source, opt.out)
-            reduction = reduction or Reduction(opt.folders, opt.dimensions)
+                if os.path.isfile(f"{source}_{name}"):
+                    shutil.copy(f"{source}_{name}", opt.out)
+            reduction = reduction or Reduction(train, opt.dimensions)
             for row in tqdm(np.flatnonzero(~out.done), desc=split, unit="image", disable=None):
                 out.write(row, ims=reduction(roots(arrays, row)))
             print(f"{split}: {out.finish()} images, {len(reduction.mean)} values → {shape[1]}, in {opt.out}")
-
-
-def check_same_images(folders, split):
-    """Raise InputError unless a split has the same ids and boxes in all folders."""
-    for name, read in (("ids.txt", read_lines), ("boxes.npy", open_npy)):
-        paths = [os.path.join(folder, f"{split}_{name}") for folder in folders]
-        for path in paths[1:]:
-            if not np.array_equal(read(path), read(paths[0])):
-                raise InputError(f"{path}: other images or regions than {paths[0]}")
 
 
 def main():
