@@ -198,7 +198,6 @@ def test_boxes_outside_their_images_are_refused_with_the_likely_mistakes(tmp_pat
     "change, note",
     [
         ("a few outside", "1 boxes reach well outside their images"),
-        ("a pixel beyond the edge", ""),
         ("sizes too large", "no box reaches beyond 50% of its image, are the sizes too large?"),
     ],
 )
@@ -206,10 +205,8 @@ def test_boxes_that_nearly_fit_are_noted(tmp_path, detections, change, note):
     boxes, sizes = detections
     if change == "a few outside":
         boxes[3, 2, 2] = 2000
-    elif change == "a pixel beyond the edge":
-        boxes = boxes + 1
     else:
         sizes = sizes * 2
     np.savez(tmp_path / "b.npz", boxes=boxes, image_sizes=sizes)
     out = ok("position", tmp_path / "b.npz", "--out", tmp_path / "o.npy")
-    assert (f"note: {tmp_path}/b.npz: {note}" in out) if note else "note" not in out
+    assert f"note: {tmp_path}/b.npz: {note}" in out
