@@ -51,6 +51,10 @@ list() { # the list of a split under one of its names
 train_ids=$(list train)
 dev_ids=$(list dev)
 test_ids=$(list test)
+n=$(cat "$train_ids" "$dev_ids" "$test_ids" | grep -c .)
+n_train=$(grep -c . "$train_ids")
+echo "$n photographs, $n_train of them to train; on one idle CPU core about $((n * 50 / 8000 + 2)) min for features and"
+echo "their checks, $((n_train * 12 / 6000 + 1)) min to train (5 epochs, embed_size 256), $((n / 4000 + 1)) min to evaluate"
 mkdir -p "$data" "$run"
 flags="$cross_attn $position $seed $*"
 [ -f "$run/flags.txt" ] && [ "$(cat "$run/flags.txt")" != "$flags" ] &&
