@@ -262,13 +262,17 @@ def test_the_command_says_what_is_wrong_in_one_line(made, flags, said):
 
 def test_image_files_are_found_by_listed_name_and_by_id(tmp_path):
     files = {"17": "17.png", "beach.JPG": "beach.JPG", "391895": "COCO_val2014_000000391895.jpg", "5": "five.png"}
-    for name in (*files.values(), "a.jpg", "a.png", "5.jpg", "notes.txt"):
-        (tmp_path / name).touch()
-    names = {"5": "val/five.png", "17": "lost.png"}  # a file that is not there is as none
-    found = find_files(tmp_path, [*files, "18", "notes", "a.png"], names)
-    assert found == {image_id: str(tmp_path / name) for image_id, name in {**files, "a.png": "a.png"}.items()}
+    images = tmp_path / "images"
+    (images / "val").mkdir(parents=True)
+    for name in (*files.values(), "val/six.png", "a.jpg", "a.png", "5.jpg", "notes.txt", "../secret.png"):
+        (images / name).touch()
+    # a listed file lies in its folder or without it; one that is not there, or outside, is as none
+    names = {"5": "val/five.png", "6": "val/six.png", "17": "lost.png", "18": "../secret.png"}
+    found = find_files(images, [*files, "6", "18", "notes", "a.png"], names)
+    files |= {"6": "val/six.png", "a.png": "a.png"}
+    assert found == {image_id: str(images / name) for image_id, name in files.items()}
     with pytest.raises(InputError, match="a.jpg and a.png for image a, expected one file"):
-        find_files(tmp_path, ["a"], {})
+        find_files(images, ["a"], {})
 
 
 @pytest.fixture

@@ -164,15 +164,22 @@ def find_files(folder, ids, names):
 
     Raises InputError where two files have the name of one id.
     """
-    there = {name for name in os.listdir(folder) if name.lower().endswith(FILES)} if os.path.isdir(folder) else set()
     by_id, found = {}, {}
-    for name in sorted(there):
-        by_id.setdefault(canonical_id(name), []).append(name)
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        if name.lower().endswith(FILES):
+            by_id.setdefault(canonical_id(name), []).append(name)
     for image_id in ids:
-        listed = os.path.basename(names.get(image_id, image_id))  # lists have folders (val2014/…) before the names
-        files = [listed] if listed in there else by_id.get(canonical_id(image_id), [])
+        listed = os.path.normpath(names.get(image_id, image_id))  # lists have folders (val2014/…) before the names
+        paths = [path for path in (listed, os.path.basename(listed)) if is_below(folder, path)]
+        files = paths[:1] or by_id.get(canonical_id(image_id), [])
         if len(files) > 1:
             raise InputError(f"{folder}: {' and '.join(files[:2])} for image {image_id}, expected one file")
         if files:
             found[image_id] = os.path.join(folder, files[0])
     return found
+
+
+def is_below(folder, path):
+    """Whether a normalised relative path names an image file below folder, and nothing outside of it."""
+    inside = not path.startswith("..") and not os.path.isabs(path) and path.lower().endswith(FILES)
+    return inside and os.path.isfile(os.path.join(folder, path))
