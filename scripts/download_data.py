@@ -35,7 +35,7 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.download.archives import fetch_drive, fetch_kaggle, unpack
-from scripts.download.sources import ITEMS, SOURCES, Folders, print_table
+from scripts.download.sources import ITEMS, POSITIONS, SOURCES, Folders, print_table
 
 
 def get(name: str, folders: Folders) -> None:
@@ -90,15 +90,13 @@ def put_beside(name: str, folders: Folders) -> None:
     Raises InputError where the order cannot be proved, or boxes of unknown order lie beside the features.
     """
     positions, features = folders.data / "pfan" / name, folders.data / name
-    splits = [path.name.removesuffix("_boxes.npy") for path in sorted(positions.glob("*_boxes.npy"))]
-    if splits and all((positions / f"{split}_{kind}").exists() for split in splits for kind in ("ims.npy", "caps.txt")):
-        print(f"{positions}: features, captions and positions, which train as they are: --data_path {positions.parent}")
-
-    def is_there(split, *kinds):
-        return all((features / f"{split}_{kind}").exists() for kind in kinds)
-
-    # a record tells boxes that align.py has put there, which refuses to replace any other ones
-    todo = [s for s in splits if is_there(s, "ims.npy") and not is_there(s, "boxes.npy", "made.json")]
+    todo = []
+    for path in sorted(positions.glob("*_boxes.npy")):
+        split = path.name.removesuffix("_boxes.npy")
+        # a record tells boxes that align.py has put there, which refuses to replace any other ones
+        ims, *aligned = (features / f"{split}_{kind}" for kind in ("ims.npy", "boxes.npy", "made.json"))
+        if ims.exists() and not all(made.exists() for made in aligned):
+            todo.append(split)
     if todo:
         words = ["--reference", features, "--source", positions, "--out", features, "--splits", *todo]
         print("+ scripts/align.py", *words, flush=True)
@@ -124,7 +122,7 @@ def main() -> None:
     names = [name for name, source in SOURCES.items() if source.item in opt.item or "all" in opt.item]
     folders = Folders(opt.data_path, opt.vocab_path, opt.model_path)
     steps = [(get, name) for name in names]
-    steps += [(put_beside, f"{name}_precomp") for name in ("f30k", "coco") if name in names or "scan" in names]
+    steps += [(put_beside, f"{name}_precomp") for name in POSITIONS if name in names or "scan" in names]
     failed = False
     for step, name in steps:
         try:
@@ -132,7 +130,7 @@ def main() -> None:
         except InputError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr, flush=True)
-    sound = print_table([SOURCES[name] for name in names or SOURCES], folders)
+    sound = print_table(names or list(SOURCES), folders)
     sys.exit(0 if not opt.item or (sound and not failed) else 2)
 
 

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tarfile
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,10 +73,11 @@ def download(tmp_path, drive, monkeypatch):
     commands = tmp_path / "bin"
     commands.mkdir()
     kaggle = commands / "kaggle"
-    kaggle.write_text(f'#!/bin/sh\n[ -f {tmp_path}/kaggle.zip ] && mkdir -p "$6" && cp {tmp_path}/kaggle.zip "$6"\n')
+    kaggle.write_text(f'#!/bin/sh\n[ -f {tmp_path}/kaggle.zip ] && cp {tmp_path}/kaggle.zip "$6/scan-features.zip"\n')
     kaggle.chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.chdir(tmp_path)
 
     def run(*args, url=drive.url):
@@ -86,9 +88,9 @@ def download(tmp_path, drive, monkeypatch):
     return run
 
 
-def npy(*shape):
+def npy(array):
     file = io.BytesIO()
-    np.save(file, np.zeros(shape, np.float32))
+    np.save(file, array)
     return file.getvalue()
 
 
@@ -114,9 +116,9 @@ def tarred(members, mode="w:gz"):
     return file.getvalue()
 
 
-def claiming(size, kind=tarfile.REGTYPE, name="train_boxes.npy"):
+def claiming(size, kind=tarfile.REGTYPE):
     """A tar of one member whose header says that it is so large."""
-    info = tarfile.TarInfo(name)
+    info = tarfile.TarInfo("train_boxes.npy")
     info.size, info.type = size, kind
     return info.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
 
@@ -125,7 +127,7 @@ BZ2 = tarred({"train_boxes.npy": np.random.default_rng(0).bytes(2_000_000)}, "w:
 
 
 def boxes(prefix="", splits=("train", "dev", "test"), width=30):
-    return {f"{prefix}{split}_boxes.npy": npy(3, 36, width) for split in splits}
+    return {f"{prefix}{split}_boxes.npy": npy(np.zeros((3, 36, width), np.float32)) for split in splits}
 
 
 def test_zip_and_tar_gz_are_unpacked_into_place(tmp_path, drive, download):
@@ -149,15 +151,7 @@ def test_what_is_there_is_not_fetched_again_even_without_its_archive(tmp_path, d
     assert len(drive.ranges) == 1
 
 
-def test_a_transfer_that_breaks_off_goes_on_where_it_stopped(drive, download):
-    drive.files[F30K] = "application/zip", zipped(boxes())
-    drive.cuts = 1
-    status, _, errors = download("f30k")
-    assert (status, errors) == (0, [])
-    assert drive.ranges == [None, f"bytes={len(drive.files[F30K][1]) // 2}-"]
-
-
-def test_a_later_run_resumes_and_a_page_in_between_does_not_spoil_the_part(tmp_path, drive, download):
+def test_transfers_go_on_where_they_stopped_and_a_page_in_between_does_not_spoil_the_part(tmp_path, drive, download):
     body = zipped(boxes())
     drive.files[F30K] = "application/zip", body
     drive.cuts = 3
@@ -165,7 +159,8 @@ def test_a_later_run_resumes_and_a_page_in_between_does_not_spoil_the_part(tmp_p
     assert status == 2 and len(errors) == 1 and "broke off" in errors[0]
     part = tmp_path / "data/downloads/f30k.part"
     there = part.read_bytes()
-    assert 0 < len(there) < len(body) and body.startswith(there)
+    assert drive.ranges[:2] == [None, f"bytes={len(body) // 2}-"]
+    assert len(body) // 2 < len(there) < len(body) and body.startswith(there)
     drive.files[F30K] = "text/html", b"<html>Quota exceeded</html>"
     status, _, errors = download("f30k")
     assert status == 2 and len(errors) == 1 and "web page" in errors[0]
@@ -176,18 +171,17 @@ def test_a_later_run_resumes_and_a_page_in_between_does_not_spoil_the_part(tmp_p
 
 
 @pytest.mark.parametrize(
-    "content_type, page, told",
+    "content_type, page",
     [
-        ("text/html", b"<!DOCTYPE html><p>Too many users have viewed this file", "quota"),
-        ("text/html; charset=utf-8", b"<html><a href=https://accounts.google.com/ServiceLogin>", "login"),
-        ("application/octet-stream", b"\n <html>something else", "web page"),
+        ("text/html; charset=utf-8", b"Too many users have viewed this"),
+        ("application/octet-stream", b"\n <html>Log in"),
     ],
 )
-def test_a_page_instead_of_the_file_is_told_and_not_kept(tmp_path, drive, download, content_type, page, told):
+def test_a_page_instead_of_the_file_is_told_and_not_kept(tmp_path, drive, download, content_type, page):
     drive.files[F30K] = content_type, page
     status, _, errors = download("f30k")
     assert status == 2 and len(errors) == 1
-    assert told in errors[0] and f"https://drive.google.com/file/d/{F30K}/view" in errors[0]
+    assert "web page" in errors[0] and f"https://drive.google.com/file/d/{F30K}/view" in errors[0]
     assert list((tmp_path / "data/downloads").iterdir()) == []
 
 
@@ -196,7 +190,6 @@ def test_a_page_instead_of_the_file_is_told_and_not_kept(tmp_path, drive, downlo
     [
         (zipped, "../evil", b"evil"),
         (zipped, "..\\evil", b"evil"),
-        (tarred, "a/../../evil", b"evil"),
         (tarred, "/tmp/pfan_evil", b"evil"),
         (tarred, "evil_link", None),
     ],
@@ -226,15 +219,14 @@ def test_an_archive_saved_by_hand_is_used(tmp_path, drive, download):
 
 def test_faulty_arrays_are_named(drive, download):
     faulty = {
-        "train_boxes.npy": (npy(3, 36, 30)[:-4], "truncated or not an .npy array"),
-        "dev_boxes.npy": (npy(3, 36, 30) + b"more", "header promises"),
-        "test_boxes.npy": (npy(3, 36, 4), "expected floats (n, 36, 30) or (n, 36, 31)"),
-        "testall_boxes.npy": (b"", "empty"),
+        "train_boxes.npy": (npy(np.zeros((3, 36, 30), np.float32))[:-4], "truncated or not an .npy array"),
+        "dev_boxes.npy": (npy(np.zeros((3, 36, 4), np.float32)), "expected floats (n, 36, 30) or (n, 36, 31)"),
+        "test_boxes.npy": (b"", "empty"),
     }
     drive.files[COCO] = "application/zip", zipped({name: content for name, (content, _) in faulty.items()})
     status, out, errors = download("coco")
-    assert status == 2 and out.count("faulty") == 4
-    for line, (name, (_, told)) in zip(errors, sorted(faulty.items()), strict=True):
+    assert status == 2 and out.count("faulty") == 3
+    for line, (name, (_, told)) in zip(errors, faulty.items(), strict=True):
         assert f"/{name}" in line and told in line
 
 
@@ -243,17 +235,14 @@ def test_faulty_arrays_are_named(drive, download):
     [
         (zipped(boxes(splits=["train"])), "has no pfan/f30k_precomp/dev_boxes.npy, pfan/f30k_precomp/test_boxes.npy"),
         (zipped(boxes("a/") | boxes("b/")), "has no pfan/f30k_precomp/train_boxes.npy"),
-        (zipped(boxes())[:-30], "cannot be unpacked"),
-        (tarred(boxes(width=31))[:-30], "cannot be unpacked"),
+        (zipped(boxes())[:-30], "no whole zip or tar archive"),
         (zipped(boxes())[:100] + b"x" * 400 + zipped(boxes())[500:], "f30k: cannot be unpacked"),
         (BZ2[:-30], "f30k: cannot be unpacked"),
         (BZ2[:-300_000] + bytes(300_000), "f30k: cannot be unpacked (Invalid data stream)"),
         (claiming(1 << 70), "f30k: cannot be unpacked"),
         (claiming(-(1 << 70)), "f30k: cannot be unpacked"),
         (claiming(1 << 50, tarfile.XHDTYPE), "f30k: cannot be unpacked"),
-        (claiming(1 << 70, name="x" * 5000), "f30k: cannot be unpacked"),
         (tarred({"../" + "x" * 5000: b""}), "refused: its member '../xxx"),
-        (b"Rar!\x1a\x07\x00 and so on", "neither a zip nor a tar archive"),
     ],
 )
 def test_archives_without_the_files_are_named(drive, download, body, told):
@@ -269,7 +258,7 @@ def test_scan_features_come_through_kaggle_or_by_hand(tmp_path, download):
     members = {"vocab/f30k_precomp_vocab.json": b"{}"}
     for folder, splits in (("f30k_precomp", "train dev test"), ("coco_precomp", "train dev test testall")):
         for split in splits.split():
-            members[f"data/{folder}/{split}_ims.npy"] = npy(1, 36, 2048)
+            members[f"data/{folder}/{split}_ims.npy"] = npy(np.zeros((1, 36, 2048), np.float32))
             members[f"data/{folder}/{split}_caps.txt"] = "one\ntwo\u0085\n3".encode()
     (tmp_path / "kaggle.zip").write_bytes(zipped({"data.zip": zipped(members)}))
     status, out, errors = download("scan")
@@ -323,33 +312,24 @@ def scan_data(folder, published):
         shutil.copy(folder / f"data/coco_precomp/test_{kind}", folder / f"data/coco_precomp/testall_{kind}")
 
 
-def positions(published, kinds, order=lambda n: np.arange(n)[::-1]):
-    """Members of PFAN's archive: positions, and what else is asked for, of the images in another order."""
+def positions(published, kinds, rows=slice(None, None, -1)):
+    """Members of PFAN's archive: positions, and what else is asked for, of these rows of the images, in their order."""
     members = {}
     for split, (grids, features, captions) in published.items():
-        rows = order(len(grids))
-        for kind in kinds:
-            if kind == "caps.txt":
-                content = "".join(f"{line}\n" for row in rows for line in captions[row]).encode()
-            else:
-                file = io.BytesIO()
-                np.save(file, (grids[..., :30] if kind == "boxes.npy" else features)[rows])
-                content = file.getvalue()
-            members[f"positions/{split}_{kind}"] = content
+        lines = "".join(f"{line}\n" for five in captions[rows] for line in five)
+        contents = {"boxes.npy": npy(grids[rows, :, :30]), "ims.npy": npy(features[rows]), "caps.txt": lines.encode()}
+        members |= {f"positions/{split}_{kind}": contents[kind] for kind in kinds}
     return members
 
 
 @pytest.mark.parametrize("kinds", [["boxes.npy", "caps.txt"], ["boxes.npy"], ["boxes.npy", "ims.npy", "caps.txt"]])
-@pytest.mark.parametrize("order", [lambda n: np.arange(n)[::-1], lambda n: np.roll(np.arange(n), 1), np.arange])
-def test_positions_arrive_in_the_order_of_the_features(tmp_path, drive, download, published, kinds, order):
+def test_positions_arrive_in_the_order_of_the_features(tmp_path, drive, download, published, kinds):
     scan_data(tmp_path, published)
-    drive.files[COCO] = "application/zip", zipped(positions(published, kinds, order))
-    status, out, errors = download("coco")
-    assert (status, errors) == (0, [])
+    drive.files[COCO] = "application/zip", zipped(positions(published, kinds))
+    assert download("coco")[::2] == (0, [])
     for split, (grids, _, _) in published.items():
         np.testing.assert_array_equal(np.load(tmp_path / f"data/coco_precomp/{split}_boxes.npy"), grids[..., :30])
         assert len(np.load(tmp_path / f"data/pfan/coco_precomp/{split}_boxes.npy")) == len(grids)
-    assert ("which train as they are" in out) == ("ims.npy" in kinds)
     assert not (tmp_path / "data/coco_precomp/testall_boxes.npy").exists()
     assert download("coco")[::2] == (0, []) and len(drive.ranges) == 1  # all is in place
 
@@ -364,10 +344,10 @@ def test_features_that_come_later_get_their_positions(tmp_path, drive, download,
         np.testing.assert_array_equal(np.load(tmp_path / f"data/f30k_precomp/{split}_boxes.npy"), grids[..., :30])
 
 
-@pytest.mark.parametrize("kinds", [["boxes.npy", "caps.txt"], ["boxes.npy"]])
-def test_a_image_without_positions_stops_the_alignment(tmp_path, drive, download, published, kinds):
+def test_an_image_without_positions_stops_the_alignment(tmp_path, drive, download, published):
     scan_data(tmp_path, published)
-    drive.files[F30K] = "application/zip", zipped(positions(published, kinds, lambda n: np.arange(n)[:0:-1]))
+    members = positions(published, ["boxes.npy", "caps.txt"], slice(None, 0, -1))
+    drive.files[F30K] = "application/zip", zipped(members)
     status, out, errors = download("f30k")
     assert status == 2 and len(errors) == 1 and "3 without a partner" in errors[0] and "not put beside" in errors[0]
     assert "train, image 0: without a partner" in out
