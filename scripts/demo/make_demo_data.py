@@ -14,11 +14,11 @@ example: python scripts/demo/make_demo_data.py --seed 1
 """
 
 import argparse
-import glob
 import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -36,6 +36,7 @@ from scripts.demo.scenes import HEIGHT, WIDTH, make_group, render
 from scripts.demo.sentences import caption
 
 N_CAPTIONS = 5
+GROUP = 5  # images of the same shapes
 SPLITS = {"train": 3000, "dev": 300, "test": 500}  # images by default
 FIRST_ID = {"train": 100000, "dev": 200000, "test": 300000}
 
@@ -62,18 +63,16 @@ def draw_group(job):
 def write_split(pool, opt, split):
     """Draw a split with a pool of processes and write its files."""
     n, want_png = getattr(opt, split), split != "train" or opt.train_images
-    starts = range(0, n, opt.group)
-    jobs = [(opt.seed, split, start // opt.group, min(opt.group, n - start), want_png) for start in starts]
+    starts = range(0, n, GROUP)
+    jobs = [(opt.seed, split, start // GROUP, min(GROUP, n - start), want_png) for start in starts]
     groups = tqdm(pool.imap(draw_group, jobs, chunksize=4), split, len(jobs), unit="group")
     features, boxes, captions, scenes, pngs = zip(*(image for group in groups for image in group), strict=True)
     ids = [str(FIRST_ID[split] + i) for i in range(n)]
     prefix = os.path.join(opt.data_path, opt.data_name, split)
-    make_folder(f"{prefix}_images" if want_png else os.path.dirname(prefix))
-    for stale in glob.glob(glob.escape(prefix) + "_images/*.png"):  # of an earlier, larger run
-        if not want_png or os.path.basename(stale)[:-4] not in ids:
-            os.remove(stale)
-    for image_id, png in zip(ids, pngs, strict=True):
-        if want_png:
+    shutil.rmtree(f"{prefix}_images", ignore_errors=True)  # of an earlier, larger run
+    if want_png:
+        make_folder(f"{prefix}_images")
+        for image_id, png in zip(ids, pngs, strict=True):
             write(f"{prefix}_images/{image_id}.png", png)
     described = [{"id": i, "width": WIDTH, "height": HEIGHT} | scene for i, scene in zip(ids, scenes, strict=True)]
     write(prefix + "_scenes.json", json.dumps(described).encode())
@@ -88,32 +87,23 @@ def write(path, data):
     replace(path, lambda file: file.write(data))
 
 
-def parse(argv=None):
-    """The flags as a namespace. Raises InputError for values that are not allowed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_path", default="./data", help="folder of datasets (default: %(default)s)")
     add("--data_name", default="demo_precomp", help="the dataset's folder in it (default: %(default)s)")
     add("--seed", type=int, default=0, help="of everything drawn (default: %(default)s)")
     for split, count in SPLITS.items():
         add(f"--{split}", type=int, default=count, help=f"{split} images (default: {count})")
-    add("--group", type=int, default=5, help="images of the same shapes (default: %(default)s)")
     add("--train_images", action="store_true", help="write the PNGs of the train split, too")
     add("--workers", type=int, default=os.cpu_count(), help="processes (default: %(default)s)")
-    opt = parser.parse_args(argv)
-    limits = {"seed": (0, 2**32 - 1), **dict.fromkeys(SPLITS, (1, 99999)), "group": (1, 100), "workers": (1, 256)}
-    for flag, (low, high) in limits.items():
-        if not low <= getattr(opt, flag) <= high:
-            raise InputError(f"--{flag} is {getattr(opt, flag)}: expected {low} to {high}")
-    return opt
-
-
-def main():
-    opt = parse()
+    opt = parser.parse_args()
+    if min(opt.train, opt.dev, opt.test, opt.workers, opt.seed + 1) < 1:
+        raise InputError("expected --train, --dev, --test, --workers of 1 and more, --seed of 0 and more")
+    folder = os.path.join(opt.data_path, opt.data_name)
+    make_folder(folder)
     for split in SPLITS:
-        path = os.path.join(opt.data_path, opt.data_name, split)
+        path = os.path.join(folder, split)
         if os.path.exists(path + "_ims.npy") and not os.path.exists(path + "_scenes.json"):
             raise InputError(f"{path}_ims.npy is not of this script's making: choose another --data_name")
     # Ctrl-C is the parent's business; workers would each print a traceback
