@@ -1,4 +1,4 @@
-"""Fetch the public data, unpack it into the folders that training and scoring read, check every file.
+"""Fetch the public data and unpack it into the folders that training and scoring read.
 
 Without an ITEM nothing is fetched: a table shows what is there and how to get the rest.
 
@@ -13,7 +13,8 @@ Without an ITEM nothing is fetched: a table shows what is there and how to get t
 
 Positions list the images in another order than SCAN's features. Where both are there, align.py puts the positions
 in the features' order, data/*_precomp/SPLIT_boxes.npy, and proves each pair by captions, ids or regions.
-So to train on Flickr30K get f30k and scan, on MS-COCO coco and scan, on Tencent-News tencent.
+So to train on Flickr30K get f30k and scan, on MS-COCO coco and scan, on Tencent-News tencent; check_data.py checks the
+files.
 
 Archives are kept in data/downloads/ until you delete them; a broken-off transfer goes on where it stopped when the
 same command runs again. Files that are in place are neither fetched nor overwritten.
@@ -130,8 +131,8 @@ def main() -> None:
         except InputError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr, flush=True)
-    sound = print_table(names or list(SOURCES), folders)
-    sys.exit(0 if not opt.item or (sound and not failed) else 2)
+    print_table(names or list(SOURCES), folders)
+    sys.exit(2 if failed else 0)
 
 
 if __name__ == "__main__":

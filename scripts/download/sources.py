@@ -1,21 +1,12 @@
-"""The archives: where they are fetched, what they bring, where their files belong, and whether these are sound."""
+"""The archives: where they are fetched, what they bring and where their files belong."""
 
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.constants import N_REGIONS, N_SLOTS
 from lib.datasets.news import FILES
-from lib.errors import InputError
-from lib.files import open_npy, read_lines
 
-SHAPES = {  # dimensions after the number of images
-    "ims.npy": [(N_REGIONS, 2048)],
-    "boxes.npy": [(N_REGIONS, 2 * N_SLOTS), (N_REGIONS, 2 * N_SLOTS + 1)],
-    "who_ims.npy": [(2048,)],
-}
 KNOWN = re.compile(r"(train|dev|test|testall)_((ims|boxes|who_ims)\.npy|(caps|sent_caps|ids)\.txt)")  # in a data set
 PUBLIC = "train dev test"
 
@@ -83,39 +74,18 @@ class Folders(NamedTuple):
         return self.find(file) if file in source.wanted else self.data / file
 
 
-def describe(path: Path) -> str:
-    """What a file holds, in a few words, without reading arrays. Raises InputError if it is not what its name says."""
-    kind = path.name.split("_", 1)[-1]
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{path}: empty; delete it and run this again")
-    if kind in SHAPES:
-        array = open_npy(path)
-        if array.dtype.kind != "f" or array.shape[1:] not in SHAPES[kind]:
-            expected = " or ".join(str(("n", *shape)).replace("'", "") for shape in SHAPES[kind])
-            raise InputError(f"{path}: {array.dtype} {array.shape}, expected floats {expected}")
-        return "×".join(map(str, array.shape))
-    return f"{len(read_lines(path))} lines" if kind.endswith(".txt") else f"{size / 1e6:,.1f} MB"
-
-
-def print_table(names: list[str], folders: Folders) -> bool:
-    """Print what is there of these SOURCES. Returns whether no file is faulty."""
-    sound, missing = True, Counter[str]()
+def print_table(names: list[str], folders: Folders) -> None:
+    """Print which files of these SOURCES are there, and how to get the others."""
     items = {file: SOURCES[name].item for name in names for file in SOURCES[name].wanted}
     for name in POSITIONS:
         if name in names or "scan" in names:
             items |= dict.fromkeys(files(f"{name}_precomp", PUBLIC, "boxes.npy"), f"{name} scan")
+    missing = Counter[str]()
     for file, item in items.items():
         path = folders.find(file)
-        try:
-            state = describe(path) if path.exists() else "missing"
-        except InputError as error:
-            state, sound = "faulty", False
-            print(f"error: {error}", file=sys.stderr)
-        missing[item] += state == "missing"
-        print(f"{path!s:<48} {state}")
+        missing[item] += not path.exists()
+        print(f"{path!s:<48} " + (f"{path.stat().st_size / 1e6:,.1f} MB" if path.exists() else "missing"))
     for item, count in missing.items():
         login = " (needs a Kaggle login)" if "scan" in item else ""
         if count:
             print(f"{count} missing: sh scripts/download_data.sh {item}{login}")
-    return sound
