@@ -27,7 +27,7 @@ from lib.files import check_output, make_folder, replace
 from lib.options import add_options
 from scripts.bench import measurements
 
-SECTIONS = ("search", "score", "train", "encode", "grids")
+SECTIONS = ("search", "score", "train", "encode")
 HEAD = """\
 | work | reference | this code | faster | of its products' time | memory, reference | here | difference |
 |---|---|---|---|---|---|---|---|"""
@@ -44,7 +44,6 @@ SIZES = {
     "plain_captions": 256,
     "batch_size": 128,
     "plain_batches": 3,  # and encodes a part of the split
-    "plain_grids": 50,
     "batches": [16, 32, 64, 256],
 }
 QUICK = {"images": 160, "plain_images": 32, "plain_captions": 64, "batch_size": 32, "batches": [16]}
@@ -75,7 +74,6 @@ def rows(s, bfloat16):
     for n_pairs in s.batches:
         yield "train", f"training step, batch {n_pairs}, t2i", ("train", "t2i", n_pairs, False), None
     yield "encode", f"encode {s.images:,} images, {n_captions:,} captions", ("encode",), ("encode_published",)
-    yield "grids", f"position grids of {s.images:,} images", ("grids",), ("grids_published",)
 
 
 def measure(s, name, *arguments):
@@ -146,7 +144,7 @@ def get_parser():
     return parser
 
 
-def main(measure=measure):
+def main():
     parser = get_parser()
     opt = parser.parse_args()
     sections = opt.only or SECTIONS[not opt.model_path :]  # without a checkpoint all except search
