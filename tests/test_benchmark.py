@@ -6,7 +6,6 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
-import torch
 from folders import make_folder, save_model
 
 from model import SCAN
@@ -29,15 +28,11 @@ TINY = {
 
 
 @pytest.mark.parametrize("way", ["t2i", "i2t"])
-def test_the_published_way_gives_the_same_embeddings_scores_and_training_steps(way):
+def test_the_published_way_trains_as_this_code_does(way):
     s = Namespace(**{**benchmark.SIZES, **TINY, "device": "cpu"})
     ours, batch = measurements.make_model(SCAN, s, way), inputs.random_batch(s, 8)
-    plain = measurements.as_published(ours)
-    with torch.no_grad():
-        mine, theirs = ours.forward_emb(*batch), plain.forward_emb(*batch)
-        torch.testing.assert_close(mine[:2], theirs[:2], rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours.score(*mine), plain.score(*mine), rtol=0, atol=1e-5)
-    steps = [(ours.train_emb(*batch).item(), plain.train_emb(*batch).item()) for _ in range(3)]
+    published = measurements.as_published(ours)
+    steps = [(ours.train_emb(*batch).item(), published.train_emb(*batch).item()) for _ in range(3)]
     assert [a for a, _ in steps] == pytest.approx([b for _, b in steps], rel=1e-4)
 
 

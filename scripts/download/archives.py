@@ -1,6 +1,5 @@
 """Archives: fetched from Google Drive, a mirror of it or Kaggle, and unpacked into a folder and nowhere else."""
 
-import errno
 import http.client
 import os
 import shutil
@@ -24,7 +23,6 @@ ATTEMPTS = 3
 TIMEOUT = 60  # seconds without a byte
 BLOCK = 1 << 20  # bytes
 NESTED = (".zip", ".tar", ".tgz", ".tar.gz")  # endings of archives in archives
-FILES_ERRORS = (None, errno.EINVAL, errno.ENAMETOOLONG)  # of an OSError that a damaged archive leads to
 
 
 def fetch_drive(name: str, file_id: str, archive: Path) -> None:
@@ -42,17 +40,11 @@ def fetch_drive(name: str, file_id: str, archive: Path) -> None:
             if _transfer(url, part):
                 os.replace(part, archive)
                 return
-        reason = f"the transfer broke off; run this again to go on with {part}, or"
-    except urllib.error.HTTPError as error:
-        reason = f"got HTTP status {error.code};"
-        if error.code == 416:
-            reason = f"{part} is longer than the file; delete it and run this again, or"
-    except urllib.error.URLError as error:
-        reason = f"cannot reach {url.partition('?')[0]} ({error.reason});"
-    except InputError as error:
-        reason = f"{error};"
+        reason = f"the transfer broke off, run this again to go on with {part}"
+    except (urllib.error.URLError, InputError) as error:
+        reason = str(error)
     page = DRIVE_PAGE.format(file_id)
-    raise InputError(f"{name}: {reason} fetch {page} in a browser, save it as {archive} and run this again")
+    raise InputError(f"{name}: {reason}; or fetch {page} in a browser, save it as {archive} and run this again")
 
 
 def _transfer(url, part):
@@ -116,11 +108,10 @@ def unpack(archive: Path, folder: Path) -> None:
     except InputError:
         raise
     except Exception as error:  # tarfile, zipfile and the decompressors have many kinds
-        if isinstance(error, OSError) and error.errno not in FILES_ERRORS:
-            error.filename = error.filename or str(archive)  # a full disk does not say of which file
-            raise
         reason = getattr(error, "strerror", None) or " ".join(str(error)[:200].split()) or type(error).__name__
-        raise InputError(f"{archive}: cannot be unpacked ({reason}); delete it and run this again") from error
+        raise InputError(
+            f"{archive}: cannot be unpacked ({reason}); if damaged, delete it and run this again"
+        ) from error
     for path in sorted(folder.rglob("*")):
         if path.name.endswith(NESTED) and not path.name.endswith(".pth.tar") and path.is_file():
             unpack(path, path.with_name(path.name + ".unpacked"))
