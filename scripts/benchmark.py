@@ -87,9 +87,8 @@ def measure(s, name, *arguments):
 
 
 def machine_line(machine):
-    processor = f"{machine['cores']} cores of {machine['processor']} ({', '.join(machine['instructions'])})"
-    rate = f"fastest float32 product {machine['flops'] / 1e9:.0f} GFLOP/s"
-    return f"{processor}, {machine['threads']} threads, device {machine['device']}, {rate}"
+    processor = f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['threads']} threads"
+    return f"{processor}, device {machine['device']}, float32 products at {machine['flops'] / 1e9:.0f} GFLOP/s"
 
 
 def table_row(work, here, reference, machine):
@@ -109,12 +108,7 @@ def table_row(work, here, reference, machine):
 
 
 def time_text(result):
-    if not result:
-        return ""
-    seconds = median(result["seconds"])
-    if seconds >= 1000:
-        return f"{seconds:,.0f} s"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"
+    return f"{median(result['seconds']):,.4g} s" if result else ""
 
 
 def memory_text(result):
@@ -125,7 +119,7 @@ def memory_text(result):
 # ---------------------------------------------------------------- command line
 
 
-def get_parser():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
@@ -141,11 +135,6 @@ def get_parser():
     search("--sizes", type=int, nargs="+", default=[1000], help="first images of the split (default: %(default)s)")
     search("--candidates", type=int, nargs="+", default=[100, 200, 500, 1000, 2000], help="(default: %(default)s)")
     search("--queries", type=int, default=50, help="captions that search (default: %(default)s)")
-    return parser
-
-
-def main():
-    parser = get_parser()
     opt = parser.parse_args()
     sections = opt.only or SECTIONS[not opt.model_path :]  # without a checkpoint all except search
     if min(*opt.sizes, *opt.candidates) < measurements.TOP or opt.queries < 1:

@@ -70,19 +70,14 @@ def put_in_place(name: str, unpacked: Path, folders: Folders) -> None:
     places = {path: folders.place(SOURCES[name], path.relative_to(unpacked)) for path in files}
     claims = Counter(places.values())
     for path, target in places.items():
-        where = f": left in {unpacked}"
-        if target and claims[target] > 1:
-            where += f", because {claims[target]} files would be {target}"
-        elif target and target.exists():
-            where += f", because {target} is there already"
-        elif target:
+        where = f"left in {unpacked}"
+        if target and claims[target] == 1 and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, target)
-            where = f" → {target}"
-        print(f"{name}: {path.relative_to(unpacked)}{where}")
-    for path in [*sorted(unpacked.rglob("*"), reverse=True), unpacked]:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+            where = f"now {target}"
+        print(f"{name}: {path.relative_to(unpacked)}: {where}")
+    if not any(path.is_file() for path in unpacked.rglob("*")):
+        shutil.rmtree(unpacked)
 
 
 def put_beside(name: str, folders: Folders) -> None:

@@ -5,7 +5,6 @@ most that was held; flops of the matrix products; part, where less than the whol
 difference from the other way of doing the same.
 """
 
-import os
 import platform
 import re
 import tempfile
@@ -84,12 +83,10 @@ def machine(s):
     seconds = min(min(timed(s, product)[0]["seconds"]) for product in products)
     return {
         "processor": [*names, platform.processor() or platform.machine()][0],
-        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "instructions": [torch.backends.cpu.get_cpu_capability(), *["bfloat16"] * bfloat16],
         "torch": torch.__version__,
-        "python": platform.python_version(),
         "flops": 2 * a.numel() * len(b) / seconds,
     }
 
@@ -98,31 +95,25 @@ def machine(s):
 
 
 def score(s, way, form):
-    """Score and rank all pairs. form: highest or medium, the matrix products' precision; formula: model.attend alone,
-    which scores one shard and ranks nothing."""
+    """Score and rank all pairs. form: highest or medium, the products' precision, or formula: model.attend alone."""
     torch.set_float32_matmul_precision("medium" if form == "medium" else "highest")
     opt, device = inputs.flags(s, way), pick_device(s.device)
-    images, words, lens = inputs.embeddings(s, s.images)
-    flops, n_pairs = 2 * images.numel() * len(words), len(images) * len(lens)
-    few = lens[:SHARD_SIZE]
-    if form == "formula":
-        images, words, lens = images[:SHARD_SIZE], words[: sum(few)], few
     score_pairs = partial(formula_scores if form == "formula" else xattn_score, config=ScoreConfig.of(opt))
+    images, words, lens = inputs.embeddings(s, s.images)
 
     def work():
         sims = score_shards((images,), (words, lens), score_pairs, device)
-        if form != "formula":
-            i2t(None, None, None, sims), t2i(None, None, None, sims)
+        i2t(None, None, None, sims), t2i(None, None, None, sims)
         return sims
 
+    few = lens[:SHARD_SIZE]
     warm_up = partial(score_shards, (images[:128],), (words[: sum(few)], few), score_pairs, device)
     result, sims = timed(s, work, warm_up)
-    if form == "formula":
-        result = scaled(result, n_pairs / sims.size)
     few = lens[:FEW_CAPTIONS]
     captions = pad(words[: sum(few)].double().split(few))
     published = published_way.xattn_score(images[:FEW_IMAGES].double(), captions, few, opt).numpy()
-    return {**result, "flops": flops, "difference": largest_difference(sims[:FEW_IMAGES, :FEW_CAPTIONS], published)}
+    difference = largest_difference(sims[:FEW_IMAGES, :FEW_CAPTIONS], published)
+    return {**result, "flops": 2 * images.numel() * len(words), "difference": difference}
 
 
 def score_published(s, way):

@@ -63,11 +63,9 @@ class Published(model.SCAN):
     def forward_loss(self, *embeddings):
         """Hinge loss of all B × B pairs, of which the hardest of each row and column count."""
         scores = self.score(*embeddings)
-        positives = scores.diag().view(-1, 1)
-        cost_s = (self.opt.margin + scores - positives.expand_as(scores)).clamp(min=0)
-        cost_im = (self.opt.margin + scores - positives.t().expand_as(scores)).clamp(min=0)
         diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        cost_s, cost_im = cost_s.masked_fill(diagonal, 0), cost_im.masked_fill(diagonal, 0)
+        cost_s = (self.opt.margin + scores - scores.diag()[:, None]).clamp(min=0).masked_fill(diagonal, 0)
+        cost_im = (self.opt.margin + scores - scores.diag()).clamp(min=0).masked_fill(diagonal, 0)
         return cost_s.max(1)[0].sum() + cost_im.max(0)[0].sum()
 
 
