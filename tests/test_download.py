@@ -23,6 +23,7 @@ from scripts import download_data
 SCRIPT = ROOT / "scripts/download_data.sh"
 F30K = "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO"
 COCO = "1DaCZxeXOCm05u-Gf-_MG_zSNKO1UxBat"
+TENCENT = "1WKq05mhSMc2u0SLtCWkUzgmqTLx95kXR"
 MODELS = "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn"
 
 
@@ -220,6 +221,16 @@ def test_checkpoints_in_a_tar_are_not_taken_for_archives(tmp_path, drive, downlo
     drive.files[MODELS] = "application/x-tar", tarred(models, "w")
     assert download("models", "--model_path", "trained")[::2] == (0, [])
     assert (tmp_path / "trained/tag_t2i.pth.tar").read_bytes() == checkpoint
+
+
+@pytest.mark.parametrize("captions", ["caps.txt", "sent_caps.txt"])
+def test_captions_of_tencent_news_keep_either_name(tmp_path, drive, download, captions):
+    kinds = ("ims.npy", "boxes.npy", "who_ims.npy", captions)
+    members = {f"{split}_{kind}": b"x" for split in ("train", "dev") for kind in kinds}
+    drive.files[TENCENT] = "application/zip", zipped(members)
+    _, out, errors = download("tencent")
+    assert len(errors) == 1 and "tencent_test: " in errors[0]  # whose archive is not there
+    assert (tmp_path / f"data/tencent_data/train_{captions}").exists()
 
 
 def test_without_items_nothing_is_fetched(drive, download):

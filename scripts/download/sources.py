@@ -71,7 +71,7 @@ class Folders(NamedTuple):
         file = f"{min(named)}/{path.name}"
         if len(named) > 1 or not (file in source.wanted or KNOWN.fullmatch(path.name)):
             return None
-        return self.find(file) if file in source.wanted else self.data / file
+        return self.models / path.name if file.startswith("models/") else self.data / file
 
 
 def print_table(names: list[str], folders: Folders) -> None:
