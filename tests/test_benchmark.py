@@ -86,7 +86,6 @@ def test_search_rows_compare_the_two_stages_with_an_exhaustive_search(tmp_path, 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--only", "scores"], "invalid choice: 'scores'"),
         (["--only", "search"], "--only search: expected --model_path"),
         (["--sizes", "5"], "expected --sizes and --candidates of 10 or more"),
     ],

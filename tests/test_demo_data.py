@@ -1,7 +1,6 @@
 """The demo dataset: f30k_precomp's files, features from pixels alone, true captions, the same bytes for a seed."""
 
 import json
-import os
 import re
 
 import numpy as np
@@ -20,12 +19,8 @@ def make(path, *flags):
     return command("demo/make_demo_data", "--data_path", path, "--data_name", "d", *counts, *flags)
 
 
-def contents(path):
-    return {
-        os.path.relpath(os.path.join(folder, name), path): open(os.path.join(folder, name), "rb").read()
-        for folder, _, names in os.walk(path)
-        for name in names
-    }
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -163,4 +158,4 @@ def test_other_peoples_features_are_not_overwritten(tmp_path):
     (tmp_path / "d" / "test_ims.npy").write_bytes(b"hours of work")
     result = make(tmp_path)
     assert result.returncode == 2 and "test_ims.npy" in result.stderr and result.stderr.count("\n") == 1
-    assert contents(tmp_path) == {os.path.join("d", "test_ims.npy"): b"hours of work"}
+    assert contents(tmp_path / "d") == {"test_ims.npy": b"hours of work"}
