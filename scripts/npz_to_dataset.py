@@ -27,7 +27,7 @@ from lib.datasets.json_files import json_items
 from lib.datasets.npz_files import read_regions
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin
-from lib.errors import InputError, run
+from lib.errors import InputError, brief, run
 from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
 
@@ -60,24 +60,19 @@ def id_of(path):
     return SUFFIX.sub("", os.path.basename(path))
 
 
-def read_sizes(text):
-    """--sizes: {canonical id: (height, width)} of a JSON file, or (height, width) of all images."""
-    if size := parse_size(text):
-        return size
-    sizes, by_id = {}, {}
-    try:
-        for image in json_items(text, "images"):
-            by_id[canonical_id(image["id"])] = size = float(image["height"]), float(image["width"])
-            if "file_name" in image:
-                sizes[canonical_id(image["file_name"])] = size
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise InputError(f"{text}: expected images with id, height and width ({reason})") from None
+def read_sizes(path):
+    """{canonical id: (height, width)} of a JSON file with COCO's images."""
+    by_id, by_name = {}, {}
+    for number, image in enumerate(json_items(path, "images")):
+        try:
+            size = float(image["height"]), float(image["width"])
+            by_id[canonical_id(image["id"])] = by_name[canonical_id(image.get("file_name", image["id"]))] = size
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+            expected = "expected id, height and width"
+            raise InputError(f"{path}: image {number}: found {brief(image)}, {expected}") from None
     if not by_id:
-        raise InputError(f"{text}: no sizes, expected JSON with images of id, height and width, or HxW")
-    return by_id | sizes  # the id of one image may be the file name of another
+        raise InputError(f"{path}: no sizes, expected JSON with images of id, height and width, or HxW")
+    return by_id | by_name  # the id of one image may be the file name of another
 
 
 class Reader:
@@ -85,7 +80,8 @@ class Reader:
 
     def __init__(self, paths, opt):
         self.paths, self.boxes = paths, opt.boxes
-        self.sizes = read_sizes(opt.sizes) if opt.sizes else None
+        self.size = parse_size(opt.sizes) if opt.sizes else None
+        self.sizes = read_sizes(opt.sizes) if opt.sizes and not self.size else {}
 
     def boxes_path(self, name):
         return os.path.join(self.boxes, id_of(self.paths[name]) + ".npy") if self.boxes else None
@@ -93,13 +89,12 @@ class Reader:
     def files(self, image_id):
         """The paths of an image's files."""
         name = canonical_id(image_id)
-        paths = (self.paths.get(name), name in self.paths and self.boxes_path(name))
+        paths = [self.paths[name], self.boxes_path(name)] if name in self.paths else []
         return [path for path in paths if path and os.path.isfile(path)]
 
     def read(self, name):
         """The Regions of an image. Raises InputError naming the file and what is malformed."""
-        size = self.sizes.get(name) if isinstance(self.sizes, dict) else self.sizes
-        return read_regions(self.paths[name], self.boxes_path(name), size)
+        return read_regions(self.paths[name], self.boxes_path(name), self.sizes.get(name, self.size))
 
     def first(self, names):
         """The first of these images that can be read, and its Regions. Raises the first InputError where none can."""
@@ -175,8 +170,7 @@ def main():
     arrays = ("ims",) if first.boxes is None else ("ims", "boxes")
     print(f"{paths[name]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
     settings = {"tool": "npz_to_dataset", "regions": opt.regions, "boxes": opt.boxes, "sizes": opt.sizes}
-    inputs = [opt.sizes] if isinstance(reader.sizes, dict) else []
-    origin = Origin(settings, inputs, reader.files)
+    origin = Origin(settings, [opt.sizes] if reader.sizes else [], reader.files)
     with FeatureJob(opt, problems, splits, arrays, origin, opt.regions, source=opt.folder) as job:
         if job.writers:
             convert(reader, job, opt.img_dim, problems)

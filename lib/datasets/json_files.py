@@ -43,37 +43,28 @@ def json_items(path: str, name: str) -> Iterator[Any]:
     """
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
-    items = _raw_items(path, name, text)
-    decode = msgspec.json.Decoder().decode
-    for number, item in enumerate(tqdm(items, os.path.basename(path), leave=False, disable=None), 1):
-        try:
-            yield decode(item)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            reason = _describe(error, item)
-            raise InputError(f"{path}: item {number} of {name or 'the array'} is not JSON ({reason})") from None
-
-
-def _raw_items(path: str, name: str, text: bytes) -> Any:
-    """The items of that array in text (bytes), each a msgspec.Raw."""
     array = list[msgspec.Raw]
-    container: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name})
+    kind: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
+    place = path
     try:
-        return msgspec.json.decode(text, type=container).items if name else msgspec.json.decode(text, type=array)
+        found = _decode(text, kind)
+        items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
+        for number, item in enumerate(items, 1):
+            place = f"{path}: item {number}"
+            yield msgspec.json.decode(item)
     except msgspec.ValidationError:
         expected = f"an object with an array called {name}" if name else "an array"
         raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{place}: truncated or not JSON ({str(error).splitlines()[0][:200]})") from None
+
+
+def _decode(text: bytes, kind: Any) -> Any:
+    """The value in text, of a kind, with HALF for half of a surrogate pair."""
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
         mended = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
-        if mended != text:
-            return _raw_items(path, name, mended)
-        raise InputError(f"{path}: truncated or not JSON ({_describe(error, text)})") from None
-
-
-def _describe(error, text):
-    """The reason of a failed decoding, and the text around the byte that it names."""
-    reason = str(error).splitlines()[0]
-    place = re.search(r"\(byte (\d+)\)", reason)
-    if place is None:
-        return reason[:200]
-    start = max(0, int(place[1]) - 20)
-    return f"{reason} near {brief(bytes(text)[start : start + 40])}"
+        return msgspec.json.decode(mended, type=kind)

@@ -171,17 +171,14 @@ def by_ids(source: Sequence[Split]) -> Finder:
 
 
 def by_captions(source: Sequence[Split]) -> Finder:
-    """As by_ids, by the captions: all the same in any order, or else more than half."""
-    by_all = index_of(source, lambda split: [[tuple(sorted(digests))] for digests in split.digests])
-    by_one = index_of(source, lambda split: map(set, split.digests))
+    """As by_ids, by the captions: those that have most of an image's captions, and more than half."""
+    index = index_of(source, lambda split: map(set, split.digests))
 
     def find(split):
-        for digests in split.digests:
-            hits = by_all.get(tuple(sorted(digests)), [])
-            if not hits:
-                votes = Counter(hit for digest in set(digests) for hit in by_one.get(digest, ()))
-                hits = [hit for hit, count in votes.items() if 2 * count > len(digests)]
-            yield hits
+        for digests in map(set, split.digests):
+            votes = Counter(hit for digest in digests for hit in index.get(digest, ()))
+            most = max(votes.values(), default=0)
+            yield [hit for hit, count in votes.items() if count == most and 2 * count > len(digests)]
 
     return find
 
