@@ -50,13 +50,17 @@ def json_items(path: str, name: str) -> Iterator[Any]:
         found = _decode(text, kind)
         items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
         for number, item in enumerate(items, 1):
-            place = f"{path}: item {number}"
+            place, text = f"{path}: item {number}", item
             yield msgspec.json.decode(item)
     except msgspec.ValidationError:
         expected = f"an object with an array called {name}" if name else "an array"
         raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{place}: truncated or not JSON ({str(error).splitlines()[0][:200]})") from None
+        reason = str(error).splitlines()[0][:200]
+        if byte := re.search(r"\(byte (\d+)\)", reason):
+            start = max(0, int(byte[1]) - 20)
+            reason += f" near {brief(bytes(text)[start : start + 40])}"
+        raise InputError(f"{place}: truncated or not JSON ({reason})") from None
 
 
 def _decode(text: bytes, kind: Any) -> Any:
