@@ -75,46 +75,34 @@ def read_sizes(path):
     return by_id | by_name  # the id of one image may be the file name of another
 
 
-class Reader:
-    """Reads the regions of an image by its canonical id. paths: {canonical id: path}. opt: boxes, sizes."""
-
-    def __init__(self, paths, opt):
-        self.paths, self.boxes = paths, opt.boxes
-        self.size = parse_size(opt.sizes) if opt.sizes else None
-        self.sizes = read_sizes(opt.sizes) if opt.sizes and not self.size else {}
-
-    def boxes_path(self, name):
-        return os.path.join(self.boxes, id_of(self.paths[name]) + ".npy") if self.boxes else None
-
-    def files(self, image_id):
-        """The paths of an image's files."""
-        name = canonical_id(image_id)
-        paths = [self.paths[name], self.boxes_path(name)] if name in self.paths else []
-        return [path for path in paths if path and os.path.isfile(path)]
-
-    def read(self, name):
-        """The Regions of an image. Raises InputError naming the file and what is malformed."""
-        return read_regions(self.paths[name], self.boxes_path(name), self.sizes.get(name, self.size))
-
-    def first(self, names):
-        """The first of these images that can be read, and its Regions. Raises the first InputError where none can."""
-        failure = None
-        for name in names:
-            try:
-                return name, self.read(name)
-            except InputError as error:
-                failure = failure or error
-        raise failure
+def find_sources(opt, problems):
+    """{canonical id: the arguments of read_regions: path, path of the boxes or None, size or None} of the images."""
+    paths = find_files(opt.folder, problems)
+    size = parse_size(opt.sizes) if opt.sizes else None
+    sizes = read_sizes(opt.sizes) if opt.sizes and not size else {}
+    boxes = {name: os.path.join(opt.boxes, id_of(path) + ".npy") for name, path in paths.items()} if opt.boxes else {}
+    return {name: (path, boxes.get(name), sizes.get(name, size)) for name, path in paths.items()}
 
 
-def convert(reader, job, img_dim, problems):
+def read_first(sources, names):
+    """The first of these images that can be read, and its Regions. Raises the first InputError where none can."""
+    failures = []
+    for name in names:
+        try:
+            return name, read_regions(*sources[name])
+        except InputError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def convert(sources, job, img_dim, problems):
     """Write the images that are not written yet, and report what is malformed or missing."""
     for name in tqdm(job.todo(), unit="image", disable=None):
-        if name not in reader.paths:
+        if name not in sources:
             continue
-        path = reader.paths[name]
+        path = sources[name][0]
         try:
-            regions = reader.read(name)
+            regions = read_regions(*sources[name])
             if regions.features.shape[1] != img_dim:
                 raise InputError(f"features {regions.features.shape}, expected (R, {img_dim}) as in the first file")
             if "boxes" in job.arrays and regions.boxes is None:
@@ -124,8 +112,8 @@ def convert(reader, job, img_dim, problems):
             problems.add("malformed", path, str(error).removeprefix(f"{path}: "))
         else:
             job.check_early()
-    job.counts["of other images"] = len(reader.paths.keys() - job.rows.keys())
-    job.report_missing(reader.paths, "no file of this name")
+    job.counts["of other images"] = len(sources.keys() - job.rows.keys())
+    job.report_missing(sources, "no file of this name")
 
 
 def get_parser():
@@ -154,26 +142,32 @@ def main():
         check_folder(opt.boxes)
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "npz_problems.txt"))
-    paths = find_files(opt.folder, problems)
+    sources = find_sources(opt, problems)
     if opt.split:
-        splits = {opt.split: [id_of(path) for path in paths.values()]}
+        splits = {opt.split: [id_of(path) for path, _, _ in sources.values()]}
     else:
         splits = split_ids(opt.out, opt.ids, problems)
-    reader = Reader(paths, opt)
     listed = [canonical_id(image_id) for ids in splits.values() for image_id in ids]
-    there = [name for name in listed if name in paths]
+    there = [name for name in listed if name in sources]
     if not there:
         raise InputError(f"{opt.folder}: none of the {len(listed)} images of the id lists is there")
-    name, first = reader.first(there)
+    name, first = read_first(sources, there)
     opt.img_dim = first.features.shape[1]
     opt.n_regions = len(first.features) if opt.n_regions is None and opt.regions == "fixed" else default_n_regions(opt)
     arrays = ("ims",) if first.boxes is None else ("ims", "boxes")
-    print(f"{paths[name]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
+    print(f"{sources[name][0]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
+
+    def files(image_id):
+        """The paths of an image's files."""
+        paths = sources.get(canonical_id(image_id), ())[:2]
+        return [path for path in paths if path and os.path.isfile(path)]
+
     settings = {"tool": "npz_to_dataset", "regions": opt.regions, "boxes": opt.boxes, "sizes": opt.sizes}
-    origin = Origin(settings, [opt.sizes] if reader.sizes else [], reader.files)
+    inputs = [opt.sizes] if opt.sizes and os.path.isfile(opt.sizes) else []
+    origin = Origin(settings, inputs, files)
     with FeatureJob(opt, problems, splits, arrays, origin, opt.regions, source=opt.folder) as job:
         if job.writers:
-            convert(reader, job, opt.img_dim, problems)
+            convert(sources, job, opt.img_dim, problems)
             job.finish("images")
             if first.boxes is None:
                 print("no boxes: train with --position none, or make SPLIT_boxes.npy with position.py")

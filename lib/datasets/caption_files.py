@@ -2,7 +2,6 @@
 
 import csv
 import re
-from dataclasses import dataclass
 
 from lib.datasets.ids import canonical_id
 from lib.datasets.json_files import HALF, json_items
@@ -15,6 +14,7 @@ LINE_END = re.compile(r"\s*[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+\s*")
 IMAGE_COLUMNS = {"image", "image_name", "image_id", "filename", "file_name"}
 CAPTION_COLUMNS = {"caption", "comment", "sentence", "text"}
 PAIR_FORM = "file name, tab, caption"
+SEPARATORS = {"\t": "tabs", "|": '"|"', ",": "commas"}
 CAPTION_NUMBER = re.compile(r"((?<=\.jpg)#\w+)?#\d+$", re.IGNORECASE)  # NAME.jpg#0; NAME.jpg#zhc#0 in Flickr8k-CN
 NUMBERED_NAME = re.compile(r"(\S+#\d+)\s+(.*)")
 ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.csv has a line "NAME.jpg| 4   A dog …"
@@ -90,11 +90,11 @@ def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
     Lines of another form are reported to problems.
     """
     lines = read_lines(path)
-    table = _find_table(lines[0]) if lines else None
-    parse, form, first = (_parse_pair, PAIR_FORM, 0) if table is None else (table.parse, str(table), 1)
+    delimiter, columns = _find_table(lines[0]) if lines else ("", [])
+    form = f"{', '.join(columns)} separated by {SEPARATORS[delimiter]}" if columns else PAIR_FORM
     captions = Captions(problems)
-    for number, line in enumerate(lines[first:], first + 1):
-        name, text = parse(line)
+    for number, line in enumerate(lines[bool(columns) :], 1 + bool(columns)):
+        name, text = _parse_row(line, delimiter, columns) if columns else _parse_pair(line)
         if name and text:
             captions.add(f"{path}, line {number}", CAPTION_NUMBER.sub("", name), [text])
         elif line:
@@ -109,45 +109,30 @@ def _parse_pair(line):
     return name.strip(), text.strip()
 
 
-@dataclass
-class _Table:
-    """A table of captions: its separator, names of columns, and the indices of the columns of names and captions."""
-
-    delimiter: str
-    columns: list[str]
-    image: int
-    caption: int
-
-    def parse(self, line):
-        """(file name, caption) of a line; both empty where it is malformed."""
-        quoting = csv.QUOTE_MINIMAL if self.delimiter == "," else csv.QUOTE_NONE
-        try:
-            cells = next(csv.reader([line], delimiter=self.delimiter, quoting=quoting, strict=True), [])
-        except csv.Error:
-            return "", ""
-        n = len(self.columns)
-        if self.delimiter == "|" and n == 3 and (repaired := ONE_PIPE_LOST.fullmatch(line)):
-            cells = list(repaired.groups())
-        if self.caption == n - 1:  # a separator within the caption
-            cells[n - 1 :] = [self.delimiter.join(cells[n - 1 :])]
-        if len(cells) != n:
-            return "", ""
-        return cells[self.image].strip(), cells[self.caption].strip()
-
-    def __str__(self):
-        separator = {"\t": "tabs", "|": '"|"', ",": "commas"}[self.delimiter]
-        return f"{', '.join(self.columns)} separated by {separator}"
+def _find_table(line):
+    """(delimiter, names of the columns) that the first line of a file announces; ("", []) where it announces none."""
+    for delimiter in SEPARATORS:
+        columns = [name.strip().strip('"') for name in line.split(delimiter)]
+        if None not in (_column(columns, IMAGE_COLUMNS), _column(columns, CAPTION_COLUMNS)):
+            return delimiter, columns
+    return "", []
 
 
-def _find_table(first_line):
-    """The _Table that the first line of a file announces, or None."""
-    for delimiter in "\t|,":
-        columns = [name.strip().strip('"') for name in first_line.split(delimiter)]
-        names = [name.lower() for name in columns]
-        image, caption = (
-            next((i for i, name in enumerate(names) if name in known), None)
-            for known in (IMAGE_COLUMNS, CAPTION_COLUMNS)
-        )
-        if image is not None and caption is not None:
-            return _Table(delimiter, columns, image, caption)
-    return None
+def _column(columns, known):
+    """The index of the first column whose name is known, or None."""
+    return next((i for i, name in enumerate(columns) if name.lower() in known), None)
+
+
+def _parse_row(line, delimiter, columns):
+    """(file name, caption) of a line of a table; both empty where it is malformed."""
+    n, image, caption = len(columns), _column(columns, IMAGE_COLUMNS), _column(columns, CAPTION_COLUMNS)
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True), [])
+    except csv.Error:
+        return "", ""
+    if delimiter == "|" and n == 3 and (repaired := ONE_PIPE_LOST.fullmatch(line)):
+        cells = list(repaired.groups())
+    if caption == n - 1:  # a separator within the caption
+        cells[n - 1 :] = [delimiter.join(cells[n - 1 :])]
+    return (cells[image].strip(), cells[caption].strip()) if len(cells) == n else ("", "")

@@ -31,10 +31,9 @@ def read_ids(path: str, problems: Problems | None = None) -> list[str]:
     Raises InputError where there is no id in it, and without problems for the first of these lines.
     """
     lines = read_lines(path)
-    starts = [i for i, line in enumerate(lines) if i == 0 or line != lines[i - 1]]
-    runs = {end - start for start, end in itertools.pairwise([*starts, len(lines)])}
-    if len(runs) == 1 and runs != {1} and len(set(lines)) == len(starts) > 1:
-        return [lines[i] for i in starts]
+    runs = [(line, len(list(same))) for line, same in itertools.groupby(lines)]
+    if len({n for _, n in runs}) == 1 and len(set(lines)) == len(runs) > 1:
+        lines = [line for line, _ in runs]
     ids, seen = [], {}
     for number, line in enumerate(lines, 1):
         name = canonical_id(line)

@@ -131,7 +131,7 @@ def pair(
 ) -> dict[str, list[Partner | None]]:
     """{split: [Partner or None, for each reference image]}. What has no partner goes to problems."""
     find = {"ids": by_ids, "captions": by_captions, "regions": by_regions}[by](source)
-    pairs, used = {}, set()
+    pairs = {}
     for split in reference:
         partners = pairs[split.split] = []
         taken: dict = {}
@@ -139,7 +139,6 @@ def pair(
         for row, hits in enumerate(tqdm(find(split), name, split.n, unit="image", disable=None)):
             hits = nearest(hits, split)
             partners.append(hits[0] if len(hits) == 1 else None)
-            used.update(hits)
             if not hits:
                 problems.add("without a partner", split.title(row), f"nothing like it in {source[0].folder}")
             elif len(hits) > 1:
@@ -148,10 +147,6 @@ def pair(
             elif (first := taken.setdefault(hits[0], row)) != row:
                 partners[row] = None
                 problems.add("ambiguous", split.title(row), f"has the partner of {split.title(first)}")
-    for split in source:
-        left = sum((split, row) not in used for row in range(split.n))
-        if left:
-            print(f"note: {left} of {split.n} images of {split.prefix} are in no split of {reference[0].folder}")
     return pairs
 
 
