@@ -122,10 +122,6 @@ class Vocabulary:
         return [self(word) for word in ("<start>", *self.tokenize(caption), "<end>")]
 
 
-class NoVocabularyError(InputError):
-    """There is no vocabulary file."""
-
-
 def word_list(vocab: Any) -> list[str]:
     """The words of a vocabulary in the order of their ids."""
     return sorted(vocab.word2idx, key=vocab.word2idx.__getitem__)
@@ -138,12 +134,9 @@ def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, kind: type[Vocabular
     it must hold the same words. Raises InputError that names the checkpoint, the file and the first word that differs.
     """
     words, segment = checkpoint.get("words"), checkpoint.get("segment", False)
-    try:
-        vocab = kind.read(opt)
-    except NoVocabularyError:
-        if words is None:
-            raise
+    if words is not None and not os.path.exists(kind.file(opt.vocab_path, opt.data_name)):
         return kind.from_words(words, segment)
+    vocab = kind.read(opt)
     if words is None:
         return vocab
     for i, (word, found) in enumerate(zip_longest(words, word_list(vocab))):
@@ -204,7 +197,7 @@ def deserialize_vocab(src: str, kind: type[Vocabulary] = Vocabulary) -> Vocabula
     except FileNotFoundError:
         name, folder = os.path.basename(src).removesuffix(kind.suffix), os.path.dirname(src) or "."
         command = f"python {kind.command} --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
-        raise NoVocabularyError(
+        raise InputError(
             f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"
         ) from None
     words = stored.get("word2idx") if isinstance(stored, dict) else None

@@ -117,13 +117,13 @@ def choose(by: str, reference: Sequence[Split], source: Sequence[Split]) -> str:
         "captions": all(split.digests for split in splits),
         "regions": all("ims" in s.arrays for s in reference) and all("boxes" in s.arrays for s in source),
     }
-    for way in possible if by == "auto" else [by]:
-        if possible[way]:
-            return way
-    raise InputError(
-        "nothing to pair the images by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
-        "in the reference and SPLIT_boxes.npy in the source"
-    )
+    ways = [way for way in possible if possible[way] and by in (way, "auto")]
+    if not ways:
+        raise InputError(
+            "nothing to pair the images by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
+            "in the reference and SPLIT_boxes.npy in the source"
+        )
+    return ways[0]
 
 
 def pair(

@@ -5,6 +5,7 @@ import binascii
 import functools
 import itertools
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 
@@ -81,13 +82,7 @@ def decode(values: list[bytes], fields: tuple[str, ...], img_dim: int) -> Region
 def _decode_columns(values, fields, img_dim):
     """Regions of boxes and features in base64 float32: (num_boxes, 4) and (num_boxes, img_dim)."""
     row = dict(zip(fields, values, strict=True))
-    try:
-        width, height, n = (int(row[name]) for name in ("image_w", "image_h", "num_boxes"))
-    except ValueError:
-        raise InputError("image_w, image_h or num_boxes is no integer") from None
-    if n < 1 or not (1 <= width < MOST_PIXELS and 1 <= height < MOST_PIXELS):
-        found = f"{brief(n)} boxes in an image of {brief(width)}×{brief(height)}"
-        raise InputError(f"{found}, expected at least one, and sides of 1 to {MOST_PIXELS}")
+    width, height, n = (_count(row[name], name) for name in ("image_w", "image_h", "num_boxes"))
     boxes = _floats(row["boxes"], "boxes", n, 4)
     features = _floats(row["features"], "features", n, img_dim)
     scores = _floats(row[SCORES], SCORES, n, 1)[:, 0] if SCORES in row else None
@@ -131,9 +126,11 @@ def _decode_objects(value, img_dim):
 
 
 def _count(value, name):
-    if not isinstance(value, int) or not 1 <= value < MOST_PIXELS:
+    """The number of at least 1 that an int, or digits (bytes), are."""
+    number = int(value) if isinstance(value, bytes) and re.fullmatch(rb"\s*\d{1,12}\s*", value) else value
+    if not isinstance(number, int) or not 1 <= number < MOST_PIXELS:
         raise InputError(f"{name} is {brief(value)}, expected 1 to {MOST_PIXELS}")
-    return value
+    return number
 
 
 def _floats(text, name, n, dim):
