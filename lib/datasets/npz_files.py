@@ -124,11 +124,9 @@ def _read_npz(path):
                         arrays[name] = _read_array(path, file, member.file_size)
     except InputError:
         raise
-    except OSError as error:
-        if error.filename:  # it cannot be opened
-            raise
-        raise InputError(f"{path}: damaged .npz file ({error.strerror or error})") from None
     except Exception as error:  # zipfile and zlib each have their own
+        if getattr(error, "filename", None):  # it cannot be opened
+            raise
         reason = str(error).partition("\n")[0][:100]
         raise InputError(f"{path}: truncated or not an .npz file ({reason})") from None
     return arrays

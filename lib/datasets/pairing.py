@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lib.datasets import region_match
 from lib.datasets.arrays import open_rows, read_rows
-from lib.datasets.checks import rows_per_image, same_as_previous
+from lib.datasets.checks import rows_per_image
 from lib.datasets.ids import canonical_id
 from lib.datasets.problems import Problems
 from lib.errors import InputError
@@ -57,7 +57,8 @@ class Split:
         """How many images there are: rows of the arrays, unless these repeat an image once per caption."""
         n = min(map(len, arrays.values()), default=0)
         if arrays and captions and n == len(captions):
-            n //= rows_per_image(same_as_previous(arrays.get("ims", next(iter(arrays.values())))))
+            name = "ims" if "ims" in arrays else next(iter(arrays))
+            n //= rows_per_image(f"{self.prefix}_{name}.npy", arrays[name])
         n = n or len(dict.fromkeys(ids or ())) or len(captions or ()) // 5
         if not n:
             raise InputError(f"{self.prefix}: neither arrays nor ids nor captions")
