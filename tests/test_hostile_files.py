@@ -27,7 +27,6 @@ import evaluation
 import train
 from data import PrecompDataset
 from lib.checkpoint import load_checkpoint
-from lib.datasets import news
 from lib.datasets.boxes import BoxFile
 from lib.datasets.npz_files import read_npy, read_regions
 from lib.errors import InputError
@@ -36,15 +35,12 @@ from lib.resume import check_same_options
 from model import SCAN
 from position import position_grid
 from scripts import captions_to_dataset, tsv_to_dataset
-from test_server import compute_map
-from test_server import test as client
 from vocab import deserialize_vocab, word_list
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
 NAME = "toy_precomp"
 SIZES = {"embed_size": 6, "word_dim": 4, "img_dim": 8}
-URLS = ["http://a/1.jpg", "http://a/2.jpg"]
 AWKWARD = [b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n\n", b"\t", b"\x80\x02", b"PK\x03\x04"]
 AWKWARD += [b"NaN", b"1e999", b"-1", b"9" * 400, b'"', b"{}", b"[" * 3000, b"null", b"a" * 2_000_000]
 AWKWARD += [text.encode() for text in ("\u2028", "\u202e\u0645\u0631\u062d\u0628\u0627", "\U0001f99c")]
@@ -82,22 +78,6 @@ def read_split(path):
         dataset[index]
 
 
-def read_news(path):
-    news.read_words(str(path.parent / "test_list.json"), "sentence")
-    paths = (str(path.parent / name) for name in news.FILES)
-    readers = news.load_img_url_to_id, news.process_tsv_file, news.process_json_file
-    images = news.Images(*(read(path) for read, path in zip(readers, paths, strict=True)))
-    for url in URLS:
-        if not images.missing(url):
-            images.read(url)
-
-
-def read_part(path):
-    with client.held(str(path)) as part:
-        lines = client.read_part(part, ["0123", "4567"])
-    client.write_out(str(path.parent / "out.json"), lines)
-
-
 read_tsv = command(tsv_to_dataset, "{path} --out {out} --all train --img_dim 4 --n_regions 2 --overwrite")
 read_caption_lines = command(captions_to_dataset, "--tsv {path} --out {out} --split train --overwrite")
 READERS = {
@@ -117,12 +97,6 @@ READERS = {
     "info.npy": lambda path: read_npy(str(path)),
     "boxes.npz": lambda path: position_grid(*BoxFile(str(path)).rows(0, 9)),
     "boxes.json": lambda path: position_grid(*BoxFile(str(path), best=True).rows(0, 9)),
-    "dist_t2i.json": lambda path: compute_map.load_dist_from_file(str(path)),
-    "test_list.json": lambda path: news.read_flags(str(path)),
-    "test_own.tsv.0": read_news,
-    "test_features.json": read_news,
-    "img_id.txt": read_news,
-    "out.json.part": read_part,
 }
 
 
@@ -136,7 +110,6 @@ def valid(tmp_path_factory):
     write_checkpoints(folder)
     write_features(folder)
     write_captions(folder)
-    write_news(folder)
     return folder
 
 
@@ -181,17 +154,6 @@ def write_captions(folder):
     (folder / "karpathy.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
     notes = [{"image_id": i, "id": 5 * i + k, "caption": f"a cat {k}"} for i in range(2) for k in range(5)]
     (folder / "coco.json").write_text(json.dumps({"images": [{"id": 0}, {"id": 1}], "annotations": notes}))
-
-
-def write_news(folder):
-    scores = {"urls": ["a", "b"], "dist_t2i": [0.5, 0.25], "dist_i2t": [1, 2]}
-    write_lines(folder / "dist_t2i.json", [json.dumps(scores)] * 2)
-    write_lines(folder / "test_list.json", [json.dumps({"Content": ["a"], "Img_urls": URLS, "Img_flags": [0, 1]})])
-    write_lines(folder / "test_own.tsv.0", [f"{i}\t20\t10\t36\tAAAA\tAAAA" for i in (1, 2)])
-    write_lines(folder / "test_features.json", [json.dumps([url, [0.5, 1]]) for url in URLS])
-    write_lines(folder / "img_id.txt", [f"{URLS[0]}\t1", f"{URLS[1]}\t2"])
-    lines = [{**scores, "skipped": ["a reason"], "item": mark} for mark in ("0123", "4567")]
-    write_lines(folder / "out.json.part", map(json.dumps, lines))
 
 
 RUNNING = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen"}
@@ -290,7 +252,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 places = st.sampled_from(
-    "word2idx idx2word idx images annotations urls dist_t2i Img_urls Img_flags sentences filename caption split".split()
+    "word2idx idx2word idx images annotations image_id id bbox sentences filename caption split".split()
 )
 
 

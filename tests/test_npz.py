@@ -29,12 +29,6 @@ def save(path, **arrays):
     np.savez_compressed(path, **arrays)
 
 
-def write_one_array_each(folder, images):
-    for i, (boxes, features) in enumerate(images):
-        size = {"image_h": 375, "image_w": 500, "num_bbox": len(boxes)}
-        save(folder / f"COCO_val2014_{i:012}.jpg.npz", x=features, bbox=boxes, **size, info={"objects": np.arange(R)})
-
-
 def write_info(folder, images):
     for i, (boxes, features) in enumerate(images):
         info = {"bbox": boxes, "num_boxes": len(boxes), "image_h": np.int64(375), "image_w": 500, "image_id": f"{i}"}
@@ -54,7 +48,7 @@ def write_npy_with_info(folder, images):
         np.save(folder / f"{i}_info.npy", np.array(info, dtype=object))
 
 
-LAYOUTS = [write_one_array_each, write_info, write_transposed, write_npy_with_info]
+LAYOUTS = [write_info, write_transposed, write_npy_with_info]
 
 
 @pytest.mark.parametrize("write", LAYOUTS)

@@ -43,18 +43,12 @@ def json_items(path: str, name: str) -> Iterator[Any]:
     """
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
-    array = list[msgspec.Raw]
-    kind: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
     place = path
     try:
-        found = _decode(text, kind)
-        items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
+        items = tqdm(_raw_items(path, name, text), os.path.basename(path), leave=False, disable=None)
         for number, item in enumerate(items, 1):
             place, text = f"{path}: item {number}", item
             yield msgspec.json.decode(item)
-    except msgspec.ValidationError:
-        expected = f"an object with an array called {name}" if name else "an array"
-        raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         reason = str(error).splitlines()[0][:200]
         if byte := re.search(r"\(byte (\d+)\)", reason):
@@ -63,12 +57,16 @@ def json_items(path: str, name: str) -> Iterator[Any]:
         raise InputError(f"{place}: truncated or not JSON ({reason})") from None
 
 
-def _decode(text: bytes, kind: Any) -> Any:
-    """The value in text, of a kind, with HALF for half of a surrogate pair."""
+def _raw_items(path: str, name: str, text: bytes) -> Any:
+    """The items of that array in text, each a msgspec.Raw, with HALF for half of a surrogate pair."""
+    array = list[msgspec.Raw]
+    kind: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
     try:
-        return msgspec.json.decode(text, type=kind)
+        found = msgspec.json.decode(text, type=kind)
     except msgspec.ValidationError:
-        raise
+        expected = f"an object with an array called {name}" if name else "an array"
+        raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
     except msgspec.DecodeError:
         mended = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
-        return msgspec.json.decode(mended, type=kind)
+        found = msgspec.json.decode(mended, type=kind)
+    return found.items if name else found
