@@ -110,11 +110,7 @@ def check_order(folder, split, ids):
 def read_source(opt, problems):
     if opt.karpathy:
         return read_karpathy(opt.karpathy, problems)
-    if opt.coco:
-        return read_coco(opt.coco, problems)
-    captions, form = read_text(opt.tsv, problems)
-    print(f"{opt.tsv}: {form}")
-    return captions
+    return read_coco(opt.coco, problems) if opt.coco else read_text(opt.tsv, problems)
 
 
 def first_captions(captions, opt, problems):

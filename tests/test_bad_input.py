@@ -211,14 +211,6 @@ def test_a_missing_vocabulary_names_the_command_that_makes_it(place):
         assert f"python vocab.py --data_path DATA_PATH --data_name {NAME}" in message
 
 
-def test_a_vocabulary_that_does_not_fit_the_checkpoint_shows_both_sizes(place):
-    words = len(load_checkpoint(str(place.model))["model"][1]["embed.weight"])
-    place.vocab.write_text('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}}')
-    for message in (place.evaluate(), place.train("--resume", place.model)):
-        assert str(place.model) in message
-        assert f" {words} words" in message and "one of 5" in message
-
-
 # ---------------------------------------------------------------- checkpoints
 
 

@@ -81,8 +81,8 @@ def read_coco(paths: list[str], problems: Problems) -> Captions:
     return captions
 
 
-def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
-    """Captions of a text file with a caption a line, and the form that was found.
+def read_text(path: str, problems: Problems) -> Captions:
+    """Captions of a text file with a caption a line. Prints the form that was found.
 
     A first line with names of columns (image and caption, image_name and comment …) makes it a table, separated by
     tabs, by "|" (Kaggle's results.csv) or by commas with quotes (Kaggle's captions.txt). Without one, a line is a file
@@ -92,6 +92,7 @@ def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
     lines = read_lines(path)
     delimiter, columns = _find_table(lines[0]) if lines else ("", [])
     form = f"{', '.join(columns)} separated by {SEPARATORS[delimiter]}" if columns else PAIR_FORM
+    print(f"{path}: {form}")
     captions = Captions(problems)
     for number, line in enumerate(lines[bool(columns) :], 1 + bool(columns)):
         name, text = _parse_row(line, delimiter, columns) if columns else _parse_pair(line)
@@ -99,7 +100,7 @@ def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
             captions.add(f"{path}, line {number}", CAPTION_NUMBER.sub("", name), [text])
         elif line:
             problems.add("malformed", f"{path}, line {number}", f"expected: {form}")
-    return captions, form
+    return captions
 
 
 def _parse_pair(line):

@@ -14,7 +14,6 @@ import numpy as np
 from lib.datasets import plain_pickle
 from lib.datasets.regions import Regions, are_shares
 from lib.errors import InputError, brief
-from lib.files import open_npy
 
 NAMES = {
     "features": ("x", "feat", "features", "image_features"),
@@ -73,14 +72,13 @@ def read_sizes(path: str) -> np.ndarray:
 
     Raises InputError naming the file, and the image that lacks a size.
     """
-    try:
-        return open_npy(path)
-    except InputError:
-        array = read_npy(path)
-        if not isinstance(array, np.ndarray) or array.dtype != object:
-            raise
+    array = read_npy(path)
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: found {brief(array)}, expected an array")
+    if array.dtype.kind in "fiu":
+        return array
     sizes = np.empty((array.size, 2))
-    for number, item in enumerate(array.ravel()):
+    for number, item in enumerate(array.flat):
         where = f"{path}: image {number}"
         size = _size(where, _known_names(item)) if isinstance(item, dict) else None
         if size is None:
