@@ -107,12 +107,6 @@ def check_order(folder, split, ids):
         raise InputError(f"{there[0]}: there already, and not known to be in the order of these captions; {how}")
 
 
-def read_source(opt, problems):
-    if opt.karpathy:
-        return read_karpathy(opt.karpathy, problems)
-    return read_coco(opt.coco, problems) if opt.coco else read_text(opt.tsv, problems)
-
-
 def first_captions(captions, opt, problems):
     """{name: its first captions} of the images that have enough. Raises InputError where none has."""
     k = opt.captions_per_image
@@ -156,7 +150,10 @@ def main():
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "caption_problems.txt"))
-    captions = read_source(opt, problems)
+    if opt.tsv:
+        captions = read_text(opt.tsv, problems)
+    else:
+        captions = read_karpathy(opt.karpathy) if opt.karpathy else read_coco(opt.coco)
     k = opt.captions_per_image
     good = first_captions(captions, opt, problems)
     splits = select(captions, good, opt, problems) if opt.ids else assign(captions, good, opt)

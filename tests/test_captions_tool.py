@@ -182,15 +182,9 @@ def test_two_images_of_one_id_are_refused(tmp_path):
     assert not list((tmp_path / "o").glob("*.txt"))
 
 
-def test_half_of_an_emoji_is_a_listed_problem(tmp_path):
-    """A whole one, and an escaped backslash before the same letters, are text."""
-    captions = ["one \ud83d\ude00", "two \ud83d", "three \\ud83d", *"456"]
-    notes = [{"id": i, "image_id": 7, "caption": caption} for i, caption in enumerate(captions)]
-    (tmp_path / "c.json").write_text(json.dumps({"annotations": notes}))
-    args = ("--coco", tmp_path / "c.json", "--out", tmp_path / "o", "--split", "test")
-    assert "1 malformed (listed in" in fails("captions_to_dataset", *args)
-    listed = (tmp_path / "o/caption_problems.txt").read_text()
-    assert listed.startswith(f"{tmp_path}/c.json: image 7: ") and "half of a character" in listed
-    ok("captions_to_dataset", *args, "--skip_bad")
-    captions = (tmp_path / "o/test_caps.txt").read_text().splitlines()
-    assert captions == ["one \U0001f600", "three \\ud83d", "4", "5", "6"]
+def test_half_of_an_emoji_is_refused_with_its_place(tmp_path):
+    sentences = [{"raw": caption} for caption in ("one \ud83d\ude00", "two \ud83d", *"456")]
+    value = {"images": [{"filename": "7.jpg", "split": "test", "sentences": sentences}]}
+    (tmp_path / "c.json").write_text(json.dumps(value))
+    message = fails("captions_to_dataset", "--karpathy", tmp_path / "c.json", "--out", tmp_path / "o")
+    assert "c.json: " in message and "not JSON" in message and "two" in message

@@ -4,7 +4,7 @@ import csv
 import re
 
 from lib.datasets.ids import canonical_id
-from lib.datasets.json_files import HALF, json_items
+from lib.datasets.json_files import json_items
 from lib.datasets.problems import Problems
 from lib.errors import InputError, brief
 from lib.files import read_lines
@@ -23,12 +23,11 @@ ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.c
 class Captions:
     """Captions by image, in the order of the source: ids, texts and splits are {canonical id: …}."""
 
-    def __init__(self, problems: Problems):
-        self.problems = problems
+    def __init__(self):
         self.ids, self.texts, self.splits = {}, {}, {}
 
     def add(self, where: str, image_id: str | int, captions: list[str], split: str | None = None) -> None:
-        """Append captions of an image, without empty ones. where: the place in the source. Problems are reported.
+        """Append captions of an image, without empty ones. where: the place in the source.
 
         Raises TypeError where image_id is no name or a caption no text, InputError where two images would be one.
         """
@@ -41,19 +40,15 @@ class Captions:
         if self.splits.setdefault(name, split) != split:
             raise InputError(f"{where}: {brief(image_id)} stands in {self.splits[name]} and in {split}")
         texts = self.texts.setdefault(name, [])
-        for text in captions:
-            if HALF in text:
-                self.problems.add("malformed", where, "a caption with half of a character (a surrogate), left out")
-            elif text := LINE_END.sub(" ", text).strip():
-                texts.append(text)
+        texts += filter(None, (LINE_END.sub(" ", text).strip() for text in captions))
 
 
-def read_karpathy(path: str, problems: Problems) -> Captions:
+def read_karpathy(path: str) -> Captions:
     """Karpathy's dataset_NAME.json, and JSON of that form: images with filename, sentences with raw, and mostly split.
 
     MS-COCO's test images (those with a cocoid) are testall. Raises InputError naming the image that lacks a field.
     """
-    captions = Captions(problems)
+    captions = Captions()
     for number, item in enumerate(json_items(path, "images"), 1):
         where = f"{path}: image {number}"
         try:
@@ -68,9 +63,9 @@ def read_karpathy(path: str, problems: Problems) -> Captions:
     return captions
 
 
-def read_coco(paths: list[str], problems: Problems) -> Captions:
+def read_coco(paths: list[str]) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
-    captions = Captions(problems)
+    captions = Captions()
     for path in paths:
         try:
             items = [(item["image_id"], item["id"], item["caption"]) for item in json_items(path, "annotations")]
@@ -93,7 +88,7 @@ def read_text(path: str, problems: Problems) -> Captions:
     delimiter, columns = _find_table(lines[0]) if lines else ("", [])
     form = f"{', '.join(columns)} separated by {SEPARATORS[delimiter]}" if columns else PAIR_FORM
     print(f"{path}: {form}")
-    captions = Captions(problems)
+    captions = Captions()
     for number, line in enumerate(lines[bool(columns) :], 1 + bool(columns)):
         name, text = _parse_row(line, delimiter, columns) if columns else _parse_pair(line)
         if name and text:

@@ -12,11 +12,6 @@ from tqdm import tqdm
 
 from lib.errors import InputError, brief
 
-# An escape in JSON: a surrogate pair, half of one (six bytes) or another.
-ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
-HALF_LENGTH = 6
-HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
-
 
 def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
     """The value in a small JSON file.
@@ -37,36 +32,26 @@ def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
 def json_items(path: str, name: str) -> Iterator[Any]:
     """Yield the items of the array called name in the object that a JSON file holds; name "": of the array it holds.
 
-    Memory: the size of the file and 64 bytes an item; the items become Python objects one by one. Half of a surrogate
-    pair (an emoji cut in two), which is no character, becomes HALF.
+    Memory: the size of the file and 64 bytes an item; the items become Python objects one by one.
     Raises InputError where the file is truncated or not JSON, or holds no such array.
     """
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
+    array = list[msgspec.Raw]
+    kind: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
     place = path
     try:
-        items = tqdm(_raw_items(path, name, text), os.path.basename(path), leave=False, disable=None)
+        found = msgspec.json.decode(text, type=kind)
+        items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
         for number, item in enumerate(items, 1):
             place, text = f"{path}: item {number}", item
             yield msgspec.json.decode(item)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if isinstance(error, msgspec.ValidationError) and place == path:
+            expected = f"an object with an array called {name}" if name else "an array"
+            raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
         reason = str(error).splitlines()[0][:200]
         if byte := re.search(r"\(byte (\d+)\)", reason):
             start = max(0, int(byte[1]) - 20)
             reason += f" near {brief(bytes(text)[start : start + 40])}"
         raise InputError(f"{place}: truncated or not JSON ({reason})") from None
-
-
-def _raw_items(path: str, name: str, text: bytes) -> Any:
-    """The items of that array in text, each a msgspec.Raw, with HALF for half of a surrogate pair."""
-    array = list[msgspec.Raw]
-    kind: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
-    try:
-        found = msgspec.json.decode(text, type=kind)
-    except msgspec.ValidationError:
-        expected = f"an object with an array called {name}" if name else "an array"
-        raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
-    except msgspec.DecodeError:
-        mended = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
-        found = msgspec.json.decode(mended, type=kind)
-    return found.items if name else found
