@@ -36,7 +36,9 @@ SUFFIX = re.compile(r"\.np[yz]$")
 
 def find_files(folder, problems):
     """{canonical id: path} of the feature files in folder and below it, in the order of their names."""
-    check_folder(folder)
+    if not os.path.isdir(folder):
+        found = "is a file" if os.path.exists(folder) else "no such folder"
+        raise InputError(f"{folder}: {found}, expected a folder of files, one an image")
     paths = {}
     for path in walk(folder, SUFFIX, problems):
         if path.endswith("_info.npy") and os.path.exists(path.removesuffix("_info.npy") + ".npy"):
@@ -47,12 +49,6 @@ def find_files(folder, problems):
     if not paths:
         raise InputError(f"{folder}: no .npz and no .npy files in it")
     return paths
-
-
-def check_folder(path):
-    if not os.path.isdir(path):
-        found = "is a file" if os.path.exists(path) else "no such folder"
-        raise InputError(f"{path}: {found}, expected a folder of files, one an image")
 
 
 def id_of(path):
@@ -138,8 +134,6 @@ def main():
         raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
     if opt.split and opt.ids:
         raise InputError("--split and --ids: expected one of them")
-    if opt.boxes:
-        check_folder(opt.boxes)
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "npz_problems.txt"))
     sources = find_sources(opt, problems)

@@ -100,15 +100,6 @@ def test_an_unknown_word_is_unk_and_in_tencent_news_id_0(kind, unknown):
     assert vocab.encode("A dog zxqvj") == [1, 4, 5, unknown, 2]
 
 
-def test_words_below_the_threshold_and_dropped_words_stay_out(tmp_path):
-    data = write_captions(tmp_path, ["the dog", "the dog", "the cat"], ["cat dog"])
-    words = {n: set(build_vocab(*data, threshold=n).word2idx) for n in (1, 2, 3, 4)}
-    assert {"the", "dog", "cat"} <= words[1] & words[2]
-    assert {"the", "dog"} <= words[3] and "cat" not in words[3]
-    assert words[4] == set(build_vocab(*data).word2idx) == {"<pad>", "<start>", "<end>", "<unk>"}
-    assert "the" not in build_vocab(*data, threshold=1, drop=("the",)).word2idx
-
-
 def test_build_vocab_takes_a_dict_of_caption_files_by_data_name_or_their_list(tmp_path):
     data_path, name = write_captions(tmp_path, ["a"], ["b"])
     write_lines(tmp_path / "data" / name / "own_caps.txt", ["x y"])
