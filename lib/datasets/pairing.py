@@ -86,7 +86,7 @@ class Partner(NamedTuple):
         return self.split.read(name, self.row)[0]
 
 
-Finder = Callable[[Split], Iterable[list[Partner]]]
+Hits = dict[str, list[list[Partner]]]
 
 
 def same_features(split: Split, row: int, partner: Partner) -> bool:
@@ -131,13 +131,12 @@ def pair(
     reference: Sequence[Split], source: Sequence[Split], by: str, problems: Problems
 ) -> dict[str, list[Partner | None]]:
     """{split: [Partner or None, for each reference image]}. What has no partner goes to problems."""
-    find = {"ids": by_ids, "captions": by_captions, "regions": by_regions}[by](source)
+    found = {"ids": by_ids, "captions": by_captions, "regions": by_regions}[by](reference, source)
     pairs = {}
     for split in reference:
         partners = pairs[split.split] = []
         taken: dict = {}
-        name = f"{split.split}: pairing by {by}"
-        for row, hits in enumerate(tqdm(find(split), name, split.n, unit="image", disable=None)):
+        for row, hits in enumerate(found[split.split]):
             hits = nearest(hits, split)
             partners.append(hits[0] if len(hits) == 1 else None)
             if not hits:
@@ -160,33 +159,32 @@ def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     return same or [hit for hit in hits if hit.split is hits[0].split]
 
 
-def by_ids(source: Sequence[Split]) -> Finder:
-    """A function of a reference split → each image's partners: one, or none, or more if that cannot be told."""
+def by_ids(reference: Sequence[Split], source: Sequence[Split]) -> Hits:
+    """{split: for each of its images the partners: one, or none, or more where that cannot be told}."""
     index = index_of(source, lambda split: [[name] for name in split.ids])
-    return lambda split: (index.get(name, []) for name in split.ids)
+    return {split.split: [index.get(name, []) for name in split.ids] for split in reference}
 
 
-def by_captions(source: Sequence[Split]) -> Finder:
+def by_captions(reference: Sequence[Split], source: Sequence[Split]) -> Hits:
     """As by_ids, by the captions: those that have most of an image's captions, and more than half."""
     index = index_of(source, lambda split: map(set, split.digests))
 
-    def find(split):
-        for digests in map(set, split.digests):
-            votes = Counter(hit for digest in digests for hit in index.get(digest, ()))
-            most = max(votes.values(), default=0)
-            yield [hit for hit, count in votes.items() if count == most and 2 * count > len(digests)]
+    def partners(digests):
+        votes = Counter(hit for digest in digests for hit in index.get(digest, ()))
+        most = max(votes.values(), default=0)
+        return [hit for hit, count in votes.items() if count == most and 2 * count > len(digests)]
 
-    return find
+    return {split.split: [partners(set(digests)) for digests in split.digests] for split in reference}
 
 
-def by_regions(source: Sequence[Split]) -> Finder:
+def by_regions(reference: Sequence[Split], source: Sequence[Split]) -> Hits:
     """As by_ids, by which boxes fit the features, see lib/datasets/region_match.py.
 
     Raises InputError where regions do not tell a split's images apart.
     """
     overlaps = {split: signatures(split, "boxes", region_match.overlaps) for split in source}
-
-    def find(split):
+    hits = {}
+    for split in reference:
         same = [other for other in source if other.split == split.split] or source
         candidates = [Partner(other, row) for other in same for row in range(other.n)]
         theirs = overlaps[same[0]] if len(same) == 1 else np.concatenate([overlaps[other] for other in same])
@@ -201,9 +199,8 @@ def by_regions(source: Sequence[Split]) -> Finder:
                 f"better than all others: these features do not tell (fixed windows, random values?), or the boxes "
                 "are of other images"
             )
-        return [[candidates[row]] if row >= 0 else [] for row in rows]
-
-    return find
+        hits[split.split] = [[candidates[row]] if row >= 0 else [] for row in rows]
+    return hits
 
 
 def index_of(splits: Iterable[Split], names: Callable[[Split], Iterable]) -> dict[Any, list[Partner]]:

@@ -214,7 +214,7 @@ def compare_splits(folder: str, small: str, large: str, report: Report) -> None:
     for by, finder in (("ids", by_ids), ("captions", by_captions)):
         if not all(getattr(split, {"ids": "ids", "captions": "digests"}[by]) for split in (a, b)):
             continue
-        pairs = [(row, hits[0]) for row, hits in enumerate(finder([b])(a)) if len(hits) == 1]
+        pairs = [(row, hits[0]) for row, hits in enumerate(finder([a], [b])[small]) if len(hits) == 1]
         for what, differ in (("captions", _captions_differ), ("features", _features_differ)):
             wrong = sum(differ(a, row, partner) for row, partner in pairs[:: len(pairs) // MANY + 1])
             if wrong:
