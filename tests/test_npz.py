@@ -148,15 +148,6 @@ def test_damaged_missing_and_doubled_images_are_named_and_can_be_left_out(tmp_pa
     )
 
 
-def test_files_extracted_again_are_not_taken_for_the_old_ones(tmp_path):
-    write_info(tmp_path / "in", images_of(5))
-    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
-    ok("npz_to_dataset", *args)
-    assert "there already" in ok("npz_to_dataset", *args)
-    write_info(tmp_path / "in", images_of(5, seed=1))
-    assert "made otherwise; --overwrite" in fails("npz_to_dataset", *args)
-
-
 def test_linked_folders_are_followed_once_and_names_that_are_not_utf8_are_named(tmp_path):
     write_info(tmp_path / "disk", images_of(3))
     write_transposed(tmp_path / "in", images_of(1, seed=1))
