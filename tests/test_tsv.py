@@ -223,7 +223,7 @@ def test_swapped_sizes_are_refused_and_the_right_ones_are_not_mixed_with_them(tm
     args = ("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "train", "--img_dim", D)
     write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features, width=375, height=500) for i in range(count)])
     message = fails(*args)
-    assert f"of {looked_at * R} boxes reach well outside" in message and "height" in message
+    assert f"of {looked_at * R} boxes reach well outside" in message and "expected height before width" in message
     write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features) for i in range(count)])  # of the same length
     ok(*args)
     np.testing.assert_array_equal(np.load(tmp_path / "o/train_boxes.npy"), [position_grid(boxes, (375, 500))] * count)
