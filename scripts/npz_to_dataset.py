@@ -16,6 +16,7 @@ import argparse
 import os
 import re
 
+import msgspec
 from tqdm import tqdm
 
 if not __package__:
@@ -27,7 +28,7 @@ from lib.datasets.json_files import json_items
 from lib.datasets.npz_files import read_regions
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin
-from lib.errors import InputError, brief, run
+from lib.errors import InputError, run
 from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
 
@@ -56,16 +57,19 @@ def id_of(path):
     return SUFFIX.sub("", os.path.basename(path))
 
 
+class Image(msgspec.Struct):
+    id: int | str
+    height: float
+    width: float
+    file_name: str | None = None
+
+
 def read_sizes(path):
     """{canonical id: (height, width)} of a JSON file with COCO's images."""
     by_id, by_name = {}, {}
-    for number, image in enumerate(json_items(path, "images")):
-        try:
-            size = float(image["height"]), float(image["width"])
-            by_id[canonical_id(image["id"])] = by_name[canonical_id(image.get("file_name", image["id"]))] = size
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
-            expected = "expected id, height and width"
-            raise InputError(f"{path}: image {number}: found {brief(image)}, {expected}") from None
+    for image in json_items(path, "images", Image):
+        size = image.height, image.width
+        by_id[canonical_id(image.id)] = by_name[canonical_id(image.file_name or image.id)] = size
     if not by_id:
         raise InputError(f"{path}: no sizes, expected JSON with images of id, height and width, or HxW")
     return by_id | by_name  # the id of one image may be the file name of another

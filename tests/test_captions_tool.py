@@ -83,8 +83,8 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
 @pytest.mark.parametrize(
     "item, found",
     [
-        ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "'int'"),
-        ({"split": "train", "filename": "x"}, "'sentences'"),
+        ({"split": "train", "filename": "x", "sentences": [{"raw": 3}]}, "Expected `str`, got `int`"),
+        ({"split": "train", "filename": "x"}, "missing required field `sentences`"),
         ({"split": "test", "filename": "y", "sentences": []}, "'y' stands in train and in test"),
         ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
     ],
@@ -93,7 +93,7 @@ def test_a_image_of_another_form_is_named(tmp_path, item, found):
     good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
     (tmp_path / "k.json").write_text(json.dumps({"images": [good, item]}))
     message = fails("captions_to_dataset", "--karpathy", tmp_path / "k.json", "--out", tmp_path / "o")
-    assert "k.json: image 2" in message and found in message
+    assert "k.json: images 1" in message and found in message
 
 
 def test_inputs_of_another_kind_are_named(tmp_path):
@@ -102,10 +102,10 @@ def test_inputs_of_another_kind_are_named(tmp_path):
     (tmp_path / "none.json").write_text('{"images": []}')
     (tmp_path / "odd.json").write_text('{"annotations": [{"image_id": 3, "id": 1}]}')
     for args, said in (
-        (("--karpathy", tmp_path / "list.json"), "list.json: found b'[]', expected an object with an array called"),
+        (("--karpathy", tmp_path / "list.json"), "list.json: found b'[]' (Expected `object`, got `array`"),
         (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
-        (("--coco", tmp_path / "none.json"), "none.json: found b'{\"images\": []}', expected an object with an array"),
-        (("--coco", tmp_path / "odd.json"), "odd.json: expected annotations of image_id, id and caption"),
+        (("--coco", tmp_path / "none.json"), "(Object missing required field `annotations`)"),
+        (("--coco", tmp_path / "odd.json"), "odd.json: annotations 0: found"),
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):
         assert said in fails("captions_to_dataset", *args, "--out", tmp_path / "o"), args

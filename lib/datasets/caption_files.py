@@ -3,6 +3,8 @@
 import csv
 import re
 
+import msgspec
+
 from lib.datasets.ids import canonical_id
 from lib.datasets.json_files import json_items
 from lib.datasets.problems import Problems
@@ -29,10 +31,8 @@ class Captions:
     def add(self, where: str, image_id: str | int, captions: list[str], split: str | None = None) -> None:
         """Append captions of an image, without empty ones. where: the place in the source.
 
-        Raises TypeError where image_id is no name or a caption no text, InputError where two images would be one.
+        Raises InputError where two images would be one.
         """
-        if not isinstance(image_id, (int, str)):
-            raise TypeError(f"{brief(image_id)} is no name")
         name, image_id = canonical_id(image_id), str(image_id)
         if self.ids.setdefault(name, image_id) != image_id:
             both = f"{brief(self.ids[name])} and {brief(image_id)}"
@@ -43,36 +43,46 @@ class Captions:
         texts += filter(None, (LINE_END.sub(" ", text).strip() for text in captions))
 
 
+class Sentence(msgspec.Struct):
+    raw: str
+
+
+class KarpathyImage(msgspec.Struct):
+    filename: str
+    sentences: list[Sentence]
+    split: str | None = None
+    cocoid: int | None = None
+
+
 def read_karpathy(path: str) -> Captions:
     """Karpathy's dataset_NAME.json, and JSON of that form: images with filename, sentences with raw, and mostly split.
 
     MS-COCO's test images (those with a cocoid) are testall. Raises InputError naming the image that lacks a field.
     """
     captions = Captions()
-    for number, item in enumerate(json_items(path, "images"), 1):
-        where = f"{path}: image {number}"
-        try:
-            split = KARPATHY_SPLITS.get(item.get("split"))
-            if split is None and "split" in item:
-                expected = ", ".join(KARPATHY_SPLITS)
-                raise InputError(f"{where}: split {brief(item['split'])}, expected {expected}")
-            split = "testall" if split == "test" and "cocoid" in item else split
-            captions.add(where, item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]], split)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} lacks filename or sentences ({error})") from None
+    for number, image in enumerate(json_items(path, "images", KarpathyImage)):
+        where = f"{path}: images {number}"
+        split = KARPATHY_SPLITS.get(image.split)
+        if split is None and image.split is not None:
+            raise InputError(f"{where}: split {brief(image.split)}, expected {', '.join(KARPATHY_SPLITS)}")
+        split = "testall" if split == "test" and image.cocoid is not None else split
+        image_id = image.filename if image.cocoid is None else image.cocoid
+        captions.add(where, image_id, [sentence.raw for sentence in image.sentences], split)
     return captions
+
+
+class CocoCaption(msgspec.Struct, order=True):
+    image_id: int
+    id: int
+    caption: str
 
 
 def read_coco(paths: list[str]) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
     captions = Captions()
     for path in paths:
-        try:
-            items = [(item["image_id"], item["id"], item["caption"]) for item in json_items(path, "annotations")]
-            for image_id, _, text in sorted(items):
-                captions.add(f"{path}: image {image_id}", image_id, [text])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: expected annotations of image_id, id and caption ({error})") from None
+        for item in sorted(json_items(path, "annotations", CocoCaption)):
+            captions.add(f"{path}: image {item.image_id}", item.image_id, [item.caption])
     return captions
 
 

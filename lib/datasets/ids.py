@@ -72,6 +72,13 @@ def split_ids(folder: str, id_files: list[str] | None, problems: Problems) -> di
     return {split: read_ids(path, problems) for split, path in files.items()}
 
 
+class ImageName(msgspec.Struct):
+    filename: str
+    filepath: str = ""
+    cocoid: int | str | None = None
+    imgid: int | str | None = None
+
+
 def read_file_names(path: str) -> dict[str, str]:
     """The file names of images, {id: name}, of an id_mapping.json or of Karpathy's dataset_NAME.json.
 
@@ -85,13 +92,11 @@ def read_file_names(path: str) -> dict[str, str]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     names = {}
-    for number, item in enumerate(json_items(path, "images"), 1):
-        try:
-            image_id = item["cocoid"] if "cocoid" in item else item["imgid"]
-            names[str(image_id)] = os.path.join(item.get("filepath", ""), item["filename"])
-        except (KeyError, TypeError, AttributeError):
-            expected = "expected filename, and cocoid or imgid"
-            raise InputError(f"{path}: image {number}: found {brief(item)}, {expected}") from None
+    for image in json_items(path, "images", ImageName):
+        image_id = image.imgid if image.cocoid is None else image.cocoid
+        if image_id is None:
+            raise InputError(f"{path}: image {brief(image.filename)}: expected cocoid or imgid")
+        names[str(image_id)] = os.path.join(image.filepath, image.filename)
     return names
 
 
