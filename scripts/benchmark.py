@@ -27,7 +27,7 @@ from lib.files import check_output, make_folder, replace
 from lib.options import add_options
 from scripts.bench import measurements
 
-SECTIONS = ("search", "score", "train", "encode")
+SECTIONS = ("search", "score", "train", "encode", "grids")
 HEAD = """\
 | work | reference | this code | faster | of its products' time | memory, reference | here | difference |
 |---|---|---|---|---|---|---|---|"""
@@ -44,9 +44,17 @@ SIZES = {
     "plain_captions": 256,
     "batch_size": 128,
     "plain_batches": 3,  # and encodes a part of the split
+    "splits": [250, 500, 2000],  # further numbers of images and pairs, of this code only
     "batches": [16, 32, 64, 256],
 }
-QUICK = {"images": 160, "plain_images": 32, "plain_captions": 64, "batch_size": 32, "batches": [16]}
+QUICK = {
+    "images": 160,
+    "plain_images": 32,
+    "plain_captions": 64,
+    "batch_size": 32,
+    "splits": [80],
+    "batches": [16],
+}
 
 
 def rows(s, bfloat16):
@@ -62,10 +70,12 @@ def rows(s, bfloat16):
     n_captions = s.images * s.per_image
     for way in ("t2i", "i2t"):
         work, published = f"score and rank {s.images:,} × {n_captions:,}, {way}", ("score_published", way)
-        yield "score", work, ("score", way, "highest"), published
+        yield "score", work, ("score", way, "highest", s.images), published
         if bfloat16:
-            yield "score", f"{work}, `--matmul_precision medium`", ("score", way, "medium"), published
-        yield "score", f"{work}, by `model.attend` alone", ("score", way, "formula"), published
+            yield "score", f"{work}, `--matmul_precision medium`", ("score", way, "medium", s.images), published
+        yield "score", f"{work}, by `model.attend` alone", ("score", way, "formula", s.images), published
+    for n in s.splits:
+        yield "score", f"score and rank {n:,} × {n * s.per_image:,}, t2i", ("score", "t2i", "highest", n), None
     for way in ("t2i", "i2t"):
         work, published = f"training step, batch {s.batch_size}, {way}", ("train_published", way)
         yield "train", work, ("train", way, s.batch_size, False), published
@@ -74,6 +84,7 @@ def rows(s, bfloat16):
     for n_pairs in s.batches:
         yield "train", f"training step, batch {n_pairs}, t2i", ("train", "t2i", n_pairs, False), None
     yield "encode", f"encode {s.images:,} images, {n_captions:,} captions", ("encode",), ("encode_published",)
+    yield "grids", f"position grids of {s.images:,} images", ("grids",), None
 
 
 def measure(s, name, *arguments):

@@ -23,6 +23,7 @@ TINY = {
     "plain_captions": 12,
     "batch_size": 8,
     "plain_batches": 2,
+    "splits": [6],
     "batches": [4],
 }
 
@@ -69,6 +70,7 @@ def test_a_tiny_run_prints_every_row_and_writes_what_was_measured(tmp_path, monk
         assert reference and here and faster.endswith("×") and products.endswith("×") and memory.startswith("≥")
         assert float(difference) < 1e-5
     assert {"training step, batch 8, i2t", "training step, batch 4, t2i", "encode 12 images, 60 captions"} < {*table}
+    assert {"score and rank 6 × 30, t2i", "position grids of 12 images"} < {*table}
 
 
 def test_search_rows_compare_the_two_stages_with_an_exhaustive_search(tmp_path, monkeypatch, capsys):

@@ -26,6 +26,7 @@ from lib.errors import InputError
 from lib.kernels import pieces
 from lib.tensors import has_bfloat16
 from model import SCAN, ScoreConfig, formula_scores, xattn_score
+from position import position_grid
 from scripts.bench import inputs, published_way
 
 TOP = 10  # images that a search returns
@@ -94,12 +95,12 @@ def machine(s):
 # ---------------------------------------------------------------- scoring
 
 
-def score(s, way, form):
-    """Score and rank all pairs. form: highest or medium, the products' precision, or formula: model.attend alone."""
+def score(s, way, form, n_images):
+    """Score and rank all pairs of n_images. form: highest or medium, the products' precision, or formula: model.attend alone."""
     torch.set_float32_matmul_precision("medium" if form == "medium" else "highest")
     opt, device = inputs.flags(s, way), pick_device(s.device)
     score_pairs = partial(formula_scores if form == "formula" else xattn_score, config=ScoreConfig.of(opt))
-    images, words, lens = inputs.embeddings(s, s.images)
+    images, words, lens = inputs.embeddings(s, n_images)
 
     def work():
         sims = score_shards((images,), (words, lens), score_pairs, device)
@@ -197,6 +198,12 @@ def encode_published(s):
         loader = DataLoader(Subset(dataset, range(n)), s.batch_size, collate_fn=collate_fn)
         result, _ = timed(s, lambda: published_way.encode_data(model, loader))
     return scaled(result, s.images * s.per_image / n)
+
+
+def grids(s):
+    """Turn the boxes of a split's images into grids."""
+    boxes, sizes = inputs.random_boxes(s.images)
+    return timed(s, lambda: position_grid(boxes, sizes))[0]
 
 
 # ---------------------------------------------------------------- search
