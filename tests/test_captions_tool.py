@@ -89,7 +89,7 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
         ({"split": "odd", "filename": "x", "sentences": []}, "split 'odd', expected train, restval, val, test"),
     ],
 )
-def test_a_image_of_another_form_is_named(tmp_path, item, found):
+def test_an_image_of_another_form_is_named(tmp_path, item, found):
     good = {"split": "train", "filename": "y", "sentences": [{"raw": "a"}] * 5}
     (tmp_path / "k.json").write_text(json.dumps({"images": [good, item]}))
     message = fails("captions_to_dataset", "--karpathy", tmp_path / "k.json", "--out", tmp_path / "o")
@@ -100,12 +100,15 @@ def test_inputs_of_another_kind_are_named(tmp_path):
     (tmp_path / "empty").write_text("")
     (tmp_path / "list.json").write_text("[]")
     (tmp_path / "none.json").write_text('{"images": []}')
-    (tmp_path / "odd.json").write_text('{"annotations": [{"image_id": 3, "id": 1}]}')
+    for name, note in {"odd": {}, "half": {"caption": "\ud800"}}.items():
+        annotations = [{"image_id": 3, "id": 1, **note}]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"images": [{"id": 3}], "annotations": annotations}))
     for args, said in (
         (("--karpathy", tmp_path / "list.json"), "list.json: found b'[]' (Expected `object`, got `array`"),
         (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
-        (("--coco", tmp_path / "none.json"), "(Object missing required field `annotations`)"),
-        (("--coco", tmp_path / "odd.json"), "odd.json: annotations 0: found"),
+        (("--coco", tmp_path / "none.json"), "none.json: no image has 5 captions"),
+        (("--coco", tmp_path / "odd.json"), "odd.json: not an official captions file (KeyError: "),
+        (("--coco", tmp_path / "half.json"), "half.json: not an official captions file (UnicodeEncodeError"),
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):
         assert said in fails("captions_to_dataset", *args, "--out", tmp_path / "o"), args

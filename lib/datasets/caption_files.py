@@ -1,6 +1,8 @@
 """Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
 
+import contextlib
 import csv
+import io
 import re
 
 import msgspec
@@ -71,18 +73,25 @@ def read_karpathy(path: str) -> Captions:
     return captions
 
 
-class CocoCaption(msgspec.Struct, order=True):
-    image_id: int
-    id: int
-    caption: str
-
-
 def read_coco(paths: list[str]) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
+    from pycocotools.coco import COCO
+
     captions = Captions()
     for path in paths:
-        for item in sorted(json_items(path, "annotations", CocoCaption)):
-            captions.add(f"{path}: image {item.image_id}", item.image_id, [item.caption])
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
+                coco = COCO(path)
+            for image_id in sorted(coco.imgs):
+                annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
+                texts = [annotation["caption"] for annotation in annotations]
+                "".join(texts).encode()  # half of a surrogate pair, which no file can hold, is a ValueError
+                captions.add(f"{path}: image {image_id}", image_id, texts)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {brief(str(error))}"
+            raise InputError(f"{path}: not an official captions file ({reason})") from None
     return captions
 
 
