@@ -468,7 +468,7 @@ class SCAN:
         """
         self.Eiters += 1
         self.optimizer.zero_grad()
-        repeated = distributed.all_have(ids)
+        repeated = ids is not None and distributed.same_in_all_processes(ids)  # or this is the only process
         with distributed.alone() if repeated else nullcontext():
             loss = self.forward_loss(*self.forward_emb(*batch))
             loss.backward()
