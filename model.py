@@ -58,8 +58,6 @@ def EncoderImage(
     **more: Any,
 ) -> nn.Module:
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
-    if precomp_enc_type not in ENCODERS:
-        raise InputError(f"precomp_enc_type {precomp_enc_type}: expected one of {', '.join(ENCODERS)}")
     return ENCODERS[precomp_enc_type](img_dim, embed_size, no_imgnorm, **more)
 
 

@@ -1,6 +1,8 @@
 """Training that is ended from outside, or ends itself: what is on disk afterwards, and how it goes on."""
 
+import gc
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -131,35 +133,25 @@ def test_a_thread_trains_too_and_leaves_the_signals_alone(fit, straight):
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-HANGING = """
-import os, threading
-import train
-from lib.errors import run
+class Hanging(SCAN.dataset):
+    """Training data that do not come in the loading process, and a SIGTERM while they are waited for."""
 
-class Hanging(train.SCAN.dataset):
     def __getitems__(self, indices):
-        if "train" in self.prefix and max(indices) > 15:
-            os.close(os.open(os.environ["HANGS"], os.O_CREAT))
+        if "train" in self.prefix:
+            os.kill(os.getppid(), signal.SIGTERM)
             threading.Event().wait()
         return super().__getitems__(indices)
 
-train.SCAN.dataset = Hanging
-if __name__ == "__main__":
-    run(train.main)
-"""
 
+def test_sigterm_ends_a_wait_for_data_that_do_not_come_and_the_loading_process(fit, tmp_path):
+    class Model(Forgetful):
+        dataset = Hanging
 
-def test_sigterm_ends_a_wait_for_data_that_do_not_come(place, tmp_path):
-    (tmp_path / "hanging.py").write_text(HANGING)
-    line = [sys.executable, tmp_path / "hanging.py", *place.line("run", "--workers 1")]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HANGS": str(tmp_path / "hangs")}
-    with started(line, stderr=subprocess.PIPE, text=True, env=env) as run:
-        wait_for(lambda: (tmp_path / "hangs").exists() or run.poll() is not None)
-        run.terminate()  # nothing where it has ended
-        _, errors = run.communicate(timeout=LIMIT)
-    assert run.returncode == 143, errors
+    with pytest.raises(train.StopTraining):
+        fit("run", "--workers 1", Model)
     assert load(tmp_path / "run", "checkpoint_last")["step"] == 0
-    assert "stopped after step 0" in errors
+    gc.collect()
+    wait_for(lambda: not multiprocessing.active_children())
 
 
 # ---------------------------------------------------------------- not asked
