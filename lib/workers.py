@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,13 +22,14 @@ WAY_OUT = "--workers 0 loads without processes; in a container --shm-size makes 
 class Loader(DataLoader):
     """torch's DataLoader with loading processes, at most one a core.
 
-    watched: a number in shared memory, 1 inside `watched`.
+    watched: its value, in memory that loading processes share, is 1 inside `watched`.
     """
 
     def __init__(self, dataset: Any, workers: int, **more: Any):
         workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        self.watched = multiprocessing.RawValue("b", 0)
+        self.watched: Any = SimpleNamespace()
         if workers:
+            self.watched = multiprocessing.RawValue("b", 0)
             more |= {"worker_init_fn": partial(start_worker, self.watched), "persistent_workers": True}
         # a generator of its own, so that loading leaves the random state of training alone
         super().__init__(dataset, num_workers=workers, generator=torch.Generator(), **more)
@@ -60,7 +62,7 @@ def is_death(error: Exception) -> bool:
 @contextmanager
 def watched(loader: Any) -> Iterator[None]:
     """Inside, loading processes leave SIGTERM to this one, and the death of one is an InputError. loader: a Loader."""
-    flag = getattr(loader, "watched", multiprocessing.RawValue("b", 0))
+    flag = getattr(loader, "watched", SimpleNamespace())
     flag.value = 1
     try:
         yield
