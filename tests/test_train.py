@@ -12,7 +12,7 @@ from folders import write_lines
 from training import Place, WholePlace, assert_same, change, load, metrics, values
 
 from evaluation import evalrank
-from scripts.explorer.logs import read_scalars
+from scripts.explorer.logs import read_events
 from vocab import from_txt
 
 TRAIN_TAGS = {"epoch", "step", "Eit", "Le", "lr", "batch_time", "data_time"}
@@ -79,13 +79,13 @@ def test_the_log_says_how_far_training_is_and_how_good(done):
 def test_tensorboard_and_metrics_csv_get_every_tag_of_every_step(done):
     found = metrics(done.folder / "log")
     (path,) = (done.folder / "log").glob("events.out.tfevents.*")
-    for (step, name, value), other in zip(read_scalars(path), found, strict=True):
-        assert (name, step) == other[:2] and value == pytest.approx(other[2])
+    for tag, values_by_step in read_events(path).items():
+        assert values_by_step == pytest.approx({step: value for name, step, value in found if name == tag}), tag
     for tags, steps in ((TRAIN_TAGS, list(range(1, 9))), (DEV_TAGS, [4, 8])):
         for tag in tags:
             assert [step for name, step, _ in found if name == tag] == steps, tag
     by_tag = {tag: [value for name, _, value in found if name == tag] for tag, _, _ in found}
-    assert set(by_tag) == TRAIN_TAGS | DEV_TAGS
+    assert set(by_tag) == set(read_events(path)) == TRAIN_TAGS | DEV_TAGS
     assert by_tag["epoch"] == [0] * 4 + [1] * 4 and by_tag["step"] == [0, 1, 2, 3] * 2
     recalls = zip(*(by_tag[tag] for tag in ("r1", "r5", "r10", "r1i", "r5i", "r10i")), strict=True)
     assert by_tag["rsum"] == pytest.approx([sum(row) for row in recalls], rel=1e-5)
