@@ -130,26 +130,15 @@ class PrecompDataset(Dataset):
 
     def __getitem__(self, index):
         """(image (R, img_dim), box (R, 30 | 31 | 0), target (W,), index, img_id)."""
-        workers.note_item(index)
         img_id = self.image_of(index)
         features = (torch.tensor(img_id),) if self.numbers_only else self.features(img_id)
         return *features, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
 
     def __getitems__(self, indices):
-        """What a DataLoader asks for. In a loading process that a Loader started, an InputError is the only item."""
+        """The items of a batch, which a DataLoader asks for."""
         if not self.numbers_only:
             read_ahead(self.images, [self.image_of(index) * self.repeats for index in indices])
-        try:
-            return [self[index] for index in indices]
-        except InputError as error:
-            if not workers.is_loading():
-                raise
-            return [error]
-
-    def describe_item(self, index):
-        """Item index in words: its pair, image and caption line."""
-        line = index * len(self.captions) // len(self)
-        return f"pair {index}, which is image {self.image_of(index)} and caption line {line + 1}"
+        return [self[index] for index in indices]
 
     def __getstate__(self):  # a copy sent to a loading process opens the files again instead of carrying their contents
         return {**self.__dict__, "images": None, "boxes": None, "encoded": [None] * len(self.captions)}
@@ -235,20 +224,13 @@ def collate_fn(data: list) -> Any:
     """Batch items, longest caption first.
 
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
-    lengths (list of B int), ids (tuple of B int, which item each row is). In a loading process they are written into
-    memory that is shared; one that a Loader started returns an InputError instead of raising it.
+    lengths (list of B int), ids (tuple of B int, which item each row is). In a loading process the tensors are in
+    shared memory.
     """
-    if isinstance(data[0], InputError):
-        return data[0]
     data.sort(key=lambda item: len(item[-3]), reverse=True)
     *features, captions, ids, _ = zip(*data, strict=True)
-    lengths, targets = [len(caption) for caption in captions], pad(list(captions))
-    try:
-        return *map(workers.stack, features), workers.share(targets), lengths, ids
-    except InputError as error:
-        if not workers.is_loading():
-            raise
-        return error
+    tensors = *map(torch.stack, features), pad(list(captions))
+    return *map(workers.share, tensors), [len(caption) for caption in captions], ids
 
 
 def pad(captions: list[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from lib.checkpoint import check_kind, load_checkpoint
 from lib.datasets.region_match import warn_of_boxes
 from lib.errors import InputError, run
 from lib.files import check_output, digest_lines
-from lib.gpu import BlockLimit, resident
+from lib.gpu import resident, score_blocks
 from lib.intervals import RECALL_AT
 from lib.meters import AverageMeter, LogCollector  # noqa: F401 (SCAN's names)
 from lib.options import EVALUATION, OPTIONS, add_options, as_list, check_options, evaluation_options, option
@@ -114,7 +114,7 @@ def score_shards(
     shards between them; each returns all scores.
     """
     words, lens, *more = captions
-    lens, limit = torch.as_tensor(lens, dtype=torch.int64).reshape(-1), BlockLimit(device)
+    lens = torch.as_tensor(lens, dtype=torch.int64).reshape(-1)
     images, shards = tuple(resident(x, device) for x in images), range(0, len(images[0]), shard_size)
     sims = np.zeros((len(images[0]), len(lens)), dtype=np.float32)
     with distributed.progress(total=sims.size, desc=desc, unit="pair", unit_scale=True) as bar:
@@ -122,7 +122,7 @@ def score_shards(
             text = select_words(words, lens, index, device), lens[index], *(to_device(x[index], device) for x in more)
             for i in distributed.my_indices(len(shards), number * len(shards)):
                 rows = slice(shards[i], shards[i] + shard_size)
-                block = limit.score(score, [to_device(x[rows], device) for x in images], text)
+                block = score_blocks(score, [to_device(x[rows], device) for x in images], text, device)
                 sims[rows, index.numpy()] = block.numpy()
                 bar.update(block.numel() * distributed.world_size())
     distributed.all_reduce_sum(torch.from_numpy(sims))

@@ -58,8 +58,6 @@ def EncoderImage(
     **more: Any,
 ) -> nn.Module:
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
-    if precomp_enc_type not in ENCODERS:
-        raise InputError(f"precomp_enc_type {precomp_enc_type}: expected one of {', '.join(ENCODERS)}")
     return ENCODERS[precomp_enc_type](img_dim, embed_size, no_imgnorm, **more)
 
 
@@ -468,7 +466,7 @@ class SCAN:
         """
         self.Eiters += 1
         self.optimizer.zero_grad()
-        repeated = distributed.all_have(ids)
+        repeated = ids is not None and distributed.same_in_all_processes(ids)  # or this is the only process
         with distributed.alone() if repeated else nullcontext():
             loss = self.forward_loss(*self.forward_emb(*batch))
             loss.backward()

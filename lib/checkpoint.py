@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from lib.constants import SPECIAL
 from lib.errors import InputError, brief
@@ -22,7 +23,6 @@ from lib.options import MODEL, MODEL_NEWER, REQUIRED, WHOLE_IMAGE
 BEST = "model_best.pth.tar"  # of the best score
 KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
 LARGEST = 2**32  # of any count
-MODULE = "module."
 
 
 def save_checkpoint(state: dict, is_best: bool, filename: str = "checkpoint.pth.tar", prefix: str = "") -> None:
@@ -83,14 +83,8 @@ def make_plain(checkpoint: Any) -> None:
             if isinstance(value, torch.Tensor) and value.dim() == 0:
                 values[name] = value.item()
     if isinstance(checkpoint.get("model"), (list, tuple)):
-        checkpoint["model"] = [without_module(state) for state in checkpoint["model"]]
-
-
-def without_module(state: Any) -> Any:
-    """An encoder's state without the prefix that DataParallel gives all its keys."""
-    if not isinstance(state, dict) or not all(isinstance(key, str) and key.startswith(MODULE) for key in state):
-        return state
-    return {key.removeprefix(MODULE): value for key, value in state.items()}
+        for state in checkpoint["model"]:
+            consume_prefix_in_state_dict_if_present(state, "module.")
 
 
 def check_keys(checkpoint: Any) -> None:

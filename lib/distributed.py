@@ -93,7 +93,7 @@ def report_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if workers.have_died() or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+        if workers.is_death(error) or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
             raise
         where = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         reason = str(error).strip().splitlines()[0]
@@ -115,9 +115,9 @@ def my_indices(n: int, done: int = 0) -> range:
 def my_batches(batches: Sequence, desc: str) -> Iterable[tuple[Any, bool]]:
     """The batches that this process encodes, and True; the first, and False where it is another's, so that each process
     sees the shapes. With a progress bar."""
-    mine = set(my_indices(len(batches)))
-    numbers = [number for number in range(len(batches)) if number in mine or number == 0]
-    return ((batches[number], number in mine) for number in progress(numbers, desc=desc, unit="batch"))
+    mine = my_indices(len(batches))
+    chosen = [(batch, number in mine) for number, batch in enumerate(batches) if number in mine or number == 0]
+    return progress(chosen, desc=desc, unit="batch")
 
 
 def progress(*args: Any, **more: Any) -> tqdm:
@@ -204,8 +204,8 @@ def gather_ints(numbers: Iterable[int]) -> list:
 
 def same_in_all_processes(numbers: Iterable[int]) -> bool:
     """Whether all processes have the same integers, equally many."""
-    numbers = list(numbers)
-    return gather_ints([len(numbers), *numbers]) == [len(numbers), *numbers] * world_size()
+    mine = list(numbers)
+    return world_size() == 1 or gather_ints([len(mine), *mine]) == [len(mine), *mine] * world_size()
 
 
 # ---------------------------------------------------------------- a batch
@@ -251,8 +251,3 @@ def alone() -> Iterator[None]:
         yield
     finally:
         is_alone = False
-
-
-def all_have(ids: Iterable[int] | None) -> bool:
-    """Whether each of several processes has the same pairs, because there are fewer than processes."""
-    return world_size() > 1 and ids is not None and same_in_all_processes(ids)

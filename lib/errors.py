@@ -46,7 +46,8 @@ def make_streams_safe() -> None:
 def run(main: Callable[[], Any]) -> None:
     """Call main(), the body of a command line.
 
-    An InputError or OSError becomes one line on stderr and exit status 2, Ctrl-C status 130, SIGTERM in training 143.
+    An InputError, an OSError or a GPU that is out of memory becomes one line on stderr and exit status 2, Ctrl-C status
+    130, SIGTERM in training 143.
     """
     make_streams_safe()
     try:
@@ -58,6 +59,10 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(1)
     except OSError as error:
         report(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
+        report(f"{str(error).splitlines()[0]} A smaller --batch_size takes less.")
     except KeyboardInterrupt as stop:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + (stop.args[0] if stop.args else signal.SIGINT))

@@ -1,6 +1,5 @@
 """What a training reports: TensorBoard's event files, and the same numbers in metrics.csv beside them."""
 
-import csv
 import logging
 import os
 import sys
@@ -21,9 +20,9 @@ def configure(folder: str, run: str = "") -> None:
     close()
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, METRICS)
-    writers[path] = Table(path, run)
     try:
-        with name_in_errors(folder):  # it writes at once
+        with name_in_errors(folder):  # both write at once
+            writers[path] = Table(path, run)
             writers[folder] = open_events(folder)
     except TypeError as error:  # of its generated code
         log.warning("no TensorBoard events, only %s: %s", METRICS, str(error).splitlines()[0])
@@ -45,15 +44,13 @@ class Table:
     """The rows of a CSV file."""
 
     def __init__(self, path, run):
-        self.run, is_new = run, not os.path.exists(path)
-        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 (`close` does)
-        self.rows = csv.writer(self.file)
-        if is_new:
-            self.rows.writerow(COLUMNS)
+        self.run = run
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (`close` does)
+        if not self.file.tell():
+            print(*COLUMNS, sep=",", file=self.file)
 
     def log_value(self, name, value, step):
-        self.rows.writerow((self.run, step, name, value))
-        self.file.flush()
+        print(self.run, step, name, value, sep=",", file=self.file)
 
     def close(self):
         self.file.close()

@@ -5,7 +5,7 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -132,20 +132,16 @@ def open_npy(path: str | os.PathLike) -> np.ndarray:
     return array
 
 
-def read_ahead(array: np.ndarray, rows: Iterable[int]) -> None:
+def read_ahead(array: Any, rows: Iterable[int]) -> None:
     """Have the system read rows of a memory-mapped file, all at once, while the caller goes on.
 
     A shuffled file larger than memory is then read at 2 to 4 times the speed, measured: otherwise each row is waited
     for, and pages around it are read that nobody needs.
     """
-    path, start = getattr(array, "filename", None), getattr(array, "offset", 0)
+    path = getattr(array, "filename", None)
     if not path or not array.flags.c_contiguous or not hasattr(os, "posix_fadvise"):
         return
     size = array[0].nbytes
-    with contextlib.suppress(OSError):  # a file that was removed is still mapped
-        file = os.open(path, os.O_RDONLY)
-        try:
-            for row in rows:
-                os.posix_fadvise(file, start + row * size, size, os.POSIX_FADV_WILLNEED)
-        finally:
-            os.close(file)
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # a file that was removed is still mapped
+        for row in rows:
+            os.posix_fadvise(file.fileno(), array.offset + row * size, size, os.POSIX_FADV_WILLNEED)

@@ -1,7 +1,4 @@
-"""Memory of a GPU: what is kept there, and how large a block may be.
-
-On a CPU everything stays where it is and blocks have no limit.
-"""
+"""Memory of a GPU: what is kept there, and how large a block may be. On a CPU everything stays where it is."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -37,42 +34,17 @@ def resident(X: Any, device: torch.device) -> Any:
     return to_device(X if isinstance(X, Tensor) else torch.from_numpy(np.array(X)), device)
 
 
-class BlockLimit:
-    """How many images are scored at once on a device: what its free memory holds, less after a failure."""
+def score_blocks(score: Callable, images: Sequence[Tensor], captions: tuple, device: torch.device) -> Tensor:
+    """score(*images, *captions) (I, C) on the CPU, of as many images at once as the device's free memory holds.
 
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.size: int | None = None
-
-    def fit(self, n_images: int, elements: int) -> int:
-        """The limit for n images of that many raw similarities each."""
-        free = free_bytes(self.device)
-        if free is None:
-            return n_images
-        fits = max(1, int(SHARE * free / (4 * TEMPORARIES * max(1, elements))))
-        return min(n_images, fits, self.size or fits)
-
-    def score(self, score: Callable, images: Sequence[Tensor], captions: tuple) -> Tensor:
-        """score(*images, *captions) (I, C) on the CPU, in blocks of images.
-
-        images, captions: as evaluation.score_shards takes them, on the device. Where a block runs out of memory, it is
-        scored in halves, with a warning, and so are all after it. Raises torch.OutOfMemoryError where one image is too
-        much.
-        """
-        scores, start, n = [], 0, len(images[0])
-        while start < n:
-            size = self.fit(n - start, images[0].shape[1] * int(captions[1].sum()))
-            try:
-                scores.append(score(*(x[start : start + size] for x in images), *captions).cpu())
-            except torch.OutOfMemoryError:
-                if size == 1:
-                    raise
-                self.size = size // 2
-                log.warning("%s: out of memory with %d images at once, now %d", self.device, size, self.size)
-                torch.cuda.empty_cache()
-                continue
-            start += size
-        return torch.cat(scores)
+    images, captions: embeddings on the device, as evaluation.score_shards takes them.
+    """
+    free, size = free_bytes(device), len(images[0])
+    if free is not None:
+        elements = images[0].shape[1] * int(captions[1].sum())  # of an image's raw similarities
+        size = max(1, int(SHARE * free / (4 * TEMPORARIES * elements)))
+    blocks = zip(*(x.split(size) for x in images), strict=True)
+    return torch.cat([score(*block, *captions).cpu() for block in blocks])
 
 
 class FeaturesOnGPU:

@@ -6,9 +6,6 @@ from contextlib import contextmanager
 
 from lib import distributed
 
-HAS_TIMER = hasattr(signal, "setitimer")  # Windows has none
-PATIENCE = 5  # seconds from a signal to the end of one of several processes whose data do not come
-
 
 class StopTraining(KeyboardInterrupt):
     """Raised between two steps; its argument is the signal's number. The state at this point can be resumed."""
@@ -22,8 +19,7 @@ class GracefulStop:
     """
 
     def __init__(self):
-        self.signal, self.handlers = None, {}
-        self.model_rests = self.waits_for_data = False
+        self.signal, self.handlers, self.model_rests = None, {}, False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -31,8 +27,6 @@ class GracefulStop:
         return self
 
     def __exit__(self, *error):
-        if self.signal and HAS_TIMER:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
@@ -40,14 +34,6 @@ class GracefulStop:
         second, self.signal = self.signal, number
         if distributed.world_size() == 1 and (self.model_rests or second):
             raise (StopTraining if self.model_rests else KeyboardInterrupt)(number)
-        if self.waits_for_data and HAS_TIMER:
-            signal.signal(signal.SIGALRM, self.give_up)
-            signal.setitimer(signal.ITIMER_REAL, PATIENCE)
-
-    def give_up(self, number, frame):
-        """Of several processes: end without the others, which wait for this one, where its data do not come."""
-        if self.waits_for_data:
-            raise KeyboardInterrupt(self.signal)
 
     @contextmanager
     def resting(self):
@@ -62,14 +48,10 @@ class GracefulStop:
         """The batches of an iterable; between them the model rests."""
         batches = iter(batches)
         while True:
-            try:
-                with self.resting():
-                    self.waits_for_data = True
-                    batch = next(batches)
-            except StopIteration:
+            with self.resting():
+                batch = next(batches, None)
+            if batch is None:
                 return
-            finally:
-                self.waits_for_data = False
             yield batch
 
     def check(self):

@@ -87,12 +87,10 @@ def load_moments(model: Any, state: dict) -> None:
     groups = model.optimizer.state_dict()["param_groups"]
     if len(state["param_groups"][0]["params"]) != len(model.params):
         raise ValueError(f"optimizer: not of {len(model.params)} parameters")
+    shapes = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape} for i, p in enumerate(model.params)}
     for number, moments in state["state"].items():
-        if number not in range(len(model.params)):
-            raise ValueError(f"optimizer: moments of a parameter {number!r:.20}, there are {len(model.params)}")
-        shape = model.params[number].shape
-        if {name: x.shape for name, x in moments.items()} != {"step": (), "exp_avg": shape, "exp_avg_sq": shape}:
-            raise ValueError(f"optimizer: moments of parameter {number} do not fit its shape {tuple(shape)}")
+        if {name: x.shape for name, x in moments.items()} != shapes.get(number):
+            raise ValueError(f"optimizer: moments of parameter {number!r:.20} do not fit this model")
     model.optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

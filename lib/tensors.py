@@ -1,7 +1,6 @@
 """Reductions with finite gradients, fast where no gradient is needed; padding and packing of sequences."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -38,17 +37,6 @@ def mul_(X: Tensor, Y: Any) -> Tensor:
 def filled(X: Tensor, mask: Tensor | None, value: float) -> Tensor:
     """X with value where mask (bool, broadcast to X) is False; X itself where mask is None."""
     return X if mask is None else X.masked_fill(~mask, value)
-
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Inside, products of float32 matrices are as exact as float32 is."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def has_bfloat16() -> bool:

@@ -3,6 +3,7 @@
 import io
 import os
 import pickle
+import pickletools
 import struct
 import zipfile
 from argparse import Namespace
@@ -14,8 +15,6 @@ import pytest
 import torch
 from conftest import make_opt
 from dataset_commands import Calls
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lib.errors import InputError
 from model import SCAN, load_checkpoint, load_model
@@ -73,85 +72,31 @@ def test_a_model_trained_on_cuda_loads_on_a_cpu(tmp_path, monkeypatch, zipped):
     check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
 
 
-class Python2Pickler(pickle._Pickler):
-    """Writes what Python 2.7's pickle wrote under protocol 2: byte strings, __builtin__ and copy_reg, long integers.
-
-    Tensors go out as PyTorch 0.3 and 0.4 wrote them, their numbers apart from the pickle.
-    """
-
-    dispatch = dict(pickle._Pickler.dispatch)
-
-    def __init__(self, file, location="cpu", rebuild="_rebuild_tensor_v2"):
-        super().__init__(file, protocol=2)
-        self.storages, self.location, self.rebuild = {}, location, rebuild
-
-    def save_bytes_string(self, text):
-        data = text.encode()
-        head = pickle.SHORT_BINSTRING + bytes([len(data)]) if len(data) < 256 else b"T" + struct.pack("<i", len(data))
-        self.write(head + data)
-        self.memoize(text)
-
-    dispatch[str] = save_bytes_string
-
-    def reducer_override(self, x):
-        if isinstance(x, OrderedDict):  # Python 2 passed the items to the class
-            items = ([[key, value] for key, value in x.items()],)
-            return (OrderedDict, items, vars(x)) if vars(x) else (OrderedDict, items)
-        if isinstance(x, torch.Tensor):
-            sizes = (Long(x.storage_offset()), tuple(map(Long, x.shape)), tuple(map(Long, x.stride())))
-            more = (False, OrderedDict()) if self.rebuild == "_rebuild_tensor_v2" else ()
-            return getattr(torch._utils, self.rebuild), (Storage(x), *sizes, *more)
-        return NotImplemented
-
-    def persistent_id(self, x):
-        if not isinstance(x, Storage):
-            return None
-        key = str(94000000000000 + len(self.storages))
-        self.storages[key] = x.tensor
-        return ("storage", torch.FloatStorage, key, self.location, Long(x.tensor.numel()), None)
-
-    def save_long(self, x):
-        self.write(pickle.LONG1 + b"\x04" + struct.pack("<i", x))
+def python2_bytes(checkpoint):
+    """A file of PyTorch's old format, of five pickles, with its text as Python 2.7 wrote it: as byte strings."""
+    file, content, last = io.BytesIO(), b"", 0
+    torch.save(checkpoint, file, _use_new_zipfile_serialization=False)
+    data = file.getvalue()
+    file.seek(0)
+    for _ in range(5):
+        for opcode, text, at in pickletools.genops(file):
+            if opcode.name == "BINUNICODE":
+                n = len(text.encode())
+                head = b"U" + bytes([n]) if n < 256 else b"T" + struct.pack("<i", n)
+                content += data[last:at] + head + text.encode()
+                last = at + 5 + n
+    return content + data[last:]
 
 
-class Long(int):
-    """An integer that Python 2 held as a long."""
-
-
-class Storage:
-    def __init__(self, tensor):
-        self.tensor = tensor.contiguous()
-
-
-Python2Pickler.dispatch[Long] = Python2Pickler.save_long
-
-
-def python2_bytes(checkpoint, **how):
-    """The file that torch.save wrote under Python 2.7: five pickles, then the storages."""
-    file = io.BytesIO()
-    sizes = {"short": 2, "int": 4, "long": 4}
-    header = {"protocol_version": 1001, "little_endian": True, "type_sizes": sizes}
-    for value in (0x1950A86A20F9469CFC6C, 1001, header):
-        Python2Pickler(file).dump(value)
-    pickler = Python2Pickler(file, **how)
-    pickler.dump(checkpoint)
-    keys = sorted(pickler.storages)
-    Python2Pickler(file).dump(keys)
-    for key in keys:
-        numbers = pickler.storages[key].numpy()
-        file.write(struct.pack("<q", numbers.size) + numbers.tobytes())
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("rebuild", ["_rebuild_tensor", "_rebuild_tensor_v2"])
-@pytest.mark.parametrize("location", ["cpu", "cuda:0"])
-def test_files_of_python_2_load(tmp_path, location, rebuild):
-    """Also with strings of 256 bytes and more, which have another opcode, and things of its builtin module."""
+def test_files_of_python_2_load(tmp_path, monkeypatch):
+    """Strings of 256 bytes and more have another opcode; things of its builtin module; saved on a GPU."""
     checkpoint = {**make_checkpoint(), "seen": {1, 2}}
     checkpoint["opt"].model_name = "/runs/" + 60 * "name/"
-    content = python2_bytes(checkpoint, location=location, rebuild=rebuild)
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    content = python2_bytes(checkpoint)
+    monkeypatch.undo()
     assert b"U\tdata_name" in content and b"X" + struct.pack("<I", 9) + b"data_name" not in content
-    assert b"c__builtin__\nset\n" in content
+    assert b"c__builtin__\nset\n" in content and b"U\x06cuda:0" in content
     (tmp_path / "c.pth.tar").write_bytes(content)
     loaded = load_checkpoint(tmp_path / "c.pth.tar")
     assert vars(loaded["opt"]) == {**vars(checkpoint["opt"]), "position": "attention"} and loaded["seen"] == {1, 2}
@@ -167,9 +112,8 @@ def test_a_position_that_the_options_lack_is_inferred_from_the_parameters(tmp_pa
     check_model(load_model(tmp_path / "c.pth.tar"), checkpoint)
 
 
-@pytest.mark.parametrize("encoder", ["basic", "weight_norm"])
-def test_parameters_that_the_model_does_not_have_are_ignored(tmp_path, encoder):
-    checkpoint = make_checkpoint(precomp_enc_type=encoder)
+def test_parameters_that_the_model_does_not_have_are_ignored(tmp_path):
+    checkpoint = make_checkpoint()
     more = {**checkpoint, "optimizer": {"state": {}}, "model": [dict(state) for state in checkpoint["model"]]}
     for state in more["model"]:
         state["surplus.weight"] = torch.zeros(3)
@@ -250,13 +194,9 @@ def test_a_missing_entry_is_an_error_that_names_it(tmp_path, key):
     assert f"no {key}" in refused(tmp_path / "c.pth.tar")
 
 
-STATES = [SCAN(make_opt(precomp_enc_type=encoder)).state_dict() for encoder in ("basic", "weight_norm")]
-
-
 @pytest.mark.parametrize(
     ("encoder", "which", "key"),
-    [("basic", which, key) for which in (0, 1) for key in STATES[0][which]]
-    + [("weight_norm", 0, key) for key in ("fc.weight_g", "fc.weight_v")],
+    [("basic", 0, "fc_att.bias"), ("basic", 1, "rnn.weight_hh_l0_reverse"), ("weight_norm", 0, "fc.weight_g")],
 )
 def test_a_parameter_that_is_missing_or_of_another_shape_is_an_error_that_names_it_and_the_file(
     tmp_path, encoder, which, key
@@ -328,38 +268,6 @@ def test_other_files_that_torch_or_another_program_wrote_are_refused(tmp_path):
     refused(path)
     for none in (tmp_path, tmp_path / "missing"):
         assert refused(none).endswith("no such checkpoint")
-
-
-@given(content=st.binary(max_size=400))
-def test_random_bytes_are_refused(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "random.pth.tar"
-    path.write_bytes(content)
-    refused(path)
-
-
-@given(content=st.binary(max_size=60), damage=st.integers(0, 3000))
-def test_damaged_files_are_refused_or_read(tmp_path_factory, content, damage):
-    """Overwrite some bytes of the pickle of a legacy file: whatever it says now, there is no other exception."""
-    path = tmp_path_factory.getbasetemp() / "damaged.pth.tar"
-    whole = bytearray(DAMAGED)
-    whole[damage : damage + len(content)] = content
-    path.write_bytes(whole)
-    try:
-        load_model(path)
-    except InputError as error:
-        assert str(error).startswith(f"{path}: ") and "\n" not in str(error)
-
-
-DAMAGED = python2_bytes(make_checkpoint(embed_size=4, img_dim=4, word_dim=4))
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.9999])
-def test_truncated_files_are_refused(tmp_path, zipped, share):
-    path = tmp_path / "c.pth.tar"
-    torch.save(make_checkpoint(), path, _use_new_zipfile_serialization=zipped)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    refused(path)
 
 
 def test_loading_allows_no_more_classes_than_before(tmp_path):

@@ -6,7 +6,6 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT
 from folders import random_batch
 from torch.utils.data import DataLoader
 from training import Place, WholePlace
@@ -14,7 +13,6 @@ from training import Place, WholePlace
 import data
 import evaluation
 import model
-import position
 import train
 import vocab
 from Tencent_PFAN import data_whole, evaluation_whole, model_whole, train_whole
@@ -135,29 +133,6 @@ def test_every_public_name_has_its_published_signature(module, name):
     for more in ours[len(positional) :]:
         assert more.default is not more.empty or more.kind in (more.VAR_KEYWORD, more.VAR_POSITIONAL), more.name
     assert {x.name for x in theirs if x not in positional} <= {x.name for x in ours} | {"more"}
-
-
-MODULES = [
-    data,
-    evaluation,
-    model,
-    position,
-    train,
-    vocab,
-    *(
-        __import__(".".join(path.relative_to(ROOT).with_suffix("").parts), fromlist=["x"])
-        for folder in ("lib", "lib/datasets")
-        for path in sorted((ROOT / folder).glob("[a-z]*.py"))
-    ),
-]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
-def test_public_functions_have_type_hints(module):
-    for name, function in inspect.getmembers(module, inspect.isfunction):
-        if not name.startswith("_") and function.__module__ == module.__name__:
-            hints, parameters = function.__annotations__, inspect.signature(function).parameters
-            assert set(parameters) - set(hints) == set() and "return" in hints, name
 
 
 # ---------------------------------------------------------------- they do their work

@@ -9,7 +9,7 @@ import pytest
 import model
 import train
 from lib.errors import InputError
-from lib.options import CHOICES, OPTIONS, REQUIRED, Option, add_options, check_options, option, to_namespace
+from lib.options import CHOICES, OPTIONS, REQUIRED, check_options, option, to_namespace
 from Tencent_PFAN import train_whole
 
 # The published train.py's flags; only these must be in every checkpoint.
@@ -88,35 +88,6 @@ def test_an_option_that_is_missing_means_its_default_unless_every_checkpoint_has
     for name in REQUIRED - {"margin"}:
         with pytest.raises(AttributeError):
             option(older, name)
-
-
-def test_a_new_row_is_a_flag_with_a_range_and_a_default():
-    parser = argparse.ArgumentParser()
-    add_options(parser, [Option("dropout", 0.5, "share of zeroed features", (0, 1)), "agg_func"], agg_func=None)
-    assert parser.parse_args([]) == argparse.Namespace(dropout=0.5, agg_func=None)
-    assert parser.parse_args(["--dropout", ".25"]).dropout == 0.25
-    text = " ".join(parser.format_help().split())
-    assert "share of zeroed features (default: 0.5)" in text
-    assert "LogSumExp | Mean | Max | Sum: " in text and "(default: the checkpoint's)" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "right", "wrong"),
-    [
-        ("batch_size", [1, 128], [0, 1.5, "4", True, None, float("nan")]),
-        ("margin", [0, 0.2, 1], [-0.1, "x", False, float("inf"), float("nan")]),
-        ("learning_rate", [1e-300, 1e30], [0, -1, float("inf")]),
-        ("bi_gru", [True, False], [1, 0, "True", None]),
-        ("data_path", ["", "./data/"], ["two\nlines", "\0", "x" * 5000, 3, None]),
-        ("agg_func", ["Mean"], ["mean", "", None, ["Mean"]]),
-    ],
-)
-def test_a_value_fits_where_it_is_of_the_options_kind_and_range(name, right, wrong):
-    for value in right:
-        check_options(argparse.Namespace(**{name: value}))
-    for value in wrong:
-        with pytest.raises(InputError, match=f"--{name} .*expected "):
-            check_options(argparse.Namespace(**{name: value}))
 
 
 @pytest.mark.parametrize("name", ["mean_warmup_epochs", "mean_warmup_steps"])

@@ -107,14 +107,8 @@ def test_words_that_are_not_one_for_each_embedding_are_refused(place, words):
     "flags",
     [
         "--agg_func LogSumExp",
-        "--cross_attn i2t",
-        "--raw_feature_norm softmax",
-        "--lambda_softmax 4",
-        "--position area",
         "--no_imgnorm",
-        "--num_layers 2",
         "--img_dim 8",
-        "--embed_size 8",
         "--data_name other_precomp",
     ],
 )
