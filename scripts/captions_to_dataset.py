@@ -153,7 +153,7 @@ def main():
     if opt.tsv:
         captions = read_text(opt.tsv, problems)
     else:
-        captions = read_karpathy(opt.karpathy) if opt.karpathy else read_coco(opt.coco)
+        captions = read_karpathy(opt.karpathy, problems) if opt.karpathy else read_coco(opt.coco, problems)
     k = opt.captions_per_image
     good = first_captions(captions, opt, problems)
     splits = select(captions, good, opt, problems) if opt.ids else assign(captions, good, opt)

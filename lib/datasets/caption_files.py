@@ -8,12 +8,13 @@ import re
 import msgspec
 
 from lib.datasets.ids import canonical_id
-from lib.datasets.json_files import json_items
+from lib.datasets.json_files import HALF, json_items
 from lib.datasets.problems import Problems
 from lib.errors import InputError, brief
 from lib.files import read_lines
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test", "dev": "dev", "valid": "dev"}
+SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile(r"\s*[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+\s*")
 IMAGE_COLUMNS = {"image", "image_name", "image_id", "filename", "file_name"}
 CAPTION_COLUMNS = {"caption", "comment", "sentence", "text"}
@@ -27,11 +28,12 @@ ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.c
 class Captions:
     """Captions by image, in the order of the source: ids, texts and splits are {canonical id: …}."""
 
-    def __init__(self):
+    def __init__(self, problems: Problems):
+        self.problems = problems
         self.ids, self.texts, self.splits = {}, {}, {}
 
     def add(self, where: str, image_id: str | int, captions: list[str], split: str | None = None) -> None:
-        """Append captions of an image, without empty ones. where: the place in the source.
+        """Append captions of an image, without empty ones. where: the place in the source. Problems are reported.
 
         Raises InputError where two images would be one.
         """
@@ -42,7 +44,11 @@ class Captions:
         if self.splits.setdefault(name, split) != split:
             raise InputError(f"{where}: {brief(image_id)} stands in {self.splits[name]} and in {split}")
         texts = self.texts.setdefault(name, [])
-        texts += filter(None, (LINE_END.sub(" ", text).strip() for text in captions))
+        for text in captions:
+            if HALF in text:
+                self.problems.add("malformed", where, "a caption with half of a character (a surrogate), left out")
+            elif text := LINE_END.sub(" ", text).strip():
+                texts.append(text)
 
 
 class Sentence(msgspec.Struct):
@@ -56,12 +62,12 @@ class KarpathyImage(msgspec.Struct):
     cocoid: int | None = None
 
 
-def read_karpathy(path: str) -> Captions:
+def read_karpathy(path: str, problems: Problems) -> Captions:
     """Karpathy's dataset_NAME.json, and JSON of that form: images with filename, sentences with raw, and mostly split.
 
     MS-COCO's test images (those with a cocoid) are testall. Raises InputError naming the image that lacks a field.
     """
-    captions = Captions()
+    captions = Captions(problems)
     for number, image in enumerate(json_items(path, "images", KarpathyImage)):
         where = f"{path}: images {number}"
         split = KARPATHY_SPLITS.get(image.split)
@@ -73,19 +79,18 @@ def read_karpathy(path: str) -> Captions:
     return captions
 
 
-def read_coco(paths: list[str]) -> Captions:
+def read_coco(paths: list[str], problems: Problems) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
     from pycocotools.coco import COCO
 
-    captions = Captions()
+    captions = Captions(problems)
     for path in paths:
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
                 coco = COCO(path)
             for image_id in sorted(coco.imgs):
                 annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
-                texts = [annotation["caption"] for annotation in annotations]
-                "".join(texts).encode()  # half of a surrogate pair, which no file can hold, is a ValueError
+                texts = [SURROGATE.sub(HALF, annotation["caption"]) for annotation in annotations]
                 captions.add(f"{path}: image {image_id}", image_id, texts)
         except InputError:
             raise
@@ -107,7 +112,7 @@ def read_text(path: str, problems: Problems) -> Captions:
     delimiter, columns = _find_table(lines[0]) if lines else ("", [])
     form = f"{', '.join(columns)} separated by {SEPARATORS[delimiter]}" if columns else PAIR_FORM
     print(f"{path}: {form}")
-    captions = Captions()
+    captions = Captions(problems)
     for number, line in enumerate(lines[bool(columns) :], 1 + bool(columns)):
         name, text = _parse_row(line, delimiter, columns) if columns else _parse_pair(line)
         if name and text:

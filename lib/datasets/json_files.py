@@ -12,6 +12,11 @@ from tqdm import tqdm
 
 from lib.errors import InputError, brief
 
+# An escape in JSON: a surrogate pair, half of one (six bytes) or another.
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
+HALF_LENGTH = 6
+HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
+
 
 def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
     """The value in a small JSON file.
@@ -33,8 +38,9 @@ def json_items(path: str, name: str, kind: Any) -> Iterator[Any]:
     """Yield the items, each a msgspec.Struct of a kind, of the array called name in the object that a JSON file holds.
 
     name "": of the array that it holds. Memory: the size of the file and 64 bytes an item; the items become Python
-    objects one by one. Raises InputError where the file is truncated or not JSON, holds no such array, or naming the
-    item (from 0) that is of another kind.
+    objects one by one. Half of a surrogate pair (an emoji cut in two) becomes HALF.
+    Raises InputError where the file is truncated or not JSON, holds no such array, or naming the item (from 0) that is
+    of another kind.
     """
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
@@ -42,7 +48,13 @@ def json_items(path: str, name: str, kind: Any) -> Iterator[Any]:
     container: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
     place, decode = path, msgspec.json.Decoder(kind).decode
     try:
-        found = msgspec.json.decode(text, type=container)
+        try:
+            found = msgspec.json.decode(text, type=container)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            text = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
+            found = msgspec.json.decode(text, type=container)
         items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
         for number, item in enumerate(items):
             place, text = f"{path}: {name or 'detection'} {number}", item
