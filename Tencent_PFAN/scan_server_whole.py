@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import math
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -239,13 +240,6 @@ def at_least(least, kind=int):
     return parse
 
 
-def api_key(text):
-    """For argparse: a key that a header can carry."""
-    if not (text.isascii() and text.isprintable() and text == text.strip() and text):
-        raise argparse.ArgumentTypeError("expected printable ASCII characters, no blanks around them")
-    return text
-
-
 def get_parser():
     parser = argparse.ArgumentParser(
         description="Score images against sentences over HTTP.",
@@ -258,7 +252,7 @@ def get_parser():
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
     add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
-    add("--api_key", type=api_key, help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
+    add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
     add("--timeout", type=at_least(0.1, float), default=60, help="seconds for a body to arrive, and for its scores")
     add("--max_body_mb", type=at_least(1), default=256, help="largest body; 8 images have about 3.5 MB")
     add("--bodies", type=at_least(1), default=128, help="bodies that may arrive at a time, before the slowest ends")
@@ -278,11 +272,10 @@ def main():
     opt = parser.parse_args()
     if not 0 < opt.port < 65536:
         parser.error(f"port: {opt.port}, expected 1 to 65535")
-    if not opt.api_key and (key := os.environ.get("PFAN_API_KEY")):
-        try:
-            opt.api_key = api_key(key)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"PFAN_API_KEY: {error}")
+    if opt.api_key is None:
+        opt.api_key = os.environ.get("PFAN_API_KEY") or None
+    if opt.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", opt.api_key):
+        parser.error("--api_key or PFAN_API_KEY: expected printable ASCII characters, no blanks around them")
     torch.set_num_threads(opt.threads)
     with web.listen(opt.host, opt.port) as listening:  # before the model is read, which takes a while
         scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
