@@ -16,8 +16,8 @@ show python scripts/demo/make_tencent_demo.py --out "$out" "$@"
 # small batches: among more images, the hardest negatives alone teach a new model nothing for many epochs
 for kind in sentence tag; do
     case $kind in sentence) name=tencent_data ;; tag) name=tencent_data_tag ;; esac
-    show python -m Tencent_PFAN.vocab --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" --overwrite
-    show python -m Tencent_PFAN.train_whole --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" \
+    show python Tencent_PFAN/vocab.py --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" --overwrite
+    show python Tencent_PFAN/train_whole.py --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" \
         --logger_name "$out/$kind" --model_name "$out/$kind" --max_violation --bi_gru --agg_func=Mean \
         --cross_attn=t2i --lambda_softmax=9 --lambda_whole=2 --embed_size=128 --word_dim=64 --batch_size=16 \
         --learning_rate=.001 --num_epochs=12 --lr_update=10 --val_step=2000000 --workers=1 --overwrite ${TRAIN_FLAGS-}

@@ -15,6 +15,7 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import prometheus_client as prometheus
 import torch
@@ -50,22 +51,19 @@ class Service:
         self.scoring_since = None  # when the batch under way began (the loop's time)
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
-        self.registry = registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=registry)
-        self.requests = prometheus.Counter("pfan_requests", "Scoring requests", ["status"], registry=registry)
-        self.errors = prometheus.Counter("pfan_errors", "Scoring requests answered with 4xx or 5xx", registry=registry)
-        self.latency = prometheus.Histogram(
-            "pfan_latency_seconds", "From a request's headers to its answer", registry=registry
-        )
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        kinds = prometheus.Counter, prometheus.Histogram, prometheus.Gauge
+        counter, histogram, gauge = (partial(kind, registry=self.registry) for kind in kinds)
+        self.requests = counter("pfan_requests", "Scoring requests", ["status"])
+        self.errors = counter("pfan_errors", "Scoring requests answered with 4xx or 5xx")
+        self.latency = histogram("pfan_latency_seconds", "From a request's headers to its answer")
         powers = [2**i for i in range(11)]
-        self.batch_requests, self.batch_images = (
-            prometheus.Histogram(f"pfan_batch_{name}", f"{what} scored as one batch", registry=registry, buckets=powers)
-            for name, what in (("requests", "Requests"), ("pictures", "Images"))
-        )
-        self.images = prometheus.Counter("pfan_pictures", "Images, by where from", ["source"], registry=registry)
-        unanswered = prometheus.Gauge("pfan_waiting", "Requests not answered yet", registry=registry)
-        unanswered.set_function(self.unanswered)
-        prometheus.Gauge("pfan_bodies", "Bodies that arrive", registry=registry).set_function(self.bodies.__len__)
+        self.batch_requests = histogram("pfan_batch_requests", "Requests scored as one batch", buckets=powers)
+        self.batch_images = histogram("pfan_batch_pictures", "Images scored as one batch", buckets=powers)
+        self.images = counter("pfan_pictures", "Images, by where from", ["source"])
+        gauge("pfan_waiting", "Requests not answered yet").set_function(self.unanswered)
+        gauge("pfan_bodies", "Bodies that arrive").set_function(self.bodies.__len__)
 
     def start(self):
         """Score what comes, until stop(). Called in the loop that answers the requests."""
@@ -93,14 +91,14 @@ class Service:
         self.bodies.check_size(announced)
         self.check_queue(announced)
         body = await self.bodies.read(request)
-        try:
-            unpacked = unpacked_size(body) if packed else 0
-            self.bodies.check_size(unpacked)
-            with self.place_in_queue(len(body) + unpacked):
+        unpacked = unpacked_size(body) if packed else 0
+        self.bodies.check_size(unpacked)
+        with self.place_in_queue(len(body) + unpacked):
+            try:
                 async with asyncio.timeout(self.opt.timeout):
                     return await self.score_body(body, unpacked)
-        except TimeoutError:
-            raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
+            except TimeoutError:
+                raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
 
     def check_queue(self, size):
         """Raises Refused where a body of so many bytes has no place in the queue."""

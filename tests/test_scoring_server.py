@@ -51,12 +51,6 @@ def pack(body):
     return gzip.compress(body, mtime=0)
 
 
-def alone(scorer, request):
-    """The scores that the model gives one request, without a server."""
-    answer = scorer.score([scorer.read(json.dumps(request).encode())])[0]
-    return np.array([answer["sim_t2i"], answer["sim_i2t"]])
-
-
 # ---------------------------------------------------------------- scores
 
 
@@ -73,15 +67,6 @@ def test_published_requests_get_the_published_scores(shared):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
-def test_any_number_of_images_gets_each_its_own_score(port):
-    request = make_request(300)
-    together = scores(port, request)
-    assert together.shape == (2, 300)
-    for i in (0, 150, 299):
-        one = {**request, "boxes": request["boxes"][i : i + 1], "whole_items": request["whole_items"][i : i + 1]}
-        np.testing.assert_allclose(scores(port, one)[:, 0], together[:, i], rtol=0, atol=1e-5)
-
-
 def test_clients_at_once_get_the_scores_that_they_get_alone(port, tmp_path):
     requests = [make_request(1 + i % 5, seed=i % 20, sentence=["足球"] * (1 + i % 7)) for i in range(60)]
     expected = [scores(port, request) for request in requests]
@@ -93,14 +78,15 @@ def test_clients_at_once_get_the_scores_that_they_get_alone(port, tmp_path):
         assert metric(other_port, "pfan_batch_requests_count") < len(requests)  # some came together
 
 
-def test_several_sentences_get_a_list_each(port):
-    request = make_request(3)
-    sentences = [["上海", "新闻"], ["足球"], "红色 汽车"]
-    several = {"sentences": sentences, **{key: request[key] for key in ("boxes", "whole_items")}}
-    together = scores(port, several)
-    assert together.shape == (2, 3, 3)
-    for i, sentence in enumerate(sentences):
-        np.testing.assert_allclose(scores(port, {**request, "sentence": sentence}), together[:, i], rtol=0, atol=1e-5)
+def test_several_sentences_and_any_number_of_images_get_the_scores_of_each_alone(port):
+    several, sentences = changed(300, sentence=None), [["上海", "新闻"], ["足球"], "红色 汽车"]
+    together = scores(port, {**several, "sentences": sentences})
+    assert together.shape == (2, 3, 300)
+    for image in (0, 150, 299):
+        one = {name: values[image : image + 1] for name, values in several.items()}
+        for i, sentence in enumerate(sentences):
+            ours = scores(port, {**one, "sentence": sentence})[:, 0]
+            np.testing.assert_allclose(ours, together[:, i, image], rtol=0, atol=1e-5)
 
 
 def test_a_plain_string_is_cut_into_words_where_it_is_chinese(port):
@@ -136,18 +122,22 @@ def test_a_box_that_reaches_outside_is_clipped(port):
 
 def test_images_that_come_again_are_not_encoded_again_and_the_cache_has_an_end(tmp_path):
     scorer = Scorer(make_model(str(tmp_path)), cache_bytes=20_000)
+
+    def score(request):
+        """The scores, without a server, and how many images were encoded for them."""
+        job = scorer.read(json.dumps(request).encode())
+        return *scorer.score([job])[0].values(), len(job.new)
+
     first = make_request(4)
-    before = alone(scorer, first)
-    assert len(scorer.read(json.dumps(first).encode()).new) == 0
-    np.testing.assert_array_equal(alone(scorer, first), before)
-    moved = json.loads(json.dumps(first))
+    before = score(first)
+    assert before[2] == 4 and score(first) == (*before[:2], 0)
+    moved = make_request(4)
     moved["boxes"][0]["image_h"] = 101  # the same features elsewhere in the image: another embedding
-    assert len(scorer.read(json.dumps(moved).encode()).new) == 1
+    assert score(moved)[2] == 1
     for seed in range(1, 9):
-        alone(scorer, make_request(4, seed=seed))
+        score(make_request(4, seed=seed))
     assert 0 < scorer.cache.currsize <= 20_000
-    assert len(scorer.read(json.dumps(first).encode()).new) == 4
-    np.testing.assert_allclose(alone(scorer, first), before, rtol=0, atol=1e-6)
+    assert score(first) == (*map(pytest.approx, before[:2]), 4)
 
 
 # ---------------------------------------------------------------- refusals
@@ -168,20 +158,16 @@ def changed_boxes(*corners):
 
 
 def changed_features(value):
-    features = np.zeros((36, IMG_DIM))
-    features[5, 2] = value
-    return changed_image(features=encode(features))
+    return changed_image(features=encode([[0] * IMG_DIM] * 5 + [[value] * IMG_DIM] * 31))
 
 
 def changed_whole(value):
-    request = make_request(3)
-    request["whole_items"][2] = value
-    return request
+    return changed(whole_items=[[0.5] * IMG_DIM, value])
 
 
-def changed(**fields):
+def changed(n_images=2, **fields):
     """A request with other fields; None removes one."""
-    return {name: value for name, value in {**make_request(), **fields}.items() if value is not None}
+    return {name: value for name, value in {**make_request(n_images), **fields}.items() if value is not None}
 
 
 BAD = {
@@ -221,9 +207,9 @@ BAD = {
         changed_image(boxes=encode(make_boxes(np.random.default_rng(0)) / [200, 100, 200, 100])),
         "boxes[1].boxes: none reaches beyond 1 in an image of 100 x 200, expected pixels",
     ),
-    "short whole": (changed_whole([0.5]), "whole_items[2]: 1 numbers, expected 8"),
-    "whole of strings": (changed_whole([0.5] * 7 + ["x"]), "whole_items[2][7]: expected `float`, got `str`"),
-    "huge whole": (changed_whole([1e300] * 8), "whole_items[2]: NaN, infinite or beyond"),
+    "short whole": (changed_whole([0.5]), "whole_items[1]: 1 numbers, expected 8"),
+    "whole of strings": (changed_whole([0.5] * 7 + ["x"]), "whole_items[1][7]: expected `float`, got `str`"),
+    "huge whole": (changed_whole([1e300] * 8), "whole_items[1]: NaN, infinite or beyond"),
 }
 
 

@@ -1,24 +1,24 @@
 """The whole-image variant: the formulas in plain form, files, training, evaluation. test_golden.py has its numbers."""
 
 import os
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ROOT, make_opt
+from conftest import make_opt
+from dataset_commands import call
 from folders import make_whole_folder, random_batch, write_lines
-from processes import run
 from training import WholePlace, load
 
 from evaluation import load_split, score_split
 from lib import errors
+from Tencent_PFAN import evaluation_whole, train_whole, vocab
 from Tencent_PFAN.data_whole import PrecompDataset, get_loaders
 from Tencent_PFAN.evaluation_whole import encode_data, evalrank, i2t, shard_xattn_i2t, shard_xattn_t2i, t2i
 from Tencent_PFAN.model_whole import SCAN
-from Tencent_PFAN.vocab import Vocabulary, deserialize_vocab
+from Tencent_PFAN.vocab import Vocabulary
 
 SMALL = {"img_dim": 8, "embed_size": 6, "word_dim": 5, "lambda_whole": 2.0}
 
@@ -244,20 +244,20 @@ def test_caption_i_belongs_to_image_i():
         i2t(None, None, sims[:, :2])
 
 
-def test_vocab_train_and_evaluation_run_as_files(place):
-    def command(script, *flags):
-        done = run([sys.executable, ROOT / "Tencent_PFAN" / script, *flags], cwd=place.root)
+def test_vocab_train_and_evaluation_follow_the_command_line(place):
+    def run(module, *flags):
+        done = call(module.main, f"{module.__name__}.py", *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     write_lines(place.folder + "/train_sent_caps.txt", ["DNF Φ 平定"] * 3 + ["a"] * 9)
     write_lines(place.folder + "/dev_sent_caps.txt", ["dnf Φ Ⅲ"] + ["b"] * 5)
     where = "--data_path", place.data_path, "--vocab_path", place.vocab_path, "--data_name", "toy"
-    vocab = f"{place.vocab_path}/toy_sent_vocab.json"
-    assert command("vocab.py", *where, "--overwrite") == f"{vocab}: 8 words that occur at least 4 times\n"
-    assert list(deserialize_vocab(vocab).word2idx)[4:] == ["a", "b", "dnf", "Φ"]
-    command("train_whole.py", *place.line("run"))
-    printed = command("evaluation_whole.py", "--model_path", place.root / "run" / "model_best.pth.tar")
+    vocab_file = f"{place.vocab_path}/toy_sent_vocab.json"
+    assert run(vocab, *where, "--overwrite") == f"{vocab_file}: 8 words that occur at least 4 times\n"
+    assert list(vocab.deserialize_vocab(vocab_file).word2idx)[4:] == ["a", "b", "dnf", "Φ"]
+    run(train_whole, *place.line("run"))
+    printed = run(evaluation_whole, "--model_path", place.root / "run" / "model_best.pth.tar")
     assert printed.startswith("Images: 6, Captions: 6\nrsum: ")
     names = {"fc.weight", "fc.bias", "fc_whole.weight", "fc_whole.bias", "position_embedding.weight"}
     assert set(load(place.root / "run", "model_best")["model"][0]) == names
