@@ -40,20 +40,17 @@ until grep -q '^ready: ' "$log"; do
     sleep 0.3
 done
 
-case "$out" in /*) ;; *) out=$PWD/$out ;; esac
 meta=$out/data/tencent_data_meta
 rm -f "$out"/dist_*.json "$out"/dist_*.json.part
-cd test_server
-show python test.py "$out/dist_sentence_t2i.json" sentence "$SENTENCE_PORT" --data_path "$meta"
-show python test.py "$out/dist_tag_t2i.json" tag "$SENTENCE_PORT" --data_path "$meta"
-show python test.py "$out/dist_tag_new_t2i.json" tag "$TAG_PORT" --data_path "$meta"
-echo "+ python compute_map.py (of all three together into $out/mixed.txt, and of each alone)"
+show python test_server/test.py "$out/dist_sentence_t2i.json" sentence "$SENTENCE_PORT" --data_path "$meta"
+show python test_server/test.py "$out/dist_tag_t2i.json" tag "$SENTENCE_PORT" --data_path "$meta"
+show python test_server/test.py "$out/dist_tag_new_t2i.json" tag "$TAG_PORT" --data_path "$meta"
+echo "+ python test_server/compute_map.py (of all three together into $out/mixed.txt, and of each alone)"
 for name in sentence tag tag_new; do
-    python compute_map.py "$out/dist_${name}_t2i.json" --test_list "$meta/test_list.json" >"$out/$name.txt"
+    python test_server/compute_map.py "$out/dist_${name}_t2i.json" --test_list "$meta/test_list.json" >"$out/$name.txt"
 done
-python compute_map.py "$out/dist_tag_t2i.json" "$out/dist_sentence_t2i.json" "$out/dist_tag_new_t2i.json" \
+python test_server/compute_map.py "$out/dist_tag_t2i.json" "$out/dist_sentence_t2i.json" "$out/dist_tag_new_t2i.json" \
     --test_list "$meta/test_list.json" >"$out/mixed.txt"
-cd ..
 stop
 python scripts/demo/make_tencent_demo.py --out "$out" --beside_chance \
     "$out/sentence.txt" "$out/tag.txt" "$out/tag_new.txt" "$out/mixed.txt"

@@ -55,6 +55,7 @@ def test_without_arguments_the_published_files_beside_it_are_mixed_with_their_we
     assert done.stderr == ""
     # a: 1.5 / 3.5, b: 1.4 / 3.5 – without the weight 1.5 the incorrect image would lead
     assert done.stdout.splitlines()[:3] == ["Len 1 1", f"MAP@1: {1 / 1.0000001} 1", f"Acc@1: {1 / 1.0000001} 1"]
+    assert "MAP@1: 0.0 1" in run(tmp_path / "test_server", "--weights", 1, 1, 1).stdout
 
 
 def test_the_published_functions_keep_their_signatures_and_results():
@@ -97,15 +98,6 @@ def test_scores_are_the_weighted_mean_over_the_files_that_hold_the_url(tmp_path,
     found = load_data_from_PFAN(paths, [1.0, 3.0], tmp_path / "list.json")
     assert found == ([["a", "b"]], [[0.25, 0.5]], [[1, 0]])
     assert capsys.readouterr().err == "1 of 3 images are in no score file and are left out\n"
-
-
-def test_the_weight_of_a_file_follows_its_name_unless_given(tmp_path):
-    write_test_list(tmp_path / "list.json", [["a", "b"]], [[1, 0]])
-    write_scores(tmp_path / "dist_tag_new_t2i.json", [["a", "b"]], [[0.5, 0.0]])
-    write_scores(tmp_path / "other_t2i.json", [["a", "b"]], [[0.0, 0.6]])
-    command = ("other_t2i.json", "dist_tag_new_t2i.json", "--test_list", "list.json")
-    assert "MAP@1: 0.99" in run(tmp_path, *command).stdout  # 0.3 against 0.24
-    assert "MAP@1: 0.0 1" in run(tmp_path, *command, "--weights", 1, 1).stdout  # 0.25 against 0.3
 
 
 @pytest.mark.parametrize(
