@@ -1,8 +1,7 @@
 """Read a dataset folder and say what is there, and what would go wrong in training.
 
 Each split is opened as training opens it, and read whole. Then its files are compared: whether the boxes belong to the
-features, the whole-image features to the regions', each image's captions to one image, the vocabulary to the captions,
-and test to testall.
+features, each image's captions to one image, the vocabulary to the captions.
 Exit status 0: it trains (notes may be worth reading); 1: something would go wrong; 2: there is nothing to check.
 
 example: python scripts/check_data.py data/f30k_precomp --vocab_path vocab
@@ -28,7 +27,6 @@ from scripts.features.checks import (
     check_ids,
     check_whole,
     compare_boxes,
-    compare_splits,
     describe_grids,
 )
 from vocab import Vocabulary, deserialize_vocab
@@ -102,8 +100,6 @@ def check_between_splits(folder, found, report):
         shared = found["train"][1] & found[split][1] if "train" in found and split != "train" else ()
         if shared:
             report.notes.append(f"{folder}: {len(shared)} images of {split} are in train as well")
-    if "test" in found and "testall" in found:
-        compare_splits(folder, "test", "testall", report)
 
 
 def main():

@@ -43,6 +43,14 @@ from scripts.features.region_networks import BACKBONES, STRIDE, Detector, load_b
 POOL = 7  # points a side at which a region is sampled
 SETTINGS = ("regions", "backbone", "weights", "detector", "detector_weights", "image_size", "seed")  # decide the values
 MORE_REGIONS = ("boxes", "windows", "whole_region")  # likewise, where they are given
+LIMITS = {
+    "image_size": (STRIDE, 10_000),
+    "batch_size": (1, 10_000),
+    "workers": (1, 1000),
+    "seed": (0, 2**63 - 1),
+    "boxes": (1, 10_000),
+    "windows": (0, N_REGIONS - 1),
+}
 
 
 @torch.no_grad()
@@ -85,7 +93,6 @@ class Extractor:
             detector = Detector(opt.detector, opt.detector_weights).to(device)
         elif opt.regions != "windows":
             self.given = GivenBoxes(opt.regions)
-            print(self.given)
         backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
         self.networks = backbone, detector, device
         n_boxes = min(opt.boxes or N_REGIONS, self.given.n_regions) if self.given else N_REGIONS
@@ -93,13 +100,13 @@ class Extractor:
         self.img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
         self.settings = {name: getattr(opt, name) for name in SETTINGS}
         if self.given:
-            self.settings["regions"] = self.given.digest()
+            self.settings["regions"] = self.given.digest
         self.settings |= {name: getattr(opt, name) for name in MORE_REGIONS if getattr(opt, name)}
 
     def boxes(self, path, size):
         """Boxes (R, 4) in pixels of the image at path, of size (height, width), or None: the detector finds them."""
         if self.given:
-            boxes = self.given.pixels(self.given.row(path), size)[: self.opt.boxes]
+            boxes = self.given.pixels(path, size)[: self.opt.boxes]
             return np.concatenate([boxes, windows(*size)[N_REGIONS - 1 - self.opt.windows : N_REGIONS - 1]])
         return windows(*size) if self.opt.regions == "windows" else None
 
@@ -148,9 +155,7 @@ def write_tsv(path, ids, path_of, opt, extractor):
     inputs = [os.path.join(opt.images, path) for path in sample(dict.fromkeys(path_of.values()))]
     made = json.dumps([extractor.settings, list(map(note_of, inputs))])
     if os.path.exists(path) and not opt.overwrite:
-        if not os.path.exists(path + ".made.json"):
-            print(f"note: {path}: kept, though there is no record of what it was made from")
-        elif read_lines(path + ".made.json") != [made]:
+        if not os.path.exists(path + ".made.json") or read_lines(path + ".made.json") != [made]:
             raise InputError(f"{path}: there already, and made otherwise; --overwrite replaces it")
         print(f"{path}: there already")
         return
@@ -191,13 +196,13 @@ def find_paths(splits, found, given, opt, problems):
             if len(hits) != 1:
                 what = f"{len(hits)} files fit: {', '.join(hits[:3])}" if hits else f"no such image in {opt.images}"
                 problems.add("missing", f"{split}, id {image_id}", what + "; skipped")
-            elif given and given.row(hits[0]) is None:
+            elif given and not given.has(hits[0]):
                 problems.add("without boxes", f"{split}, id {image_id}", f"not in {given.path}; skipped")
             else:
                 path_of[image_id] = hits[0]
-        if not any(image_id in path_of for image_id in ids):
+        if path_of.keys().isdisjoint(ids):
             what = f"{given.path}: boxes of none" if given else f"{opt.images}: none"
-            raise InputError(f"{what} of the {len(ids)} images of {split}" + ("" if given else " is there"))
+            raise InputError(f"{what} of the {len(ids)} images of {split}")
     return path_of
 
 
@@ -240,15 +245,12 @@ def main():
     opt.image_size = (600 if opt.regions == "proposals" else 448) if opt.image_size is None else opt.image_size
     if opt.regions != "proposals" and opt.backbone == "detector":
         raise InputError(f"--regions {opt.regions} has no detector: expected --backbone " + " | ".join(BACKBONES))
-    for name, least in (("image_size", STRIDE), ("batch_size", 1), ("workers", 1)):
-        if getattr(opt, name) < least:
-            raise InputError(f"--{name} {getattr(opt, name)}: expected at least {least}")
-    if not 0 <= opt.seed < 2**63:
-        raise InputError(f"--seed {opt.seed}: expected 0 to 2^63 - 1")
-    if opt.regions in ("proposals", "windows") and (opt.boxes is not None or opt.windows):
+    for name, (least, most) in LIMITS.items():
+        value = getattr(opt, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"--{name} {value}: expected {least} to {most}")
+    if opt.regions in ("proposals", "windows") and (opt.boxes or opt.windows):
         raise InputError(f"--boxes and --windows: go with a file of boxes, found --regions {opt.regions}")
-    if (opt.boxes is not None and opt.boxes < 1) or not 0 <= opt.windows < N_REGIONS:
-        raise InputError(f"--boxes {opt.boxes} --windows {opt.windows}: expected at least 1, and 0 to {N_REGIONS - 1}")
     if opt.whole_region and opt.regions == "windows":
         raise InputError("--whole_region: the last of the windows is the whole image already")
     make_folder(opt.out)

@@ -17,7 +17,7 @@ usage() {
 for path in "$1" "$2" "$3"; do [ -e "$path" ] || usage "$path: no such file"; done
 photos=$(realpath "$1") captions=$(realpath "$2") lists=$(realpath "$3")
 shift 3
-boxes=windows more= cross_attn=t2i position=attention seed=0
+boxes=windows cross_attn=t2i position=attention seed=0
 while [ $# -gt 0 ]; do
     case "$1" in
         t2i | i2t) cross_attn=$1 ;;
@@ -29,7 +29,10 @@ while [ $# -gt 0 ]; do
     shift
 done
 case $cross_attn in t2i) lambda_softmax=9 ;; i2t) lambda_softmax=4 ;; esac
-case $boxes in windows) name=${NAME:-flickr8k_windows} ;; *) name=${NAME:-flickr8k} ;; esac
+case $boxes in
+    windows) name=${NAME:-flickr8k_windows} more= ;;
+    *) name=${NAME:-flickr8k} more="--boxes 13 --windows 10 --whole_region" ;; # the last of the windows is the whole image
+esac
 out=$(realpath "${OUT:-$(dirname "$0")/..}")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
@@ -40,7 +43,7 @@ show() { # the command, then what it says
     "$@"
 }
 list() { # the list of a split under one of its names
-    for path in "$lists/${1}_ids.txt" "$lists/Flickr_8k.${1}Images.txt" "$lists/${1}Images.txt" "$lists/$1.txt"; do
+    for path in "$lists/${1}_ids.txt" "$lists/Flickr_8k.${1}Images.txt"; do
         [ -f "$path" ] && echo "$path" && return
     done
     usage "$lists: no ${1}_ids.txt or Flickr_8k.${1}Images.txt"
@@ -50,10 +53,8 @@ dev_ids=$(list dev)
 test_ids=$(list test)
 n=$(cat "$train_ids" "$dev_ids" "$test_ids" | grep -c .)
 n_train=$(grep -c . "$train_ids")
-
-echo "$n photographs, $n_train of them to train; on one idle CPU core about"
-echo "  features $((n * 40 / 8000 + 1)) min, captions, vocabulary and check $((n / 4000 + 1)) min,"
-echo "  training $((n_train * 12 / 6000 + 1)) min (5 epochs, embed_size 256), evaluation $((n / 4000 + 1)) min"
+echo "$n photographs, $n_train of them to train; on one idle CPU core about $((n * 50 / 8000 + 2)) min for features and"
+echo "their checks, $((n_train * 12 / 6000 + 1)) min to train (5 epochs, embed_size 256), $((n / 4000 + 1)) min to evaluate"
 mkdir -p "$data" "$run"
 flags="$cross_attn $position $seed $*"
 [ -f "$run/flags.txt" ] && [ "$(cat "$run/flags.txt")" != "$flags" ] &&
@@ -67,7 +68,6 @@ if [ -f "$photos" ]; then
 fi
 [ -f "$data/test_caps.txt" ] || show python scripts/captions_to_dataset.py --tsv "$captions" \
     --ids "train=$train_ids" "dev=$dev_ids" "test=$test_ids" --out "$data"
-[ "$boxes" = windows ] || more="--boxes 13 --windows 10 --whole_region" # the last of the windows is the whole image
 for network in lite0 lite2; do
     show python scripts/extract_features.py --images "$photos" --out "$data.$network" \
         --ids "train=$data/train_ids.txt" "dev=$data/dev_ids.txt" "test=$data/test_ids.txt" \

@@ -2,32 +2,13 @@
 
 import json
 import os
-import resource
-from pathlib import Path
 
 import numpy as np
 import pytest
-from dataset_commands import R, detected, fails, ok
+from dataset_commands import R, coco, detected, fails, ok
 from folders import write_lines
 
-from lib.datasets.arrays import read_rows
 from position import position_grid
-
-
-def coco(path, boxes, sizes, ids=None):
-    """COCO JSON of boxes (n, R, 4), x1, y1, x2, y2, in images of sizes (n, 2) with ids, else 0, 1, …"""
-    ids = list(ids or range(len(boxes)))
-    images = [
-        {"id": i, "file_name": f"{i}.jpg", "height": int(height), "width": int(width)}
-        for i, (height, width) in zip(ids, sizes, strict=True)
-    ]
-    found = [
-        {"image_id": i, "bbox": [x, y, right - x, bottom - y]}
-        for i, each in zip(ids, np.asarray(boxes).tolist(), strict=True)
-        for x, y, right, bottom in each
-    ]
-    path.write_text(json.dumps({"info": {"x": [1]}, "annotations": found, "images": images}))
-    return path
 
 
 @pytest.fixture
@@ -71,12 +52,11 @@ def test_coco_style_json_boxes_follow_the_id_list(tmp_path):
     assert "more than 2 boxes" in fails("position", path, "--n_regions", 2, "--out", tmp_path / "o2.npy")
 
 
-def test_ids_may_be_text_in_one_place_and_boxes_of_unknown_images_are_counted(tmp_path):
-    path = tmp_path / "i.json"
-    boxes = [{"image_id": i, "bbox": [0, 0, 90, 90]} for i in ("1", 2, 3)]
-    path.write_text(
-        json.dumps({"images": [{"id": i, "height": 100, "width": 100} for i in (1, "2")], "annotations": boxes})
-    )
+def test_boxes_of_unknown_images_are_counted_and_an_id_may_be_text_in_one_place(tmp_path):
+    path = coco(tmp_path / "i.json", [[[0, 0, 90, 90]]] * 3, [[100, 100]] * 3, (1, 2, 3))
+    value = json.loads(path.read_text())
+    value["annotations"][0]["image_id"] = "1"
+    path.write_text(json.dumps({**value, "images": value["images"][:2]}))
     said = ok("position", path, "--n_regions", 1, "--out", tmp_path / "o.npy")
     assert "1 boxes are of images that it does not list" in said and "padded" not in said
     np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid([[[0, 0, 90, 90]]] * 2, [[100, 100]] * 2))
@@ -94,29 +74,24 @@ def test_file_names_count_before_ids(tmp_path):
     np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), expected)
 
 
-@pytest.mark.parametrize("form", ["npz", "npy", "json"])
+@pytest.mark.parametrize("form", ["npz", "json"])
 def test_boxes_from_0_to_1_with_the_sizes_of_the_images_give_the_grids_of_pixels(tmp_path, form):
     """Whole pixels in images that are not square, so that many cells are covered equally and nearness decides."""
-    rng = np.random.default_rng(0)
-    boxes = np.sort(rng.integers(0, 640, (5, R, 2, 2)), axis=2).reshape(5, R, 4) / [1, 4, 1, 4]
-    sizes = np.tile([160, 640], (5, 1))
-    shares, more = boxes / [640, 160, 640, 160], []
-    path = tmp_path / f"b.{form}"
+    boxes = np.sort(np.random.default_rng(0).integers(0, 640, (5, R, 2, 2)), axis=2).reshape(5, R, 4) / [1, 4, 1, 4]
+    sizes, path = np.tile([160, 640], (5, 1)), tmp_path / f"b.{form}"
+    shares = boxes / [640, 160, 640, 160]
     if form == "npz":
         np.savez(path, boxes=shares, image_sizes=sizes)
-    elif form == "npy":
-        np.save(path, shares)
-        more = ["--sizes", "160x640"]
     else:
         coco(path, shares, sizes)
-    assert "the boxes are from 0 to 1" in ok("position", path, "--out", tmp_path / "o.npy", *more)
+    assert "the boxes are from 0 to 1" in ok("position", path, "--out", tmp_path / "o.npy")
     expected, found = position_grid(boxes, sizes), np.load(tmp_path / "o.npy")
     np.testing.assert_allclose(found[..., 15:], expected[..., 15:], atol=1e-5)
     assert (found[..., :15] == expected[..., :15]).all(-1).mean() > (0.9 if form == "json" else 0.999)
     np.save(tmp_path / "s.npy", shares)
     said = ok("position", tmp_path / "s.npy", "--sizes", "1x1", "--out", tmp_path / "square.npy")
     assert "1x1 of 1: the images are taken for squares" in said
-    assert (np.load(tmp_path / "square.npy") != expected).any()
+    np.testing.assert_array_equal(np.load(tmp_path / "square.npy"), position_grid(shares, np.ones((5, 2))))
 
 
 def test_grids_that_are_there_are_kept_only_where_they_are_of_these_boxes(tmp_path, detections):
@@ -137,56 +112,33 @@ def test_grids_that_are_there_are_kept_only_where_they_are_of_these_boxes(tmp_pa
     assert "is read or written as well" in fails("position", path, "--out", path, "--overwrite")
 
 
-def test_a_linked_output_stays_a_link_to_the_new_grids(tmp_path, detections):
-    boxes, sizes = detections
-    np.savez(tmp_path / "b.npz", boxes=boxes, image_sizes=sizes)
-    (tmp_path / "disk").mkdir()
-    (tmp_path / "o.npy").symlink_to(tmp_path / "disk/grids.npy")
-    ok("position", tmp_path / "b.npz", "--out", tmp_path / "o.npy")
-    assert (tmp_path / "o.npy").is_symlink() and os.listdir(tmp_path / "disk") == ["grids.npy"]
-    np.testing.assert_array_equal(np.load(tmp_path / "disk/grids.npy"), position_grid(boxes, sizes))
-
-
 def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     boxes, sizes = np.zeros((1500, 2, 4), np.float32), np.ones((1500, 2))
     np.save(tmp_path / "b.npy", boxes)
-    (tmp_path / "array.npz").write_bytes((tmp_path / "b.npy").read_bytes())
     np.savez(tmp_path / "words.npz", boxes=np.full((2, 3, 4), "a"), image_sizes=sizes[:2])
     np.savez(tmp_path / "none.npz", boxes=boxes[:0], image_sizes=sizes[:0])
     np.savez(tmp_path / "few.npz", boxes=boxes, image_sizes=sizes[1:])
     np.savez(tmp_path / "good.npz", boxes=boxes, image_sizes=sizes)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-40])
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-10])
     boxes[1400, 1] = [5, 5, 2, 9]
     np.save(tmp_path / "reversed.npy", boxes)
     write_lines(tmp_path / "ids.txt", [1])
     coco(tmp_path / "good.json", [[[0, 0, 1, 1]]], [[5, 5]])
-    (tmp_path / "cut.json").write_text((tmp_path / "good.json").read_text()[:-30])
-    (tmp_path / "huge.json").write_text((tmp_path / "good.json").read_text().replace("5", "9" * 400))
     (tmp_path / "list.json").write_text('[{"image_id": 1, "bbox": [0, 0, 1, 1]}]')
-    (tmp_path / "text.json").write_text('"boxes"')
-    (tmp_path / "folder").mkdir()
     before = sorted(os.listdir(tmp_path))
     for name, more, said in (
-        ("array.npz", (), "not an .npz file"),
         ("cut.npz", (), "truncated or not an .npz file"),
-        ("cut.npy", ("--sizes", "5x5"), "truncated or not an .npy array"),
-        ("cut.json", (), "JSON"),
-        ("text.json", (), "expected an object with an array called images"),
         ("words.npz", (), "boxes are <U1, expected numbers"),
-        ("none.npz", (), "boxes (0, 3, 4), expected (n, R, 4), at least one".replace("3", "2")),
+        ("none.npz", (), "boxes (0, 2, 4), expected (n, R, 4), at least one"),
         ("few.npz", (), "boxes (1500, 2, 4) with image sizes (1499, 2)"),
         ("b.npy", (), "no image sizes in it; --sizes gives them"),
-        ("b.npy", ("--sizes", "1.2.3x4"), "1.2.3x4: no such file"),
         ("b.npy", ("--sizes", "0x4"), "image 0: [0.0, 4.0]: height and width, expected positive numbers"),
         ("reversed.npy", ("--sizes", "9x9"), "image 1400, box 1: [5.0, 5.0, 2.0, 9.0]: corners are reversed"),
         ("good.npz", ("--ids", tmp_path / "ids.txt"), "holds no ids"),
         ("good.json", ("--ids", tmp_path / "ids.txt"), "no image '1' (1 of 1 ids are missing)"),
         ("good.json", ("--n_regions", 0), "--n_regions 0: expected at least 1"),
-        ("huge.json", (), "no image sizes in it"),
         ("list.json", (), "no image sizes in it"),
         ("nowhere.npz", (), "no such file"),
-        ("good.npz", ("--out", tmp_path / "folder"), "folder: is no file"),
         ("good.npz", ("--out", tmp_path / "b.npy/o.npy"), "b.npy"),
     ):
         message = fails("position", tmp_path / name, "--out", tmp_path / "o.npy", *more)
@@ -198,11 +150,9 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     "bbox, said",
     [
         ([1, 2, -3, 4], "image 1 (id '6'), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
-        ([1, float("nan"), 3, 4], "near"),
-        ([1, 2], "image '6', box 2: bbox [1, 2], score None, expected x, y, width, height"),
-        ([1, 2, 3, None], "image '6', box 2: bbox [1, 2, 3, None]"),
-        ("1234", "image '6', box 2: bbox '1234'"),
-        (None, "image '6', box 2: bbox None"),
+        ([1, float("nan"), 3, 4], "NaN, 3, 4]"),
+        ([1, 2], "annotations 4: found {'bbox': [1, 2], 'image_id': 6} (Expected `array` of length 4, got 2"),
+        (None, "annotations 4: found {'bbox': None, 'image_id': 6}"),
     ],
 )
 def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):
@@ -211,18 +161,8 @@ def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):
     value = {"images": images, "annotations": [*annotations, {"image_id": 6, "bbox": bbox}]}
     (tmp_path / "i.json").write_text(json.dumps(value))
     message = fails("position", tmp_path / "i.json", "--out", tmp_path / "o.npy")
-    assert "i.json: " in message and said in message and ("NaN, 3, 4]" in message or said != "near")
+    assert "i.json: " in message and said in message
     assert os.listdir(tmp_path) == ["i.json"]
-
-
-def test_the_pages_of_a_file_of_boxes_are_given_back(tmp_path):
-    """Half a gigabyte read in blocks, of a sparse file: what is resident grows by a few MB, not by all of it."""
-    boxes = np.lib.format.open_memmap(tmp_path / "b.npy", "w+", np.float32, (1 << 20, R // 3, 4 * 3))
-    resident = Path("/proc/self/statm").read_text().split()[1]
-    for start in range(0, len(boxes), 1024):
-        assert not read_rows(boxes, start, 1024).any()
-    grown = int(Path("/proc/self/statm").read_text().split()[1]) - int(resident)
-    assert grown * resource.getpagesize() < 50e6
 
 
 # ---------------------------------------------------------------- boxes outside their images
@@ -231,28 +171,21 @@ def test_the_pages_of_a_file_of_boxes_are_given_back(tmp_path):
 @pytest.mark.parametrize(
     "mistake, said",
     [
-        ("swapped", "height and width look swapped"),
-        ("too small", "reach to 2.0 times"),
-        ("pixels for 0 to 1", "1x1 of 1 are for boxes from 0 to 1, these are in pixels"),
-        ("corners for widths", "look like corners x1, y1, x2, y2"),
+        ("swapped", "times the image sizes: expected height before width"),
+        (
+            "pixels for 0 to 1",
+            "times 1x1: expected height before width, in the pixels of the boxes (1x1 for boxes from",
+        ),
         ("widths for corners", "corners are reversed, expected x1 <= x2, y1 <= y2 (x, y, width, height need --xywh)"),
-        ("corners in JSON", "look like corners x1, y1, x2, y2"),
+        ("corners in JSON", "expected height before width"),
     ],
 )
-def test_boxes_outside_their_images_are_refused_with_the_likely_mistake(tmp_path, detections, mistake, said):
+def test_boxes_outside_their_images_are_refused_with_the_likely_mistakes(tmp_path, detections, mistake, said):
     boxes, sizes = detections
-    more, path = [], tmp_path / "b.npz"
-    if mistake == "swapped":
-        sizes = sizes[:, ::-1]
-    elif mistake == "too small":
-        sizes = sizes / 2
-    elif mistake == "pixels for 0 to 1":
-        more = ["--sizes", "1x1"]
-    elif mistake == "corners for widths":
-        more = ["--xywh"]
-    elif mistake == "widths for corners":
+    path, more = tmp_path / "b.npz", ["--sizes", "1x1"] if mistake == "pixels for 0 to 1" else []
+    if mistake == "widths for corners":
         boxes[..., 2:] -= boxes[..., :2]
-    np.savez(path, boxes=boxes, image_sizes=sizes)
+    np.savez(path, boxes=boxes, image_sizes=sizes[:, ::-1] if mistake == "swapped" else sizes)
     if mistake == "corners in JSON":
         boxes[..., 2:] += boxes[..., :2]  # which the bbox, a difference, takes off again
         path = coco(tmp_path / "b.json", boxes, sizes)
@@ -265,7 +198,6 @@ def test_boxes_outside_their_images_are_refused_with_the_likely_mistake(tmp_path
     "change, note",
     [
         ("a few outside", "1 boxes reach well outside their images"),
-        ("a pixel beyond the edge", ""),
         ("sizes too large", "no box reaches beyond 50% of its image, are the sizes too large?"),
     ],
 )
@@ -273,10 +205,8 @@ def test_boxes_that_nearly_fit_are_noted(tmp_path, detections, change, note):
     boxes, sizes = detections
     if change == "a few outside":
         boxes[3, 2, 2] = 2000
-    elif change == "a pixel beyond the edge":
-        boxes = boxes + 1
     else:
         sizes = sizes * 2
     np.savez(tmp_path / "b.npz", boxes=boxes, image_sizes=sizes)
     out = ok("position", tmp_path / "b.npz", "--out", tmp_path / "o.npy")
-    assert (f"note: {tmp_path}/b.npz: {note}" in out) if note else "note" not in out
+    assert f"note: {tmp_path}/b.npz: {note}" in out

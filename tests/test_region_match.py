@@ -1,7 +1,5 @@
 """Boxes that belong to their features are told from others, and found again."""
 
-import tracemalloc
-
 import numpy as np
 import pytest
 from folders import boxes_with_features
@@ -14,7 +12,7 @@ def images():
     return boxes_with_features(60)
 
 
-@pytest.mark.parametrize("img_dim", [4, 16, 64, 2048])
+@pytest.mark.parametrize("img_dim", [4, 2048])
 def test_random_features_raise_no_alarm(images, img_dim):
     judgement = judge(np.random.default_rng(0).standard_normal((60, 36, img_dim)), images[0])
     assert judgement.wrong is None and "no regions are more alike than others" in str(judgement)
@@ -63,23 +61,3 @@ def test_blocks_leave_no_trace(images, monkeypatch):
     whole = match(alike, overlap)
     monkeypatch.setattr("lib.datasets.region_match.BLOCK", 7)
     np.testing.assert_array_equal(match(alike, overlap), whole)
-
-
-def peak_memory(function, *args):
-    """Bytes that a call had allocated at most."""
-    tracemalloc.start()
-    try:
-        function(*args)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-
-
-def test_a_pair_of_regions_takes_four_bytes(images):
-    grids, features = images
-    assert likeness(features.astype(np.float16)).pairs.dtype == overlaps(grids).pairs.dtype == np.float32
-
-
-def test_matching_copies_neither_side():
-    pairs = np.random.default_rng(0).standard_normal((2000, 630), dtype=np.float32)
-    assert peak_memory(match, pairs, pairs) < pairs.nbytes

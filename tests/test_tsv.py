@@ -160,15 +160,10 @@ def test_parts_that_come_later_join_a_stopped_run(tmp_path, parts):
     assert "4 used" in ok("tsv_to_dataset", *tsv_args(tmp_path))
 
 
-def test_files_with_a_record_of_an_older_version_are_kept_and_said_to_be_unproved(tmp_path, parts):
+def test_files_without_a_readable_record_are_refused(tmp_path, parts):
     ok("tsv_to_dataset", *tsv_args(tmp_path))
-    path = tmp_path / "out/train_made.json"
-    made = json.loads(path.read_text())
-    made["inputs"] = [note[:2] for note in made["inputs"]]  # names and sizes
-    path.write_text(json.dumps(made))
-    assert "train: kept, though there is no digest" in ok("tsv_to_dataset", *tsv_args(tmp_path))
-    for note in (DEEP, "[]", "null"):  # no record at all
-        path.write_text(note)
+    for note in (DEEP, "[]", "null"):
+        (tmp_path / "out/train_made.json").write_text(note)
         assert "made otherwise; --overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path))
 
 
@@ -270,7 +265,7 @@ def test_swapped_sizes_are_refused_and_the_right_ones_are_not_mixed_with_them(tm
     args = ("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "train", "--img_dim", D)
     write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features, width=375, height=500) for i in range(count)])
     message = fails(*args)
-    assert f"of {looked_at * R} boxes reach well outside" in message and "height and width look swapped" in message
+    assert f"of {looked_at * R} boxes reach well outside" in message and "expected height before width" in message
     write_lines(tmp_path / "t.tsv", [tsv_line(i, boxes, features) for i in range(count)])  # of the same length
     ok(*args)
     np.testing.assert_array_equal(np.load(tmp_path / "o/train_boxes.npy"), [position_grid(boxes, (375, 500))] * count)

@@ -2,9 +2,9 @@
 
 import os
 import re
-import zipfile
 from array import array
 
+import msgspec
 import numpy as np
 
 from lib.constants import N_REGIONS
@@ -23,8 +23,20 @@ SIDES = ("image_h", "image_w")
 SQUARE = 2  # sizes up to this are those of boxes from 0 to 1
 WELL_OUTSIDE = 0.05  # of the image's side
 MANY_OUTSIDE = 0.05  # share of the boxes
-NEARLY_ALL = 0.95  # share of the boxes that another reading must bring inside to be named
 SMALL_REACH = 0.7  # share of the images' sides beyond which some box of a detector reaches
+
+
+class CocoImage(msgspec.Struct):
+    id: int | str
+    height: float | None = None
+    width: float | None = None
+    file_name: str | None = None
+
+
+class CocoBox(msgspec.Struct):
+    image_id: int | str
+    bbox: tuple[float, float, float, float]  # x, y, width, height
+    score: float = 0.0
 
 
 class BoxFile:
@@ -48,24 +60,21 @@ class BoxFile:
             raise InputError(f"--n_regions {n_regions}: expected at least 1")
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such file, expected boxes in an .npz, .npy or .json file")
-        is_npz = path.endswith(".npz") or zipfile.is_zipfile(path)
-        of_json = not is_npz and not path.endswith(".npy")
+        of_json = not path.endswith((".npz", ".npy"))
         if of_json:
             self._read_coco(n_regions, best)
-        elif is_npz:
-            self._take(_read_npz(path))
         else:
-            self._take({"boxes": open_npy(path)})
+            self._take(_read_npz(path) if path.endswith(".npz") else {"boxes": open_npy(path)})
         if sizes:
             size = parse_size(sizes)
             self.sizes = np.tile(size, (len(self.boxes), 1)) if size else read_sizes(sizes)
-        if self.sizes is not None and self.sizes.shape != (len(self.boxes), 2):
-            found = f"boxes {self.boxes.shape} with image sizes {self.sizes.shape}"
-            raise InputError(f"{path}: {found}, expected ({len(self.boxes)}, 2)")
+        shape = len(self.boxes), 2
+        if self.sizes is not None and self.sizes.shape != shape:
+            raise InputError(f"{path}: boxes {self.boxes.shape} with image sizes {self.sizes.shape}, expected {shape}")
         if ids:
             self._pick(ids)
-        self.xywh = xywh and not of_json
-        self.check = BoxCheck(path, sizes or "the image sizes", of_json or xywh)
+        self.xywh, self.of_widths = xywh and not of_json, xywh or of_json
+        self.check = BoxCheck(path, sizes or "the image sizes")
 
     def _take(self, arrays):
         """Take the arrays of an .npz or .npy, {name: array}."""
@@ -90,21 +99,14 @@ class BoxFile:
     def _read_coco(self, n_regions, best):
         with open(self.path, "rb") as file:
             is_list = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        images = {} if is_list else dict(self._items("images", "id"))
+        images = {} if is_list else {str(image.id): image for image in self._items("images", CocoImage)}
         found, strangers = {name: array("f") for name in images}, 0  # x1, y1, x2, y2, score of each box
-        for name, item in self._items("" if is_list else "annotations", "image_id"):
-            values = found.setdefault(name, array("f")) if is_list else found.get(name)
-            if values is None:
+        for item in self._items("" if is_list else "annotations", CocoBox):
+            name, (x, y, width, height) = str(item.image_id), item.bbox
+            if is_list or name in found:
+                found.setdefault(name, array("f")).extend((x, y, x + width, y + height, item.score))
+            else:
                 strangers += 1
-                continue
-            try:
-                x, y, width, height = map(float, item["bbox"] if isinstance(item["bbox"], list) else ())
-                values.extend((x, y, x + width, y + height, float(item.get("score", 0))))
-            except (KeyError, TypeError, ValueError, OverflowError):
-                what = f"bbox {brief(item.get('bbox'))}, score {brief(item.get('score'))}"
-                expected = "expected x, y, width, height, and a number"
-                place = f"image {brief(name)}, box {len(values) // 5}"
-                raise InputError(f"{self.path}: {place}: {what}, {expected}") from None
         if strangers:
             print(f"note: {self.path}: {strangers} boxes are of images that it does not list, and left out")
         counts = np.array([len(values) // 5 for values in found.values()], dtype=np.int64)
@@ -123,16 +125,18 @@ class BoxFile:
             self.boxes[row, : len(boxes)] = boxes[:, :4]
         self.found, self.names, self.sizes = np.minimum(counts, n_regions), list(found), None
         if images:
-            self.file_names = [str(image.get("file_name", name)) for name, image in images.items()]
-            self.sizes = _sizes_of(images.values())
+            self.file_names = [image.file_name or name for name, image in images.items()]
+            sizes = np.array([(image.height, image.width) for image in images.values()], dtype=np.float64)
+            self.sizes = None if np.isnan(sizes).any() else sizes
 
-    def _items(self, name, key):
-        """Yield (item[key] as text, item) for the items of the array called name, "" for the whole file."""
+    def _items(self, name, kind):
+        """Yield the items, as structs of a kind, of the array called name, "" for the whole file."""
         for number, item in enumerate(json_items(self.path, name)):
-            if not isinstance(item, dict) or not isinstance(item.get(key), (int, str)):
+            try:
+                yield msgspec.convert(item, kind)
+            except msgspec.ValidationError as error:
                 place = f"{name or 'detection'} {number}"
-                raise InputError(f"{self.path}: {place}: {brief(item)}, expected an object with {key}")
-            yield str(item[key]), item
+                raise InputError(f"{self.path}: {place}: found {brief(item)} ({error})") from None
 
     def _pick(self, ids_path):
         """Keep the images of an id list, in its order."""
@@ -155,10 +159,9 @@ class BoxFile:
         for names in filter(None, (self.file_names, self.names)):
             whole, base = {}, {}
             for row, name in enumerate(names):
-                if whole.setdefault(canonical_id(name), row) != row:
-                    raise InputError(
-                        f"{self.path}: image {brief(name)} stands in rows {whole[canonical_id(name)]} and {row}"
-                    )
+                first = whole.setdefault(canonical_id(name), row)
+                if first != row:
+                    raise InputError(f"{self.path}: image {brief(name)} stands in rows {first} and {row}")
                 base[canonical_id(os.path.basename(str(name)))] = row
             tables += [whole, base]
 
@@ -183,8 +186,7 @@ class BoxFile:
         """An InputError that says in which image of the file, counted from start, a position.BoxError is."""
         row = start + error.image
         title = f"{row} (id {brief(self.names[row])})" if self.names else row
-        is_reversed = "reversed" in error.reason and not self.check.of_widths
-        hint = " (x, y, width, height need --xywh)" if is_reversed else ""
+        hint = " (x, y, width, height need --xywh)" if "reversed" in error.reason and not self.of_widths else ""
         return InputError(f"{self.path}: {type(error)(title, error.box, error.reason)}{hint}")
 
 
@@ -204,14 +206,6 @@ def _read_npz(path):
     return arrays
 
 
-def _sizes_of(images):
-    """Heights and widths (n, 2) of COCO's images; None where one has none."""
-    try:
-        return np.array([(float(image["height"]), float(image["width"])) for image in images])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
-
-
 def parse_size(text: str) -> tuple[float, float] | None:
     """(height, width) of the text HxW; None of another text."""
     pair = re.fullmatch(r"(\d+\.?\d*)[x,](\d+\.?\d*)", text)
@@ -219,16 +213,16 @@ def parse_size(text: str) -> tuple[float, float] | None:
 
 
 class BoxCheck:
-    """Brings boxes to pixels, and counts those that reach well outside their images, or would under other readings.
+    """Brings boxes to pixels, and counts those that reach well outside their images.
 
     empty: boxes without area inside their images.
     """
 
-    def __init__(self, path: str, sizes_are: str = "image_h and image_w", of_widths: bool = False):
-        """sizes_are: where the sizes come from, for messages. of_widths: the file has x, y, width, height."""
-        self.path, self.sizes_are, self.of_widths = path, sizes_are, of_widths
+    def __init__(self, path: str, sizes_are: str = "image_h and image_w"):
+        """sizes_are: where the sizes come from, for messages."""
+        self.path, self.sizes_are = path, sizes_are
         self.shares: bool | None = None  # told by the first boxes
-        self.n = self.empty = self.outside = self.outside_swapped = self.outside_as_corners = 0
+        self.n = self.empty = self.outside = 0
         self.largest_side, self.farthest = 0.0, 0.0
 
     def in_pixels(self, boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -239,25 +233,27 @@ class BoxCheck:
 
     def add(self, boxes: np.ndarray, sizes: np.ndarray) -> None:
         """Count boxes (n, R, 4) in pixels of images of sizes (n, 2); of those without area only how many there are."""
-        sides = sizes[:, None, ::-1]
+        sides = np.broadcast_to(sizes[:, None, ::-1], (*boxes.shape[:2], 2))
         self.empty += int((np.minimum(boxes[..., 2:], sides) <= np.maximum(boxes[..., :2], 0)).any(-1).sum())
         area = (boxes[..., 2:] > boxes[..., :2]).all(-1)
-        self.n += int(area.sum())
-        self.outside += int((_reaches_outside(boxes, sides) & area).sum())
-        self.outside_swapped += int((_reaches_outside(boxes, sides[..., ::-1]) & area).sum())
-        corners = np.concatenate([boxes[..., :2], boxes[..., 2:] - boxes[..., :2]], axis=-1)
-        reversed_corners = (corners[..., 2:] < corners[..., :2]).any(-1)
-        self.outside_as_corners += int(((_reaches_outside(corners, sides) | reversed_corners) & area).sum())
-        if area.any():
-            self.largest_side = max(self.largest_side, float(sides.max()))
-            with np.errstate(divide="ignore", invalid="ignore"):  # sizes of 0 are named with the grids
-                self.farthest = max(self.farthest, float((boxes[..., 2:] / sides)[area].max()))
+        boxes, sides = boxes[area], sides[area]
+        if not len(boxes):
+            return
+        with np.errstate(divide="ignore", invalid="ignore"):  # sizes of 0 are named with the grids
+            low, high = boxes[:, :2] / sides, boxes[:, 2:] / sides
+        self.n += len(boxes)
+        self.outside += int(((low < -WELL_OUTSIDE) | (high > 1 + WELL_OUTSIDE)).any(1).sum())
+        self.largest_side = max(self.largest_side, float(sides.max()))
+        self.farthest = max(self.farthest, float(high.max()))
 
     def note(self) -> str:
-        """What is worth knowing of the boxes, or "". Raises InputError, with the likely mistake, for many outside."""
+        """What is worth knowing of the boxes, or "". Raises InputError, with likely mistakes, for many outside."""
         if self.outside > MANY_OUTSIDE * self.n:
-            found = f"{self.outside} of {self.n} boxes reach well outside their images"
-            raise InputError(f"{self.path}: {found}: {self._mistake()}")
+            raise InputError(
+                f"{self.path}: {self.outside} of {self.n} boxes reach well outside their images, "
+                f"to {self.farthest:.1f} times {self.sizes_are}: expected height before width, in the pixels of the "
+                "boxes (1x1 for boxes from 0 to 1), and x1, y1, x2, y2 in arrays (--xywh), x, y, width, height in JSON"
+            )
         if self.outside:
             return f"{self.outside} boxes reach well outside their images"
         if self.shares:
@@ -267,21 +263,3 @@ class BoxCheck:
         if self.n and self.farthest < SMALL_REACH:
             return f"no box reaches beyond {self.farthest:.0%} of its image, are the sizes too large?"
         return ""
-
-    def _mistake(self):
-        few = (1 - NEARLY_ALL) * self.n
-        if self.of_widths and self.outside_as_corners <= few:
-            return "they look like corners x1, y1, x2, y2, and were read as x, y, width, height"
-        if self.outside_swapped <= few:
-            return f"height and width look swapped in {self.sizes_are}, expected height first"
-        if self.largest_side <= SQUARE:
-            return f"{self.sizes_are} of {self.largest_side:g} are for boxes from 0 to 1, these are in pixels"
-        return (
-            f"they reach to {self.farthest:.1f} times {self.sizes_are}, expected sizes in the pixels of the boxes "
-            "(of the images before or after resizing?)"
-        )
-
-
-def _reaches_outside(boxes, sides):
-    slack = WELL_OUTSIDE * sides
-    return (boxes[..., :2] < -slack).any(-1) | (boxes[..., 2:] > sides + slack).any(-1)

@@ -25,8 +25,6 @@ LEAST_OVERLAP_SPREAD = 0.05  # measured: detector's boxes 0.22
 SAME_BOXES = 0.9  # correlation of the overlaps in two images; measured: detector's boxes 0.00, windows 1
 MOST_SAME = 0.5  # share of images with the same boxes
 MOST_MISSES = 0.25  # share of images that another image's boxes fit better; measured: right 0, wrong 0.9
-FEWEST_WHOLE = 30  # images that a judgement of whole-image features needs
-LEAST_WHOLE = 0.1  # correlation of whole-image features that belong; of 100 images: right 0.27, wrong up to 0.05
 LEAST_SCORE = 0.2  # of a pair found by match; measured: right ones 0.27 and more
 LEAST_LEAD = 0.1  # over the next best; measured: wrong ones have less in 997 of 1,000 cases
 BLOCK = 128  # images scored at once: 58 MB with the boxes of 113,287
@@ -43,18 +41,14 @@ class Signature(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """own, other, shuffled: mean correlation with the boxes given, another image's, and the regions in another order.
+    """wrong: whether the boxes belong to other images or regions; None where that cannot be told. text: in words.
 
-    wrong: whether the boxes belong to other images or regions; None where that cannot be told. text: in words.
+    n_images: how many were looked at.
     """
 
-    own: float
-    other: float
-    shuffled: float
-    misses: int
-    n_images: int
     wrong: bool | None
     text: str
+    n_images: int
 
     def __str__(self):
         return self.text
@@ -97,70 +91,28 @@ def judge(features: np.ndarray, grids: np.ndarray) -> Judgement:
     The boxes are wrong if in more than MOST_MISSES of the images another one's fit as well or better, and if
     likeness and overlaps vary so that right boxes would have shown.
     """
-    n_regions = min(features.shape[1], grids.shape[1])  # the whole image may follow as a region without a box
-    features, grids = features[:, :n_regions], grids[:, :n_regions]
-    alike, overlap = likeness(features), overlaps(grids)
-    n = len(features)
+    n, n_regions = len(features), min(features.shape[1], grids.shape[1])  # the whole image may follow without a box
+    if n < FEWEST_IMAGES:
+        return _untold(f"{n} images are too few", n)
+    alike, overlap = likeness(features[:, :n_regions]), overlaps(grids[:, :n_regions])
     own = (alike.pairs * overlap.pairs).sum(1)
     rolled = [np.roll(overlap.pairs, shift, axis=0) for shift in range(1, min(N_OTHERS, n - 1) + 1)]
     others = np.array([(alike.pairs * pairs).sum(1) for pairs in rolled])
     same = np.array([(overlap.pairs * pairs).sum(1) > SAME_BOXES for pairs in rolled])
-    order = np.random.default_rng(0).permutation(n_regions)
-    shuffled = (alike.pairs * overlaps(grids[:, order]).pairs).sum(1)
-
-    misses = int((own <= np.where(same, -1, others).max(0)).sum()) if n > 1 else 0
+    misses = int((own <= np.where(same, -1, others).max(0)).sum())
     wrong = misses > MOST_MISSES * n
-    reason = ""
-    if n < FEWEST_IMAGES:
-        reason = f"{n} images are too few"
-    elif same.mean() > MOST_SAME:
-        reason = "most images have the same boxes"
-    elif wrong:
-        reason = _why_untold(alike, overlap, features.shape[2])
-    means = [float(values.mean()) if values.size else 0.0 for values in (own, others, shuffled)]
-    text = f"whether the boxes belong to the features cannot be told: {reason}"
-    if not reason:
-        text = "regions that overlap look alike: {:.2f} with its boxes, {:.2f} with another image's, {:.2f} shuffled"
-        text = text.format(*means) + (f"; in {misses} of {n} images others fit better" if misses else "")
-    return Judgement(means[0], means[1], means[2], misses, n, None if reason else wrong, text)
+    if same.mean() > MOST_SAME:
+        return _untold("most images have the same boxes", n)
+    if wrong and alike.spread.mean() < max(LEAST_SPREAD, RANDOM_FACTOR / np.sqrt(features.shape[2])):
+        return _untold("no regions are more alike than others", n)
+    if wrong and overlap.spread.mean() < LEAST_OVERLAP_SPREAD:
+        return _untold("all regions overlap alike", n)
+    text = f"regions that overlap look alike: {own.mean():.2f} with its boxes, {others.mean():.2f} with another image's"
+    return Judgement(wrong, text + (f"; in {misses} of {n} images others fit better" if misses else ""), n)
 
 
-def _why_untold(alike, overlap, img_dim):
-    """Why boxes could not fit features of img_dim values even if they belonged together; "" if they could."""
-    least_spread = max(LEAST_SPREAD, RANDOM_FACTOR / np.sqrt(img_dim))
-    spread = alike.spread.mean()
-    if spread < least_spread:
-        spread = f"standard deviation {spread:.2f}, expected {least_spread:.2f}"
-        return f"no regions are more alike than others ({spread})"
-    if overlap.spread.mean() < LEAST_OVERLAP_SPREAD:
-        return "all regions overlap alike"
-    return ""
-
-
-def judge_whole(features: np.ndarray, whole: np.ndarray) -> Judgement:
-    """Judge whether whole-image features (n, D) belong to features of regions (n, R, D), from a sample of images.
-
-    Images whose regions are alike on average have whole-image features that are alike: over all pairs of images
-    the two likenesses correlate. own, other: the correlation in this order and in shifted ones.
-    """
-    n, img_dim = len(features), features.shape[2]
-    alike, whole_alike = (likeness(values[None]) for values in (features.mean(axis=1, dtype=np.float32), whole))
-    shifts = [likeness(np.roll(whole, shift, axis=0)[None]).pairs for shift in range(1, min(N_OTHERS, n - 1) + 1)]
-    own = float((alike.pairs * whole_alike.pairs).sum())
-    others = np.array([0.0, *((alike.pairs * pairs).sum() for pairs in shifts)])
-    misses = int((own <= others).sum())
-    wrong = misses > 0 or own < LEAST_WHOLE
-    reason = ""
-    if n < FEWEST_WHOLE:
-        reason = f"{n} images are too few"
-    elif wrong and min(alike.spread.mean(), whole_alike.spread.mean()) < RANDOM_FACTOR / np.sqrt(img_dim):
-        reason = "no images are more alike than others"
-    other = float(others.mean())
-    text = f"whether these features belong to the regions' cannot be told: {reason}"
-    if not reason:
-        text = "images whose regions are alike have whole-image features that are alike: "
-        text += f"{own:.2f} in this order, {other:.2f} in another"
-    return Judgement(own, other, 0.0, misses, n, None if reason else wrong, text)
+def _untold(reason, n):
+    return Judgement(None, f"whether the boxes belong to the features cannot be told: {reason}", n)
 
 
 def warn_of_boxes(dataset: Any) -> None:
@@ -184,9 +136,7 @@ def match(alike: np.ndarray, overlap: np.ndarray) -> np.ndarray:
     partner = np.full(len(alike), -1)
     images, boxes = np.arange(len(alike)), np.arange(len(overlap))
     while len(images) and len(boxes):
-        left = overlap if len(boxes) == len(overlap) else overlap[boxes]
-        best, lead = _leads(alike, images, left)
-        proved = lead >= LEAST_LEAD
+        best, proved = _prove(alike, images, overlap if len(boxes) == len(overlap) else overlap[boxes])
         if not proved.any():
             break
         partner[images[proved]] = boxes[best[proved]]
@@ -194,27 +144,27 @@ def match(alike: np.ndarray, overlap: np.ndarray) -> np.ndarray:
     return partner
 
 
-def _leads(alike, images, overlap):
-    """For each of the images, rows of alike: the boxes that fit best, and their lead over the next best.
-
-    The lead is 0 where the score is low or another image has the same best boxes with a higher score.
-    """
+def _prove(alike, images, overlap):
+    """For each of the images, rows of alike: the boxes that fit best, and whether that is proved."""
     n = len(images)
-    best, score, second = np.empty(n, dtype=np.int64), np.empty(n), np.zeros(n)
-    rival = np.zeros(len(overlap))  # of each boxes, the highest score of an image that they are not the best for
+    best, score, second = np.empty(n, dtype=np.int64), np.empty(n), np.empty(n)
+    highest, rival = np.zeros((2, len(overlap)))  # of each boxes, the two highest scores of an image
     for start in range(0, n, BLOCK):
         block = slice(start, start + BLOCK)
         scores = alike[images[block]] @ overlap.T
-        rows = np.arange(len(scores))
-        best[block] = scores.argmax(1)
-        score[block] = scores[rows, best[block]]
-        scores[rows, best[block]] = 0  # what is left are the rivals; nobody needs to lead over less than 0
-        second[block] = scores.max(1)
-        np.maximum(rival, scores.max(0), out=rival)
-    by_score = np.argsort(-score, kind="stable")
-    _, first = np.unique(best[by_score], return_index=True)  # the image that each boxes fit best
-    claims = np.ones(n, dtype=bool)
-    claims[by_score[first]] = False  # True: others have these boxes for their best, and a higher score
-    np.maximum.at(rival, best[claims], score[claims])
-    lead = score - np.maximum(second, rival[best])
-    return best, np.where(claims | (score < LEAST_SCORE), 0, lead)
+        best[block], score[block], second[block] = _two_highest(scores, 1)
+        _, here, next_here = _two_highest(scores, 0)
+        rival = np.maximum(np.minimum(highest, here), np.maximum(rival, next_here))
+        highest = np.maximum(highest, here)
+    other = np.where(score < highest[best], highest[best], rival[best])  # the highest of another image
+    return best, (score >= LEAST_SCORE) & (score - np.maximum(second, other) >= LEAST_LEAD)
+
+
+def _two_highest(scores, axis):
+    """The index of the highest score along an axis, that score, and the next, at least 0."""
+    best = scores.argmax(axis, keepdims=True)
+    highest = np.take_along_axis(scores, best, axis)
+    np.put_along_axis(scores, best, 0, axis)
+    second = scores.max(axis)
+    np.put_along_axis(scores, best, highest, axis)
+    return best.squeeze(axis), highest.squeeze(axis), second

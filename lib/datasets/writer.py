@@ -26,7 +26,6 @@ except ImportError:  # Windows: two runs that write one split at once are not no
 
 SYNC_SECONDS = 10  # a killed run loses at most the rows of so many seconds
 SAMPLE = 64  # items, about, of many
-NOTED = 3  # of each: name, size, digest
 TEXTS = ("ids.txt", "caps.txt", "made.json")
 
 
@@ -104,14 +103,9 @@ class SplitWriter:
             for file in self.files.values():
                 file.copy(kept)
         ids = [self.ids[i] for i in kept]
-        texts = {
-            "ids.txt": ids if self.write_ids else None,
-            "caps.txt": self._captions(kept),
-            "made.json": [
-                json.dumps({**self.made, "rows": self._digests(sample(kept)), "kept_ids": digest_lines(ids)}, indent=1)
-            ],
-        }
-        for name, lines in texts.items():
+        made = {**self.made, "rows": self._digests(sample(kept)), "kept_ids": digest_lines(ids)}
+        texts = ids if self.write_ids else None, self._captions(kept), [json.dumps(made, indent=1)]
+        for name, lines in zip(TEXTS, texts, strict=True):
             if lines is not None:
                 write_lines(self._path(name) + ".part", lines)
         self._close()
@@ -133,34 +127,28 @@ class SplitWriter:
 
     def _is_finished(self):
         there = [path for name in self.arrays if os.path.exists(path := f"{self.prefix}_{name}.npy")]
-        made = {}
-        if os.path.isfile(self.prefix + "_made.json"):
-            with open(self.prefix + "_made.json", "rb") as file:
-                made = _parse(file.read())
-        asked = self.made["ids"] in (made.get("ids"), made.get("kept_ids"))
-        if len(there) == len(self.arrays) and asked and self._fits(made, "settings", "arrays"):
-            if any(len(note) < NOTED for note in made["inputs"]) or (any(self.sources) and "rows" not in made):
-                print(f"note: {self.prefix}: kept, though there is no digest of what it was made from")
-            return True
-        if there:
-            raise InputError(f"{there[0]}: there already, and made otherwise; --overwrite replaces it")
-        return False
+        if not there:
+            return False
+        with contextlib.suppress(FileNotFoundError), open(self.prefix + "_made.json", "rb") as file:
+            if len(there) == len(self.arrays) and self._fits(file.read(), ("ids", "kept_ids")):
+                return True
+        raise InputError(f"{there[0]}: there already, and made otherwise; --overwrite replaces it")
 
-    def _fits(self, made, *names):
-        """Whether the record of an earlier run has the same names, and inputs and rows' sources that are as they were.
+    def _fits(self, record, id_lists=("ids",)):
+        """Whether the record (bytes of JSON) of an earlier run says the same, and its inputs are as they were.
 
-        A stopped run may be given more inputs. Records of older versions have no digests.
+        id_lists: which of the record's digests of ids may be that of these. A stopped run may be given more inputs.
         """
-        inputs, rows = made.get("inputs"), made.get("rows", {})
-        if not isinstance(inputs, list) or not isinstance(rows, dict):
-            return False
-        if not all(
-            isinstance(old, list) and any(old == new[: len(old)] for new in self.made["inputs"]) for old in inputs
-        ):
-            return False
-        digests = self._digests(row for row, image_id in enumerate(self.ids) if image_id in rows)
-        same = all(rows[image_id] == digest for image_id, digest in digests.items())
-        return same and all(made.get(name) == self.made[name] for name in names)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            made = json.loads(record)
+            rows = [row for row, image_id in enumerate(self.ids) if image_id in made["rows"]]
+            return (
+                all(made[name] == self.made[name] for name in ("settings", "arrays"))
+                and self.made["ids"] in [made.get(name) for name in id_lists]
+                and all(note in self.made["inputs"] for note in made["inputs"])
+                and all(made["rows"][image_id] == digest for image_id, digest in self._digests(rows).items())
+            )
+        return False  # no record, or of another form
 
     def _digests(self, rows):
         """{id: digest of the sources} of those rows that have some."""
@@ -174,7 +162,7 @@ class SplitWriter:
             except BlockingIOError:
                 raise InputError(f"{self.state_path}: another run is writing this split") from None
         head, marks = self.state.readline(), self.state.read()
-        resume = not overwrite and self._fits(_parse(head), "settings", "arrays", "ids") and len(marks) == len(self.ids)
+        resume = not overwrite and len(marks) == len(self.ids) and self._fits(head)
         self.files = {}
         for name, (shape, dtype) in self.arrays.items():
             self.files[name] = ArrayWriter(f"{self.prefix}_{name}.npy", (len(self.ids), *shape), dtype, resume)
@@ -224,14 +212,6 @@ def sample(items: Iterable[Any]) -> list:
 def note_of(path: str) -> list:
     """What a record keeps of a file that something is made from: its name, size and digest."""
     return [os.path.basename(path), os.path.getsize(path), sample_digest(path)]
-
-
-def _parse(text):
-    """The dict in a note of a run; {} where it holds none."""
-    with contextlib.suppress(ValueError, RecursionError):
-        note = json.loads(text)
-        return note if isinstance(note, dict) else {}
-    return {}
 
 
 def _remove(path):

@@ -10,15 +10,15 @@ from tqdm import tqdm
 from lib.constants import N_CELLS, N_SLOTS
 from lib.datasets.arrays import read_rows
 from lib.datasets.ids import canonical_id
-from lib.datasets.pairing import Split, by_captions, by_ids, same_features
-from lib.datasets.region_match import Judgement, judge, judge_whole
+from lib.datasets.region_match import judge
 from lib.errors import InputError
 from lib.files import open_npy, read_lines
 from vocab import Vocabulary, tokenize, unknown_words_message
 
 BLOCK_BYTES = 1 << 24  # read at a time
-SAMPLE = 100  # images whose boxes and whole-image features are compared with their features
-MANY = 1000  # groups of captions, and images of two splits, that are compared
+SAMPLE = 100  # images whose boxes are compared with their features
+MANY = 1000  # images whose captions are compared
+FEWEST_GROUPS = 10  # images that this needs
 LONG_CAPTION = 60  # words
 MANY_UNKNOWN = 0.05
 BETTER = 1.5  # times the words in common that tell one image's captions from two images'
@@ -109,30 +109,22 @@ def describe_grids(array: np.ndarray, report: Report) -> None:
 def compare_boxes(dataset: Any, report: Report) -> None:
     """Whether the boxes of a sample of a data set's images belong to their features."""
     judgement = judge(*(sample_rows(array, dataset.n_images, SAMPLE) for array in (dataset.images, dataset.boxes)))
-    wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
-    _tell(judgement, dataset.prefix + "_boxes.npy", wrong + "; scripts/align.py puts them in order", report)
-
-
-def check_whole(path: str, images: np.ndarray, report: Report) -> None:
-    """Whole-image features, and whether those of a sample of images belong to their regions', images."""
-    check_features(path, report)
-    whole = report.attempt(open_npy, path)
-    if whole is None:
-        return
-    if whole.shape != (len(images), images.shape[2]):
-        report.faults.append(f"{path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
-        return
-    judgement = judge_whole(*(sample_rows(array, len(images), SAMPLE) for array in (images, whole)))
-    _tell(judgement, path, f"of other images than their regions: {judgement}", report)
-
-
-def _tell(judgement: Judgement, path: str, wrong: str, report: Report) -> None:
+    path = dataset.prefix + "_boxes.npy"
     if judgement.wrong:
-        report.faults.append(f"{path}: {wrong}")
+        wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
+        report.faults.append(f"{path}: {wrong}; scripts/align.py puts them in order")
     elif judgement.wrong is None:
         report.notes.append(f"{path}: {judgement}")
     else:
         report.row("", f"{judgement.n_images} images", "", str(judgement))
+
+
+def check_whole(path: str, images: np.ndarray, report: Report) -> None:
+    """Whole-image features, and whether there is one for each of images (n, R, D)."""
+    check_features(path, report)
+    whole = report.attempt(open_npy, path)
+    if whole is not None and whole.shape != (len(images), images.shape[2]):
+        report.faults.append(f"{path}: found {whole.shape}, expected ({len(images)}, {images.shape[2]})")
 
 
 # ---------------------------------------------------------------- captions and ids
@@ -161,30 +153,25 @@ def check_captions(path: str, captions: list[str], vocab: Vocabulary | None, rep
 
 def check_groups(path: str, captions: Sequence[str], per_image: int, report: Report) -> None:
     """Whether captions that stand together are of one image: they share more words than those of neighbours."""
-    if len(captions) < 10 * per_image:
-        return
     n = len(captions) // per_image
+    if n < FEWEST_GROUPS:
+        return
     words = [set(caption.lower().split()) for caption in captions]
     images = np.unique(np.linspace(1, n - 1, MANY).astype(int))
 
-    def shared(line, other):
-        """Share of the words that two lines have in common, given by an image's number; the mean."""
-        pairs = [(words[line(i)], words[other(i)]) for i in images]
-        return np.mean([len(a & b) / max(1, len(a | b)) for a, b in pairs])
+    def shared(first, other):
+        """Share of the words that lines of these numbers have in common, the mean."""
+        pairs = zip(first, other, strict=True)
+        return np.mean([len(words[i] & words[j]) / max(1, len(words[i] | words[j])) for i, j in pairs])
 
     # Line 0 of an image shares least with the line before, which is another image's.
-    before = [shared(lambda i, j=j: i * per_image + j - 1, lambda i, j=j: i * per_image + j) for j in range(per_image)]
-    start = int(np.argmin(before))
-    apart = shared(lambda i: i - 1, lambda i: i - 1 + n)
+    before = [shared(images * per_image + j - 1, images * per_image + j) for j in range(per_image)]
+    start, apart = int(np.argmin(before)), shared(images - 1, images - 1 + n)
     found = ""
     if before[0] > BETTER * before[start]:
-        found = (
-            f"the first image's from line {start + 1}: lines before and after share {before[start]:.2f} of the words"
-        )
-        found += f" there, {before[0]:.2f} at the others"
+        found = f"the first image's from line {start + 1}"
     elif apart > BETTER * np.mean(before[1:]):
-        found = f"first one caption of every image, then the next: lines {n} apart share {apart:.2f} of the words"
-        found += f", neighbours {np.mean(before[1:]):.2f}"
+        found = "first one caption of every image, then the next"
     if found:
         report.faults.append(f"{path}: expected {per_image} captions of each image in a row, found {found}")
 
@@ -192,43 +179,11 @@ def check_groups(path: str, captions: Sequence[str], per_image: int, report: Rep
 def check_ids(path: str, n_images: int, n_captions: int, report: Report) -> set[str]:
     """Count the ids; training reads none, so what is wrong with them is a note. Returns the canonical ids."""
     try:
-        ids = read_lines(path)
+        ids = [canonical_id(name) for name in read_lines(path)]
     except InputError as error:
         report.notes.append(str(error))
         return set()
-    names = [canonical_id(name) for name in ids]
-    report.row(os.path.basename(path), (len(ids),), "", f"{len(set(names))} different")
-    if n_images and len(ids) not in (n_images, n_captions):
+    report.row(os.path.basename(path), (len(ids),), "", f"{len(set(ids))} different")
+    if len(ids) not in (n_images, n_captions):
         report.notes.append(f"{path}: {len(ids)} ids for {n_images} images")
-    elif again := sum(a != b for a, b in zip(names, names[1:], strict=False)) + 1 - len(set(names)):
-        report.notes.append(f"{path}: {again} ids stand again after others; two images have one id")
-    return set(names)
-
-
-def compare_splits(folder: str, small: str, large: str, report: Report) -> None:
-    """Whether images of one split that stand in a larger one (test in testall) have its captions and features there."""
-    try:
-        a, b = Split(folder, small), Split(folder, large)
-    except InputError:
-        return  # reported with the files
-    for by, finder in (("ids", by_ids), ("captions", by_captions)):
-        if not all(getattr(split, {"ids": "ids", "captions": "digests"}[by]) for split in (a, b)):
-            continue
-        pairs = [(row, hits[0]) for row, hits in enumerate(finder([b])(a)) if len(hits) == 1]
-        for what, differ in (("captions", _captions_differ), ("features", _features_differ)):
-            wrong = sum(differ(a, row, partner) for row, partner in pairs[:: len(pairs) // MANY + 1])
-            if wrong:
-                report.faults.append(
-                    f"{b.prefix}: {wrong} images have other {what} than the same images in {a.prefix}, by their {by}"
-                )
-
-
-def _captions_differ(split, row, partner):
-    if not (split.digests and partner.split.digests):
-        return False
-    return not set(split.digests[row]) & set(partner.split.digests[partner.row])
-
-
-def _features_differ(split, row, partner):
-    there = "ims" in split.arrays and "ims" in partner.split.arrays
-    return there and not same_features(split, row, partner)
+    return set(ids)

@@ -95,15 +95,9 @@ def over_seeds(differences):
     return differences.mean(0) - half, differences.mean(0) + half
 
 
-def print_all(first, second):
-    """The recalls of two models, lists of (i2t ranks, t2i ranks), one a seed, with both intervals."""
-    hits, others = (np.stack([group_hits(*ranks) for ranks in model]) for model in (first, second))
-    mean = (hits - others).mean((0, 1))
-    rows = zip(MEASURES, hits.mean((0, 1)), others.mean((0, 1)), mean, *bootstrap((hits - others).mean(0)), strict=True)
-    seeds = over_seeds((hits - others).mean(1)) if 2 <= len(hits) <= len(STUDENT_T) + 1 else None
-    for i, (name, a, b, mean, low, high) in enumerate(rows):
-        line = f"  {name}: {a:.1f}, {b:.1f}, difference {mean:+.1f}, over images [{low:+.1f}, {high:+.1f}]"
-        print(line + (f", over seeds [{seeds[0][i]:+.1f}, {seeds[1][i]:+.1f}]" if seeds else ""))
+def print_row(name, first, second, difference, low, high, more=""):
+    images = f"over images [{low:+.1f}, {high:+.1f}]"
+    print(f"  {name}: {first:.1f}, {second:.1f}, difference {difference:+.1f}, {images}{more}")
 
 
 def compare(opt):
@@ -116,14 +110,22 @@ def compare(opt):
         raise InputError(f"--first: {len(opt.first)} files, expected as many as --second has: {len(opt.second)}")
     first, second = ([read_ranks(path, captions, n_images) for path in paths] for paths in (opt.first, opt.second))
     print(f"{len(captions)} captions, {len(first)} seeds")
-    print_all(first, second)
+    hits, others = (np.stack([group_hits(*ranks) for ranks in model]) for model in (first, second))
+    differences = hits - others  # (seeds, images, measures)
+    columns = [hits.mean((0, 1)), others.mean((0, 1)), differences.mean((0, 1)), *bootstrap(differences.mean(0))]
+    seeds = [""] * len(MEASURES)
+    if 2 <= len(hits) <= len(STUDENT_T) + 1:
+        intervals = zip(*over_seeds(differences.mean(1)), strict=True)
+        seeds = [f", over seeds [{low:+.1f}, {high:+.1f}]" for low, high in intervals]
+    for row in zip(MEASURES, *columns, seeds, strict=True):
+        print_row(*row)
     t2i = [np.stack([ranks for _, ranks in model]) for model in (first, second)]
     place = speaks_of_place(captions)
     for name, chosen in (("with a word of place", place), ("without", ~place)):
         print(f"captions {name}: {chosen.sum()} of {len(captions)}")
-        columns = zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True)
-        for k, a, b, mean, low, high in columns:
-            print(f"  t2i R@{k}: {a:.1f}, {b:.1f}, difference {mean:+.1f}, over images [{low:+.1f}, {high:+.1f}]")
+        if chosen.any():
+            for k, *row in zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True):
+                print_row(f"t2i R@{k}", *row)
 
 
 # ---------------------------------------------------------------- a table of results
@@ -156,25 +158,20 @@ def record(opt):
     models = [os.path.join(path, BEST) for path in opt.runs]
     checkpoints = [load_checkpoint(path) for path in models]
     files = {"data_path": opt.data_path, "vocab_path": opt.vocab_path}
-    if len(models) == 1:
-        dev_rsum = float(checkpoints[0]["best_rsum"])
-    else:
-        dev_rsum = evalrank(models, split="dev", **files)["rsum"]
+    dev = evalrank(models, split="dev", **files)
     ranks = os.path.join(opt.runs[0], "test_ranks.pth.tar") if len(models) == 1 else None
     result = evalrank(models, split="test", intervals=True, save_ranks=ranks, **files)
-    numbers = [*result["i2t"][:3], *result["t2i"][:3], *result["intervals"]["rsum"], dev_rsum]
+    numbers = [*result["i2t"][:3], *result["t2i"][:3], *result["intervals"]["rsum"], dev["rsum"]]
     row = describe(checkpoints, opt.features)
     row.update(zip(COLUMNS[len(KEY) :], [f"{number:.1f}" for number in numbers], strict=False), minutes=opt.minutes)
-    rows = [row, *(each for each in rows if any(each[name] != row[name] for name in KEY))]
-    rows.sort(key=lambda row: [row[name] for name in KEY])
-    lines = [COLUMNS, *([row[name] for name in COLUMNS] for row in rows)]
+    table = {tuple(each[name] for name in KEY): each for each in [*rows, row]}
+    lines = [COLUMNS, *([table[key][name] for name in COLUMNS] for key in sorted(table))]
     write_lines(opt.out, map(",".join, lines))
-    print(f"{opt.out}: {len(rows)} rows")
+    print(f"{opt.out}: {len(table)} rows")
 
 
 def main():
-    words = sys.argv[1:]
-    is_record = words[:1] == ["record"]
+    is_record = sys.argv[1:2] == ["record"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     if is_record:
@@ -183,12 +180,12 @@ def main():
         add("--out", required=True, metavar="FILE", help="the table, .csv")
         add_options(parser, ("data_path", "vocab_path"), data_path=None, vocab_path=None)
         add("--minutes", default="", help="how long training took")
-        return record(parser.parse_args(words[1:]))
+        return record(parser.parse_args(sys.argv[2:]))
     add("captions", help="SPLIT_caps.txt")
     add("--first", nargs="+", required=True, metavar="RANKS", help="ranks of a model, a file a seed")
     add("--second", nargs="+", required=True, metavar="RANKS", help="of the model to compare with")
     add("--captions_per_image", type=int, default=5, metavar="K", help="(default: %(default)s)")
-    return compare(parser.parse_args(words))
+    return compare(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ OVERSHOOT = 0.05  # of a side, which a box in pixels may end beyond the image be
 class GivenBoxes:
     """The boxes of a lib.datasets.boxes.BoxFile with ids; of JSON the best 36 of each image by score.
 
-    n_regions: boxes of each image. is_relative: whether the boxes are shares of the image's sides, as told by their
-    values or because the file has the images' sizes; else they are pixels of the upright image.
+    boxes (n, R, 4): shares of the image's sides where is_relative, as told by their values or because the file has the
+    images' sizes; else pixels of the upright image. digest: the first digits of the file's SHA-256.
     Raises InputError for a file of another form, ids that stand twice, corners that are reversed or no numbers.
     """
 
@@ -27,6 +27,7 @@ class GivenBoxes:
         self.path, file = path, BoxFile(path, best=True)
         if file.names is None:
             raise InputError(f"{path}: holds boxes without ids, expected ids and boxes")
+        self.find, self.found = file.finder(), file.found
         n, self.n_regions = file.boxes.shape[:2]
         try:
             check_boxes(file.boxes, np.ones((n, 2)) if file.sizes is None else file.sizes)
@@ -37,31 +38,23 @@ class GivenBoxes:
             boxes, sizes = file.rows(0, n)
             self.boxes, self.is_relative = boxes / np.tile(sizes[:, None, ::-1], 2), True
             file.check.note()
-        self.find, self.found = file.finder(), file.found
-
-    def __str__(self):
+        with open(path, "rb") as opened:
+            self.digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
         kind = "from 0 to 1" if self.is_relative else "in pixels"
-        return f"{self.path}: {self.n_regions} boxes {kind} for each of {np.count_nonzero(self.found)} images"
+        print(f"{path}: {self.n_regions} boxes {kind} for each of {np.count_nonzero(self.found)} images")
 
-    def digest(self):
-        """The first digits of the file's SHA-256: what a stopped run must have in common with its continuation."""
-        with open(self.path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    def has(self, path):
+        """Whether the image at path has boxes."""
+        return (row := self.find(path)) is not None and self.found[row] > 0
 
-    def row(self, path):
-        """The row of the image at path, None where it has no boxes."""
-        row = self.find(path)
-        return row if row is not None and self.found[row] else None
-
-    def pixels(self, row, size):
-        """Boxes (R, 4) of a row, clipped to the image, in its pixels; size is its (height, width).
+    def pixels(self, path, size):
+        """Boxes (R, 4) of the image at path, clipped to it, in its pixels; size is its (height, width).
 
         Raises ValueError where pixels in the file lie so far outside that they are of an image of another size.
         """
         sides = np.tile(np.array(size[::-1], dtype=np.float64), 2)
-        boxes = self.boxes[row] * (sides if self.is_relative else 1.0)
+        boxes = self.boxes[self.find(path)] * (sides if self.is_relative else 1.0)
         if not self.is_relative and (boxes > (1 + OVERSHOOT) * sides + 1).any():
-            height, width = size
-            ends = tuple(boxes[:, 2:].max(0).tolist())
-            raise ValueError(f"boxes reach x, y {ends}, the image is {width}×{height}: boxes of another size of it")
+            reach = boxes[:, 2:].max(0).tolist()
+            raise ValueError(f"boxes reach x, y {reach}, the image is {size[1]}×{size[0]}: boxes of another size of it")
         return boxes.clip(0, sides)

