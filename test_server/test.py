@@ -271,10 +271,9 @@ def process(text_input_flag="tag", data_path="../data/tencent_data_meta", worker
     if not scored:
         reason, count = skipped[0]
         raise errors.InputError(f"{out}: not written, no image could be scored: {count} x {reason}")
-    print(
-        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} images, "
-        f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores"
-    )
+    n_scored, n_images = sum(len(line["urls"]) for line in lines), sum(len(urls) for _, urls in items)
+    n_items = sum(1 for line in lines if line["urls"])
+    print(f"scored {n_scored} of {n_images} images, {n_items} of {len(items)} items have scores")
     for reason, count in skipped:
         print(f"skipped {count}: {reason}")
 
