@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lib import distributed, workers
-from lib.datasets.checks import check_grids, rows_per_image, same_as_previous, unequal_repeats
+from lib.datasets.checks import check_grids, rows_per_image
 from lib.errors import InputError
 from lib.files import open_npy, read_ahead, read_lines
 from lib.options import option
@@ -167,12 +167,7 @@ class PrecompDataset(Dataset):
                 f"{self.prefix}: {rows} images in _ims.npy and {n_captions} captions, expected one to be a multiple "
                 "of the other"
             )
-        self.repeats = 1
-        if rows == n_captions:
-            same = same_as_previous(self.images)
-            if fault := unequal_repeats(same):
-                raise InputError(f"{self.prefix}_ims.npy: {fault}")
-            self.repeats = rows_per_image(same)
+        self.repeats = rows_per_image(self.prefix + "_ims.npy", self.images) if rows == n_captions else 1
         self.n_images = rows // self.repeats
         self.im_div = max(1, n_captions // self.n_images)
 

@@ -9,14 +9,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 from tqdm import tqdm
 
 from lib.constants import SPECIAL
-from lib.errors import InputError, run
+from lib.errors import InputError, brief, run
 from lib.files import check_output, make_folder, read_lines, write_lines
 from lib.segmentation import segment
 
@@ -44,7 +44,6 @@ def nltk_tokenizers() -> tuple[Callable, Callable]:
     return PunktSentenceTokenizer(parameters).tokenize, NLTKWordTokenizer().tokenize
 
 
-SENTENCE_END = re.compile(r"[.?!]\S*\s")  # Punkt splits after one of these only
 # Letters, commas, hyphens and one full stop, without the words that NLTK cuts in two: 95 % of the captions of
 # Flickr8k, which NLTK takes 400 µs each for.
 SIMPLE = re.compile(r"(?!.*\b(?:cannot|gimme|gonna|gotta|lemme|wanna)\b)(?:[a-z ]|,(?= )|-(?!-))*\.?")
@@ -57,8 +56,6 @@ def tokenize(caption: str, lower: Callable[[str], str] = str.lower) -> list[str]
     if SIMPLE.fullmatch(caption):
         return caption.replace(".", " .").replace(",", " ,").split()
     split_sentences, split_words = nltk_tokenizers()
-    if not SENTENCE_END.search(caption):
-        return split_words(caption)
     return [token for sentence in split_sentences(caption) for token in split_words(sentence)]
 
 
@@ -125,10 +122,6 @@ class Vocabulary:
         return [self(word) for word in ("<start>", *self.tokenize(caption), "<end>")]
 
 
-class NoVocabularyError(InputError):
-    """There is no vocabulary file."""
-
-
 def word_list(vocab: Any) -> list[str]:
     """The words of a vocabulary in the order of their ids."""
     return sorted(vocab.word2idx, key=vocab.word2idx.__getitem__)
@@ -141,26 +134,17 @@ def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, kind: type[Vocabular
     it must hold the same words. Raises InputError that names the checkpoint, the file and the first word that differs.
     """
     words, segment = checkpoint.get("words"), checkpoint.get("segment", False)
-    try:
-        vocab = kind.read(opt)
-    except NoVocabularyError:
-        if words is None:
-            raise
+    if words is not None and not os.path.exists(kind.file(opt.vocab_path, opt.data_name)):
         return kind.from_words(words, segment)
+    vocab = kind.read(opt)
     if words is None:
         return vocab
-    found = word_list(vocab)
-    if len(found) != len(words):
-        raise InputError(
-            f"{path}: made with a vocabulary of {len(words)} words, found one of {len(found)}: {vocab.path}"
-        )
-    differ = [i for i, pair in enumerate(zip(words, found, strict=True)) if pair[0] != pair[1]]
-    if differ:
-        i = differ[0]
-        raise InputError(
-            f"{path}: made with another vocabulary of {len(words)} words than {vocab.path}: "
-            f"id {i} is {words[i]!r:.40}, found {found[i]!r:.40}"
-        )
+    for i, (word, found) in enumerate(zip_longest(words, word_list(vocab))):
+        if word != found:
+            raise InputError(
+                f"{path}: made with another vocabulary, of {len(words)} words, than {vocab.path}, one of {len(vocab)}: "
+                f"id {i} is {word!r:.40}, found {found!r:.40}"
+            )
     if vocab.segment != segment:
         raise InputError(f"{path}: made with{'' if segment else 'out'} --segment, unlike {vocab.path}")
     return vocab
@@ -169,19 +153,17 @@ def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, kind: type[Vocabular
 def checkpoint_words(path: str, checkpoint: dict, opt: Any, kind: type[Vocabulary] = Vocabulary) -> list[str]:
     """The words of a checkpoint, which lies at path; an older one's are in the vocabulary of its data set.
 
-    Raises InputError where there is no such file under opt's vocab_path or the checkpoint's, or none of the right size.
+    Raises InputError where there is no such file under opt's vocab_path, or none of the right size.
     """
     if checkpoint.get("words") is not None:
         return checkpoint["words"]
     name, n = checkpoint["opt"].data_name, len(checkpoint["model"][1]["embed.weight"])
-    for folder in (opt.vocab_path, checkpoint["opt"].vocab_path):
-        with suppress(NoVocabularyError):
-            vocab = kind.read(argparse.Namespace(vocab_path=folder, data_name=name))
-            if len(vocab) == n:
-                return word_list(vocab)
-    raise InputError(
-        f"{path}: holds no words, and --vocab_path {opt.vocab_path} has no vocabulary of {name} with {n} words"
-    )
+    vocab = kind.read(argparse.Namespace(vocab_path=opt.vocab_path, data_name=name))
+    if len(vocab) != n:
+        raise InputError(
+            f"{path}: holds no words, and --vocab_path {opt.vocab_path} has no vocabulary of {name} with {n} words"
+        )
+    return word_list(vocab)
 
 
 def unknown_words_message(path: str, unknown: int, words: int) -> str | None:
@@ -215,20 +197,20 @@ def deserialize_vocab(src: str, kind: type[Vocabulary] = Vocabulary) -> Vocabula
     except FileNotFoundError:
         name, folder = os.path.basename(src).removesuffix(kind.suffix), os.path.dirname(src) or "."
         command = f"python {kind.command} --data_path DATA_PATH --data_name {name} --vocab_path {folder}"
-        raise NoVocabularyError(
+        raise InputError(
             f"{src}: no such vocabulary; name its folder with --vocab_path, or make it with: {command}"
         ) from None
     words = stored.get("word2idx") if isinstance(stored, dict) else None
     if not isinstance(words, dict) or not all(type(index) is int for index in words.values()):
         raise InputError(f"{src}: not a vocabulary, expected an object with word2idx (word → id), idx2word and idx")
-    for index, word in enumerate(SPECIAL):
-        if words.get(word) != index:
-            found = f"id {words[word]} for {word}" if word in words else f"no {word}"
-            raise InputError(f"{src}: found {found}, expected {', '.join(SPECIAL)} to have the ids 0 to 3")
-    if sorted(words.values()) != list(range(len(words))):
+    ordered = sorted(words, key=words.__getitem__)
+    if [words[word] for word in ordered] != list(range(len(words))):
         raise InputError(f"{src}: ids with gaps or repeats, expected 0 to {len(words) - 1}")
+    if tuple(ordered[: len(SPECIAL)]) != SPECIAL:
+        found = ", ".join(map(brief, ordered[: len(SPECIAL)]))
+        raise InputError(f"{src}: found {found}, expected {', '.join(SPECIAL)} to have the ids 0 to 3")
     check_vocab(src, words)
-    vocab = kind.from_words(sorted(words, key=words.__getitem__), stored.get("segment") is True)
+    vocab = kind.from_words(ordered, stored.get("segment") is True)
     vocab.path = os.fspath(src)
     return vocab
 
@@ -315,23 +297,14 @@ def main(data_path: str | None = None, data_name: str | None = None, kind: type[
     drop = from_txt(opt.stop_words) if opt.stop_words else ()
     options = opt.threshold, drop, opt.allow_empty_captions, opt.segment, kind
     vocab = build_vocab(opt.data_path, opt.data_name, None, *options)
-    write_vocab(vocab, dest, opt.threshold, opt.overwrite)
-
-
-def write_vocab(vocab: Vocabulary, dest: str, threshold: int, overwrite: bool = False) -> None:
-    """Write a vocabulary and say so.
-
-    Raises InputError, and writes nothing, where it holds nothing but the special words, or would replace a vocabulary
-    of other words without overwrite: checkpoints may have been trained with that one.
-    """
     check_vocab(dest, vocab.word2idx)
-    there = deserialize_vocab(dest, type(vocab)) if os.path.exists(dest) and not overwrite else vocab
-    if there.word2idx != vocab.word2idx:
-        raise InputError(
-            f"{dest}: is a vocabulary of {len(there)} words, not the {len(vocab)} found now (--overwrite replaces it)"
-        )
+    if os.path.exists(dest) and not opt.overwrite:  # checkpoints may have been trained with it
+        there = deserialize_vocab(dest, kind)
+        if there.word2idx != vocab.word2idx:
+            found = f"is a vocabulary of {len(there)} words, not the {len(vocab)} found now"
+            raise InputError(f"{dest}: {found} (--overwrite replaces it)")
     serialize_vocab(vocab, dest)
-    print(f"{dest}: {len(vocab)} words that occur at least {threshold} times")
+    print(f"{dest}: {len(vocab)} words that occur at least {opt.threshold} times")
 
 
 if __name__ == "__main__":

@@ -42,18 +42,14 @@ def bootstrap(values: np.ndarray, level: float = 95, samples: int = SAMPLES, see
     return tuple(np.percentile(means, [tail, 100 - tail], axis=0))
 
 
-def summary(values: np.ndarray) -> dict:
-    """{measure: (mean, low, high)} of values (groups, 7): group_hits, or the difference of two of these."""
-    rows = zip(MEASURES, values.mean(0), *bootstrap(values), strict=True)
-    return {name: tuple(map(float, row)) for name, *row in rows}
-
-
 def print_summary(title: str, values: np.ndarray, signed: bool = False) -> dict:
-    """Print title and a line `measure: mean [low, high]` for each of MEASURES; returns the summary of values.
+    """Print title and a line `measure: mean [low, high]` for each column of values (groups, 7).
 
-    signed: print + before positive numbers.
+    values: group_hits, or the difference of two of these. signed: print + before positive numbers. Returns {measure:
+    (mean, low, high)}.
     """
-    result = summary(values)
+    rows = zip(MEASURES, values.mean(0), *bootstrap(values), strict=True)
+    result = {name: tuple(map(float, row)) for name, *row in rows}
     number = "{:+.1f}" if signed else "{:.1f}"
     form = f"  {{}}: {number} [{number}, {number}]"
     print(title + ":", *(form.format(name, *row) for name, row in result.items()), sep="\n")

@@ -2,10 +2,8 @@
 
 import functools
 import re
-import threading
 
 CHINESE = re.compile(r"[\u3400-\u9fff\U00020000-\U0003ffff]")
-lock = threading.Lock()
 
 
 @functools.cache
@@ -23,10 +21,5 @@ def segment(text: str) -> list[str]:
     """Words (list of str) of a text: cut at blanks, and by jieba where it is Chinese. Threads may call it."""
     words = []
     for part in text.split():
-        if CHINESE.search(part):
-            with lock:  # the first two threads must not both read the dictionary
-                cut = _tokenizer().lcut
-            words += cut(part)
-        else:
-            words.append(part)
+        words += _tokenizer().lcut(part) if CHINESE.search(part) else [part]
     return words

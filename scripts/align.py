@@ -31,39 +31,29 @@ SAMPLE = 100  # images of a split whose features and regions are compared
 def verify(split, partners, problems):
     """Compare the captions of all pairs, and features and regions of a sample. Prints what agrees."""
     pairs = [(row, partner) for row, partner in enumerate(partners) if partner]
-    with_captions = [(row, partner) for row, partner in pairs if split.digests and partner.split.digests]
-    shared = np.array([check_captions(split, row, partner, problems) for row, partner in with_captions])
-    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {(shared > 0).sum()} of {len(shared)}"
-    if ((shared > 0) & (shared < 1)).any():
-        said += f", in {((shared > 0) & (shared < 1)).sum()} of them not all"
-    with_features = [(row, other) for row, other in pairs if "ims" in split.arrays and "ims" in other.split.arrays]
+    with_captions = [pair for pair in pairs if split.digests and pair[1].split.digests]
+    same = compare(split, with_captions, share_a_caption, problems, "in disagreement", "no caption in common with")
+    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {same} of {len(with_captions)}"
+    sample = pairs[:: max(1, len(pairs) // SAMPLE)] if "ims" in split.arrays else []
+    with_features = [pair for pair in sample if "ims" in pair[1].split.arrays]
     if with_features:
-        sample = with_features[:: max(1, len(with_features) // SAMPLE)]
-        same = sum(check_features(split, row, partner, problems) for row, partner in sample)
-        said += f", features in {same} of {len(sample)} compared"
+        same = compare(split, with_features, same_features, problems, "of other features", "not the features of")
+        said += f", features in {same} of {len(with_features)} compared"
     print(said)
-    with_regions = [(row, other) for row, other in pairs if "ims" in split.arrays and "boxes" in other.split.arrays]
-    if with_regions:
-        check_regions(split, with_regions[:: max(1, len(with_regions) // SAMPLE)], problems)
+    if with_boxes := [pair for pair in sample if "boxes" in pair[1].split.arrays]:
+        check_regions(split, with_boxes, problems)
 
 
-def check_captions(split, row, partner, problems):
-    """The share of an image's different captions that its partner has as well."""
-    captions = set(split.digests[row])
-    shared = captions & set(partner.split.digests[partner.row])
-    if not shared:
-        title = partner.split.title(partner.row)
-        problems.add("in disagreement", split.title(row), f"no caption in common with {title}")
-    return len(shared) / len(captions)
+def compare(split, pairs, is_same, problems, kind, reason):
+    """How many of the pairs are the same, as is_same(split, row, partner) says; the others go to problems."""
+    others = [(row, partner) for row, partner in pairs if not is_same(split, row, partner)]
+    for row, partner in others:
+        problems.add(kind, split.title(row), f"{reason} {partner.split.title(partner.row)}")
+    return len(pairs) - len(others)
 
 
-def check_features(split, row, partner, problems):
-    """Whether an image and its partner have the same features."""
-    same = same_features(split, row, partner)
-    if not same:
-        title = partner.split.title(partner.row)
-        problems.add("of other features", split.title(row), f"they are not those of {title}")
-    return same
+def share_a_caption(split, row, partner):
+    return not set(split.digests[row]).isdisjoint(partner.split.digests[partner.row])
 
 
 def check_regions(split, pairs, problems):
@@ -84,7 +74,7 @@ def write(split, partners, opt, copy):
     copy: what else the reference has goes along, so that the folder is whole without it.
     """
     pairs = [(row, partner) for row, partner in enumerate(partners) if partner]
-    sources = list({id(partner.split): partner.split for _, partner in pairs}.values())
+    sources = list(dict.fromkeys(partner.split for _, partner in pairs))
     arrays = {name: common_row(name, sources) for name in opt.arrays}
     kept = {}
     if copy:
@@ -115,13 +105,11 @@ def common_row(name, sources):
     for source in sources:
         if name not in source.arrays:
             raise InputError(f"{source.prefix}_{name}.npy: no such file, expected the array to put in order")
-    first, *others = [source.arrays[name][0] for source in sources]
-    for other in others:
-        if (other.shape[1:], other.dtype) != (first.shape[1:], first.dtype):
-            raise InputError(
-                f"{other.filename}: rows of {other.shape[1:]} {other.dtype}, unlike those of {first.filename}"
-            )
-    return first.shape[1:], first.dtype
+    arrays = [source.arrays[name][0] for source in sources]
+    if len(rows := {(array.shape[1:], array.dtype) for array in arrays}) > 1:
+        found = " and ".join(f"{shape} {dtype}" for shape, dtype in rows)
+        raise InputError(f"{sources[0].folder}: rows of {name} are {found}, expected the same in all splits")
+    return rows.pop()
 
 
 def get_parser():

@@ -15,12 +15,9 @@ import json
 import multiprocessing
 import os
 import signal
-import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from statistics import median
-from typing import NamedTuple
 
 if not __package__:
     import _root  # noqa: F401
@@ -28,10 +25,9 @@ if not __package__:
 from lib.errors import run
 from lib.files import check_output, make_folder, replace
 from lib.options import add_options
-from scripts.bench.measurements import TOP, run_measurement
+from scripts.bench import measurements
 
-SECTIONS = ("search", "score", "train", "encode", "grids", "start", "growth")
-FORMS = {"highest": "", "medium": ", `--matmul_precision medium`", "formula": ", by `model.attend` alone"}
+SECTIONS = ("search", "score", "train", "encode", "grids")
 HEAD = """\
 | work | reference | this code | faster | of its products' time | memory, reference | here | difference |
 |---|---|---|---|---|---|---|---|"""
@@ -48,92 +44,73 @@ SIZES = {
     "plain_captions": 256,
     "batch_size": 128,
     "plain_batches": 3,  # and encodes a part of the split
-    "plain_grids": 50,
-    "all_grids": 123287,  # images of MS-COCO
-    "growth": [250, 500, 1000, 2000],
-    "batches": [16, 32, 64, 128, 256],
-    "train_images": [2900, 29000],  # 0.86 and 8.6 GB of features
+    "splits": [250, 500, 2000],  # further numbers of images and pairs, of this code only
+    "batches": [16, 32, 64, 256],
 }
 QUICK = {
-    "repeats": 2,
     "images": 160,
     "plain_images": 32,
     "plain_captions": 64,
     "batch_size": 32,
-    "plain_batches": 2,
-    "plain_grids": 10,
-    "all_grids": 5000,
-    "growth": [80, 160, 240],
-    "batches": [16, 32],
+    "splits": [80],
+    "batches": [16],
 }
 
 
-class Row(NamedTuple):
-    """A row of the table. here, reference: a function of measurements.py and its arguments; no reference where None."""
-
-    section: str
-    work: str
-    here: tuple[str, dict]
-    reference: tuple[str, dict] | None = None
-
-
 def rows(s, bfloat16):
-    """All rows of the table for sizes s (dict). bfloat16: whether the machine multiplies such numbers fast."""
-    n, per_image, batch = s["images"], s["per_image"], s["batch_size"]
-    for size in s["sizes"]:
-        for count in (count for count in s["candidates"] if count < size):
-            work = f"best {TOP} of {size:,} images for a sentence, {count:,} scored exactly"
-            yield Row("search", work, ("search", {"n": size, "candidates": count}), ("search", {"n": size}))
+    """The rows of the table: section, work, and the measurements of this code and of the reference, or None.
+
+    A measurement is the name of a function of measurements.py and its arguments. bfloat16: whether the machine
+    multiplies such numbers fast.
+    """
+    for size in s.sizes:
+        for count in (count for count in s.candidates if count < size):
+            work = f"best {measurements.TOP} of {size:,} images for a sentence, {count:,} scored exactly"
+            yield "search", work, ("search", size, count), ("search", size, None)
+    n_captions = s.images * s.per_image
     for way in ("t2i", "i2t"):
-        for form, text in FORMS.items():
-            work = f"score and rank {n:,} × {n * per_image:,}, {way}{text}"
-            if form != "medium" or bfloat16:
-                here = "score", {"way": way, "form": form, "n": n}
-                yield Row("score", work, here, ("score_published", {"way": way}))
+        work, published = f"score and rank {s.images:,} × {n_captions:,}, {way}", ("score_published", way)
+        yield "score", work, ("score", way, "highest", s.images), published
+        if bfloat16:
+            yield "score", f"{work}, `--matmul_precision medium`", ("score", way, "medium", s.images), published
+        yield "score", f"{work}, by `model.attend` alone", ("score", way, "formula", s.images), published
+    for n in s.splits:
+        yield "score", f"score and rank {n:,} × {n * s.per_image:,}, t2i", ("score", "t2i", "highest", n), None
     for way in ("t2i", "i2t"):
-        for form, text in (("highest", ""), ("amp", ", `--amp`"))[: 1 + bfloat16]:
-            here = "train", {"way": way, "form": form, "batch": batch}
-            yield Row("train", f"training step, batch {batch}, {way}{text}", here, ("train_published", {"way": way}))
-    yield Row("encode", f"encode {n:,} images, {n * per_image:,} captions", ("encode", {}), ("encode_published", {}))
-    yield Row("grids", f"position grids of {n:,} images", ("grids", {"n": n}), ("grids_published", {}))
-    yield Row("grids", f"position grids of {s['all_grids']:,} images", ("grids", {"n": s["all_grids"]}))
-    for images in s["train_images"]:
-        yield Row("start", f"from the command to the first batch of {images:,} images", ("start", {"n": images}))
-    for images in s["growth"]:
-        work = f"score and rank {images:,} × {images * per_image:,}, t2i"
-        yield Row("growth", work, ("score", {"way": "t2i", "form": "highest", "n": images}))
-    for pairs in s["batches"]:
-        here = "train", {"way": "t2i", "form": "highest", "batch": pairs}
-        yield Row("growth", f"training step, batch {pairs}, t2i", here)
+        work, published = f"training step, batch {s.batch_size}, {way}", ("train_published", way)
+        yield "train", work, ("train", way, s.batch_size, False), published
+        if bfloat16:
+            yield "train", f"{work}, `--amp`", ("train", way, s.batch_size, True), published
+    for n_pairs in s.batches:
+        yield "train", f"training step, batch {n_pairs}, t2i", ("train", "t2i", n_pairs, False), None
+    yield "encode", f"encode {s.images:,} images, {n_captions:,} captions", ("encode",), ("encode_published",)
+    yield "grids", f"position grids of {s.images:,} images", ("grids",), None
 
 
-def measure(name, sizes, **arguments):
-    """The result (dict) of one function of measurements.py, in a process of its own, which Ctrl-C ends in silence."""
+def measure(s, name, *arguments):
+    """The result (dict) of a function of measurements.py, in a process of its own, which Ctrl-C ends in silence."""
     at_start = {"initializer": signal.signal, "initargs": (signal.SIGINT, signal.SIG_DFL)}
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), **at_start) as pool:
-        return pool.submit(run_measurement, name, {**sizes, "started": time.time()}, arguments).result()
+        return pool.submit(getattr(measurements, name), s, *arguments).result()
 
 
 # ---------------------------------------------------------------- the table
 
 
 def machine_line(machine):
-    cores, threads, instructions = machine["cores"], machine["threads"], ", ".join(machine["instructions"])
-    device = "" if machine["device"] == "cpu" else f" and {machine['device']}"
-    rate = f"fastest float32 product {max(machine['gflops'].values()):.0f} GFLOP/s"
-    return f"{cores} cores of {machine['processor']} ({instructions}){device}, {threads} threads, {rate}"
+    processor = f"{machine['processor']} ({', '.join(machine['instructions'])}), {machine['threads']} threads"
+    return f"{processor}, device {machine['device']}, float32 products at {machine['flops'] / 1e9:.0f} GFLOP/s"
 
 
-def table_row(row, here, reference, machine):
-    """A row of the table as Markdown. here, reference: results of measurements, reference {} where there is none."""
-    rate = max(machine["gflops"].values()) * 1e9
-    difference = here.get("difference", reference.get("differences", {}).get(row.here[1].get("form", "highest")))
+def table_row(work, here, reference, machine):
+    """A row of the table as Markdown. here, reference: results of measurements; reference {} where there is none."""
+    seconds, difference = median(here["seconds"]), here.get("difference")
     cells = [
-        row.work,
+        work,
         time_text(reference),
         time_text(here),
-        f"{median(reference['seconds']) / median(here['seconds']):.3g}×" if reference else "",
-        f"{median(here['seconds']) * rate / here['flops']:.2f}×" if "flops" in here else "",
+        f"{median(reference['seconds']) / seconds:.3g}×" if reference else "",
+        f"{seconds * machine['flops'] / here['flops']:.2f}×" if "flops" in here else "",
         memory_text(reference),
         memory_text(here),
         "" if difference is None else f"{difference:.0e}",
@@ -142,25 +119,18 @@ def table_row(row, here, reference, machine):
 
 
 def time_text(result):
-    if not result:
-        return ""
-    value = median(result["seconds"])
-    if value >= 1000:
-        return f"{value:,.0f} s"
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1000:.3g} ms"
+    return f"{median(result['seconds']):,.4g} s" if result else ""
 
 
 def memory_text(result):
     """Peak memory; ≥ where only a part of the work was done."""
-    if not result:
-        return ""
-    return "≥ " * ("part" in result) + f"{result.get('device_gb') or result['peak_gb']:.2f} GB"
+    return "≥ " * ("part" in result) + f"{result['memory_gb']:.2f} GB" if result else ""
 
 
 # ---------------------------------------------------------------- command line
 
 
-def get_parser():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of {', '.join(SECTIONS)}")
@@ -176,41 +146,30 @@ def get_parser():
     search("--sizes", type=int, nargs="+", default=[1000], help="first images of the split (default: %(default)s)")
     search("--candidates", type=int, nargs="+", default=[100, 200, 500, 1000, 2000], help="(default: %(default)s)")
     search("--queries", type=int, default=50, help="captions that search (default: %(default)s)")
-    return parser
-
-
-def main(measure=measure):
-    parser = get_parser()
     opt = parser.parse_args()
     sections = opt.only or SECTIONS[not opt.model_path :]  # without a checkpoint all except search
-    if min(*opt.sizes, *opt.candidates) < TOP or opt.queries < 1:
-        parser.error(f"expected --sizes and --candidates of {TOP} or more, --queries of 1 or more")
+    if min(*opt.sizes, *opt.candidates) < measurements.TOP or opt.queries < 1:
+        parser.error(f"expected --sizes and --candidates of {measurements.TOP} or more, --queries of 1 or more")
     if "search" in sections and not opt.model_path:
         parser.error("--only search: expected --model_path, a checkpoint")
     make_folder(os.path.dirname(opt.out) or ".")
     check_output(opt.out)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    sizes = {**SIZES, **(QUICK if opt.quick else {}), **vars(opt)}
-    measured = []
-    with tempfile.TemporaryDirectory() as folder:
-        sizes["folder"] = folder
+    s = argparse.Namespace(**{**SIZES, **(QUICK if opt.quick else {}), **vars(opt)})
 
-        @cache
-        def result(name, *arguments):
-            return measure(name, sizes, **dict(arguments))
+    @cache
+    def result_of(job):
+        return measure(s, *job) if job else {}
 
-        def result_of(job):
-            return result(job[0], *job[1].items()) if job else {}
-
-        machine = result("prepare")
-        print(f"{machine_line(machine)}\n\n{HEAD}", flush=True)
-        for row in rows(sizes, "bfloat16" in machine["instructions"]):
-            if row.section in sections and row.work not in (other["work"] for other in measured):
-                here, reference = result_of(row.here), result_of(row.reference)
-                measured.append({"work": row.work, "here": here, "reference": reference})
-                results = json.dumps({"sizes": sizes, "machine": machine, "rows": measured}, indent=1)
-                replace(opt.out, lambda file, results=results: file.write(results.encode()))
-                print(table_row(row, here, reference, machine), flush=True)
+    machine, measured = result_of(("machine",)), []
+    print(f"{machine_line(machine)}\n\n{HEAD}", flush=True)
+    for section, work, *jobs in rows(s, "bfloat16" in machine["instructions"]):
+        if section in sections:
+            here, reference = map(result_of, jobs)
+            measured.append({"work": work, "here": here, "reference": reference})
+            results = json.dumps({"sizes": vars(s), "machine": machine, "rows": measured}, indent=1)
+            replace(opt.out, lambda file, results=results: file.write(results.encode()))
+            print(table_row(work, here, reference, machine), flush=True)
     print(f"\neverything measured: {opt.out}")
 
 

@@ -3,7 +3,7 @@
 example: python scripts/build_index.py --model_path runs/demo/attention_seed0/model_best.pth.tar \\
     --data_path data --split test --query "a red ring at the top"
 
-The collection's folder lies beside the checkpoint, unless --out says otherwise; scripts/search/store.py lists its
+The collection's folder lies beside the checkpoint, unless --out says otherwise; scripts/search/build.py lists its
 files. A stopped run goes on where it was when the same command runs again.
 """
 
@@ -16,9 +16,8 @@ if not __package__:
 from evaluation import load_split
 from lib.errors import run
 from lib.options import add_options
-from scripts.search.build import open_or_build
+from scripts.search.build import N_CENTROIDS, collection_folder, open_or_build
 from scripts.search.queries import check_query
-from scripts.search.store import N_CENTROIDS, collection_folder
 
 MAX_CENTROIDS = 1 << 16  # indices of a uint16
 

@@ -42,37 +42,17 @@ def sizes_of(texts):
     return sizes
 
 
-def sample(names, sizes, seed):
-    """Draw images at random: {split: names in their old order}, and the names that are left, in their old order."""
-    order = list(names)
-    random.Random(seed).shuffle(order)
-    splits, position = {}, {name: i for i, name in enumerate(names)}
-    for split, size in sizes.items():
-        splits[split], order = sorted(order[:size], key=position.get), order[size:]
-    return splits, sorted(order, key=position.get)
-
-
 def draw(names, sizes, seed):
-    """Draw every split at random: {split: names in their old order}; train is the rest where it has no size."""
+    """Draw images at random: {split: names in their old order}; train is the rest where it has no size."""
     sizes = {"train": len(names) - sum(sizes.values()), **sizes}
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(names):
-        raise InputError(f"{len(names)} images with captions do not give {sizes}")
-    splits, _ = sample(names, sizes, seed)
-    if "dev" not in splits:
-        splits["dev"] = splits["train"][:DEV_IN_TRAIN]
-        print(f"dev: the first {len(splits['dev'])} images of train; --sizes dev=COUNT holds some out instead")
+        raise InputError(f"--sizes: {len(names)} images do not give {sizes}")
+    order, splits = list(names), {}
+    random.Random(seed).shuffle(order)
+    for split, size in sizes.items():
+        drawn, order = set(order[:size]), order[size:]
+        splits[split] = [name for name in names if name in drawn]
     return splits
-
-
-def cut_from_train(splits, sizes, seed):
-    """splits, and those of sizes that it lacks, which are drawn at random from train."""
-    train = splits.get("train", [])
-    if sum(sizes.values()) >= len(train):
-        raise InputError(f"--sizes: {len(train)} images of train do not give {sizes} and leave some to train")
-    drawn, rest = sample(train, sizes, seed)
-    for split, names in drawn.items():
-        print(f"{split}: {len(names)} images drawn from train")
-    return {**splits, "train": rest, **drawn}
 
 
 def splits_of_source(captions, good, test_images):
@@ -87,19 +67,18 @@ def splits_of_source(captions, good, test_images):
 
 def assign(captions, good, opt):
     """{split: list of ids} as the flags or the source ask. good: names of images with enough captions, in order."""
-    splits = splits_of_source(captions, good, opt.test_images)
-    sizes = sizes_of(opt.sizes or ())
-    if opt.split:
-        splits = {opt.split: list(good)}
-    elif sizes and splits and not set(sizes) & set(splits):
-        splits = cut_from_train(splits, sizes, opt.seed)
-    elif sizes:
-        if splits:
-            print(f"note: the source's splits ({', '.join(splits)}) are not used: all images are drawn anew")
-        splits = draw(list(good), sizes, opt.seed)
+    splits = {opt.split: list(good)} if opt.split else splits_of_source(captions, good, opt.test_images)
+    if opt.sizes:
+        sizes = sizes_of(opt.sizes)
+        if there := [split for split in sizes if split in splits]:
+            raise InputError(f"--sizes: the source says which images are {there[0]}, expected splits that it lacks")
+        splits |= draw(splits.get("train", []) if splits else list(good), sizes, opt.seed)
+        if "dev" not in splits:
+            splits["dev"] = splits["train"][:DEV_IN_TRAIN]
+            print(f"dev: the first {len(splits['dev'])} images of train; --sizes dev=COUNT holds some out instead")
     elif not splits:
         raise InputError("the captions do not say which split they are of: --ids, --sizes or --split does")
-    elif "train" in splits and "dev" not in splits:
+    elif "train" in splits and "dev" not in splits and not opt.split:
         print("note: no dev split in the source, and training needs one: --sizes dev=COUNT cuts it from train")
     return {split: [captions.ids[name] for name in names] for split, names in splits.items()}
 
@@ -126,16 +105,6 @@ def check_order(folder, split, ids):
     if there and [canonical_id(i) for i in old or ()] != [canonical_id(i) for i in ids]:
         how = f"--ids {split}={ids_path} keeps their order" if old else "--overwrite writes them all the same"
         raise InputError(f"{there[0]}: there already, and not known to be in the order of these captions; {how}")
-
-
-def read_source(opt, problems):
-    if opt.karpathy:
-        return read_karpathy(opt.karpathy, problems)
-    if opt.coco:
-        return read_coco(opt.coco, problems)
-    captions, form = read_text(opt.tsv, problems)
-    print(f"{opt.tsv}: {form}")
-    return captions
 
 
 def first_captions(captions, opt, problems):
@@ -181,7 +150,10 @@ def main():
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "caption_problems.txt"))
-    captions = read_source(opt, problems)
+    if opt.tsv:
+        captions = read_text(opt.tsv, problems)
+    else:
+        captions = read_karpathy(opt.karpathy) if opt.karpathy else read_coco(opt.coco)
     k = opt.captions_per_image
     good = first_captions(captions, opt, problems)
     splits = select(captions, good, opt, problems) if opt.ids else assign(captions, good, opt)

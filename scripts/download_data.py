@@ -1,4 +1,4 @@
-"""Fetch the public data, unpack it into the folders that training and scoring read, check every file.
+"""Fetch the public data and unpack it into the folders that training and scoring read.
 
 Without an ITEM nothing is fetched: a table shows what is there and how to get the rest.
 
@@ -13,7 +13,8 @@ Without an ITEM nothing is fetched: a table shows what is there and how to get t
 
 Positions list the images in another order than SCAN's features. Where both are there, align.py puts the positions
 in the features' order, data/*_precomp/SPLIT_boxes.npy, and proves each pair by captions, ids or regions.
-So to train on Flickr30K get f30k and scan, on MS-COCO coco and scan, on Tencent-News tencent.
+So to train on Flickr30K get f30k and scan, on MS-COCO coco and scan, on Tencent-News tencent; check_data.py checks the
+files.
 
 Archives are kept in data/downloads/ until you delete them; a broken-off transfer goes on where it stopped when the
 same command runs again. Files that are in place are neither fetched nor overwritten.
@@ -35,7 +36,7 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.download.archives import fetch_drive, fetch_kaggle, unpack
-from scripts.download.sources import ITEMS, SOURCES, Folders, print_table
+from scripts.download.sources import ITEMS, POSITIONS, SOURCES, Folders, print_table
 
 
 def get(name: str, folders: Folders) -> None:
@@ -69,19 +70,14 @@ def put_in_place(name: str, unpacked: Path, folders: Folders) -> None:
     places = {path: folders.place(SOURCES[name], path.relative_to(unpacked)) for path in files}
     claims = Counter(places.values())
     for path, target in places.items():
-        where = f": left in {unpacked}"
-        if target and claims[target] > 1:
-            where += f", because {claims[target]} files would be {target}"
-        elif target and target.exists():
-            where += f", because {target} is there already"
-        elif target:
+        where = f"left in {unpacked}"
+        if target and claims[target] == 1 and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.move(path, target)
-            where = f" → {target}"
-        print(f"{name}: {path.relative_to(unpacked)}{where}")
-    for path in [*sorted(unpacked.rglob("*"), reverse=True), unpacked]:
-        if path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
+            where = f"now {target}"
+        print(f"{name}: {path.relative_to(unpacked)}: {where}")
+    if not any(path.is_file() for path in unpacked.rglob("*")):
+        shutil.rmtree(unpacked)
 
 
 def put_beside(name: str, folders: Folders) -> None:
@@ -90,15 +86,13 @@ def put_beside(name: str, folders: Folders) -> None:
     Raises InputError where the order cannot be proved, or boxes of unknown order lie beside the features.
     """
     positions, features = folders.data / "pfan" / name, folders.data / name
-    splits = [path.name.removesuffix("_boxes.npy") for path in sorted(positions.glob("*_boxes.npy"))]
-    if splits and all((positions / f"{split}_{kind}").exists() for split in splits for kind in ("ims.npy", "caps.txt")):
-        print(f"{positions}: features, captions and positions, which train as they are: --data_path {positions.parent}")
-
-    def is_there(split, *kinds):
-        return all((features / f"{split}_{kind}").exists() for kind in kinds)
-
-    # a record tells boxes that align.py has put there, which refuses to replace any other ones
-    todo = [s for s in splits if is_there(s, "ims.npy") and not is_there(s, "boxes.npy", "made.json")]
+    todo = []
+    for path in sorted(positions.glob("*_boxes.npy")):
+        split = path.name.removesuffix("_boxes.npy")
+        # a record tells boxes that align.py has put there, which refuses to replace any other ones
+        ims, *aligned = (features / f"{split}_{kind}" for kind in ("ims.npy", "boxes.npy", "made.json"))
+        if ims.exists() and not all(made.exists() for made in aligned):
+            todo.append(split)
     if todo:
         words = ["--reference", features, "--source", positions, "--out", features, "--splits", *todo]
         print("+ scripts/align.py", *words, flush=True)
@@ -124,7 +118,7 @@ def main() -> None:
     names = [name for name, source in SOURCES.items() if source.item in opt.item or "all" in opt.item]
     folders = Folders(opt.data_path, opt.vocab_path, opt.model_path)
     steps = [(get, name) for name in names]
-    steps += [(put_beside, f"{name}_precomp") for name in ("f30k", "coco") if name in names or "scan" in names]
+    steps += [(put_beside, f"{name}_precomp") for name in POSITIONS if name in names or "scan" in names]
     failed = False
     for step, name in steps:
         try:
@@ -132,8 +126,8 @@ def main() -> None:
         except InputError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr, flush=True)
-    sound = print_table([SOURCES[name] for name in names or SOURCES], folders)
-    sys.exit(0 if not opt.item or (sound and not failed) else 2)
+    print_table(names or list(SOURCES), folders)
+    sys.exit(2 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Fetch, unpack and check the public data: sh scripts/download_data.sh [ITEM …], see --help.
+# Fetch and unpack the public data: sh scripts/download_data.sh [ITEM …], see --help.
 scripts=$(dirname "$0")
 python=$scripts/../.venv/bin/python
 if [ ! -x "$python" ]; then

@@ -1,6 +1,7 @@
 """A local web page to see what one or more models find in a split, and why.
 
-python scripts/explore.py --model_path runs/demo/attention_seed0/model_best.pth.tar --data_path data --split test
+example: python scripts/explore.py --model_path runs/demo/attention_seed0/model_best.pth.tar \\
+    runs/demo/none_seed0/model_best.pth.tar --data_path data --split test
 """
 
 import argparse
@@ -17,11 +18,7 @@ MAX_MODELS = 4
 
 
 def get_parser():
-    parser = argparse.ArgumentParser(
-        description="A local web page to see what models find in a split, and why.",
-        epilog="example: python scripts/explore.py --model_path runs/demo/attention_seed0/model_best.pth.tar "
-        "runs/demo/none_seed0/model_best.pth.tar --data_path data --split test",
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_path", nargs="+", required=True, help=f"checkpoints, side by side; at most {MAX_MODELS}")
     add("--data_path", help="folder of the data sets (default: the checkpoint's)")

@@ -16,6 +16,7 @@ import argparse
 import os
 import re
 
+import msgspec
 from tqdm import tqdm
 
 if not __package__:
@@ -36,7 +37,9 @@ SUFFIX = re.compile(r"\.np[yz]$")
 
 def find_files(folder, problems):
     """{canonical id: path} of the feature files in folder and below it, in the order of their names."""
-    check_folder(folder)
+    if not os.path.isdir(folder):
+        found = "is a file" if os.path.exists(folder) else "no such folder"
+        raise InputError(f"{folder}: {found}, expected a folder of files, one an image")
     paths = {}
     for path in walk(folder, SUFFIX, problems):
         if path.endswith("_info.npy") and os.path.exists(path.removesuffix("_info.npy") + ".npy"):
@@ -49,77 +52,57 @@ def find_files(folder, problems):
     return paths
 
 
-def check_folder(path):
-    if not os.path.isdir(path):
-        found = "is a file" if os.path.exists(path) else "no such folder"
-        raise InputError(f"{path}: {found}, expected a folder of files, one an image")
-
-
 def id_of(path):
     """The id that a file's name gives."""
     return SUFFIX.sub("", os.path.basename(path))
 
 
-def read_sizes(text):
-    """--sizes: {canonical id: (height, width)} of a JSON file, or (height, width) of all images."""
-    if size := parse_size(text):
-        return size
-    sizes, by_id = {}, {}
-    try:
-        for image in json_items(text, "images"):
-            by_id[canonical_id(image["id"])] = size = float(image["height"]), float(image["width"])
-            if "file_name" in image:
-                sizes[canonical_id(image["file_name"])] = size
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = f"{type(error).__name__}: {str(error)[:100]}"
-        raise InputError(f"{text}: expected images with id, height and width ({reason})") from None
+class Image(msgspec.Struct):
+    id: int | str
+    height: float
+    width: float
+    file_name: str | None = None
+
+
+def read_sizes(path):
+    """{canonical id: (height, width)} of a JSON file with COCO's images."""
+    by_id, by_name = {}, {}
+    for image in json_items(path, "images", Image):
+        size = image.height, image.width
+        by_id[canonical_id(image.id)] = by_name[canonical_id(image.file_name or image.id)] = size
     if not by_id:
-        raise InputError(f"{text}: no sizes, expected JSON with images of id, height and width, or HxW")
-    return by_id | sizes  # the id of one image may be the file name of another
+        raise InputError(f"{path}: no sizes, expected JSON with images of id, height and width, or HxW")
+    return by_id | by_name  # the id of one image may be the file name of another
 
 
-class Reader:
-    """Reads the regions of an image by its canonical id. paths: {canonical id: path}. opt: boxes, sizes."""
-
-    def __init__(self, paths, opt):
-        self.paths, self.boxes = paths, opt.boxes
-        self.sizes = read_sizes(opt.sizes) if opt.sizes else None
-
-    def boxes_path(self, name):
-        return os.path.join(self.boxes, id_of(self.paths[name]) + ".npy") if self.boxes else None
-
-    def files(self, image_id):
-        """The paths of an image's files."""
-        name = canonical_id(image_id)
-        paths = (self.paths.get(name), name in self.paths and self.boxes_path(name))
-        return [path for path in paths if path and os.path.isfile(path)]
-
-    def read(self, name):
-        """The Regions of an image. Raises InputError naming the file and what is malformed."""
-        size = self.sizes.get(name) if isinstance(self.sizes, dict) else self.sizes
-        return read_regions(self.paths[name], self.boxes_path(name), size)
-
-    def first(self, names):
-        """The first of these images that can be read, and its Regions. Raises the first InputError where none can."""
-        failure = None
-        for name in names:
-            try:
-                return name, self.read(name)
-            except InputError as error:
-                failure = failure or error
-        raise failure
+def find_sources(opt, problems):
+    """{canonical id: the arguments of read_regions: path, path of the boxes or None, size or None} of the images."""
+    paths = find_files(opt.folder, problems)
+    size = parse_size(opt.sizes) if opt.sizes else None
+    sizes = read_sizes(opt.sizes) if opt.sizes and not size else {}
+    boxes = {name: os.path.join(opt.boxes, id_of(path) + ".npy") for name, path in paths.items()} if opt.boxes else {}
+    return {name: (path, boxes.get(name), sizes.get(name, size)) for name, path in paths.items()}
 
 
-def convert(reader, job, img_dim, problems):
+def read_first(sources, names):
+    """The first of these images that can be read, and its Regions. Raises the first InputError where none can."""
+    failures = []
+    for name in names:
+        try:
+            return name, read_regions(*sources[name])
+        except InputError as error:
+            failures.append(error)
+    raise failures[0]
+
+
+def convert(sources, job, img_dim, problems):
     """Write the images that are not written yet, and report what is malformed or missing."""
     for name in tqdm(job.todo(), unit="image", disable=None):
-        if name not in reader.paths:
+        if name not in sources:
             continue
-        path = reader.paths[name]
+        path = sources[name][0]
         try:
-            regions = reader.read(name)
+            regions = read_regions(*sources[name])
             if regions.features.shape[1] != img_dim:
                 raise InputError(f"features {regions.features.shape}, expected (R, {img_dim}) as in the first file")
             if "boxes" in job.arrays and regions.boxes is None:
@@ -129,8 +112,8 @@ def convert(reader, job, img_dim, problems):
             problems.add("malformed", path, str(error).removeprefix(f"{path}: "))
         else:
             job.check_early()
-    job.counts["of other images"] = len(reader.paths.keys() - job.rows.keys())
-    job.report_missing(reader.paths, "no file of this name")
+    job.counts["of other images"] = len(sources.keys() - job.rows.keys())
+    job.report_missing(sources, "no file of this name")
 
 
 def get_parser():
@@ -155,31 +138,34 @@ def main():
         raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
     if opt.split and opt.ids:
         raise InputError("--split and --ids: expected one of them")
-    if opt.boxes:
-        check_folder(opt.boxes)
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "npz_problems.txt"))
-    paths = find_files(opt.folder, problems)
+    sources = find_sources(opt, problems)
     if opt.split:
-        splits = {opt.split: [id_of(path) for path in paths.values()]}
+        splits = {opt.split: [id_of(path) for path, _, _ in sources.values()]}
     else:
         splits = split_ids(opt.out, opt.ids, problems)
-    reader = Reader(paths, opt)
     listed = [canonical_id(image_id) for ids in splits.values() for image_id in ids]
-    there = [name for name in listed if name in paths]
+    there = [name for name in listed if name in sources]
     if not there:
         raise InputError(f"{opt.folder}: none of the {len(listed)} images of the id lists is there")
-    name, first = reader.first(there)
+    name, first = read_first(sources, there)
     opt.img_dim = first.features.shape[1]
     opt.n_regions = len(first.features) if opt.n_regions is None and opt.regions == "fixed" else default_n_regions(opt)
     arrays = ("ims",) if first.boxes is None else ("ims", "boxes")
-    print(f"{paths[name]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
+    print(f"{sources[name][0]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
+
+    def files(image_id):
+        """The paths of an image's files."""
+        paths = sources.get(canonical_id(image_id), ())[:2]
+        return [path for path in paths if path and os.path.isfile(path)]
+
     settings = {"tool": "npz_to_dataset", "regions": opt.regions, "boxes": opt.boxes, "sizes": opt.sizes}
-    inputs = [opt.sizes] if isinstance(reader.sizes, dict) else []
-    origin = Origin(settings, inputs, reader.files)
+    inputs = [opt.sizes] if opt.sizes and os.path.isfile(opt.sizes) else []
+    origin = Origin(settings, inputs, files)
     with FeatureJob(opt, problems, splits, arrays, origin, opt.regions, source=opt.folder) as job:
         if job.writers:
-            convert(reader, job, opt.img_dim, problems)
+            convert(sources, job, opt.img_dim, problems)
             job.finish("images")
             if first.boxes is None:
                 print("no boxes: train with --position none, or make SPLIT_boxes.npy with position.py")

@@ -20,25 +20,25 @@ if not __package__:
 
 from lib.datasets.ids import SPLITS, canonical_id, split_ids
 from lib.datasets.problems import Problems
-from lib.datasets.tsv_files import FIELDS, SCORES, find_form, form_of_fields, image_id, read_lines
+from lib.datasets.tsv_files import FIELDS, FORMS, SCORES, decode, find_form, image_id, parse_fields, read_lines
 from lib.datasets.writer import Origin
 from lib.errors import InputError, run
 from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
 
 
-def convert(paths, form, job, opt):
+def convert(paths, fields, job, opt):
     """Write the images of the TSV files, and report what is malformed, doubled or missing."""
     whole, damaged = {}, []  # {canonical id: where}, [(canonical id, where, what)]
     for where, values in read_lines(paths):
-        id_text = image_id(values, form)
+        id_text = image_id(values, fields)
         name = canonical_id(id_text)
         try:
-            if len(values) != len(form.fields):
-                raise InputError(f"{len(values)} fields, expected {len(form.fields)}: {', '.join(form.fields)}")
+            if len(values) != len(fields):
+                raise InputError(f"{len(values)} fields, expected {len(fields)}: {', '.join(fields)}")
             if not id_text:
                 raise InputError("no image_id")
-            regions = form.decode(values, form.fields, opt.img_dim) if name in job.rows else None
+            regions = decode(values, fields, opt.img_dim) if name in job.rows else None
             if regions is None:
                 job.counts["of other images"] += 1
             elif name in whole:
@@ -52,19 +52,10 @@ def convert(paths, form, job, opt):
             job.check_early()
     for name, where, what in damaged:
         if name in whole:
-            job.problems.note(where, f"{what}; the image stands whole in {whole[name]}")
+            job.counts["damaged, whole in another line"] += 1
         else:
             job.problems.add("malformed", where, what)
     job.report_missing({*whole, *(name for name, _, _ in damaged)}, "in none of the TSV files")
-
-
-def all_ids(paths, form):
-    """The ids of the TSV files' images in their order. Raises InputError where there are none."""
-    ids = list(dict.fromkeys(image_id(values, form) for _, values in read_lines(paths)))
-    ids = [name for name in ids if name]
-    if not ids:
-        raise InputError(f"{paths[0]}: no images, expected lines of {', '.join(form.fields)}, tab-separated")
-    return ids
 
 
 def get_parser():
@@ -75,7 +66,7 @@ def get_parser():
     add("--all", choices=SPLITS, help="instead of id lists: every image of the TSV, in its order, as this split")
     add("--n_regions", type=int, metavar="N", help="regions an image (default: 36, with --regions all 100)")
     add("--img_dim", type=int, default=2048, help="size of a region's feature (default: %(default)s)")
-    add("--fields", help=f"the columns' names, {FIELDS} among them; best goes by {SCORES}, if there")
+    add("--fields", help=f"the columns' names, {','.join(FIELDS)} among them; best goes by {SCORES}, if there")
     return parser
 
 
@@ -85,19 +76,23 @@ def main():
     for name in ("n_regions", "img_dim"):
         if getattr(opt, name) < 1:
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
-    for path in opt.tsv:
-        if os.path.isfile(path) and not os.path.getsize(path):
-            raise InputError(f"{path}: empty, expected lines of {', '.join(FIELDS.split(','))}, tab-separated")
-    form = form_of_fields(opt.fields) if opt.fields else find_form(opt.tsv)
-    print(f"{opt.tsv[0]}: {form}")
+    form = "--fields" if opt.fields else find_form(opt.tsv)
+    fields = parse_fields(opt.fields) if opt.fields else FORMS[form]
+    print(f"{opt.tsv[0]}: {form} columns: {', '.join(fields)}")
     make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
-    splits = {opt.all: all_ids(opt.tsv, form)} if opt.all else split_ids(opt.out, opt.ids, problems)
-    settings = {"tool": "tsv_to_dataset", "regions": opt.regions, "fields": ",".join(form.fields)}
+    if opt.all:
+        ids = dict.fromkeys(image_id(values, fields) for _, values in read_lines(opt.tsv))
+        splits = {opt.all: [name for name in ids if name]}
+        if not splits[opt.all]:
+            raise InputError(f"{opt.tsv[0]}: no images, expected lines of {', '.join(fields)}, tab-separated")
+    else:
+        splits = split_ids(opt.out, opt.ids, problems)
+    settings = {"tool": "tsv_to_dataset", "regions": opt.regions, "fields": ",".join(fields)}
     origin = Origin(settings, opt.tsv)
     with FeatureJob(opt, problems, splits, ("ims", "boxes"), origin, opt.regions, source=opt.tsv[0]) as job:
         if job.writers:
-            convert(opt.tsv, form, job, opt)
+            convert(opt.tsv, fields, job, opt)
             job.finish("lines")
 
 

@@ -1,7 +1,6 @@
 """Figures of what models find and learn, as PNG files.
 
 python scripts/visualize.py search    --model_path M --sentence "a red ring" --out found.png
-python scripts/visualize.py captions  --model_path M --image 12 --out captions.png
 python scripts/visualize.py positions --model_path M --out positions.png
 python scripts/visualize.py curves    runs/demo/attention_seed0 runs/demo/none_seed0 --out curves.png
 python scripts/visualize.py ablation  --model_path A B C --split test --out ablation.png
@@ -32,15 +31,14 @@ from lib.errors import InputError, run
 from lib.events import METRICS
 from lib.files import check_output, read_lines, replace
 from lib.options import add_options
-from scripts.explorer.groups import Groups
+from scripts.explorer.images import SIDE, SplitImages
 from scripts.explorer.logs import read_events, read_metrics
 from scripts.explorer.names import name_models
-from scripts.explorer.pictures import SIDE, Pictures
 from scripts.features.images import read_image
 from scripts.search.collection import Collection
 from scripts.search.queries import check_query
 
-HEAT, POSITIVE, FRAME = "#ff7a00", "#1a7a3c", "#e7eaee"
+HEAT, FRAME = "#ff7a00", "#e7eaee"
 CURVES = {
     "Le": "loss of a batch, running mean",
     "rsum": "rsum on dev",
@@ -49,33 +47,49 @@ CURVES = {
 }
 SMOOTH = 20  # steps of the running mean
 MAX_RESULTS, MAX_WORDS_SHOWN = 10, 8
-FONT, PLACEHOLDERS = "DejaVu Sans", "Last Resort High-Efficiency"  # the second has a box for every character
-plt.rcParams.update({"font.family": FONT, "font.size": 9, "text.parse_math": False})
+# for what the first lacks the others are asked, which have Chinese
+FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
+INSTALLED = [font for font in FONTS if font in font_manager.get_font_names()]
+plt.rcParams.update({"font.family": INSTALLED, "font.size": 9, "text.parse_math": False})
 
-# ---------------------------------------------------------------- images with attention
+# ---------------------------------------------------------------- a sentence's images
 
 
-def open_split(opt):
-    """A checkpoint's Collection of the split, its data set, and its Pictures."""
+def draw_search(opt):
+    """The best images for a sentence, a row each: the image, then what each of its words attends to."""
     model, loader = load_split(
         opt.model_path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
     )
-    return Collection.encode(model, loader), loader.dataset, Pictures(loader.dataset, opt.images)
+    split, vocab = SplitImages(loader.dataset, opt.images), loader.dataset.vocab
+    check_query(vocab, opt.sentence, "--sentence")
+    collection = Collection.encode(model, loader)
+    found, scores = collection.search(opt.sentence, opt.top)
+    words, tokens = collection.embed(opt.sentence), vocab.tokenize(opt.sentence)
+    # the longest words, in their order: small ones say little
+    shown = sorted(sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))[:MAX_WORDS_SHOWN])
+    size = 1.75 * (1 + len(shown)), 0.5 + 1.4 * len(found)
+    figure, axes = plt.subplots(len(found), 1 + len(shown), figsize=size, squeeze=False, layout="constrained")
+    for row, (image, score) in enumerate(zip(found, scores, strict=True)):
+        draw_image(axes[row, 0], split, image)
+        name = split.ids[image]
+        axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{name}", fontsize=9 if len(name) < 16 else 5.5)
+        t2i = collection.attention(collection.image(image), words)[0]
+        if not np.isfinite(t2i).all():
+            what = f"image {image} of {split.prefix}_ims.npy gives NaN or infinite numbers"
+            raise InputError(f"{opt.model_path}: {what}, expected smaller features or weights")
+        for axis, word in zip(axes[row, 1:], shown, strict=True):
+            draw_image(axis, split, image, t2i[word + 1])  # word 0 is <start>
+    for axis, word in zip(axes[0, 1:], shown, strict=True):
+        axis.set_title(tokens[word] + " (unknown)" * (tokens[word] not in vocab.word2idx), fontsize=9)
+    figure.suptitle("\n".join(textwrap.wrap(f"“{opt.sentence}”", 110)), fontsize=11)
+    return figure
 
 
-def require_finite(values, opt, dataset, image):
-    """values, a model's attention or scores of an image. Raises InputError where one is NaN or infinite."""
-    if not np.isfinite(values).all():
-        what = f"image {image} of {dataset.prefix}_ims.npy gives NaN or infinite numbers"
-        raise InputError(f"{opt.model_path}: {what}, expected smaller features or weights")
-    return values
-
-
-def draw_image(axis, pictures, number, weights=None):
+def draw_image(axis, split, number, weights=None):
     """An image (the 16×16 cells where it has no file) with its regions, lit by weights (R,) where given."""
-    width, height = pictures.size(number)
+    width, height = split.size(number)
     axis.set(xlim=(0, width), ylim=(height, 0), xticks=[], yticks=[], aspect="equal", facecolor=FRAME)
-    path = pictures.files.get(pictures.ids[number])
+    path = split.files.get(split.ids[number])
     if path is None:
         lines = np.arange(1, SIDE) / SIDE
         axis.vlines(width * lines, 0, height, color="white", lw=0.4)
@@ -86,62 +100,16 @@ def draw_image(axis, pictures, number, weights=None):
         except Exception:  # Pillow's readers raise whatever a broken file leads them to
             raise InputError(f"{path}: not an image that can be read") from None
         axis.imshow(pixels, extent=(0, width, height, 0), alpha=1 if weights is None else 0.6)
-    boxes = pictures.boxes(number)
+    boxes = split.boxes(number)
     if boxes is None or (weights is None and path is not None):
         return
-    shares = np.full(len(boxes), 0.3) if weights is None else weights / weights.max()
+    shares = np.zeros(len(boxes)) if weights is None else weights / weights.max()
     for region in np.argsort(shares):
         x1, y1, x2, y2 = boxes[region] * np.tile([width, height], 2)
-        style = {"ec": "#66717d", "lw": 0.6} if weights is None else {"ec": HEAT, "lw": 0.3 + 2 * shares[region]}
-        alpha = 0.7 if weights is None else float(shares[region])
-        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, alpha=alpha, **style))
-
-
-def draw_search(opt):
-    """The best images for a sentence, a row each: the image, then what each of its words attends to."""
-    collection, dataset, pictures = open_split(opt)
-    tokens = collection.vocab.tokenize(opt.sentence)
-    check_query(collection.vocab, opt.sentence, "--sentence")
-    images, scores = collection.search(opt.sentence, min(opt.top, dataset.n_images))
-    words = collection.embed(opt.sentence)
-    # the longest words, in their order: small ones say little
-    shown = sorted(sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))[:MAX_WORDS_SHOWN])
-    size = 1.75 * (1 + len(shown)), 0.5 + 1.4 * len(images)
-    figure, axes = plt.subplots(len(images), 1 + len(shown), figsize=size, squeeze=False, layout="constrained")
-    for row, (image, score) in enumerate(zip(images, scores, strict=True)):
-        draw_image(axes[row, 0], pictures, image)
-        name = pictures.ids[image]
-        axes[row, 0].set_ylabel(f"{row + 1}. {score:.3f}\n{name}", fontsize=9 if len(name) < 16 else 5.5)
-        t2i = require_finite(collection.attention(collection.image(image), words)[0], opt, dataset, image)
-        for axis, word in zip(axes[row, 1:], shown, strict=True):
-            draw_image(axis, pictures, image, t2i[word + 1])  # word 0 is <start>
-    for axis, word in zip(axes[0, 1:], shown, strict=True):
-        axis.set_title(tokens[word] + " (unknown)" * (tokens[word] not in collection.vocab.word2idx), fontsize=9)
-    figure.suptitle("\n".join(textwrap.wrap(f"“{opt.sentence}”", 110)), fontsize=11)
-    return figure
-
-
-def draw_captions(opt):
-    """An image and the best captions for it with their scores; the image's own captions are marked."""
-    collection, dataset, pictures = open_split(opt)
-    if not 0 <= opt.image < dataset.n_images:
-        raise InputError(f"--image {opt.image}: expected 0 to {dataset.n_images - 1}")
-    if not dataset.captions:
-        raise InputError(f"{dataset.prefix}: no captions, expected those of which the best are drawn")
-    scores = require_finite(collection.score_captions(collection.image(opt.image)), opt, dataset, opt.image)
-    groups = Groups(dataset.n_images, len(scores))
-    positives = set(groups.captions(groups.of_image(opt.image)))
-    figure, (image, table) = plt.subplots(1, 2, figsize=(12.5, 3.4), width_ratios=(1, 2.7), layout="constrained")
-    draw_image(image, pictures, opt.image)
-    image.set_title(f"Image {pictures.ids[opt.image]}")
-    table.axis("off")
-    for row, caption in enumerate(np.argsort(-scores, kind="stable")[: opt.top]):
-        mark, colour = ("  ✓", POSITIVE) if caption in positives else ("", "black")
-        text = textwrap.shorten(dataset.captions[caption], 130, placeholder=" …")
-        line = f"{row + 1:2}.  {scores[caption]:.3f}  {text}{mark}"
-        table.text(0, 1 - (row + 0.5) / opt.top, line, color=colour, va="center", fontsize=8.5)
-    table.set_title("captions by score; the image's own in green, with ✓", fontsize=9, loc="left")
-    return figure
+        style = {"ec": "#66717d", "lw": 0.6, "alpha": 0.7}
+        if weights is not None:
+            style = {"ec": HEAT, "lw": 0.3 + 2 * shares[region], "alpha": float(shares[region])}
+        axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, **style))
 
 
 # ---------------------------------------------------------------- what position attention learned
@@ -154,8 +122,7 @@ def draw_positions(opt):
     to their random start, what is learned shows in what reaches the scores.
     """
     state = load_checkpoint(opt.model_path)["model"][0]
-    table, fc = (state.get(name) for name in ("position_embedding.weight", "fc.weight"))
-    fc = state.get("fc.weight_v") if fc is None else fc
+    table, fc = state.get("position_embedding.weight"), state.get("fc.weight", state.get("fc.weight_v"))
     if table is None or fc is None or len(table) != N_CELLS + 1:
         raise InputError(f"{opt.model_path}: holds no position embedding, expected --position attention or area")
     parts = table[:N_CELLS].float() @ fc[:, -table.shape[1] :].float().T
@@ -178,31 +145,27 @@ def draw_positions(opt):
 
 
 def read_runs(folder):
-    """[{name: {step: value}}] of the runs logged in a folder: by metrics.csv, or TensorBoard's files of older runs."""
+    """{label: {name: {step: value}}} of the runs in a folder's metrics.csv, or in older versions' TensorBoard files."""
     table = os.path.join(folder, METRICS)
     events = sorted(glob.glob(os.path.join(glob.escape(folder), "*tfevents*")))
     if not events and not os.path.isfile(table):
         raise InputError(f"{folder}: no {METRICS} and no TensorBoard files (names with tfevents) in it")
-    runs = read_metrics(table) if os.path.isfile(table) else read_events(events)
-    logged = sorted({name for run in runs for name in run})
+    runs = read_metrics(table) if os.path.isfile(table) else list(map(read_events, events))
+    logged = sorted({name for scalars in runs for name in scalars})
     if not CURVES.keys() & {*logged}:
         found = ", ".join(logged[:5]) or "nothing"
         raise InputError(f"{folder}: logs {found}, expected {', '.join(CURVES)} of train.py")
-    return runs
+    return {folder + f", run {number}" * (len(runs) > 1): scalars for number, scalars in enumerate(runs, 1)}
 
 
 def draw_curves(opt):
     """Loss, rsum and R@1 of one or more runs against the training step."""
-    runs = [
-        (folder + f", run {number}" * (len(found) > 1), scalars)
-        for folder, found in ((folder, read_runs(folder)) for folder in opt.runs)
-        for number, scalars in enumerate(found, 1)
-    ]
+    runs = {label: scalars for folder in opt.runs for label, scalars in read_runs(folder).items()}
     figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
     for axis, (curve, title) in zip(axes.flat, CURVES.items(), strict=True):
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-        for label, scalars in runs:
+        for label, scalars in runs.items():
             if curve in scalars:
                 steps, values = np.array(sorted(scalars[curve].items()), dtype=float).T
                 n = min(SMOOTH, len(values)) if curve == "Le" else 1
@@ -242,25 +205,6 @@ def draw_ablation(opt):
     return figure
 
 
-# ---------------------------------------------------------------- text as typed
-
-
-def show_as_typed(figure):
-    """Have a figure's texts show every character that an installed font has; half of an emoji is escaped."""
-    texts, families = figure.findobj(Text), [FONT]
-    for text in texts:
-        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
-    missing = {ord(character) for text in texts for character in text.get_text() if character != "\n"}
-    missing -= {*font_manager.get_font(font_manager.findfont(FONT)).get_charmap()}
-    for font in font_manager.fontManager.ttflist:
-        if missing and font.name != PLACEHOLDERS:
-            there = missing & {*font_manager.get_font(font.fname).get_charmap()}
-            families += [font.name] * bool(there)
-            missing -= there
-    for text in texts:
-        text.set_family(families)
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -268,41 +212,39 @@ def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="FIGURE")
 
-    def command(name, draw, text, models=True, many=False, split=True):
-        sub = commands.add_parser(name, help=text, description=(text[0].upper() + text[1:] + ".").replace("%%", "%"))
+    def command(draw, help_text):
+        sub = commands.add_parser(draw.__name__.removeprefix("draw_"), help=help_text, description=draw.__doc__)
         sub.set_defaults(draw=draw)
         sub.add_argument("--out", required=True, metavar="FILE", help="the PNG to write")
         sub.add_argument("--dpi", type=int, default=110, help="pixels an inch (default: %(default)s)")
-        if models:
-            sub.add_argument("--model_path", required=True, nargs="+" if many else None, help="checkpoint")
-        if split:
-            sub.add_argument("--split", default="test", help="dev, test, … (default: %(default)s)")
-            add_options(sub, ("data_path", "vocab_path", "device"), data_path=None, vocab_path=None)
-        return sub.add_argument
+        return sub
 
-    found = command("search", draw_search, "a sentence's best images, and what its words attend to in them")
-    found("--sentence", required=True)
-    captions = command("captions", draw_captions, "an image's best captions")
-    captions("--image", "--picture", type=int, required=True, help="its number in the split, from 0")
-    for add, top in ((found, 4), (captions, 10)):
-        add("--images", metavar="DIR", help="image files (default: SPLIT_images beside the data, if there)")
-        add("--top", type=int, default=top, help=f"results, 1 to {MAX_RESULTS} (default: %(default)s)")
-    learned = "what position attention learned: how alike the cells are to the model"
-    command("positions", draw_positions, learned, split=False)
-    curves = command("curves", draw_curves, "learning curves", models=False, split=False)
-    curves("runs", nargs="+", help="folders given to train.py as --logger_name")
-    command("ablation", draw_ablation, "recalls of several models with 95 %% intervals", many=True)
+    search = command(draw_search, "a sentence's best images, and what its words attend to in them")
+    search.add_argument("--sentence", required=True)
+    search.add_argument("--images", metavar="DIR", help="image files (default: SPLIT_images beside the data, if there)")
+    top = f"images shown, 1 to {MAX_RESULTS} (default: %(default)s)"
+    search.add_argument("--top", type=int, default=4, choices=range(1, MAX_RESULTS + 1), metavar="N", help=top)
+    positions = command(draw_positions, "what position attention learned: how alike the cells are to the model")
+    for sub in (search, positions):
+        sub.add_argument("--model_path", required=True, help="checkpoint")
+    command(draw_curves, "learning curves").add_argument("runs", nargs="+", help="train.py's --logger_name folders")
+    ablation = command(draw_ablation, "recalls of several models with 95 %% intervals")
+    ablation.add_argument("--model_path", required=True, nargs="+", help="checkpoints")
+    for sub in (search, ablation):
+        sub.add_argument("--split", default="test", help="dev, test, … (default: %(default)s)")
+        add_options(sub, ("data_path", "vocab_path", "device"), data_path=None, vocab_path=None)
     return parser
 
 
 def main():
     parser = get_parser()
     opt = parser.parse_args()
-    if not 1 <= getattr(opt, "top", 1) <= MAX_RESULTS or not 20 <= opt.dpi <= 1000:
-        parser.error(f"expected --top 1 to {MAX_RESULTS} and --dpi 20 to 1000")
+    if not 20 <= opt.dpi <= 1000:
+        parser.error("expected --dpi 20 to 1000")
     check_output(opt.out)
     figure, png = opt.draw(opt), io.BytesIO()
-    show_as_typed(figure)
+    for text in figure.findobj(Text):  # of half an emoji, which is no character, the escape
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
     figure.savefig(png, format="png", dpi=opt.dpi)
     replace(opt.out, lambda file: file.write(png.getvalue()))
     print(opt.out)

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 import processes
+import pytest
 from conftest import ROOT
 
 from lib import errors
@@ -23,19 +23,17 @@ from lib import errors
 R, D = 36, 8
 
 
-def command(name, *args, **more):
-    """A command run as a user types it. more: of Popen."""
-    return processes.run([sys.executable, script(name), *map(str, args)], cwd=ROOT, **more)
+def command(name, *args):
+    """A command run as a user types it."""
+    return processes.run([sys.executable, script(name), *map(str, args)], cwd=ROOT)
 
 
 def script(name):
     return str(ROOT / (f"{name}.py" if (ROOT / f"{name}.py").exists() else f"scripts/{name}.py"))
 
 
-def tool(name, *args, **more):
-    """The same in this process, which saves a start of 2 s, unless there is more. Returns a CompletedProcess."""
-    if more:
-        return command(name, *args, **more)
+def tool(name, *args):
+    """The same in this process, which saves a start of 2 s. Returns a CompletedProcess."""
     module = importlib.import_module(name if (ROOT / f"{name}.py").exists() else f"scripts.{name}")
     with contextlib.chdir(ROOT):
         return call(module.main, script(name), *args)
@@ -74,9 +72,9 @@ def ok(name, *args):
     return done.stdout
 
 
-def fails(name, *args, **more):
+def fails(name, *args):
     """What a tool that stops with one line says."""
-    done = tool(name, *args, **more)
+    done = tool(name, *args)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     return done.stderr.strip().splitlines()[-1]
 
@@ -141,9 +139,16 @@ def no_leftovers(folder):
     return not [path.name for path in folder.iterdir() if path.name.endswith(".part")]
 
 
-def no_file_grows():
-    """For preexec_fn: no file grows beyond 4 KB. The error is that of a full disk, except for its number."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+@contextlib.contextmanager
+def full_disk(size):
+    """Inside, no file grows beyond size bytes. The error is that of a full disk, except for its number."""
+    resource = pytest.importorskip("resource", reason="limits on file sizes need a Unix")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 DIES = """

@@ -1,6 +1,5 @@
 """What a user can do wrong: one clear line on stderr, exit status 2, and nothing half-written."""
 
-import os
 import pickle
 import re
 import shutil
@@ -9,10 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from dataset_commands import Calls, call, tool
+from dataset_commands import Calls, call, command, full_disk, tool
 from folders import random_captions, write_lines
-from processes import run
 from training import NAME, Place
 
 import evaluation
@@ -49,17 +46,13 @@ class Workplace:
         changed = function(array)
         np.save(self.path(name), array if changed is None else changed)
 
-    def refusal(self, main, *flags):
-        """Run a command in this process; it must end as every user error does. Returns what follows `error: `."""
+    def refusal(self, run, *args):
+        """What follows `error: ` where run(*args), a CompletedProcess, must end as every user error does."""
         before = self.files()
-        done = call(main, "command", *flags)
-        return self.judge(done.returncode, done.stderr, before)
-
-    def judge(self, status, stderr, before):
-        lines = [line for line in stderr.splitlines() if not LOG_LINE.match(line)]
-        assert status == 2, stderr
-        assert len(lines) == 1 and lines[0].startswith("error: "), stderr
-        assert "Traceback" not in stderr
+        done = run(*args)
+        lines = [line for line in done.stderr.splitlines() if not LOG_LINE.match(line)]
+        assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
         new = self.files() - before
         assert not [name for name in new if name.endswith((".part", ".pth.tar", ".json"))], new
         return lines[0].removeprefix("error: ")
@@ -68,7 +61,7 @@ class Workplace:
         return {str(path) for path in self.root.rglob("*")}
 
     def train(self, *flags):
-        return self.refusal(train.main, *self.line, *flags)
+        return self.refusal(call, train.main, "train.py", *self.line, *flags)
 
     def find(self):
         """What train.py refuses the data with, as check_data.py says too."""
@@ -79,13 +72,8 @@ class Workplace:
 
     def evaluate(self, *flags, model=None):
         places = ["--data_path", self.root / "data", "--vocab_path", self.root / "vocab"]
-        return self.refusal(evaluation.main, "--model_path", model or self.model, *places, *flags)
-
-    def command(self, script, *flags, **options):
-        """Run a script as a user does."""
-        before = self.files()
-        done = run([sys.executable, ROOT / script, *map(str, flags)], **options)
-        return self.judge(done.returncode, done.stderr, before)
+        flags = "--model_path", model or self.model, *places, *flags
+        return self.refusal(call, evaluation.main, "evaluation.py", *flags)
 
 
 @pytest.fixture
@@ -97,65 +85,46 @@ def place(clean, tmp_path):
 # ---------------------------------------------------------------- from the shell
 
 
-def test_train_as_a_command_ends_with_one_line_and_status_2(place):
-    place.path("train_ims.npy").unlink()
-    message = place.command("train.py", *place.line)
-    assert message == f"{place.path('train_ims.npy')}: no such file"
-    assert not (place.root / "runs").exists()
-
-
 def test_an_error_in_a_worker_process_is_the_same_one_line(place):
     place.change("train_ims.npy", lambda ims: ims[7, 3].fill(np.nan))
-    message = place.command("train.py", *place.line, "--workers", 2)
+    message = place.refusal(command, "train", *place.line, "--workers", 2)
     assert message == f"{place.path('train_ims.npy')}, image 7: NaN or infinite features, expected numbers"
 
 
-@pytest.mark.parametrize(("size", "file"), [(100_000, "runs/checkpoint_0.pth.tar"), (20, "runs/log")])
-def test_a_disk_that_fills_up_is_one_line_and_leaves_no_broken_checkpoint(place, size, file):
-    """A limit on file sizes stands in for the disk: the checkpoint takes more than 100 kB, TensorBoard's first event
-    more than 20 bytes."""
-    resource = pytest.importorskip("resource", reason="limits on file sizes need a Unix")
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    # coverage would want to write its own files there
-    env = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_PROCESS")}
-    assert str(place.root / file) in place.command("train.py", *place.line, preexec_fn=limit, env=env)
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_broken_checkpoint(place):
+    """The checkpoint takes more than 100 kB, nothing else does."""
+    with full_disk(100_000):
+        assert str(place.root / "runs/checkpoint_0.pth.tar") in place.train()
 
 
 # ---------------------------------------------------------------- features and boxes
 
 
-@pytest.mark.parametrize("name", ["train_ims.npy", "dev_ims.npy", "train_boxes.npy", "dev_boxes.npy", "dev_caps.txt"])
+@pytest.mark.parametrize("name", ["train_ims.npy", "dev_boxes.npy", "dev_caps.txt"])
 def test_a_missing_file_is_named(place, name):
     place.path(name).unlink()
-    assert f"{place.path(name)}: no such file" in place.train()
+    assert place.train() == f"{place.path(name)}: no such file"
+    assert not (place.root / "runs").exists()
 
 
-@pytest.mark.parametrize("keep", [0, 5, 60, 200, 20_000])
-@pytest.mark.parametrize("name", ["train_ims.npy", "dev_boxes.npy"])
+@pytest.mark.parametrize("name, keep", [("train_ims.npy", 0), ("train_ims.npy", 60), ("dev_boxes.npy", 20_000)])
 def test_a_truncated_array_is_named(place, name, keep):
     place.path(name).write_bytes(place.path(name).read_bytes()[:keep])
     message = place.train()
     assert str(place.path(name)) in message and "truncated" in message
 
 
-@pytest.mark.parametrize("content", ["pickle", "text", "npz", "object", "strings"])
+@pytest.mark.parametrize("content", ["pickle", "npz", "object", "strings"])
 def test_an_array_file_that_is_none_is_refused(place, content, tmp_path):
-    trap = tmp_path / "ran"
-    path = place.path("dev_ims.npy")
+    trap, path = tmp_path / "ran", place.path("dev_ims.npy")
     if content == "pickle":
         path.write_bytes(pickle.dumps(Calls(open, str(trap), "w")))
-    elif content == "text":
-        path.write_text("1 2 3\n")
     elif content == "npz":
         with path.open("wb") as file:
             np.savez(file, a=np.zeros(3))
-    elif content == "object":
-        np.save(path, np.array([Calls(open, str(trap), "w")], dtype=object), allow_pickle=True)
     else:
-        np.save(path, np.array(["a", "b"]))
+        values = [Calls(open, str(trap), "w")] if content == "object" else ["a", "b"]
+        np.save(path, np.array(values), allow_pickle=True)
     assert str(path) in place.train()
     assert not trap.exists()
 
@@ -171,10 +140,8 @@ def test_counts_of_boxes_that_do_not_fit_are_shown(place):
     [
         ("train_ims.npy", (12, 36, 24), "16"),
         ("train_ims.npy", (12, 576), "regions"),
-        ("train_ims.npy", (12, 36, 16, 1), "regions"),
         ("train_boxes.npy", (12, 35, 31), "36"),
         ("train_boxes.npy", (12, 36, 4), "30 or 31"),
-        ("dev_boxes.npy", (6, 1080), "30 or 31"),
     ],
 )
 def test_a_wrong_width_is_shown_with_the_one_expected(place, name, shape, expected):
@@ -184,15 +151,11 @@ def test_a_wrong_width_is_shown_with_the_one_expected(place, name, shape, expect
     assert f"found {shape}" in message and expected in message.split("expected")[1]
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
 def test_features_that_are_no_numbers_are_named_by_image(place, value):
-    def spoil(ims):
-        ims[4, 35, 15] = value
-
-    place.change("dev_ims.npy", spoil)
-    assert f"{place.path('dev_ims.npy')}, image 4: NaN or infinite" in place.train()
-    place.change("test_ims.npy", spoil)
-    assert f"{place.path('test_ims.npy')}, image 4: NaN or infinite" in place.evaluate()
+    for name, refusal in (("dev_ims.npy", place.train), ("test_ims.npy", place.evaluate)):
+        place.change(name, lambda ims: ims[4, 35, 15:].fill(value))
+        assert f"{place.path(name)}, image 4: NaN or infinite" in refusal()
 
 
 def test_the_image_is_named_as_the_row_of_the_file_in_files_that_repeat_images(place):
@@ -204,7 +167,7 @@ def test_the_image_is_named_as_the_row_of_the_file_in_files_that_repeat_images(p
 
 @pytest.mark.parametrize(
     ("slot", "value", "said"),
-    [(2, x, f"cell index {x}") for x in (-1, 257, 3.5, np.nan, np.inf)] + [(20, x, "weight") for x in (-0.1, np.nan)],
+    [*((2, x, f"cell index {x}") for x in (-1, 257, 3.5)), (20, -0.1, "weight -0.1"), (20, np.nan, "weight nan")],
 )
 def test_a_cell_or_weight_that_is_none_is_named(place, slot, value, said):
     place.change("dev_boxes.npy", lambda boxes: boxes[3, 7, slot : slot + 1].fill(value))
@@ -223,26 +186,14 @@ def test_an_empty_caption_is_named_by_line_and_can_be_accepted(place, monkeypatc
     assert "--allow_empty_captions" in message
     monkeypatch.setattr(sys, "argv", ["train.py", *place.line, "--allow_empty_captions"])
     train.main()
-    checkpoint = place.root / "runs" / "checkpoint_0.pth.tar"
-    evaluation.evalrank(str(checkpoint), split="dev")
+    assert (place.root / "runs" / "checkpoint_0.pth.tar").exists()
 
 
 def test_a_missing_vocabulary_names_the_command_that_makes_it(place):
     place.vocab.unlink()
-    older = load_checkpoint(str(place.model))
-    del older["words"]
-    torch.save(older, place.root / "older.pth.tar")
-    for message in (place.train(), place.evaluate(model=place.root / "older.pth.tar")):
-        assert f"{place.vocab}: no such vocabulary; name its folder with --vocab_path, or" in message
-        assert f"python vocab.py --data_path DATA_PATH --data_name {NAME}" in message
-
-
-def test_a_vocabulary_that_does_not_fit_the_checkpoint_shows_both_sizes(place):
-    words = len(load_checkpoint(str(place.model))["model"][1]["embed.weight"])
-    place.vocab.write_text('{"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "a": 4}}')
-    for message in (place.evaluate(), place.train("--resume", place.model)):
-        assert str(place.model) in message
-        assert f" {words} words" in message and "one of 5" in message
+    message = place.train()
+    assert f"{place.vocab}: no such vocabulary; name its folder with --vocab_path, or" in message
+    assert f"python vocab.py --data_path DATA_PATH --data_name {NAME}" in message
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -273,23 +224,13 @@ def test_a_checkpoint_to_resume_that_is_not_there_is_named(place):
     [
         ("--batch_size 1", "at least 2"),
         ("--num_epochs 0", "at least 1"),
-        ("--log_step 0", "at least 1"),
-        ("--val_step 0", "at least 1"),
-        ("--lr_update 0", "at least 1"),
-        ("--mean_warmup_epochs -1", "at least 0"),
         ("--workers -1", "at least 0"),
         ("--agg_func Foo", "LogSumExp"),
         ("--cross_attn both", "t2i"),
         ("--lambda_lse 0 --agg_func LogSumExp", "--lambda_lse 0.0: expected a positive number"),
-        ("--raw_feature_norm l3norm", "clipped_l2norm"),
         ("--precomp_enc_type fancy", "weight_norm"),
-        ("--position left", "attention"),
         ("--device toaster", "toaster"),
-        ("--matmul_precision low", "highest"),
-        ("--num_layers 0", ""),
         ("--embed_size 0", ""),
-        ("--word_dim 0", ""),
-        ("--learning_rate -1", ""),
         ("--learning_rate nan", ""),
         ("--seed 99999999999999999999", ""),
     ],

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_opt
-from dataset_commands import lxmert_line, tsv_line, vinvl_line
+from dataset_commands import tsv_line, vinvl_line
 from folders import make_folder, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,164 +27,75 @@ import evaluation
 import train
 from data import PrecompDataset
 from lib.checkpoint import load_checkpoint
-from lib.datasets import news
 from lib.datasets.boxes import BoxFile
 from lib.datasets.npz_files import read_npy, read_regions
 from lib.errors import InputError
-from lib.options import MODEL, MODEL_NEWER, WHOLE_IMAGE
 from lib.resume import check_same_options
 from model import SCAN
 from position import position_grid
 from scripts import captions_to_dataset, tsv_to_dataset
-from test_server import compute_map
-from test_server import test as client
-from vocab import build_vocab, deserialize_vocab, from_txt, word_list
+from vocab import deserialize_vocab, word_list
 
 INPUTS = int(os.environ.get("HOSTILE_FILES", 300))
 SECONDS = 20  # more than any of these files may take
 NAME = "toy_precomp"
-AWKWARD = (
-    b"\x00",
-    b"\xff\xfe",
-    b"\xed\xa0\x80",
-    b"\xf0\x9f\xa6\x9c",
-    "\u202eمرحبا بالعالم".encode(),
-    b"\r",
-    b"\n\n",
-    b"\xef\xbb\xbf",
-    "\u2028".encode(),
-    b"NaN",
-    b"-Infinity",
-    b"1e999",
-    b"-1",
-    b"9" * 400,
-    b'"',
-    b"{}",
-    b"[" * 3000,
-    b"null",
-    b"\t",
-    b"a" * 2_000_000,
-    b"\x80\x02",
-    b"PK\x03\x04",
-    b"(((((" * 200,
-    b"'",
-)
+SIZES = {"embed_size": 6, "word_dim": 4, "img_dim": 8}
+AWKWARD = [b"\x00", b"\xff\xfe", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\r", b"\n\n", b"\t", b"\x80\x02", b"PK\x03\x04"]
+AWKWARD += [b"NaN", b"1e999", b"-1", b"9" * 400, b'"', b"{}", b"[" * 3000, b"null", b"a" * 2_000_000]
+AWKWARD += [text.encode() for text in ("\u2028", "\u202e\u0645\u0631\u062d\u0628\u0627", "\U0001f99c")]
 NUMBERS = (b"0", b"-1", b"1e400", b"9" * 20, b"NaN", b'""')
 
 
 # ---------------------------------------------------------------- what reads them
 
 
-def run_script(script, *args):
-    sys.argv = [script.__name__, *map(str, args)]
-    script.main()
+def command(script, flags):
+    """A function that runs a command on a file."""
+
+    def read(path):
+        sys.argv = [script.__name__, *flags.format(path=path, out=path.parent / "out").split()]
+        script.main()
+
+    return read
 
 
 def read_checkpoint(path):
     evaluation.evalrank(str(path), str(path.parent.parent), "train", vocab_path=str(path.parent))
-    words = len(load_checkpoint(str(path))["model"][1]["embed.weight"])
+    checkpoint = load_checkpoint(str(path))
+    words = len(checkpoint["model"][1]["embed.weight"])
     opt = make_opt(resume=str(path), vocab_size=words, batch_size=4, seed=0, device="cpu", **SIZES)
     model = SCAN(opt)
-    check_same_options(str(path), load_checkpoint(str(path)), opt)
-    train.Run(opt, model).resume(load_checkpoint(str(path)), str(path))
+    check_same_options(str(path), checkpoint, opt)
+    train.Run(opt, model).resume(checkpoint, str(path))
     model.train_emb(torch.rand(2, 3, 8), torch.zeros(2, 3, 31), torch.tensor([[1, 4, 2]] * 2), [3, 3])
 
 
 def read_split(path):
-    opt = make_opt(img_dim=8)
     vocab = deserialize_vocab(str(path.parent / f"{NAME}_vocab.json"))
-    dataset = PrecompDataset(str(path.parent), "train", vocab, opt)
+    dataset = PrecompDataset(str(path.parent), "train", vocab, make_opt(img_dim=8))
     for index in range(len(dataset)):
         dataset[index]
 
 
-def read_words(path):
-    deserialize_vocab(str(path)).encode("a man is \u202e \x00 and 🦜")
-
-
-def read_lines(path):
-    from_txt(str(path), allow_empty=True)
-    vocab = build_vocab(str(path.parent), "", [path.name], threshold=1)
-    for caption in from_txt(str(path)):
-        vocab.encode(caption)
-
-
-def read_tsv(path):
-    flags = "--all", "train", "--img_dim", 4, "--n_regions", 2, "--overwrite"
-    run_script(tsv_to_dataset, path, "--out", path.parent / "out", *flags)
-
-
-def read_caption_tsv(path):
-    out = path.parent / "out"
-    run_script(captions_to_dataset, "--tsv", path, "--split", "train", "--out", out, "--overwrite")
-
-
-def read_karpathy(path):
-    run_script(captions_to_dataset, "--karpathy", path, "--out", path.parent / "out", "--overwrite")
-
-
-def read_coco(path):
-    out = path.parent / "out"
-    run_script(captions_to_dataset, "--coco", path, "--split", "train", "--out", out, "--overwrite")
-
-
-def read_boxes(path):
-    position_grid(*BoxFile(str(path), best=True).rows(0, 9))
-
-
-def read_scores(path):
-    compute_map.load_dist_from_file(str(path))
-
-
-def read_test_list(path):
-    news.read_flags(str(path))
-
-
-def read_pictures(path):
-    news.read_words(str(path.parent / "test_list.json"), "sentence")
-    paths = (str(path.parent / name) for name in news.FILES)
-    readers = news.load_img_url_to_id, news.process_tsv_file, news.process_json_file
-    images = news.Images(*(read(path) for read, path in zip(readers, paths, strict=True)))
-    for url in URLS:
-        if not images.missing(url):
-            images.read(url)
-
-
-def read_part(path):
-    with client.held(str(path)) as part:
-        lines = client.read_part(part, ["0123", "4567"])
-    client.write_out(str(path.parent / "out.json"), lines)
-
-
-URLS = ["http://a/1.jpg", "http://a/2.jpg"]
-SIZES = {"embed_size": 6, "word_dim": 4, "img_dim": 8}
+read_tsv = command(tsv_to_dataset, "{path} --out {out} --all train --img_dim 4 --n_regions 2 --overwrite")
+read_caption_lines = command(captions_to_dataset, "--tsv {path} --out {out} --split train --overwrite")
 READERS = {
     "model.pth.tar": read_checkpoint,
     "old_model.pth.tar": read_checkpoint,
     "train_ims.npy": read_split,
     "train_boxes.npy": read_split,
     "train_caps.txt": read_split,
-    "captions.txt": read_lines,
-    f"{NAME}_vocab.json": read_words,
+    f"{NAME}_vocab.json": read_split,
     "regions.tsv": read_tsv,
-    "lxmert.tsv": read_tsv,
     "vinvl.tsv": read_tsv,
-    "captions.tsv": read_caption_tsv,
-    "captions.csv": read_caption_tsv,
-    "results.csv": read_caption_tsv,
-    "karpathy.json": read_karpathy,
-    "coco.json": read_coco,
+    "captions.tsv": read_caption_lines,
+    "captions.csv": read_caption_lines,
+    "karpathy.json": command(captions_to_dataset, "--karpathy {path} --out {out} --overwrite"),
+    "coco.json": command(captions_to_dataset, "--coco {path} --out {out} --split train --overwrite"),
     "image.npz": lambda path: read_regions(str(path)),
-    "image.npy": lambda path: read_regions(str(path)),
     "info.npy": lambda path: read_npy(str(path)),
-    "boxes.npz": read_boxes,
-    "boxes.json": read_boxes,
-    "dist_t2i.json": read_scores,
-    "test_list.json": read_test_list,
-    "test_own.tsv.0": read_pictures,
-    "test_features.json": read_pictures,
-    "img_id.txt": read_pictures,
-    "out.json.part": read_part,
+    "boxes.npz": lambda path: position_grid(*BoxFile(str(path)).rows(0, 9)),
+    "boxes.json": lambda path: position_grid(*BoxFile(str(path), best=True).rows(0, 9)),
 }
 
 
@@ -195,7 +106,13 @@ def valid(tmp_path_factory):
     _, vocab_path = make_folder(str(root), NAME, {"train": 3, "dev": 1}, 2, 3, 8)
     folder = root / "data" / NAME
     shutil.copy(Path(vocab_path) / f"{NAME}_vocab.json", folder)
-    shutil.copy(folder / "train_caps.txt", folder / "captions.txt")
+    write_checkpoints(folder)
+    write_features(folder)
+    write_captions(folder)
+    return folder
+
+
+def write_checkpoints(folder):
     torch.manual_seed(0)
     vocab = deserialize_vocab(str(folder / f"{NAME}_vocab.json"))
     opt = make_opt(data_path="data", data_name=NAME, vocab_path="vocab", batch_size=4, vocab_size=len(vocab), **SIZES)
@@ -208,28 +125,26 @@ def valid(tmp_path_factory):
     state |= {"segment": False, "captions": {"dev": "0" * 64}}
     torch.save(state, folder / "model.pth.tar")
     torch.save(state, folder / "old_model.pth.tar", _use_new_zipfile_serialization=False)
+
+
+def write_features(folder):
     rng = np.random.default_rng(0)
     boxes, features = np.array([[1, 2, 90, 80], [0, 0, 50, 60]], np.float32), rng.random((2, 4), np.float32)
-    scores = features[:, 0].copy()
     write_lines(folder / "regions.tsv", [tsv_line(image, boxes, features, 200, 100) for image in range(2)])
-    write_lines(folder / "lxmert.tsv", [lxmert_line(image, boxes, features, scores) for image in range(2)])
-    write_lines(folder / "vinvl.tsv", [vinvl_line(image, boxes, features, scores) for image in range(2)])
+    write_lines(folder / "vinvl.tsv", [vinvl_line(image, boxes, features, features[:, 0]) for image in range(2)])
     info = {"bbox": boxes, "num_boxes": 2, "image_h": 100, "image_w": np.int64(200)}
     np.savez(folder / "image.npz", x=features, info=info)
-    np.save(folder / "image.npy", features)
     np.save(folder / "info.npy", np.array(info, dtype=object), allow_pickle=True)  # noqa: S301 (to be read safely)
     np.savez(folder / "boxes.npz", ids=["1", "2"], boxes=[boxes, boxes], image_sizes=[[100, 200]] * 2)
     found = [{"image_id": image, "bbox": [1, 2, 50, 60], "score": 0.5} for image in range(2)]
     described = [{"id": image, "height": 100, "width": 200} for image in range(2)]
     (folder / "boxes.json").write_text(json.dumps({"images": described, "annotations": found}))
-    (folder / "captions.csv").write_text(
-        "image,caption\n" + "".join(f'{i}.jpg,"a man, who sits {k}"\n' for i in range(2) for k in range(5))
-    )
-    (folder / "results.csv").write_text(
-        "image_name| comment_number| comment\n"
-        + "".join(f"{i}.jpg| {k}| a man sits\n" for i in range(2) for k in range(5))
-    )
-    (folder / "captions.tsv").write_text("".join(f"{i}.jpg\ta man sits {k}\n" for i in range(2) for k in range(5)))
+
+
+def write_captions(folder):
+    pairs = [(f"{i}.jpg", f"a man, who sits {k}") for i in range(2) for k in range(5)]
+    write_lines(folder / "captions.tsv", [f"{name}\t{text}" for name, text in pairs])
+    write_lines(folder / "captions.csv", ["image,caption", *(f'{name},"{text}"' for name, text in pairs)])
     sentences = [{"raw": f"a dog {k}"} for k in range(5)]
     images = [
         {"filename": f"{i}.jpg", "imgid": i, "cocoid": i, "split": split, "sentences": sentences}
@@ -238,16 +153,6 @@ def valid(tmp_path_factory):
     (folder / "karpathy.json").write_text(json.dumps({"images": images, "dataset": "flickr30k"}))
     notes = [{"image_id": i, "id": 5 * i + k, "caption": f"a cat {k}"} for i in range(2) for k in range(5)]
     (folder / "coco.json").write_text(json.dumps({"images": [{"id": 0}, {"id": 1}], "annotations": notes}))
-    scores = {"urls": ["a", "b"], "dist_t2i": [0.5, 0.25], "dist_i2t": [1, 2]}
-    (folder / "dist_t2i.json").write_text(json.dumps(scores) + "\n" + json.dumps(scores) + "\n")
-    item = {"Content": ["a"], "Img_urls": URLS, "Img_flags": [0, 1]}
-    (folder / "test_list.json").write_text(json.dumps(item) + "\n")
-    (folder / "test_own.tsv.0").write_text("1\t20\t10\t36\tAAAA\tAAAA\n2\t20\t10\t36\tAAAA\tAAAA\n")
-    (folder / "test_features.json").write_text("".join(json.dumps([url, [0.5, 1]]) + "\n" for url in URLS))
-    (folder / "img_id.txt").write_text(f"{URLS[0]}\t1\n{URLS[1]}\t2\n")
-    lines = [{**scores, "skipped": ["a reason"], "item": mark} for mark in ("0123", "4567")]
-    (folder / "out.json.part").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
 
 
 RUNNING = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.fork", "socket.connect", "ctypes.dlopen"}
@@ -346,7 +251,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 places = st.sampled_from(
-    "word2idx idx2word idx images annotations urls dist_t2i Img_urls Img_flags sentences filename caption split".split()
+    "word2idx idx2word idx images annotations image_id id bbox sentences filename caption split".split()
 )
 
 
@@ -360,88 +265,46 @@ def test_any_json_ends_in_success_or_one_line(tmp_path_factory, name, value):
     survive(name, folder)
 
 
-@settings(max_examples=max(20, INPUTS // 10))
-@given(text=st.binary(max_size=60) | st.text(st.characters(), max_size=60).map(lambda t: t.encode("utf8", "replace")))
-@pytest.mark.parametrize("name", ["captions.txt", "captions.tsv", "captions.csv", "regions.tsv"])
-def test_any_text_ends_in_success_or_one_line(tmp_path_factory, name, text):
-    folder = tmp_path_factory.getbasetemp() / "text"
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_bytes(text)
-    survive(name, folder)
-
-
-arrays = st.builds(
-    lambda shape, kind, value: np.full(shape, value, kind),
-    st.lists(st.integers(0, 4), max_size=4),
-    st.sampled_from(["f4", "f2", "i8", "u1", "c8", "S3", "U2", "O", "M8[s]", "?"]),
-    st.sampled_from([0, 1, 255]),
-)
-
-
-@settings(max_examples=max(20, INPUTS // 10))
-@given(array=arrays)
-@pytest.mark.parametrize("name", ["train_ims.npy", "train_boxes.npy"])
-def test_arrays_of_any_shape_and_kind_end_in_success_or_one_line(valid, tmp_path_factory, name, array):
-    folder = tmp_path_factory.getbasetemp() / NAME
-    shutil.copytree(valid, folder, dirs_exist_ok=True)
-    np.save(folder / name, array)
-    survive(name, folder)
-
-
 OTHERS = (
     None,
     -1,
-    0,
     2**70,
     10**9,
-    10**5000,
     float("nan"),
-    float("inf"),
-    -1.5,
     True,
-    "x",
     "a\nb",
-    "\0",
     [],
     {},
-    (1, 2),
-    torch.zeros(0),
     torch.zeros(3, 3),
-    torch.tensor(1.0),
     torch.zeros(3, dtype=torch.int64),
 )
 
 
 def change(state, place, value):
-    """A copy of a checkpoint that holds value at place, a list of keys."""
+    """A copy of a checkpoint that holds value at place, keys or indices with dots between."""
     if not place:
         return value
-    key, *rest = place
     if isinstance(state, argparse.Namespace):
         return argparse.Namespace(**change(vars(state), place, value))
-    if isinstance(state, dict):
-        return {**state, key: change(state[key], rest, value)}
-    return [change(x, rest, value) if i == key else x for i, x in enumerate(state)]
+    if isinstance(state, list):
+        state = dict(enumerate(state))
+        return list(change(state, place, value).values())
+    key = next(key for key in state if f"{place}.".startswith(f"{key}."))
+    return {**state, key: change(state[key], place[len(str(key)) + 1 :], value)}
 
 
 @pytest.mark.parametrize(
     "place",
-    [[name] for name in ("epoch", "step", "best_rsum", "Eiters", "model", "optimizer", "random", "opt")]
-    + [["opt", row.name] for row in (*MODEL, *MODEL_NEWER, *WHOLE_IMAGE)]
-    + [["opt", "device"]]
-    + [["optimizer", "param_groups", 0, name] for name in ("params", "lr", "betas", "eps", "amsgrad", "fused")]
-    + [["optimizer", "state", 0], ["optimizer", "state", 0, "step"], ["optimizer", "state", 0, "exp_avg"]]
-    + [["model", 0, "fc.weight"], ["model", 1, "embed.weight"], ["model", 1, "rnn.weight_hh_l0"], ["random"]]
-    + [["words"], ["words", 7], ["segment"], ["captions"], ["captions", "dev"]],
-    ids=lambda place: ".".join(map(str, place)),
+    """epoch step best_rsum Eiters model optimizer random words segment captions opt opt.embed_size opt.num_layers
+    opt.cross_attn opt.lambda_softmax opt.bi_gru optimizer.param_groups.0.lr optimizer.param_groups.0.betas
+    optimizer.param_groups.0.fused optimizer.state.0.step optimizer.state.0.exp_avg model.0.fc.weight
+    model.1.rnn.weight_hh_l0 words.7 captions.dev""".split(),
 )
 def test_a_checkpoint_with_another_value_anywhere_ends_in_success_or_one_line(valid, tmp_path, place):
     """Read to evaluate, to resume and to train."""
     folder = tmp_path / NAME
     shutil.copytree(valid, folder)
     state = torch.load(valid / "model.pth.tar", weights_only=False)  # written above
-    newer = {row.name: row.default for row in (*MODEL_NEWER, *WHOLE_IMAGE)}
-    vars(state["opt"]).update(newer, device="cpu")
     for value in OTHERS:
         torch.save(change(state, place, value), folder / "model.pth.tar")
         survive("model.pth.tar", folder)

@@ -17,7 +17,7 @@ def ranks_of(sims):
     return i2t(None, None, None, sims, return_ranks=True)[1][0], t2i(None, None, None, sims, return_ranks=True)[1][0]
 
 
-@pytest.mark.parametrize("shape", [(20, 100), (30, 30), (60, 20)])
+@pytest.mark.parametrize("shape", [(20, 100), (60, 20)])
 def test_the_mean_of_the_hits_is_the_recall(shape):
     sims = np.random.default_rng(0).standard_normal(shape)
     expected = [*i2t(None, None, None, sims)[:3], *t2i(None, None, None, sims)[:3]]
@@ -40,16 +40,6 @@ def test_captions_of_one_image_count_as_one_draw():
     values = group_hits(np.where(one.ravel(), 0, 99), t2i_ranks)
     low, high = bootstrap(values)
     assert low[3] == low[0] and high[3] == high[0]
-
-
-def test_a_paired_difference_is_surer_than_two_intervals():
-    """Two models that agree on most queries: their difference is known better than either recall."""
-    rng = np.random.default_rng(0)
-    first = 100.0 * (rng.random((300, 1)) < 0.5)
-    second = np.where(rng.random((300, 1)) < 0.1, 100 - first, first)
-    low, high = bootstrap(first)
-    pair_low, pair_high = bootstrap(first - second)
-    assert pair_high - pair_low < 0.7 * (high - low)
 
 
 @pytest.fixture(scope="module")

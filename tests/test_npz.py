@@ -11,7 +11,7 @@ from dataset_commands import Calls, D, R, detected, fails, no_leftovers, ok
 from folders import write_lines
 
 from lib.datasets import plain_pickle
-from lib.datasets.npz_files import read_npy, read_regions, read_sizes
+from lib.datasets.npz_files import read_regions
 from lib.errors import InputError
 from position import position_grid
 
@@ -27,12 +27,6 @@ def images_of(count, n=R, seed=0):
 def save(path, **arrays):
     path.parent.mkdir(exist_ok=True)
     np.savez_compressed(path, **arrays)
-
-
-def write_one_array_each(folder, images):
-    for i, (boxes, features) in enumerate(images):
-        size = {"image_h": 375, "image_w": 500, "num_bbox": len(boxes)}
-        save(folder / f"COCO_val2014_{i:012}.jpg.npz", x=features, bbox=boxes, **size, info={"objects": np.arange(R)})
 
 
 def write_info(folder, images):
@@ -54,16 +48,15 @@ def write_npy_with_info(folder, images):
         np.save(folder / f"{i}_info.npy", np.array(info, dtype=object))
 
 
-LAYOUTS = [write_one_array_each, write_info, write_transposed, write_npy_with_info]
+LAYOUTS = [write_info, write_transposed, write_npy_with_info]
 
 
-@pytest.mark.parametrize("n", [20, R])
 @pytest.mark.parametrize("write", LAYOUTS)
-def test_files_of_extractors_become_a_dataset(tmp_path, write, n):
-    images = images_of(3, n)
+def test_files_of_extractors_become_a_dataset(tmp_path, write):
+    images = images_of(3, 20)
     write(tmp_path / "in", images)
     out = ok("npz_to_dataset", tmp_path / "in", "--out", tmp_path / "o", "--split", "test")
-    assert f"features ({n}, {D}), boxes" in out and "test: 3 of 3 images" in out
+    assert f"features (20, {D}), boxes" in out and "test: 3 of 3 images" in out
     features, grids = (np.load(tmp_path / f"o/test_{name}.npy") for name in ("ims", "boxes"))
     np.testing.assert_array_equal(features, [features for _, features in images])
     np.testing.assert_array_equal(grids, [position_grid(boxes, SIZE) for boxes, _ in images])
@@ -155,15 +148,6 @@ def test_damaged_missing_and_doubled_images_are_named_and_can_be_left_out(tmp_pa
     )
 
 
-def test_files_extracted_again_are_not_taken_for_the_old_ones(tmp_path):
-    write_info(tmp_path / "in", images_of(5))
-    args = (tmp_path / "in", "--out", tmp_path / "o", "--split", "train")
-    ok("npz_to_dataset", *args)
-    assert "there already" in ok("npz_to_dataset", *args)
-    write_info(tmp_path / "in", images_of(5, seed=1))
-    assert "made otherwise; --overwrite" in fails("npz_to_dataset", *args)
-
-
 def test_linked_folders_are_followed_once_and_names_that_are_not_utf8_are_named(tmp_path):
     write_info(tmp_path / "disk", images_of(3))
     write_transposed(tmp_path / "in", images_of(1, seed=1))
@@ -192,52 +176,54 @@ def test_what_is_no_folder_and_files_of_another_kind_are_named(tmp_path):
 # ---------------------------------------------------------------- boxes and sizes of SCAN's kind
 
 
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-def test_sizes_in_an_object_array_of_dicts_are_read(tmp_path, protocol):
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_sizes_in_an_object_array_of_dicts_are_read_and_a_missing_one_is_named(tmp_path, protocol):
     boxes = np.stack([boxes for boxes, _ in images_of(4)])
     sizes = np.array([{"image_w": 500, "image_h": np.int64(375)} for _ in range(4)], dtype=object)
     np.save(tmp_path / "train_ims_bbx.npy", boxes)
-    with open(tmp_path / "train_ims_size.npy", "wb") as file:
-        header = {"descr": "|O", "fortran_order": False, "shape": (4,)}
-        np.lib.format.write_array_header_1_0(file, header)
-        pickle.dump(sizes, file, protocol=protocol)
-    args = (tmp_path / "train_ims_bbx.npy", "--sizes", tmp_path / "train_ims_size.npy", "--out", tmp_path / "o.npy")
-    ok("position", *args)
+    path = tmp_path / "train_ims_size.npy"
+    save_pickle(path, pickle.dumps(sizes, protocol=protocol), (4,))
+    args = ("position", tmp_path / "train_ims_bbx.npy", "--sizes", path, "--out", tmp_path / "o.npy")
+    ok(*args)
     np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), position_grid(boxes, [SIZE] * 4))
-
-
-def test_a_image_without_a_size_is_named(tmp_path):
-    np.save(tmp_path / "s.npy", np.array([{"image_w": 5, "image_h": 5}, {"image_w": 5}], dtype=object))
-    with pytest.raises(InputError, match=r"s.npy: image 1: found .*, expected image_h and image_w"):
-        read_sizes(str(tmp_path / "s.npy"))
+    sizes[1] = {"image_w": 5}
+    save_pickle(path, pickle.dumps(sizes, protocol=protocol), (4,))
+    assert "train_ims_size.npy: image 1: found" in fails(*args)
 
 
 # ---------------------------------------------------------------- hostile files
 
 
-def repeated(depth, n):
-    """Lists in lists, each n times the same: n^depth values in a few bytes."""
-    value = [1.0] * n
-    for _ in range(depth - 1):
-        value = [value] * n
-    return value
+def save_pickle(path, data, shape=()):
+    """An .npy file of objects, with a pickle of one's own."""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": shape})
+        file.write(data)
 
 
-@pytest.mark.parametrize("name", ["bbox", "x", "num_boxes", "image_h", "objects_conf"])
-@pytest.mark.parametrize("depth, n", [(30, 2), (2, 20_000)])
-def test_lists_that_a_pickle_repeats_do_not_fill_the_memory(tmp_path, name, depth, n):
-    info = {"bbox": np.ones((2, 4)), "num_boxes": 2, "image_h": 9, "image_w": 9, name: repeated(depth, n)}
-    arrays = {} if name == "x" else {"x": np.ones((2, 3))}
-    np.savez(tmp_path / "1.npz", **arrays, info=np.array(info, dtype=object))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(InputError, match=r"1\.npz: "):
-        read_regions(str(tmp_path / "1.npz"))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+def refusal(tmp_path, data):
+    """What is said of an image whose NAME_info.npy holds this pickle."""
+    np.save(tmp_path / "1.npy", np.ones((2, 3)))
+    save_pickle(tmp_path / "1_info.npy", data)
+    with pytest.raises(InputError, match=r"/1(_info)?\.npy: ") as caught:
+        read_regions(str(tmp_path / "1.npy"))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bbox", "num_boxes", "image_h", "objects_conf"])
+@pytest.mark.parametrize("kind", [list, tuple])
+def test_lists_that_a_pickle_repeats_do_not_fill_the_memory(tmp_path, name, kind):
+    """2^40 values in a few bytes."""
+    value = [1.0]
+    for _ in range(40):
+        value = kind([value, value])
+    info = {"bbox": np.ones((2, 4)), "num_boxes": 2, "image_h": 9, "image_w": 9, name: value}
+    refusal(tmp_path, pickle.dumps(np.array(info, dtype=object)))
 
 
 HOSTILE_PICKLES = {
-    "an index of the memo": b"\x80\x04}r\xff\xff\xff\xff.",
-    "an index of the memo as text": b"\x80\x02}p4000000000\n.",
+    "an index of the memo": b"\x80\x04]r\xff\xff\xff\xff.",
+    "an index of the memo as text": b"\x80\x02]p4000000000\n.",
     "a size beyond the end": b"\x80\x05\x96" + (10**11).to_bytes(8, "little") + b".",
     "deep lists": b"\x80\x02" + b"]" * 200_000 + b"a" * 199_999 + b".",
     "a state for a class": b"\x80\x02cnumpy\ndtype\n}X\x05\x00\x00\x00dtypeK\x01sb.",
@@ -251,9 +237,10 @@ HOSTILE_PICKLES = {
 
 
 @pytest.mark.parametrize("name", HOSTILE_PICKLES)
-def test_pickles_made_to_do_harm_are_refused(name):
-    with pytest.raises(InputError, match="pickle"):
-        plain_pickle.load(HOSTILE_PICKLES[name])
+def test_pickles_made_to_do_harm_are_refused(tmp_path, name):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refusal(tmp_path, HOSTILE_PICKLES[name])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
 
 
 PLAIN = {
@@ -266,30 +253,17 @@ PLAIN = {
 }
 
 
-def same(a, b):
-    if isinstance(a, np.ndarray):
-        return a.dtype == b.dtype and a.shape == b.shape and all(map(same, a.ravel().tolist(), b.ravel().tolist()))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
-
-
 @pytest.mark.parametrize("protocol", range(6))
 def test_plain_values_are_read_from_a_pickle(protocol):
-    assert same(PLAIN, plain_pickle.load(pickle.dumps(PLAIN, protocol=protocol)))
+    read = plain_pickle.load(pickle.dumps(PLAIN, protocol=protocol))
+    assert repr(read).replace("'>i4'", "int32") == repr(PLAIN).replace("'>i4'", "int32")
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_nothing_in_a_pickle_is_run(tmp_path, protocol):
     marker = tmp_path / "it ran"
     for value in (Calls(os.mkdir, str(marker)), {"x": [Calls(eval, f"__import__('os').mkdir({str(marker)!r})")]}, eval):
-        with pytest.raises(InputError, match="pickle of .*, expected numbers, texts, lists, dicts and arrays"):
-            plain_pickle.load(pickle.dumps(value, protocol=protocol))
-        np.savez(tmp_path / "1.npz", x=np.ones((2, 3)), info=np.array([value], dtype=object))
-        with pytest.raises(InputError, match=r"1\.npz: pickle of"):
-            read_regions(str(tmp_path / "1.npz"))
+        assert "expected numbers, texts, lists, dicts and arrays" in refusal(tmp_path, pickle.dumps(value, protocol))
     assert not marker.exists()
 
 
@@ -297,4 +271,4 @@ def test_an_array_that_promises_more_than_it_holds_is_refused(tmp_path):
     with open(tmp_path / "1.npy", "wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (10**12, 3)})
     with pytest.raises(InputError, match=r"1\.npy: truncated array, expected 12000000000000 bytes"):
-        read_npy(str(tmp_path / "1.npy"))
+        read_regions(str(tmp_path / "1.npy"))

@@ -151,8 +151,8 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     [
         ([1, 2, -3, 4], "image 1 (id '6'), box 2: [1.0, 2.0, -2.0, 6.0]: corners are reversed"),
         ([1, float("nan"), 3, 4], "NaN, 3, 4]"),
-        ([1, 2], "annotations 4: found {'bbox': [1, 2], 'image_id': 6} (Expected `array` of length 4, got 2"),
-        (None, "annotations 4: found {'bbox': None, 'image_id': 6}"),
+        ([1, 2], 'annotations 4: found b\'{"image_id": 6, "bbox": [1, 2]}\' (Expected `array` of length 4'),
+        (None, 'annotations 4: found b\'{"image_id": 6, "bbox": null}\''),
     ],
 )
 def test_a_bad_box_in_json_is_named_with_its_image(tmp_path, bbox, said):

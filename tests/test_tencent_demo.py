@@ -5,11 +5,9 @@ import os
 import re
 import socket
 
-import pytest
 from conftest import ROOT
 from processes import free_ports, run
 
-from lib.errors import InputError
 from scripts.demo.make_tencent_demo import beside_chance
 
 
@@ -54,14 +52,3 @@ def test_chance_is_the_mean_share_of_positive_images(tmp_path, capsys):
     assert lines[1] == ["MAP@1", "0.500", "0.750", "0.375"]
     assert lines[5] == ["A@2", "0.500", "0.750", "0.500"]
     assert lines[6] == ["A@3", "0.500", "0.750", "0.000"]
-
-
-@pytest.mark.parametrize(
-    "text, said", [("Len 4 4\n", "measures of 4 items, expected 1"), ("rsum: 3\n", "expected what")]
-)
-def test_results_of_another_test_list_are_not_set_beside_chance(tmp_path, text, said):
-    (tmp_path / "list.json").write_text('{"Img_flags": [1, 0]}\n')
-    measures = "".join(f"{name}@{k}: 0.5 2\n" for name in ("MAP", "Acc") for k in (1, 2, 3))
-    (tmp_path / "one.txt").write_text(text + measures)
-    with pytest.raises(InputError, match=f"one.txt: {said}"):
-        beside_chance([tmp_path / "one.txt"], tmp_path / "list.json")

@@ -5,12 +5,10 @@ import json
 import sys
 
 import pytest
-from conftest import ROOT
-from dataset_commands import command
+from dataset_commands import fails, ok
 from folders import write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from processes import run
 
 import vocab as vocab_module
 from lib.errors import InputError
@@ -40,15 +38,12 @@ def write_captions(root, train, dev=("a",), name="mine"):
     ("caption", "tokens"),
     [
         ("A man runs.", "a man runs ."),
-        ("Two dogs play . ", "two dogs play ."),
         ("Don't they're can't", "do n't they 're ca n't"),
         ('He said "go" (now), ok?', "he said `` go '' ( now ) , ok ?"),
         ("a T-shirt, red-and-white", "a t-shirt , red-and-white"),
-        ("the man's dog", "the man 's dog"),
         ("It costs $5.00 at 3:30", "it costs $ 5.00 at 3:30"),
         ("A dog barks. A cat hides.", "a dog barks . a cat hides ."),
         ("Mr. Smith of the U.S. army waits.", "mr. smith of the u.s. army waits ."),
-        ("Wait... what", "wait ... what"),
         ("ÉTÉ Ünder", "été ünder"),
         ("", ""),
     ],
@@ -64,14 +59,6 @@ def test_tokens_are_those_of_nltk_word_tokenize(shared):
     assert [caption for caption, tokens in pairs if tokenize(caption) != tokens] == []
 
 
-@settings(max_examples=50)
-@given(st.text(st.characters(codec="utf-8"), max_size=60))
-def test_any_text_has_tokens_without_spaces(caption):
-    tokens = tokenize(caption)
-    assert all(token and not any(c in " \t\n" for c in token) for token in tokens)
-    assert bool(tokens) == bool(caption.strip())
-
-
 PIECES = [*"a dog mr can not cannot gon na wanna gotta lemme . ,".split(), " ", "  ", ", ", "-"]
 
 
@@ -81,13 +68,6 @@ def test_plain_captions_are_cut_as_nltk_cuts_them(pieces):
     caption = "".join(pieces)
     split_sentences, split_words = nltk_tokenizers()
     assert tokenize(caption) == [word for part in split_sentences(caption) for word in split_words(part)]
-
-
-def test_jieba_is_loaded_when_chinese_text_first_comes():
-    code = "import sys, vocab; from lib.segmentation import segment; "
-    code += "segment('a red dog'); before = 'jieba' in sys.modules; segment('红球'); "
-    code += "print(before, 'jieba' in sys.modules)"
-    assert run([sys.executable, "-c", code], cwd=ROOT).stdout == "False True\n"
 
 
 def test_tencent_news_lower_cases_ascii_letters_only(shared):
@@ -118,15 +98,6 @@ def test_an_unknown_word_is_unk_and_in_tencent_news_id_0(kind, unknown):
     vocab.add_word("dog")  # once more changes nothing
     assert (vocab("dog"), vocab("cat"), len(vocab)) == (5, unknown, 6)
     assert vocab.encode("A dog zxqvj") == [1, 4, 5, unknown, 2]
-
-
-def test_words_below_the_threshold_and_dropped_words_stay_out(tmp_path):
-    data = write_captions(tmp_path, ["the dog", "the dog", "the cat"], ["cat dog"])
-    words = {n: set(build_vocab(*data, threshold=n).word2idx) for n in (1, 2, 3, 4)}
-    assert {"the", "dog", "cat"} <= words[1] & words[2]
-    assert {"the", "dog"} <= words[3] and "cat" not in words[3]
-    assert words[4] == set(build_vocab(*data).word2idx) == {"<pad>", "<start>", "<end>", "<unk>"}
-    assert "the" not in build_vocab(*data, threshold=1, drop=("the",)).word2idx
 
 
 def test_build_vocab_takes_a_dict_of_caption_files_by_data_name_or_their_list(tmp_path):
@@ -160,13 +131,6 @@ def test_published_vocabularies_are_read(shared, name):
     assert {str(index): word for index, word in vocab.idx2word.items()} == stored["idx2word"]
     assert len(vocab) == stored["idx"]
     assert vocab.encode("zxqvj") == [1, 3, 2]
-
-
-def test_the_published_vocabulary_covers_the_published_captions(shared):
-    vocab = deserialize_vocab(shared / "real" / "vocab" / "f30k_new_vocab.json")
-    captions = from_txt(shared / "real" / "f30k_test" / "train_caps.txt")
-    ids = [i for caption in captions for i in vocab.encode(caption)]
-    assert ids.count(3) < 0.02 * len(ids)  # words seen fewer than four times are unknown
 
 
 def test_a_caption_ends_at_a_newline_only(tmp_path):
@@ -207,13 +171,10 @@ WORDS = {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3}
         ("{", "expected JSON"),
         ("\xff", "expected JSON"),
         ("[" * 100_000, "expected JSON"),
-        ("[]", "expected an object"),
         ('{"word2idx": ["a"]}', "expected an object"),
         ('{"word2idx": {"a": "0"}}', "expected an object"),
-        (json.dumps({"word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2}}), "found no <unk>"),
-        (json.dumps({"word2idx": {**WORDS, "a": 5}}), "gaps"),
-        (json.dumps({"word2idx": {**WORDS, "a": 3}}), "repeats"),
-        (json.dumps({"word2idx": {"dog": 0, "<pad>": 1, "<start>": 2, "<end>": 3, "<unk>": 4}}), "ids 0 to 3"),
+        (json.dumps({"word2idx": {**WORDS, "a": 5}}), "gaps or repeats"),
+        (json.dumps({"word2idx": {"dog": 0, "<pad>": 1, "<start>": 2, "<end>": 3, "<unk>": 4}}), "found 'dog', "),
         (json.dumps({"word2idx": WORDS}), "no words but"),
     ],
 )
@@ -225,48 +186,33 @@ def test_a_file_that_is_no_vocabulary_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_command_writes_the_vocabulary_that_training_reads(tmp_path):
+def test_the_command_replaces_a_vocabulary_of_other_words_only_when_asked(tmp_path):
     data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits .", "the dog ."], ["the cat ."])
     write_lines(tmp_path / "stop.txt", ["the"])
     flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "new" / "vocab"]
-    done = command("vocab", *flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt")
-    assert done.returncode == 0, done.stderr
     path = tmp_path / "new" / "vocab" / "mine_vocab.json"
-    assert str(path) in done.stdout and "7 words" in done.stdout
+    ok("vocab", *flags, "--threshold", 1)
+    before = path.read_bytes()
+    ok("vocab", *flags, "--threshold", 1)  # the same words
+    message = fails("vocab", *flags, "--threshold", 2)
+    assert str(path) in message and "--overwrite" in message
+    assert path.read_bytes() == before
+    out = ok("vocab", *flags, "--threshold", 2, "--stop_words", tmp_path / "stop.txt", "--overwrite")
+    assert str(path) in out and "7 words" in out
     assert set(deserialize_vocab(str(path)).word2idx) - set(WORDS) == {"a", "dog", "."}
 
 
-def test_a_vocabulary_of_other_words_is_replaced_only_when_asked(tmp_path):
-    data_path, name = write_captions(tmp_path, ["A dog runs .", "A dog sits ."], ["a cat ."])
-    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path]
-    path = tmp_path / "mine_vocab.json"
-    assert command("vocab", *flags, "--threshold", 1).returncode == 0
-    before = path.read_bytes()
-    assert command("vocab", *flags, "--threshold", 1).returncode == 0  # the same words
-    done = command("vocab", *flags, "--threshold", 2)
-    assert done.returncode == 2 and str(path) in done.stderr and "--overwrite" in done.stderr
-    assert path.read_bytes() == before
-    assert command("vocab", *flags, "--threshold", 2, "--overwrite").returncode == 0
-    assert path.read_bytes() != before
-
-
-def test_a_vocabulary_without_words_is_refused_with_a_way_out(tmp_path):
-    data_path, name = write_captions(tmp_path, ["一个男人在跑步", "两只狗", "红色的球", "女孩"])
-    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab"]
-    done = command("vocab", *flags)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "mine_vocab.json: no words but <pad> <start> <end> <unk>; --threshold" in done.stderr
-    assert "--segment" in done.stderr and not list((tmp_path / "vocab").iterdir())
-
-
-def test_segmented_chinese_is_read_as_it_was_counted(tmp_path):
+def test_chinese_needs_segment_and_is_read_as_it_was_counted(tmp_path):
     """The vocabulary's file says that its words were cut with jieba, so that whoever reads it cuts captions alike."""
     data_path, name = write_captions(tmp_path, ["一个男人在跑步", "男人跑步", "A red 球"])
-    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab", "--threshold", 1]
-    assert command("vocab", *flags).returncode == 0
+    flags = ["--data_path", data_path, "--data_name", name, "--vocab_path", tmp_path / "vocab"]
+    message = fails("vocab", *flags)
+    assert "mine_vocab.json: no words but <pad> <start> <end> <unk>; --threshold" in message and "--segment" in message
+    assert not list((tmp_path / "vocab").iterdir())
+    ok("vocab", *flags, "--threshold", 1)
     whole = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert not whole.segment and "一个男人在跑步" in whole.word2idx
-    assert command("vocab", *flags, "--segment", "--overwrite").returncode == 0
+    ok("vocab", *flags, "--threshold", 1, "--segment", "--overwrite")
     vocab = deserialize_vocab(str(tmp_path / "vocab" / "mine_vocab.json"))
     assert vocab.segment and {"男人", "跑步", "red", "球"} <= set(vocab.word2idx)
     assert vocab.tokenize("一个男人在跑步 red") == ["一个", "男人", "在", "跑步", "red"]

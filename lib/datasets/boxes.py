@@ -99,9 +99,9 @@ class BoxFile:
     def _read_coco(self, n_regions, best):
         with open(self.path, "rb") as file:
             is_list = file.read(1000).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        images = {} if is_list else {str(image.id): image for image in self._items("images", CocoImage)}
+        images = {} if is_list else {str(image.id): image for image in json_items(self.path, "images", CocoImage)}
         found, strangers = {name: array("f") for name in images}, 0  # x1, y1, x2, y2, score of each box
-        for item in self._items("" if is_list else "annotations", CocoBox):
+        for item in json_items(self.path, "" if is_list else "annotations", CocoBox):
             name, (x, y, width, height) = str(item.image_id), item.bbox
             if is_list or name in found:
                 found.setdefault(name, array("f")).extend((x, y, x + width, y + height, item.score))
@@ -128,15 +128,6 @@ class BoxFile:
             self.file_names = [image.file_name or name for name, image in images.items()]
             sizes = np.array([(image.height, image.width) for image in images.values()], dtype=np.float64)
             self.sizes = None if np.isnan(sizes).any() else sizes
-
-    def _items(self, name, kind):
-        """Yield the items, as structs of a kind, of the array called name, "" for the whole file."""
-        for number, item in enumerate(json_items(self.path, name)):
-            try:
-                yield msgspec.convert(item, kind)
-            except msgspec.ValidationError as error:
-                place = f"{name or 'detection'} {number}"
-                raise InputError(f"{self.path}: {place}: found {brief(item)} ({error})") from None
 
     def _pick(self, ids_path):
         """Keep the images of an id list, in its order."""

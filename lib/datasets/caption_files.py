@@ -1,26 +1,22 @@
 """Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
 
-import contextlib
 import csv
-import io
-import os
 import re
-from dataclasses import dataclass
 
-from tqdm import tqdm
+import msgspec
 
 from lib.datasets.ids import canonical_id
-from lib.datasets.json_files import HALF, json_items
+from lib.datasets.json_files import json_items
 from lib.datasets.problems import Problems
 from lib.errors import InputError, brief
 from lib.files import read_lines
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test", "dev": "dev", "valid": "dev"}
-SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile(r"\s*[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+\s*")
 IMAGE_COLUMNS = {"image", "image_name", "image_id", "filename", "file_name"}
 CAPTION_COLUMNS = {"caption", "comment", "sentence", "text"}
 PAIR_FORM = "file name, tab, caption"
+SEPARATORS = {"\t": "tabs", "|": '"|"', ",": "commas"}
 CAPTION_NUMBER = re.compile(r"((?<=\.jpg)#\w+)?#\d+$", re.IGNORECASE)  # NAME.jpg#0; NAME.jpg#zhc#0 in Flickr8k-CN
 NUMBERED_NAME = re.compile(r"(\S+#\d+)\s+(.*)")
 ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.csv has a line "NAME.jpg| 4   A dog …"
@@ -29,17 +25,14 @@ ONE_PIPE_LOST = re.compile(r"([^|]+)\|\s*(\d+)\s+([^|]+)")  # Kaggle's results.c
 class Captions:
     """Captions by image, in the order of the source: ids, texts and splits are {canonical id: …}."""
 
-    def __init__(self, problems: Problems):
-        self.problems = problems
+    def __init__(self):
         self.ids, self.texts, self.splits = {}, {}, {}
 
     def add(self, where: str, image_id: str | int, captions: list[str], split: str | None = None) -> None:
-        """Append captions of an image, without empty ones. where: the place in the source. Problems are reported.
+        """Append captions of an image, without empty ones. where: the place in the source.
 
-        Raises TypeError where image_id is no name or a caption no text, InputError where two images would be one.
+        Raises InputError where two images would be one.
         """
-        if not isinstance(image_id, (int, str)):
-            raise TypeError(f"{brief(image_id)} is no name")
         name, image_id = canonical_id(image_id), str(image_id)
         if self.ids.setdefault(name, image_id) != image_id:
             both = f"{brief(self.ids[name])} and {brief(image_id)}"
@@ -47,56 +40,54 @@ class Captions:
         if self.splits.setdefault(name, split) != split:
             raise InputError(f"{where}: {brief(image_id)} stands in {self.splits[name]} and in {split}")
         texts = self.texts.setdefault(name, [])
-        for text in captions:
-            if HALF in text:
-                self.problems.add("malformed", where, "a caption with half of a character (a surrogate), left out")
-            elif text := LINE_END.sub(" ", text).strip():
-                texts.append(text)
+        texts += filter(None, (LINE_END.sub(" ", text).strip() for text in captions))
 
 
-def read_karpathy(path: str, problems: Problems) -> Captions:
+class Sentence(msgspec.Struct):
+    raw: str
+
+
+class KarpathyImage(msgspec.Struct):
+    filename: str
+    sentences: list[Sentence]
+    split: str | None = None
+    cocoid: int | None = None
+
+
+def read_karpathy(path: str) -> Captions:
     """Karpathy's dataset_NAME.json, and JSON of that form: images with filename, sentences with raw, and mostly split.
 
     MS-COCO's test images (those with a cocoid) are testall. Raises InputError naming the image that lacks a field.
     """
-    captions = Captions(problems)
-    for number, item in enumerate(json_items(path, "images"), 1):
-        where = f"{path}: image {number}"
-        try:
-            split = KARPATHY_SPLITS.get(item.get("split"))
-            if split is None and "split" in item:
-                expected = ", ".join(KARPATHY_SPLITS)
-                raise InputError(f"{where}: split {brief(item['split'])}, expected {expected}")
-            split = "testall" if split == "test" and "cocoid" in item else split
-            captions.add(where, item.get("cocoid", item["filename"]), [s["raw"] for s in item["sentences"]], split)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} lacks filename or sentences ({error})") from None
+    captions = Captions()
+    for number, image in enumerate(json_items(path, "images", KarpathyImage)):
+        where = f"{path}: images {number}"
+        split = KARPATHY_SPLITS.get(image.split)
+        if split is None and image.split is not None:
+            raise InputError(f"{where}: split {brief(image.split)}, expected {', '.join(KARPATHY_SPLITS)}")
+        split = "testall" if split == "test" and image.cocoid is not None else split
+        image_id = image.filename if image.cocoid is None else image.cocoid
+        captions.add(where, image_id, [sentence.raw for sentence in image.sentences], split)
     return captions
 
 
-def read_coco(paths: list[str], problems: Problems) -> Captions:
+class CocoCaption(msgspec.Struct, order=True):
+    image_id: int
+    id: int
+    caption: str
+
+
+def read_coco(paths: list[str]) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
-    from pycocotools.coco import COCO
-
-    captions = Captions(problems)
+    captions = Captions()
     for path in paths:
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
-                coco = COCO(path)
-            for image_id in sorted(coco.imgs):
-                annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
-                texts = [SURROGATE.sub(HALF, annotation["caption"]) for annotation in annotations]
-                captions.add(f"{path}: image {image_id}", image_id, texts)
-        except InputError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {str(error)[:100]}"
-            raise InputError(f"{path}: not an official captions file ({reason})") from None
+        for item in sorted(json_items(path, "annotations", CocoCaption)):
+            captions.add(f"{path}: image {item.image_id}", item.image_id, [item.caption])
     return captions
 
 
-def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
-    """Captions of a text file with a caption a line, and the form that was found.
+def read_text(path: str, problems: Problems) -> Captions:
+    """Captions of a text file with a caption a line. Prints the form that was found.
 
     A first line with names of columns (image and caption, image_name and comment …) makes it a table, separated by
     tabs, by "|" (Kaggle's results.csv) or by commas with quotes (Kaggle's captions.txt). Without one, a line is a file
@@ -104,17 +95,17 @@ def read_text(path: str, problems: Problems) -> tuple[Captions, str]:
     Lines of another form are reported to problems.
     """
     lines = read_lines(path)
-    table = _find_table(lines[0]) if lines else None
-    parse, form, first = (_parse_pair, PAIR_FORM, 0) if table is None else (table.parse, str(table), 1)
-    captions = Captions(problems)
-    shown = {"desc": os.path.basename(path), "leave": False, "disable": None}
-    for number, line in enumerate(tqdm(lines[first:], **shown), first + 1):
-        name, text = parse(line)
+    delimiter, columns = _find_table(lines[0]) if lines else ("", [])
+    form = f"{', '.join(columns)} separated by {SEPARATORS[delimiter]}" if columns else PAIR_FORM
+    print(f"{path}: {form}")
+    captions = Captions()
+    for number, line in enumerate(lines[bool(columns) :], 1 + bool(columns)):
+        name, text = _parse_row(line, delimiter, columns) if columns else _parse_pair(line)
         if name and text:
             captions.add(f"{path}, line {number}", CAPTION_NUMBER.sub("", name), [text])
         elif line:
             problems.add("malformed", f"{path}, line {number}", f"expected: {form}")
-    return captions, form
+    return captions
 
 
 def _parse_pair(line):
@@ -124,45 +115,30 @@ def _parse_pair(line):
     return name.strip(), text.strip()
 
 
-@dataclass
-class _Table:
-    """A table of captions: its separator, names of columns, and the indices of the columns of names and captions."""
-
-    delimiter: str
-    columns: list[str]
-    image: int
-    caption: int
-
-    def parse(self, line):
-        """(file name, caption) of a line; both empty where it is malformed."""
-        quoting = csv.QUOTE_MINIMAL if self.delimiter == "," else csv.QUOTE_NONE
-        try:
-            cells = next(csv.reader([line], delimiter=self.delimiter, quoting=quoting, strict=True), [])
-        except csv.Error:
-            return "", ""
-        n = len(self.columns)
-        if self.delimiter == "|" and n == 3 and (repaired := ONE_PIPE_LOST.fullmatch(line)):
-            cells = list(repaired.groups())
-        if self.caption == n - 1:  # a separator within the caption
-            cells[n - 1 :] = [self.delimiter.join(cells[n - 1 :])]
-        if len(cells) != n:
-            return "", ""
-        return cells[self.image].strip(), cells[self.caption].strip()
-
-    def __str__(self):
-        separator = {"\t": "tabs", "|": '"|"', ",": "commas"}[self.delimiter]
-        return f"{', '.join(self.columns)} separated by {separator}"
+def _find_table(line):
+    """(delimiter, names of the columns) that the first line of a file announces; ("", []) where it announces none."""
+    for delimiter in SEPARATORS:
+        columns = [name.strip().strip('"') for name in line.split(delimiter)]
+        if None not in (_column(columns, IMAGE_COLUMNS), _column(columns, CAPTION_COLUMNS)):
+            return delimiter, columns
+    return "", []
 
 
-def _find_table(first_line):
-    """The _Table that the first line of a file announces, or None."""
-    for delimiter in "\t|,":
-        columns = [name.strip().strip('"') for name in first_line.split(delimiter)]
-        names = [name.lower() for name in columns]
-        image, caption = (
-            next((i for i, name in enumerate(names) if name in known), None)
-            for known in (IMAGE_COLUMNS, CAPTION_COLUMNS)
-        )
-        if image is not None and caption is not None:
-            return _Table(delimiter, columns, image, caption)
-    return None
+def _column(columns, known):
+    """The index of the first column whose name is known, or None."""
+    return next((i for i, name in enumerate(columns) if name.lower() in known), None)
+
+
+def _parse_row(line, delimiter, columns):
+    """(file name, caption) of a line of a table; both empty where it is malformed."""
+    n, image, caption = len(columns), _column(columns, IMAGE_COLUMNS), _column(columns, CAPTION_COLUMNS)
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    try:
+        cells = next(csv.reader([line], delimiter=delimiter, quoting=quoting, strict=True), [])
+    except csv.Error:
+        return "", ""
+    if delimiter == "|" and n == 3 and (repaired := ONE_PIPE_LOST.fullmatch(line)):
+        cells = list(repaired.groups())
+    if caption == n - 1:  # a separator within the caption
+        cells[n - 1 :] = [delimiter.join(cells[n - 1 :])]
+    return (cells[image].strip(), cells[caption].strip()) if len(cells) == n else ("", "")

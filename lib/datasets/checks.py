@@ -33,6 +33,26 @@ def check_grids(path: str, grids: np.ndarray, region_counts: Sequence[int]) -> N
                 raise InputError(f"{where}: {name} {values[image, region, slot]}, expected 0 to {largest}")
 
 
+def rows_per_image(path: str, images: np.ndarray) -> int:
+    """How many consecutive rows of images (n, R, D), of the file at path, each image takes: often one for each caption.
+
+    The greatest common divisor of the lengths of the runs of equal rows: two equal images side by side lengthen one
+    run only. Raises InputError where more than a tenth of the images then equal the one before: images are repeated,
+    but not equally often.
+    """
+    starts = np.flatnonzero([True, *~same_as_previous(images)])
+    lengths = np.diff([*starts, len(images)])
+    k = int(np.gcd.reduce(lengths))
+    if (lengths // k - 1).sum() > max(1, MANY_EQUAL * (len(images) // k)):
+        first = int((lengths != lengths[0]).argmax())
+        shown = [f"{starts[i]} to {starts[i] + lengths[i] - 1}" for i in (first - 1, first)]
+        raise InputError(
+            f"{path}: rows {shown[0]} are one image and rows {shown[1]} another, {lengths[first - 1]} and "
+            f"{lengths[first]} times the same: expected each image once, or all equally often"
+        )
+    return k
+
+
 def same_as_previous(images: np.ndarray) -> np.ndarray:
     """Which rows 1…n-1 of images (n, R, D) equal the row before: (n - 1,) bool.
 
@@ -47,32 +67,3 @@ def same_as_previous(images: np.ndarray) -> np.ndarray:
         if same[rows].all():
             break
     return same
-
-
-def rows_per_image(same: np.ndarray) -> int:
-    """How many consecutive rows each image takes, from which rows equal the row before (n - 1,).
-
-    The greatest common divisor of the lengths of the runs of equal rows: two equal images side by side lengthen one
-    run only.
-    """
-    starts = np.flatnonzero(~np.asarray(same, dtype=bool)) + 1
-    return int(np.gcd.reduce(np.diff([0, *starts, len(same) + 1])))
-
-
-def unequal_repeats(same: np.ndarray) -> str | None:
-    """A sentence that names rows where features repeat their images, but not equally often; else None.
-
-    same: which rows equal the row before (n - 1,). Where more than a tenth of what rows_per_image takes for images
-    equal the image before, the rows are repeats, one for each caption of an image. Fewer, or one, are equal images.
-    """
-    k, n = rows_per_image(same), len(same) + 1
-    starts = np.flatnonzero(np.concatenate([[True], ~np.asarray(same, dtype=bool)]))
-    lengths = np.diff([*starts, n])
-    if (lengths // k - 1).sum() <= max(1, MANY_EQUAL * (n // k)):
-        return None
-    first = int((lengths != lengths[0]).argmax())
-    shown = [f"{starts[i]} to {starts[i] + lengths[i] - 1}" for i in (first - 1, first)]
-    return (
-        f"rows {shown[0]} are one image and rows {shown[1]} another, {lengths[first - 1]} and {lengths[first]} times "
-        "the same: expected each image once, or all equally often"
-    )

@@ -31,10 +31,9 @@ def read_ids(path: str, problems: Problems | None = None) -> list[str]:
     Raises InputError where there is no id in it, and without problems for the first of these lines.
     """
     lines = read_lines(path)
-    starts = [i for i, line in enumerate(lines) if i == 0 or line != lines[i - 1]]
-    runs = {end - start for start, end in itertools.pairwise([*starts, len(lines)])}
-    if len(runs) == 1 and runs != {1} and len(set(lines)) == len(starts) > 1:
-        return [lines[i] for i in starts]
+    runs = [(line, len(list(same))) for line, same in itertools.groupby(lines)]
+    if len({n for _, n in runs}) == 1 and len(set(lines)) == len(runs) > 1:
+        lines = [line for line, _ in runs]
     ids, seen = [], {}
     for number, line in enumerate(lines, 1):
         name = canonical_id(line)
@@ -73,6 +72,13 @@ def split_ids(folder: str, id_files: list[str] | None, problems: Problems) -> di
     return {split: read_ids(path, problems) for split, path in files.items()}
 
 
+class ImageName(msgspec.Struct):
+    filename: str
+    filepath: str = ""
+    cocoid: int | str | None = None
+    imgid: int | str | None = None
+
+
 def read_file_names(path: str) -> dict[str, str]:
     """The file names of images, {id: name}, of an id_mapping.json or of Karpathy's dataset_NAME.json.
 
@@ -86,13 +92,11 @@ def read_file_names(path: str) -> dict[str, str]:
     except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     names = {}
-    for number, item in enumerate(json_items(path, "images"), 1):
-        try:
-            image_id = item["cocoid"] if "cocoid" in item else item["imgid"]
-            names[str(image_id)] = os.path.join(item.get("filepath", ""), item["filename"])
-        except (KeyError, TypeError, AttributeError):
-            expected = "expected filename, and cocoid or imgid"
-            raise InputError(f"{path}: image {number}: found {brief(item)}, {expected}") from None
+    for image in json_items(path, "images", ImageName):
+        image_id = image.imgid if image.cocoid is None else image.cocoid
+        if image_id is None:
+            raise InputError(f"{path}: image {brief(image.filename)}: expected cocoid or imgid")
+        names[str(image_id)] = os.path.join(image.filepath, image.filename)
     return names
 
 

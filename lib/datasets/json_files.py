@@ -12,11 +12,6 @@ from tqdm import tqdm
 
 from lib.errors import InputError, brief
 
-# An escape in JSON: a surrogate pair, half of one (six bytes) or another.
-ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
-HALF_LENGTH = 6
-HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
-
 
 def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
     """The value in a small JSON file.
@@ -34,46 +29,29 @@ def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
     return value
 
 
-def json_items(path: str, name: str) -> Iterator[Any]:
-    """Yield the items of the array called name in the object that a JSON file holds; name "": of the array it holds.
+def json_items(path: str, name: str, kind: Any) -> Iterator[Any]:
+    """Yield the items, each a msgspec.Struct of a kind, of the array called name in the object that a JSON file holds.
 
-    Memory: the size of the file and 64 bytes an item; the items become Python objects one by one. Half of a surrogate
-    pair (an emoji cut in two), which is no character, becomes HALF.
-    Raises InputError where the file is truncated or not JSON, or holds no such array.
+    name "": of the array that it holds. Memory: the size of the file and 64 bytes an item; the items become Python
+    objects one by one. Raises InputError where the file is truncated or not JSON, holds no such array, or naming the
+    item (from 0) that is of another kind.
     """
     with open(path, "rb") as file:
         text = file.read().removeprefix(codecs.BOM_UTF8)
-    items = _raw_items(path, name, text)
-    decode = msgspec.json.Decoder().decode
-    for number, item in enumerate(tqdm(items, os.path.basename(path), leave=False, disable=None), 1):
-        try:
-            yield decode(item)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            reason = _describe(error, item)
-            raise InputError(f"{path}: item {number} of {name or 'the array'} is not JSON ({reason})") from None
-
-
-def _raw_items(path: str, name: str, text: bytes) -> Any:
-    """The items of that array in text (bytes), each a msgspec.Raw."""
     array = list[msgspec.Raw]
-    container: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name})
+    container: Any = msgspec.defstruct("Container", [("items", array)], rename={"items": name}) if name else array
+    place, decode = path, msgspec.json.Decoder(kind).decode
     try:
-        return msgspec.json.decode(text, type=container).items if name else msgspec.json.decode(text, type=array)
-    except msgspec.ValidationError:
-        expected = f"an object with an array called {name}" if name else "an array"
-        raise InputError(f"{path}: found {brief(text[:40])}, expected {expected}") from None
-    except (msgspec.DecodeError, RecursionError) as error:
-        mended = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
-        if mended != text:
-            return _raw_items(path, name, mended)
-        raise InputError(f"{path}: truncated or not JSON ({_describe(error, text)})") from None
-
-
-def _describe(error, text):
-    """The reason of a failed decoding, and the text around the byte that it names."""
-    reason = str(error).splitlines()[0]
-    place = re.search(r"\(byte (\d+)\)", reason)
-    if place is None:
-        return reason[:200]
-    start = max(0, int(place[1]) - 20)
-    return f"{reason} near {brief(bytes(text)[start : start + 40])}"
+        found = msgspec.json.decode(text, type=container)
+        items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
+        for number, item in enumerate(items):
+            place, text = f"{path}: {name or 'detection'} {number}", item
+            yield decode(item)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        if isinstance(error, msgspec.ValidationError):
+            raise InputError(f"{place}: found {brief(bytes(text)[:100])} ({reason})") from None
+        if byte := re.search(r"\(byte (\d+)\)", reason):
+            start = max(0, int(byte[1]) - 20)
+            reason += f" near {brief(bytes(text)[start : start + 40])}"
+        raise InputError(f"{place}: truncated or not JSON ({reason})") from None

@@ -14,7 +14,6 @@ import numpy as np
 from lib.datasets import plain_pickle
 from lib.datasets.regions import Regions, are_shares
 from lib.errors import InputError, brief
-from lib.files import open_npy
 
 NAMES = {
     "features": ("x", "feat", "features", "image_features"),
@@ -26,8 +25,6 @@ NAMES = {
 }
 INFO = "info"
 MOST_BYTES = 1 << 28  # in an array; 100 regions of 2,048 values are 0.8 MB
-MOST_VALUES = 1 << 24  # in lists
-FOUR = 4  # corners of a box
 
 
 def read_regions(path: str, boxes_path: str | None = None, size: tuple[float, float] | None = None) -> Regions:
@@ -38,44 +35,36 @@ def read_regions(path: str, boxes_path: str | None = None, size: tuple[float, fl
     Raises InputError naming the file and what is malformed.
     """
     fields = _read_fields(path)
-    source = path
-    try:
-        features = _numbers(fields["features"], "features", 2)
-        scores = None if fields["scores"] is None else _numbers(fields["scores"], "scores", 1)
-        if boxes_path is not None:
-            source, fields["boxes"] = boxes_path, read_npy(boxes_path)
-        boxes = None if fields["boxes"] is None else _numbers(fields["boxes"], "boxes", 2)
-        if boxes is not None and boxes.shape[1] != FOUR:
-            raise InputError(f"boxes {boxes.shape}, expected (R, 4)")
-        source = path
-        if boxes is not None and len(features) != len(boxes) == features.shape[1]:
-            features = features.T
-        count = len(features) if fields["count"] is None else _integer(fields["count"], "num_bbox")
-        too_few = boxes is not None and (len(boxes) < count or (fields["count"] is None and len(boxes) != count))
-        if not 1 <= count <= len(features) or too_few:
-            found = "" if boxes is None else f" and boxes {boxes.shape}"
-            raise InputError(f"{count} regions (num_bbox) with features {features.shape}{found}")
-        if scores is not None:
-            scores = scores[:count] if len(scores) >= count else None
-        if boxes is None:
-            return Regions(None, features[:count], None, scores)
-        size = _size(fields, size) or ((1, 1) if are_shares(boxes) else None)
-        if size is None:
-            raise InputError("no image_h and image_w in it, and boxes in pixels; --sizes gives them")
-        return Regions(boxes[:count], features[:count], size, scores)
-    except InputError as error:
-        raise InputError(str(error) if str(error).startswith(f"{source}: ") else f"{source}: {error}") from None
+    features = _numbers(path, "features", fields["features"], 2)
+    scores = None if fields["scores"] is None else _numbers(path, "scores", fields["scores"], 1)
+    if boxes_path is not None:
+        fields["boxes"] = read_npy(boxes_path)
+    boxes = None if fields["boxes"] is None else _numbers(boxes_path or path, "boxes", fields["boxes"], 2)
+    if boxes is not None and len(features) != len(boxes) == features.shape[1]:
+        features = features.T
+    count = len(features) if fields["count"] is None else _integer(path, "num_bbox", fields["count"])
+    n_boxes = count if boxes is None else len(boxes)
+    if count > len(features) or count > n_boxes or (fields["count"] is None and count < n_boxes):
+        found = "" if boxes is None else f" and boxes {boxes.shape}"
+        raise InputError(f"{path}: {count} regions (num_bbox) with features {features.shape}{found}")
+    if scores is not None:
+        scores = scores[:count] if len(scores) >= count else None
+    if boxes is None:
+        return Regions(None, features[:count], None, scores)
+    if boxes.shape[1] != 4:
+        raise InputError(f"{boxes_path or path}: boxes {boxes.shape}, expected (R, 4)")
+    size = _size(path, fields) or size or ((1, 1) if are_shares(boxes) else None)
+    if size is None:
+        raise InputError(f"{path}: no image_h and image_w in it, and boxes in pixels; --sizes gives them")
+    return Regions(boxes[:count], features[:count], size, scores)
 
 
-def read_npy(path: str) -> np.ndarray:
+def read_npy(path: str) -> Any:
     """An array of an .npy file, also one of objects of plain types. Raises InputError naming the file."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
-    try:
-        with open(path, "rb") as file:
-            return _read_array(file, os.path.getsize(path))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    with open(path, "rb") as file:
+        return _read_array(path, file, os.path.getsize(path))
 
 
 def read_sizes(path: str) -> np.ndarray:
@@ -83,20 +72,17 @@ def read_sizes(path: str) -> np.ndarray:
 
     Raises InputError naming the file, and the image that lacks a size.
     """
-    try:
-        return open_npy(path)
-    except InputError:
-        array = read_npy(path)
-        if not isinstance(array, np.ndarray) or array.dtype != object:
-            raise
+    array = read_npy(path)
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"{path}: found {brief(array)}, expected an array")
+    if array.dtype.kind in "fiu":
+        return array
     sizes = np.empty((array.size, 2))
-    for number, item in enumerate(array.ravel()):
-        try:
-            size = _size(_known_names([item] if isinstance(item, dict) else []), None)
-        except InputError as error:
-            raise InputError(f"{path}: image {number}: {error}") from None
+    for number, item in enumerate(array.flat):
+        where = f"{path}: image {number}"
+        size = _size(where, _known_names(item)) if isinstance(item, dict) else None
         if size is None:
-            raise InputError(f"{path}: image {number}: found {brief(item)}, expected image_h and image_w")
+            raise InputError(f"{where}: found {brief(item)}, expected image_h and image_w")
         sizes[number] = size
     return sizes
 
@@ -110,21 +96,17 @@ def _read_fields(path):
         info_path = path.removesuffix(".npy") + "_info.npy"
         if os.path.isfile(info_path):
             arrays[INFO] = read_npy(info_path)
-    info = arrays.get(INFO)
-    if isinstance(info, np.ndarray) and info.dtype == object and info.size == 1:
-        info = info.item()
-    if info is None or isinstance(info, np.ndarray):
-        info = {}
+    info = arrays.get(INFO, {})
+    if isinstance(info, np.ndarray):
+        info = info.item() if info.dtype == object and info.size == 1 else {}
     if not isinstance(info, dict):
         raise InputError(f"{path}: info is {brief(info)}, expected an object array of a dict")
-    return _known_names([arrays, info])
+    return _known_names({**info, **arrays})
 
 
-def _known_names(sources):
-    return {
-        field: next((source[name] for source in sources for name in names if name in source), None)
-        for field, names in NAMES.items()
-    }
+def _known_names(values):
+    """{name in NAMES: the value of the first of its spellings, None where there is none}."""
+    return {field: next((values[name] for name in names if name in values), None) for field, names in NAMES.items()}
 
 
 def _read_npz(path):
@@ -137,23 +119,21 @@ def _read_npz(path):
                 name = member.filename.removesuffix(".npy")
                 if name in known:
                     with archive.open(member) as file:
-                        arrays[name] = _read_array(file, member.file_size)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-    except OSError as error:
-        if error.filename:  # it cannot be opened
-            raise
-        raise InputError(f"{path}: damaged .npz file ({error.strerror or error})") from None
+                        arrays[name] = _read_array(path, file, member.file_size)
+    except InputError:
+        raise
     except Exception as error:  # zipfile and zlib each have their own
+        if getattr(error, "filename", None):  # it cannot be opened
+            raise
         reason = str(error).partition("\n")[0][:100]
         raise InputError(f"{path}: truncated or not an .npz file ({reason})") from None
     return arrays
 
 
-def _read_array(file, n_bytes):
+def _read_array(path, file, n_bytes):
     """The array in an open .npy file of n_bytes."""
     if n_bytes > MOST_BYTES:
-        raise InputError(f"an array of {n_bytes} bytes, expected an image's")
+        raise InputError(f"{path}: an array of {n_bytes} bytes, expected an image's")
     try:
         version = np.lib.format.read_magic(file)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -163,53 +143,38 @@ def _read_array(file, n_bytes):
         size = math.prod(shape) * dtype.itemsize
         if size > n_bytes:
             raise InputError(f"truncated array, expected {size} bytes for {shape}")
-        data = file.read(size)
-        return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
-    except InputError:
-        raise
+        return np.frombuffer(file.read(size), dtype=dtype).reshape(shape, order="F" if is_fortran else "C")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except Exception as error:  # a broken header makes NumPy raise SyntaxError, tokenize's errors and more
         reason = str(error).partition("\n")[0][:100]
-        raise InputError(f"truncated or not an array ({type(error).__name__}: {reason})") from None
+        raise InputError(f"{path}: truncated or not an array ({type(error).__name__}: {reason})") from None
 
 
-def _size(fields, otherwise):
-    """(height, width) that an image's fields hold, else otherwise."""
+def _size(where, fields):
+    """(height, width) that an image's fields hold, or None."""
     if fields["height"] is None or fields["width"] is None:
-        return otherwise
-    return _integer(fields["height"], "image_h"), _integer(fields["width"], "image_w")
+        return None
+    return _integer(where, "image_h", fields["height"]), _integer(where, "image_w", fields["width"])
 
 
-def _numbers(value, name, n_dims):
+def _numbers(path, name, value, n_dims):
     """A finite float32 array with n_dims dimensions."""
     if value is None:
-        raise InputError(f"no {name}, expected one of {', '.join(NAMES[name])}")
-    try:
-        values = _from_lists(value) if isinstance(value, list) else np.asarray(value)
-        if not isinstance(value, (np.ndarray, list)) or values.dtype.kind not in "fiu":
-            raise InputError(f"{name} are {brief(value)}, expected an array of numbers")
-        with np.errstate(over="ignore"):  # to infinite values, which are refused below
-            array = values.astype(np.float32)
-    except (ValueError, OverflowError):
-        raise InputError(f"{name} are {brief(value)}, expected an array of numbers") from None
-    if array.ndim != n_dims or not array.size:
-        raise InputError(f"{name} {array.shape}, expected {n_dims} dimensions")
+        raise InputError(f"{path}: no {name}, expected one of {', '.join(NAMES[name])}")
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+        raise InputError(f"{path}: {name} are {brief(value)}, expected an array of numbers")
+    if value.ndim != n_dims or not value.size:
+        raise InputError(f"{path}: {name} {value.shape}, expected {n_dims} dimensions")
+    with np.errstate(over="ignore"):  # to infinite values, which are refused
+        array = value.astype(np.float32)
     if not np.isfinite(array).all():
-        raise InputError(f"{name}: NaN or infinite values")
+        raise InputError(f"{path}: {name}: NaN or infinite values")
     return array
 
 
-def _from_lists(value):
-    """An array of a list of numbers, or of rows of them. A pickle may repeat a row more often than memory holds."""
-    sizes = [row.size if isinstance(row, np.ndarray) else len(row) if isinstance(row, list) else 1 for row in value]
-    if sum(sizes) > MOST_VALUES:
-        raise ValueError("too many values")
-    if any(isinstance(item, (list, np.ndarray)) for row in value if isinstance(row, list) for item in row):
-        raise ValueError("too many dimensions")
-    return np.array(value)
-
-
-def _integer(value: Any, name: str) -> int:
-    array = np.asarray(None if isinstance(value, list) else value)
+def _integer(where: str, name: str, value: Any) -> int:
+    array = np.asarray(value if isinstance(value, (int, float, np.generic, np.ndarray)) else None)
     if array.size != 1 or array.dtype.kind not in "fiu" or not 1 <= (number := array.item()) < 2**31:
-        raise InputError(f"{name} is {brief(value)}, expected a number of at least 1")
+        raise InputError(f"{where}: {name} is {brief(value)}, expected a number of at least 1")
     return int(number)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lib.datasets import region_match
 from lib.datasets.arrays import open_rows, read_rows
-from lib.datasets.checks import rows_per_image, same_as_previous
+from lib.datasets.checks import rows_per_image
 from lib.datasets.ids import canonical_id
 from lib.datasets.problems import Problems
 from lib.errors import InputError
@@ -57,7 +57,8 @@ class Split:
         """How many images there are: rows of the arrays, unless these repeat an image once per caption."""
         n = min(map(len, arrays.values()), default=0)
         if arrays and captions and n == len(captions):
-            n //= rows_per_image(same_as_previous(arrays.get("ims", next(iter(arrays.values())))))
+            name = "ims" if "ims" in arrays else next(iter(arrays))
+            n //= rows_per_image(f"{self.prefix}_{name}.npy", arrays[name])
         n = n or len(dict.fromkeys(ids or ())) or len(captions or ()) // 5
         if not n:
             raise InputError(f"{self.prefix}: neither arrays nor ids nor captions")
@@ -85,7 +86,7 @@ class Partner(NamedTuple):
         return self.split.read(name, self.row)[0]
 
 
-Finder = Callable[[Split], Iterable[list[Partner]]]
+Hits = dict[str, list[list[Partner]]]
 
 
 def same_features(split: Split, row: int, partner: Partner) -> bool:
@@ -117,29 +118,27 @@ def choose(by: str, reference: Sequence[Split], source: Sequence[Split]) -> str:
         "captions": all(split.digests for split in splits),
         "regions": all("ims" in s.arrays for s in reference) and all("boxes" in s.arrays for s in source),
     }
-    for way in possible if by == "auto" else [by]:
-        if possible[way]:
-            return way
-    raise InputError(
-        "nothing to pair the images by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
-        "in the reference and SPLIT_boxes.npy in the source"
-    )
+    ways = [way for way in possible if possible[way] and by in (way, "auto")]
+    if not ways:
+        raise InputError(
+            "nothing to pair the images by: expected SPLIT_ids.txt or SPLIT_caps.txt in both folders, or SPLIT_ims.npy "
+            "in the reference and SPLIT_boxes.npy in the source"
+        )
+    return ways[0]
 
 
 def pair(
     reference: Sequence[Split], source: Sequence[Split], by: str, problems: Problems
 ) -> dict[str, list[Partner | None]]:
     """{split: [Partner or None, for each reference image]}. What has no partner goes to problems."""
-    find = {"ids": by_ids, "captions": by_captions, "regions": by_regions}[by](source)
-    pairs, used = {}, set()
+    found = {"ids": by_ids, "captions": by_captions, "regions": by_regions}[by](reference, source)
+    pairs = {}
     for split in reference:
         partners = pairs[split.split] = []
         taken: dict = {}
-        name = f"{split.split}: pairing by {by}"
-        for row, hits in enumerate(tqdm(find(split), name, split.n, unit="image", disable=None)):
+        for row, hits in enumerate(found[split.split]):
             hits = nearest(hits, split)
             partners.append(hits[0] if len(hits) == 1 else None)
-            used.update(hits)
             if not hits:
                 problems.add("without a partner", split.title(row), f"nothing like it in {source[0].folder}")
             elif len(hits) > 1:
@@ -148,10 +147,6 @@ def pair(
             elif (first := taken.setdefault(hits[0], row)) != row:
                 partners[row] = None
                 problems.add("ambiguous", split.title(row), f"has the partner of {split.title(first)}")
-    for split in source:
-        left = sum((split, row) not in used for row in range(split.n))
-        if left:
-            print(f"note: {left} of {split.n} images of {split.prefix} are in no split of {reference[0].folder}")
     return pairs
 
 
@@ -164,36 +159,32 @@ def nearest(hits: list[Partner], split: Split) -> list[Partner]:
     return same or [hit for hit in hits if hit.split is hits[0].split]
 
 
-def by_ids(source: Sequence[Split]) -> Finder:
-    """A function of a reference split → each image's partners: one, or none, or more if that cannot be told."""
+def by_ids(reference: Sequence[Split], source: Sequence[Split]) -> Hits:
+    """{split: for each of its images the partners: one, or none, or more where that cannot be told}."""
     index = index_of(source, lambda split: [[name] for name in split.ids])
-    return lambda split: (index.get(name, []) for name in split.ids)
+    return {split.split: [index.get(name, []) for name in split.ids] for split in reference}
 
 
-def by_captions(source: Sequence[Split]) -> Finder:
-    """As by_ids, by the captions: all the same in any order, or else more than half."""
-    by_all = index_of(source, lambda split: [[tuple(sorted(digests))] for digests in split.digests])
-    by_one = index_of(source, lambda split: map(set, split.digests))
+def by_captions(reference: Sequence[Split], source: Sequence[Split]) -> Hits:
+    """As by_ids, by the captions: those that have most of an image's captions, and more than half."""
+    index = index_of(source, lambda split: map(set, split.digests))
 
-    def find(split):
-        for digests in split.digests:
-            hits = by_all.get(tuple(sorted(digests)), [])
-            if not hits:
-                votes = Counter(hit for digest in set(digests) for hit in by_one.get(digest, ()))
-                hits = [hit for hit, count in votes.items() if 2 * count > len(digests)]
-            yield hits
+    def partners(digests):
+        votes = Counter(hit for digest in digests for hit in index.get(digest, ()))
+        most = max(votes.values(), default=0)
+        return [hit for hit, count in votes.items() if count == most and 2 * count > len(digests)]
 
-    return find
+    return {split.split: [partners(set(digests)) for digests in split.digests] for split in reference}
 
 
-def by_regions(source: Sequence[Split]) -> Finder:
+def by_regions(reference: Sequence[Split], source: Sequence[Split]) -> Hits:
     """As by_ids, by which boxes fit the features, see lib/datasets/region_match.py.
 
     Raises InputError where regions do not tell a split's images apart.
     """
     overlaps = {split: signatures(split, "boxes", region_match.overlaps) for split in source}
-
-    def find(split):
+    hits = {}
+    for split in reference:
         same = [other for other in source if other.split == split.split] or source
         candidates = [Partner(other, row) for other in same for row in range(other.n)]
         theirs = overlaps[same[0]] if len(same) == 1 else np.concatenate([overlaps[other] for other in same])
@@ -208,9 +199,8 @@ def by_regions(source: Sequence[Split]) -> Finder:
                 f"better than all others: these features do not tell (fixed windows, random values?), or the boxes "
                 "are of other images"
             )
-        return [[candidates[row]] if row >= 0 else [] for row in rows]
-
-    return find
+        hits[split.split] = [[candidates[row]] if row >= 0 else [] for row in rows]
+    return hits
 
 
 def index_of(splits: Iterable[Split], names: Callable[[Split], Iterable]) -> dict[Any, list[Partner]]:

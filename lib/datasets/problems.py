@@ -11,34 +11,23 @@ MOST_PRINTED = 20
 
 
 class Problems:
-    """Counts problems by kind, prints the first MOST_PRINTED lines and writes all of them to a file at once.
-
-    notes: what is worth knowing and no problem.
-    """
+    """Counts problems by kind, prints the first MOST_PRINTED lines and writes all of them to a file at once."""
 
     def __init__(self, path: str):
         self.path = path
         self.counts: Counter[str] = Counter()
-        self.notes = 0
         self.file: TextIO | None = None
         if os.path.exists(path):
             os.remove(path)
 
     def add(self, kind: str, where: str, what: str) -> None:
         self.counts[kind] += 1
-        self._write(f"{where}: {kind}: {what}")
-
-    def note(self, where: str, what: str) -> None:
-        self.notes += 1
-        self._write(f"{where}: note: {what}")
-
-    def _write(self, line):
+        line = f"{where}: {kind}: {what}"
         self.file = self.file or open(self.path, "w", encoding="utf-8", errors="backslashreplace", buffering=1)
         self.file.write(line + "\n")
-        printed = self.total + self.notes
-        if printed <= MOST_PRINTED:
+        if self.total <= MOST_PRINTED:
             tqdm.write(line, file=sys.stderr)
-        elif printed == MOST_PRINTED + 1:
+        elif self.total == MOST_PRINTED + 1:
             tqdm.write(f"… more of them in {self.path}", file=sys.stderr)
 
     @property

@@ -3,10 +3,11 @@
 import base64
 import binascii
 import functools
+import itertools
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
 
 import msgspec
 import numpy as np
@@ -15,63 +16,40 @@ from tqdm import tqdm
 from lib.datasets.regions import Regions
 from lib.errors import InputError, brief
 
-FIELDS = "image_id,image_w,image_h,num_boxes,boxes,features"
-LXMERT_FIELDS = "image_id,image_h,image_w,objects_id,objects_conf,attrs_id,attrs_conf,num_boxes,boxes,features"
+FIELDS = tuple("image_id image_w image_h num_boxes boxes features".split())
+LXMERT_FIELDS = tuple(
+    "image_id image_h image_w objects_id objects_conf attrs_id attrs_conf num_boxes boxes features".split()
+)
+VINVL_FIELDS = ("image_id", "json")
+FORMS = {"bottom-up-attention's": FIELDS, "LXMERT's": LXMERT_FIELDS, "VinVL's": VINVL_FIELDS}  # {whose: columns}
 SCORES = "objects_conf"  # a column of this name says how sure the detector was of each box
 LONGEST_LINE = 1 << 26  # bytes; 100 regions are 1.1 MB
 HEADER = {b"image_id", b"img_id", b"features"}  # names of columns
 MOST_PIXELS = 1 << 31  # of a side
 LINES_LOOKED_AT = 100  # to tell the form
 BOX_VALUES = 6  # at the end of a VinVL feature: x1, y1, x2, y2, width, height from 0 to 1
-BASE64 = re.compile(rb"\s*(b['\"])?[A-Za-z0-9+/]{6,}=*['\"]?\s*")  # of at least 4 bytes, so that no integer is meant
-KINDS = {  # patterns of the values of columns; of others BASE64
-    "image_id": re.compile(rb".*", re.DOTALL),
-    **dict.fromkeys(("image_w", "image_h", "num_boxes"), re.compile(rb"\s*\d+\s*")),
-    "json": re.compile(rb"\s*[{\[].*", re.DOTALL),
-}
 
 
-@dataclass(frozen=True)
-class TsvForm:
-    """The form of a TSV file: its columns' names, and the decoder of a line.
-
-    decode(values, fields, img_dim) returns Regions and raises InputError saying what is malformed.
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    decode: Callable[[list[bytes], tuple[str, ...], int], Regions]
-
-    def fits(self, values: list[bytes]) -> bool:
-        """Whether a line's values are of the fields' kinds. A cut line glued to a whole one may have as many fields."""
-        pairs = zip(self.fields, values, strict=False)
-        return len(values) == len(self.fields) and all(KINDS.get(name, BASE64).fullmatch(x) for name, x in pairs)
-
-    def __str__(self):
-        return f"{self.name} ({', '.join(self.fields)})"
+def parse_fields(text: str) -> tuple[str, ...]:
+    """The names of columns, separated by commas. Raises InputError where one of FIELDS is missing."""
+    fields = tuple(text.replace("img_", "image_").split(","))
+    if not set(FIELDS) <= set(fields):
+        raise InputError(f"--fields {text}: expected {', '.join(FIELDS)} among them")
+    return fields
 
 
-def form_of_fields(names: str) -> TsvForm:
-    """The form of a file with these columns, separated by commas. Raises InputError where a needed one is missing."""
-    fields = tuple(names.replace("img_", "image_").split(","))
-    if not set(FIELDS.split(",")) <= set(fields):
-        raise InputError(f"--fields {names}: expected {FIELDS} among them")
-    return TsvForm("columns of --fields", fields, decode_columns)
-
-
-def find_form(paths: list[str]) -> TsvForm:
-    """The form of TSV files, told by the kinds of the fields in their first lines; by default bottom-up-attention's.
-
-    Raises InputError where the first LINES_LOOKED_AT lines are of no known form.
-    """
-    for number, (where, values) in enumerate(read_lines(paths, progress=False), 1):
-        for form in FORMS:
-            if form.fits(values):
-                return form
-        if number == LINES_LOOKED_AT:
-            known = "; ".join(map(str, FORMS))
-            raise InputError(f"{where}: none of the lines so far is of a known form ({known}); --fields names columns")
-    return FORMS[0]
+def find_form(paths: list[str]) -> str:
+    """The name in FORMS whose columns are as many as most of the first lines have. Raises InputError for others."""
+    lines = itertools.islice(read_lines(paths, progress=False), LINES_LOOKED_AT)
+    counts = Counter(len(values) for _, values in lines)  # a cut line glued to a whole one has others
+    if not counts:
+        raise InputError(f"{paths[0]}: no images, expected lines of {', '.join(FIELDS)}, tab-separated")
+    n = counts.most_common(1)[0][0]
+    found = next((name for name, fields in FORMS.items() if len(fields) == n), None)
+    if found is None:
+        known = "; ".join(f"{name} {len(fields)}: {', '.join(fields)}" for name, fields in FORMS.items())
+        raise InputError(f"{paths[0]}: lines of {n} fields, expected {known}; --fields names columns")
+    return found
 
 
 def read_lines(paths: list[str], progress: bool = True) -> Iterator[tuple[str, list[bytes]]]:
@@ -90,36 +68,35 @@ def read_lines(paths: list[str], progress: bool = True) -> Iterator[tuple[str, l
                         yield where, values
 
 
-def image_id(values: list[bytes], form: TsvForm) -> str:
+def image_id(values: list[bytes], fields: tuple[str, ...]) -> str:
     """The id of a line's image; "" where the line is too short."""
-    column = form.fields.index("image_id")
+    column = fields.index("image_id")
     return values[column].decode("utf-8", "replace").strip() if column < len(values) else ""
 
 
-def decode_columns(values: list[bytes], fields: tuple[str, ...], img_dim: int) -> Regions:
-    """Decode a line with boxes and features in base64 float32: (num_boxes, 4) and (num_boxes, img_dim)."""
+def decode(values: list[bytes], fields: tuple[str, ...], img_dim: int) -> Regions:
+    """The regions of a line with these columns. Raises InputError saying what is malformed."""
+    return _decode_json(values[1], img_dim) if fields == VINVL_FIELDS else _decode_columns(values, fields, img_dim)
+
+
+def _decode_columns(values, fields, img_dim):
+    """Regions of boxes and features in base64 float32: (num_boxes, 4) and (num_boxes, img_dim)."""
     row = dict(zip(fields, values, strict=True))
-    try:
-        width, height, n = (int(row[name]) for name in ("image_w", "image_h", "num_boxes"))
-    except ValueError:
-        raise InputError("image_w, image_h or num_boxes is no integer") from None
-    if n < 1 or not (1 <= width < MOST_PIXELS and 1 <= height < MOST_PIXELS):
-        found = f"{brief(n)} boxes in an image of {brief(width)}×{brief(height)}"
-        raise InputError(f"{found}, expected at least one, and sides of 1 to {MOST_PIXELS}")
+    width, height, n = (_count(row[name], name) for name in ("image_w", "image_h", "num_boxes"))
     boxes = _floats(row["boxes"], "boxes", n, 4)
     features = _floats(row["features"], "features", n, img_dim)
     scores = _floats(row[SCORES], SCORES, n, 1)[:, 0] if SCORES in row else None
     return Regions(boxes, features, (height, width), scores)
 
 
-def decode_json(values: list[bytes], fields: tuple[str, ...], img_dim: int) -> Regions:
-    """Decode a line of VinVL: a key, and an object of either form.
+def _decode_json(text, img_dim):
+    """Regions of an object of VinVL's, of either form.
 
     {"image_h", "image_w", "objects": [{"rect": [x1, y1, x2, y2], "feature": base64, "conf"}, …]}
     {"num_boxes", "features": base64 of (num_boxes, img_dim + 6)}, the last six values being the box from 0 to 1
     """
     try:
-        value = msgspec.json.decode(values[1])
+        value = msgspec.json.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"not JSON ({str(error).splitlines()[0][:100]})") from None
     try:
@@ -149,9 +126,11 @@ def _decode_objects(value, img_dim):
 
 
 def _count(value, name):
-    if not isinstance(value, int) or not 1 <= value < MOST_PIXELS:
+    """The number of at least 1 that an int, or digits (bytes), are."""
+    number = int(value) if isinstance(value, bytes) and re.fullmatch(rb"\s*\d{1,12}\s*", value) else value
+    if not isinstance(number, int) or not 1 <= number < MOST_PIXELS:
         raise InputError(f"{name} is {brief(value)}, expected 1 to {MOST_PIXELS}")
-    return value
+    return number
 
 
 def _floats(text, name, n, dim):
@@ -168,10 +147,3 @@ def _floats(text, name, n, dim):
     if not np.isfinite(values).all():
         raise InputError(f"{name}: NaN or infinite values")
     return values
-
-
-FORMS = (
-    TsvForm("bottom-up-attention's columns", tuple(FIELDS.split(",")), decode_columns),
-    TsvForm("LXMERT's columns", tuple(LXMERT_FIELDS.split(",")), decode_columns),
-    TsvForm("VinVL's columns", ("image_id", "json"), decode_json),
-)

@@ -4,11 +4,10 @@ import os
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch.nn.functional import normalize
 
 from data import pad
-from lib.constants import N_REGIONS, N_SLOTS, SPECIAL
+from lib.constants import N_REGIONS, SPECIAL
 from lib.files import write_lines
 from position import position_grid
 from train import get_parser
@@ -53,20 +52,12 @@ def random_batch(s, n):
     return torch.rand(n, N_REGIONS, s.img_dim), torch.from_numpy(position_grid(*random_boxes(n))), pad(captions), lens
 
 
-def make_split(s, folder, split, n_images, sparse=False):
-    """Write a split of a data set; sparse: all features and grids are 0, in files that take no space."""
-    os.makedirs(folder, exist_ok=True)
+def make_split(s, folder, split):
+    """Write a split of a data set of s.images images to folder; returns its vocabulary, of s.vocab_size words."""
     rng, prefix = np.random.default_rng(0), os.path.join(folder, split)
-    images = open_memmap(prefix + "_ims.npy", "w+", np.float32, (n_images, N_REGIONS, s.img_dim))
-    boxes = open_memmap(prefix + "_boxes.npy", "w+", np.float32, (n_images, N_REGIONS, 2 * N_SLOTS + 1))
-    if not sparse:
-        images[:] = rng.random(images.shape, dtype=np.float32)
-        boxes[:] = position_grid(*random_boxes(n_images))
-    lens = caption_lengths(rng, n_images * s.per_image)
-    words = (rng.integers(s.vocab_size - len(SPECIAL), size=length - 2) for length in lens)
-    write_lines(prefix + "_caps.txt", (" ".join(f"w{i}" for i in caption) for caption in words))
-
-
-def make_vocab(s):
-    """A vocabulary of s.vocab_size words, the special ones first."""
-    return Vocabulary.from_words([*SPECIAL, *(f"w{i}" for i in range(s.vocab_size - len(SPECIAL)))])
+    np.save(prefix + "_ims.npy", rng.random((s.images, N_REGIONS, s.img_dim), np.float32))
+    np.save(prefix + "_boxes.npy", position_grid(*random_boxes(s.images)))
+    vocab = [f"w{i}" for i in range(s.vocab_size - len(SPECIAL))]
+    lens = caption_lengths(rng, s.images * s.per_image)
+    write_lines(prefix + "_caps.txt", (" ".join(rng.choice(vocab, length - 2)) for length in lens))
+    return Vocabulary.from_words([*SPECIAL, *vocab])

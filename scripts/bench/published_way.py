@@ -2,10 +2,9 @@
 
 One caption at a time, expanded to every image, with contexts of D dimensions; every image encoded once per caption;
 float64 embeddings at evaluation; the loss computed for each encoded batch and the loader read twice; the whole B × B
-loss with autograd; a scalar loop over the cells of each box. Formulas: Lee et al., Stacked Cross Attention for
-Image-Text Matching, ECCV 2018; Wang et al., Position Focused Attention Network for Image-Text Matching, IJCAI 2019.
-The benchmark's flags only: PFAN-A, clipped_l2norm, Mean, bi-GRU. Sizes in the docstrings: I images of R regions, C
-captions, D embed_size.
+loss with autograd. Formulas: Lee et al., Stacked Cross Attention for Image-Text Matching, ECCV 2018; Wang et al.,
+Position Focused Attention Network for Image-Text Matching, IJCAI 2019. The benchmark's flags only: PFAN-A,
+clipped_l2norm, Mean, bi-GRU. Sizes in the docstrings: I images of R regions, C captions, D embed_size.
 """
 
 import numpy as np
@@ -13,31 +12,6 @@ import torch
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import model
-
-
-def position_grid(box, height, width, n=16, top_n=15):
-    """One box x1, y1, x2, y2 in pixels → a list of top_n cells, top_n weights and the box's share of the image."""
-    x1, y1, x2, y2 = box
-    cell_width, cell_height = width / n, height / n
-    areas = []
-    for column in range(n):
-        for row in range(n):
-            w = min(x2, (column + 1) * cell_width) - max(x1, column * cell_width)
-            h = min(y2, (row + 1) * cell_height) - max(y1, row * cell_height)
-            if w > 0 and h > 0:
-                areas.append((w * h, column * n + row))
-    areas = sorted(areas, reverse=True)[:top_n]
-    total = sum(area for area, _ in areas)
-    unused = top_n - len(areas)
-    cells = [cell for _, cell in areas] + [n * n] * unused
-    weights = [area / total for area, _ in areas] + [0.0] * unused
-    return cells + weights + [(x2 - x1) * (y2 - y1) / (width * height)]
-
-
-def position_grids(boxes, sizes):
-    """Boxes (n, R, 4), heights and widths (n, 2) → (n, R, 31)."""
-    pairs = zip(boxes.tolist(), sizes.tolist(), strict=True)
-    return np.array([[position_grid(box, *size) for box in image] for image, size in pairs], dtype=np.float32)
 
 
 class EncoderImage(model.EncoderImagePrecomp):
@@ -89,11 +63,9 @@ class Published(model.SCAN):
     def forward_loss(self, *embeddings):
         """Hinge loss of all B × B pairs, of which the hardest of each row and column count."""
         scores = self.score(*embeddings)
-        positives = scores.diag().view(-1, 1)
-        cost_s = (self.opt.margin + scores - positives.expand_as(scores)).clamp(min=0)
-        cost_im = (self.opt.margin + scores - positives.t().expand_as(scores)).clamp(min=0)
         diagonal = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
-        cost_s, cost_im = cost_s.masked_fill(diagonal, 0), cost_im.masked_fill(diagonal, 0)
+        cost_s = (self.opt.margin + scores - scores.diag()[:, None]).clamp(min=0).masked_fill(diagonal, 0)
+        cost_im = (self.opt.margin + scores - scores.diag()).clamp(min=0).masked_fill(diagonal, 0)
         return cost_s.max(1)[0].sum() + cost_im.max(0)[0].sum()
 
 

@@ -14,7 +14,7 @@ import argparse
 import base64
 import json
 import os
-import re
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -55,19 +55,20 @@ WHO = "记者 市民 游客 网友 居民 学生".split()
 SAW = "发现 拍到 看到 围观 展示 目击".split()
 OPENERS = ("今日 {place} {who} {saw}", "{who} 在 {place} {saw}", "{place} 新闻 : {who} {saw}", "快讯 : {place} {saw}")
 URL = "http://news.example/images/{}.png"
-TOP = (1, 2, 3)  # ranks of MAP@k and A@k
 CAPTION_KINDS = {"tencent_data": "sentence", "tencent_data_tag": "tags"}
 
 
 def write_about(rng, scene):
     """{"sentence": [words], "tags": [words]} about the things in a scene, wherever in it they are."""
     things = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))]
-    named = [[one_of(rng, COLOURS[o["colour"]]), one_of(rng, THINGS[o["kind"]])] for o in things]
+
+    def name_things():
+        return [[one_of(rng, COLOURS[o["colour"]]), one_of(rng, THINGS[o["kind"]])] for o in things]
+
+    *others, last = name_things()
     words = one_of(rng, OPENERS).format(place=one_of(rng, PLACES), who=one_of(rng, WHO), saw=one_of(rng, SAW)).split()
-    for i, name in enumerate(named):
-        words += ["和"] * (0 < i == len(named) - 1) + ["、"] * (0 < i < len(named) - 1) + name
-    tagged = [[one_of(rng, COLOURS[o["colour"]]), one_of(rng, THINGS[o["kind"]])] for o in things]
-    return {"sentence": words, "tags": [word for name in tagged for word in name]}
+    words += " 、 ".join(map(" ".join, others)).split() + ["和"] + last
+    return {"sentence": words, "tags": sum(name_things(), [])}
 
 
 def draw(rng, scene, widen):
@@ -86,17 +87,11 @@ def write_training(folders, split, n, rng, widen):
         made.append((*draw(rng, scene, widen)[1:], write_about(rng, scene)))
     boxes, features, wholes, texts = zip(*made, strict=True)
     arrays = {"ims": features, "boxes": position_grid(boxes, np.tile([HEIGHT, WIDTH], (n, 1))), "who_ims": wholes}
-    first, *others = folders
-    for name, array in arrays.items():
-        replace(os.path.join(first, f"{split}_{name}.npy"), lambda file, array=array: np.save(file, np.stack(array)))
-        for other in others:
-            link = os.path.join(other, f"{split}_{name}.npy")
-            if os.path.lexists(link):
-                os.remove(link)
-            os.symlink(os.path.join("..", os.path.basename(first), f"{split}_{name}.npy"), link)
     for folder, kind in folders.items():
-        write_lines(os.path.join(folder, f"{split}_sent_caps.txt"), (" ".join(text[kind]) for text in texts))
-        write_lines(os.path.join(folder, f"{split}_ids.txt"), map(str, range(n)))
+        for name, array in arrays.items():
+            replace(f"{folder}/{split}_{name}.npy", lambda file, array=array: np.save(file, np.stack(array)))
+        write_lines(f"{folder}/{split}_sent_caps.txt", (" ".join(text[kind]) for text in texts))
+        write_lines(f"{folder}/{split}_ids.txt", map(str, range(n)))
 
 
 def write_test(folder, n_items, n_candidates, rng, widen):
@@ -128,18 +123,6 @@ def write_test(folder, n_items, n_candidates, rng, widen):
         write_lines(os.path.join(folder, name), lines)
 
 
-def read_measures(path, n_items):
-    """{"MAP@1": …, …} of an output of compute_map.py. Raises InputError for another file, or of another test list."""
-    text = "\n".join(read_lines(path))
-    found = {name: float(value) for name, value in re.findall(r"^((?:MAP|Acc)@[123]): ([\d.]+)", text, re.MULTILINE)}
-    items = re.search(r"^Len (\d+)", text, re.MULTILINE)
-    if len(found) != 2 * len(TOP) or items is None:
-        raise InputError(f"{path}: expected what compute_map.py prints")
-    if int(items[1]) != n_items:
-        raise InputError(f"{path}: measures of {items[1]} items, expected {n_items}, those of the test list")
-    return found
-
-
 def beside_chance(results, test_list):
     """Print MAP@1-3 and A@1-3 of outputs of compute_map.py, the files results, beside those of a random order.
 
@@ -147,12 +130,14 @@ def beside_chance(results, test_list):
     average; so are its AP@k and A@k, for every k.
     """
     flags = [json.loads(line)["Img_flags"] for line in read_lines(test_list)]
-    columns = {os.path.splitext(os.path.basename(path))[0]: read_measures(path, len(flags)) for path in results}
+    columns = {
+        Path(path).stem: dict(line.split(": ", 1) for line in read_lines(path) if ": " in line) for path in results
+    }
     print(" " * 8 + "".join(f"{name:>10}" for name in (*columns, "chance")))
     for measure, name in ("MAP", "MAP"), ("Acc", "A"):
-        for k in TOP:
+        for k in (1, 2, 3):
             shares = [sum(item) / len(item) for item in flags if sum(item) >= k]
-            values = [*(found[f"{measure}@{k}"] for found in columns.values()), sum(shares) / max(1, len(shares))]
+            values = [*(float(found[f"{measure}@{k}"].split()[0]) for found in columns.values()), np.mean(shares or 0)]
             print(f"{name}@{k}".ljust(8) + "".join(f"{x:10.3f}" for x in values))
 
 

@@ -55,11 +55,23 @@ def make_group(rng, n_images):
     background = {"background": ground[0], "lightness": GROUNDS[ground] + int(rng.integers(-8, 9))}
     scenes, seen = [], set()
     while len(scenes) < n_images:
+        first = scenes[0]["objects"] if scenes else []
         arrangement = ("original", "mirror", "shuffle", "scatter")[min(len(scenes), 3)]
-        arrangement, places, poses = arrange(rng, arrangement, scenes[:1], objects, seen)
+        places, poses = None, None
+        if arrangement == "mirror":
+            places = tuple((o["place"][0], 2 - o["place"][1]) for o in first)
+            poses = [([WIDTH - o["centre"][0], o["centre"][1]], -o["tilt"]) for o in first]
+        elif arrangement == "shuffle":
+            shift = int(rng.integers(1, len(first)))
+            places = tuple(tuple(o["place"]) for o in first[-shift:] + first[:-shift])
+        if places is None or places in seen:
+            arrangement = "scatter" if scenes else "original"
+            places = tuple(divmod(int(place), 3) for place in rng.choice(9, len(objects), replace=False))
+            poses = None
         if places in seen:
             continue
         seen.add(places)
+        poses = poses or [pose(rng, *pair) for pair in zip(places, objects, strict=True)]
         placed = [
             o | {"place": list(place), "centre": centre, "tilt": tilt}
             for o, place, (centre, tilt) in zip(objects, places, poses, strict=True)
@@ -85,28 +97,6 @@ def choose_objects(rng):
             }
         )
     return objects
-
-
-def arrange(rng, arrangement, first, objects, seen):
-    """The arrangement, places ((row, column), …) and poses of the objects of a group's next scene.
-
-    first: the group's first scene in a list. A mirror or a shuffle whose places were seen becomes a scatter.
-    """
-    n, places, poses = len(objects), None, None
-    before = first[0]["objects"] if first else []
-    if arrangement == "mirror":
-        places = tuple((o["place"][0], 2 - o["place"][1]) for o in before)
-        poses = [([WIDTH - o["centre"][0], o["centre"][1]], -o["tilt"]) for o in before]
-    elif arrangement == "shuffle":
-        order = np.roll(np.arange(n), int(rng.integers(1, n)))
-        places = tuple(tuple(before[i]["place"]) for i in order)
-    if arrangement in ("mirror", "shuffle") and places in seen:
-        arrangement, poses = "scatter", None
-    if arrangement in ("original", "scatter"):
-        places = tuple(divmod(int(s), 3) for s in rng.choice(9, n, replace=False))
-        if places in seen:
-            return arrangement, places, None
-    return arrangement, places, poses or [pose(rng, *pair) for pair in zip(places, objects, strict=True)]
 
 
 def pose(rng, place, o):

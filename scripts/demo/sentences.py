@@ -38,56 +38,50 @@ def named(names, first):
     return next(words for words in names if words[0] == first)
 
 
-class Speaker:
-    """Phrases about objects, in randomly chosen words."""
+def noun(rng, o, article="a"):
+    """An object by colour and kind, sometimes with its size."""
+    words = [one_of(rng, named(COLOURS, o["colour"])), one_of(rng, named(KINDS, o["kind"]))]
+    if rng.random() < 0.4:
+        words.insert(0, one_of(rng, named(SIZES, o["size"])))
+    if article == "a" and words[0] == "orange":
+        article = "an"
+    return " ".join([article, *words])
 
-    def __init__(self, rng):
-        self.rng = rng
 
-    def pick(self, options):
-        return one_of(self.rng, options)
+def place(rng, o):
+    return one_of(rng, PLACES[tuple(o["place"])])
 
-    def noun(self, o, article="a"):
-        words = [self.pick(named(COLOURS, o["colour"])), self.pick(named(KINDS, o["kind"]))]
-        if self.rng.random() < 0.4:
-            words.insert(0, self.pick(named(SIZES, o["size"])))
-        if article == "a" and words[0] == "orange":
-            article = "an"
-        return " ".join([article, *words])
 
-    def place(self, o):
-        return self.pick(PLACES[tuple(o["place"])])
+def noun_and_place(rng, o):
+    return f"{noun(rng, o)} {place(rng, o)}"
 
-    def noun_and_place(self, o):
-        return f"{self.noun(o)} {self.place(o)}"
 
-    def clause(self, o):
-        return f"{self.noun(o, self.pick(('a', 'the')))} {self.pick(VERBS)} {self.place(o)}"
+def clause(rng, o):
+    return f"{noun(rng, o, one_of(rng, ('a', 'the')))} {one_of(rng, VERBS)} {place(rng, o)}"
 
 
 def caption(rng, scene):
     """One sentence about three objects of a scene, most with the place where they are."""
-    say = Speaker(rng)
     objects = [scene["objects"][i] for i in rng.permutation(len(scene["objects"]))[:3]]
     pairs = [(a, b) for a in objects for b in objects if a is not b and relation(a, b)]
     form = rng.choice(4, p=(0.35, 0.2, 0.2, 0.25))
     if form == 0:
-        parts = [say.noun_and_place(o) for o in objects]
-        text = f"{say.pick(OPENERS)} {', '.join(parts[:-1])} and {parts[-1]}"
+        parts = [noun_and_place(rng, o) for o in objects]
+        text = f"{one_of(rng, OPENERS)} {', '.join(parts[:-1])} and {parts[-1]}"
     elif form == 1:
-        parts = [say.clause(o) for o in objects]
-        text = f"{parts[0]}, {parts[1]} {say.pick(('and', 'while'))} {parts[2]}"
+        parts = [clause(rng, o) for o in objects]
+        text = f"{parts[0]}, {parts[1]} {one_of(rng, ('and', 'while'))} {parts[2]}"
     elif form == 2 or not pairs:
         first, *rest = objects
-        parts = [say.noun_and_place(o) for o in rest]
-        text = f"{say.place(first)} {say.pick(('there is', 'is', 'we see'))} {say.noun(first)}, with "
+        parts = [noun_and_place(rng, o) for o in rest]
+        text = f"{place(rng, first)} {one_of(rng, ('there is', 'is', 'we see'))} {noun(rng, first)}, with "
         text += ", ".join(parts[:-1]) + f" and {parts[-1]}"
     else:
-        a, b = say.pick(pairs)
+        a, b = one_of(rng, pairs)
         c = next(o for o in objects if o is not a and o is not b)
-        text = f"{say.noun(a, say.pick(('a', 'the')))} {say.place(a)} {say.pick(VERBS)} "
-        text += f"{say.pick(RELATIONS[relation(a, b)])} {say.noun(b)}, and {say.clause(c)}"
+        text = f"{noun(rng, a, one_of(rng, ('a', 'the')))} {place(rng, a)} {one_of(rng, VERBS)} "
+        text += f"{one_of(rng, RELATIONS[relation(a, b)])} {noun(rng, b)}, and {clause(rng, c)}"
     if rng.random() < 0.1:
-        text += f" on a {say.pick(named(GROUNDS, scene['background']))} background"
+        text += f" on a {one_of(rng, named(GROUNDS, scene['background']))} background"
     text = text.strip()
     return text[0].upper() + text[1:] + "."

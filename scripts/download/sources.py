@@ -1,21 +1,12 @@
-"""The archives: where they are fetched, what they bring, where their files belong, and whether these are sound."""
+"""The archives: where they are fetched, what they bring and where their files belong."""
 
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.constants import N_REGIONS, N_SLOTS
 from lib.datasets.news import FILES
-from lib.errors import InputError
-from lib.files import open_npy
 
-SHAPES = {  # dimensions after the number of images
-    "ims.npy": [(N_REGIONS, 2048)],
-    "boxes.npy": [(N_REGIONS, 2 * N_SLOTS), (N_REGIONS, 2 * N_SLOTS + 1)],
-    "who_ims.npy": [(2048,)],
-}
 KNOWN = re.compile(r"(train|dev|test|testall)_((ims|boxes|who_ims)\.npy|(caps|sent_caps|ids)\.txt)")  # in a data set
 PUBLIC = "train dev test"
 
@@ -41,7 +32,7 @@ SCAN += files("coco_precomp", PUBLIC + " testall", "ims.npy caps.txt")
 TENCENT_TRAIN = files("tencent_data", "train dev", "ims.npy boxes.npy who_ims.npy caps.txt")
 TENCENT_TEST = [f"tencent_data_meta/{name}" for name in (*FILES, "test_list.json")]
 MODELS = ["models/sentence_t2i.pth.tar", "models/tag_t2i.pth.tar"]
-# Positions stand apart from SCAN's features: they list the images in another order, see align in download_data.py.
+# Positions stand apart from SCAN's features: they list the images in another order, see put_beside in download_data.py.
 SOURCES = {
     "f30k": Source("f30k", "1ZiF1IoeExPcn9V9L78X6jEYuMxR96OLO", files("pfan/f30k_precomp", PUBLIC, "boxes.npy")),
     "coco": Source("coco", "1DaCZxeXOCm05u-Gf-_MG_zSNKO1UxBat", files("pfan/coco_precomp", PUBLIC, "boxes.npy")),
@@ -51,9 +42,7 @@ SOURCES = {
     "models": Source("models", "1SA2J8-m6w6HvbXyDkOtjLcD7Tw4A9hPn", MODELS),
 }
 ITEMS = list(dict.fromkeys(source.item for source in SOURCES.values()))
-# Each file and the items that bring it. Boxes beside SCAN's features come by two.
-ITEM_OF = {file: source.item for source in SOURCES.values() for file in source.wanted}
-ITEM_OF |= {file: f"{name} scan" for name in ("f30k", "coco") for file in files(f"{name}_precomp", PUBLIC, "boxes.npy")}
+POSITIONS = ("f30k", "coco")  # the items whose positions are put beside SCAN's features
 
 
 class Folders(NamedTuple):
@@ -77,54 +66,26 @@ class Folders(NamedTuple):
         """Where an unpacked file belongs, or None. It is known by its name and a data set's name above it."""
         if path.name.endswith("_vocab.json"):
             return self.vocab / path.name
-        folders = list(dict.fromkeys(file.rpartition("/")[0] for file in source.wanted))
-        folders = [folder for folder in folders if folder.rpartition("/")[2] in path.parts] or folders
-        file = f"{folders[0]}/{path.name}"
-        if len(folders) > 1 or not (file in source.wanted or KNOWN.fullmatch(path.name)):
+        folders = {file.rpartition("/")[0] for file in source.wanted}
+        named = {folder for folder in folders if folder.rpartition("/")[2] in path.parts} or folders
+        file = f"{min(named)}/{path.name}"
+        if len(named) > 1 or not (file in source.wanted or KNOWN.fullmatch(path.name)):
             return None
-        return self.models / path.name if folders[0] == "models" else self.data / file
+        return self.models / path.name if file.startswith("models/") else self.data / file
 
 
-def describe(path: Path) -> str:
-    """What a file holds, in a few words, without reading arrays. Raises InputError if it is not what its name says."""
-    kind = path.name.split("_", 1)[-1]
-    size = path.stat().st_size
-    if size == 0:
-        raise InputError(f"{path}: empty; delete it and run this again")
-    if kind in SHAPES:
-        array = open_npy(path)
-        expected = " or ".join(str(("n", *shape)).replace("'", "") for shape in SHAPES[kind])
-        if array.dtype.kind != "f" or array.shape[1:] not in SHAPES[kind]:
-            raise InputError(f"{path}: {array.dtype} {array.shape}, expected floats {expected}")
-        if array.offset + array.nbytes != size:
-            raise InputError(f"{path}: {size:,} bytes, its header promises {array.offset + array.nbytes:,}")
-        return "×".join(map(str, array.shape))
-    if kind.endswith(".txt"):
-        with open(path, "rb") as file:
-            return f"{sum(1 for _ in file)} lines"
-    return f"{size / 1e6:,.1f} MB"
-
-
-def print_table(sources: list[Source], folders: Folders) -> bool:
-    """Print what is there of the data sets that these sources are of. Returns whether no file is faulty."""
-    sound = True
-    data_sets = {file.split("/")[-2] for source in sources for file in source.wanted}
-    rows = {folders.find(file): item for file, item in ITEM_OF.items() if file.split("/")[-2] in data_sets}
-    others = {path for known in rows for path in known.parent.glob("*_*") if KNOWN.fullmatch(path.name)}
-    rows = dict.fromkeys(others, "") | rows
-    missing: Counter[str] = Counter()
-    for path, item in sorted(rows.items()):
-        state = "missing"
-        try:
-            if path.exists():
-                state = describe(path)
-        except InputError as error:
-            state, sound = "faulty", False
-            print(f"error: {error}", file=sys.stderr)
-        missing[item] += state == "missing"
-        print(f"{path!s:<48} {state}")
+def print_table(names: list[str], folders: Folders) -> None:
+    """Print which files of these SOURCES are there, and how to get the others."""
+    items = {file: SOURCES[name].item for name in names for file in SOURCES[name].wanted}
+    for name in POSITIONS:
+        if name in names or "scan" in names:
+            items |= dict.fromkeys(files(f"{name}_precomp", PUBLIC, "boxes.npy"), f"{name} scan")
+    missing = Counter[str]()
+    for file, item in items.items():
+        path = folders.find(file)
+        missing[item] += not path.exists()
+        print(f"{path!s:<48} " + (f"{path.stat().st_size / 1e6:,.1f} MB" if path.exists() else "missing"))
     for item, count in missing.items():
         login = " (needs a Kaggle login)" if "scan" in item else ""
         if count:
             print(f"{count} missing: sh scripts/download_data.sh {item}{login}")
-    return sound

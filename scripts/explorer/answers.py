@@ -8,13 +8,13 @@ import torch
 from evaluation import load_split
 from lib.errors import InputError
 from lib.options import option
+from lib.report import check_same_split
 from lib.web import Refused
-from scripts.explorer.groups import Groups
+from scripts.explorer.images import SplitImages, partners
 from scripts.explorer.names import name_models
-from scripts.explorer.pictures import Pictures
 from scripts.search.build import open_or_build
 from scripts.search.collection import Collection
-from scripts.search.queries import knows_a_word, words_of
+from scripts.search.queries import words_of
 from vocab import tokenize
 
 MAX_CHARACTERS, MAX_WORDS = 500, 100  # of a sentence
@@ -29,16 +29,15 @@ class Explorer:
     """
 
     def __init__(self, opt):
-        self.opt = opt
-        self.collections, self.datasets = [], []
+        self.opt, self.collections, self.datasets = opt, [], []
         for path in opt.model_path:
             self._add_model(path)
-        self.names = name_models(opt.model_path, [collection.model.opt for collection in self.collections])
+        options = [collection.model.opt for collection in self.collections]
+        self.names, self.data_name = name_models(opt.model_path, options), options[0].data_name
         self.captions, self.n_images = self.datasets[0].captions, self.datasets[0].n_images
-        self.groups = Groups(self.n_images, len(self.captions))
-        self.by_text = {}
+        self.captions_of_text = {}
         for index, caption in enumerate(self.captions):
-            self.by_text.setdefault(normalize(caption), []).append(index)
+            self.captions_of_text.setdefault(normalize(caption), []).append(index)
         self.lock = threading.Lock()  # one computation at a time; the rest waits
 
     def _add_model(self, path):
@@ -46,111 +45,106 @@ class Explorer:
         model, loader = load_split(
             path, opt.data_path, opt.vocab_path, opt.split, captions_optional=True, device=opt.device
         )
-        if not self.collections:
-            self.data_name = model.opt.data_name
-            self.pictures = Pictures(loader.dataset, opt.images)
-        elif fault := mismatch(self.datasets[0], self.pictures, loader.dataset, opt.images):
-            raise InputError(f"{path}: its {opt.split} split has {fault} that of {opt.model_path[0]}")
-        self.datasets.append(loader.dataset)
-        if loader.dataset.n_images > opt.index_above:
+        dataset = loader.dataset
+        if not self.datasets:
+            self.images = SplitImages(dataset, opt.images)
+        elif dataset.prefix != self.images.prefix:
+            check_same_split(path, dataset, self.datasets[0], eccv=False)
+            check_same_images(path, dataset, self.images, opt.images)
+        self.datasets.append(dataset)
+        if dataset.n_images > opt.index_above:
             collection = open_or_build(path, model, loader, opt.split)
         else:
             collection = Collection.encode(model, loader)
         self.collections.append(collection)
-        print(f"{path}: {loader.dataset.n_images} pictures, {len(loader.dataset.captions)} captions", flush=True)
+        print(f"{path}: {dataset.n_images} images, {len(dataset.captions)} captions", flush=True)
 
     def about(self):
         """The models, the split and some of its captions."""
-        step = max(1, len(self.captions) // N_EXAMPLES)
+        models = [
+            {
+                "name": name,
+                "position": option(collection.model.opt, "position"),
+                "cross_attn": collection.model.opt.cross_attn,
+                "indexed": collection.first_stage is not None,
+            }
+            for name, collection in zip(self.names, self.collections, strict=True)
+        ]
         return {
-            "models": [
-                {
-                    "name": name,
-                    "path": path,
-                    "position": option(collection.model.opt, "position"),
-                    "cross_attn": collection.model.opt.cross_attn,
-                    "indexed": collection.first_stage is not None,
-                }
-                for name, path, collection in zip(self.names, self.opt.model_path, self.collections, strict=True)
-            ],
+            "models": models,
             "data": self.data_name,
             "split": self.opt.split,
-            "pictures": self.n_images,
+            "images": self.n_images,
             "captions": len(self.captions),
-            "files": len(self.pictures.files),
+            "files": len(self.images.files),
             "candidates": self.opt.candidates,
-            "examples": self.captions[::step][:N_EXAMPLES],
+            "examples": self.captions[:: max(1, len(self.captions) // N_EXAMPLES)][:N_EXAMPLES],
         }
 
     # ---- sentence → images
 
     def search(self, sentence, k):
-        """The k images that each model finds for a sentence; the right ones are marked where it is a caption.
+        """The k images that each model finds for a sentence; where it is a caption, its images are marked.
 
         Raises Refused.
         """
         self._check_sentence(sentence)
-        groups = {self.groups.of_caption(i) for i in self.by_text.get(normalize(sentence), ())}
-        right = {image for group in groups for image in self.groups.images(group)}
-        found = [self._search_one(collection, sentence, k, right) for collection in self.collections]
-        return {"sentence": sentence, "right": sorted(right), "models": found}
+        captions = self.captions_of_text.get(normalize(sentence), ())
+        positives = {image for i in captions for image in partners(i, len(self.captions), self.n_images)}
+        found = [self._search_one(collection, sentence, k, positives) for collection in self.collections]
+        return {"sentence": sentence, "positives": sorted(positives), "models": found}
 
     def _check_sentence(self, sentence):
         """Raise Refused for a sentence that is empty, too long, or of words that no model knows."""
-        if not sentence.strip():
+        if len(sentence) > MAX_CHARACTERS or len(tokenize(sentence)) > MAX_WORDS:
+            limits = f"{MAX_CHARACTERS} characters and {MAX_WORDS} words"
+            raise Refused(400, f"The sentence is too long: shorten it to {limits}.")
+        words = [words_of(collection.vocab, sentence) for collection in self.collections]
+        if not words[0]:
             raise Refused(400, "Type a sentence first.")
-        if len(sentence) > MAX_CHARACTERS:
-            raise Refused(400, f"The sentence has {len(sentence):,} characters: shorten it to {MAX_CHARACTERS}.")
-        if len(tokenize(sentence)) > MAX_WORDS:
-            raise Refused(400, f"The sentence has over {MAX_WORDS} words: shorten it.")
-        vocabs = [collection.vocab for collection in self.collections]
-        if not any(knows_a_word(vocab, sentence) for vocab in vocabs):
-            words = ", ".join(dict.fromkeys(words_of(vocabs[0], sentence)))
-            who = "The model knows none" if len(vocabs) == 1 else "The models know none"
-            raise Refused(400, f"{who} of these words: {words}." if words else "Type a word first.")
+        if not any(known for found in words for known in found.values()):
+            raise Refused(400, f"No model knows any of these words: {', '.join(words[0])}.")
 
-    def _search_one(self, collection, sentence, k, right):
+    def _search_one(self, collection, sentence, k, positives):
         tokens = read_tokens(collection, sentence)
-        if not knows_a_word(collection.vocab, sentence):
+        if not any(words_of(collection.vocab, sentence).values()):
             return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
         # a rank counts what was scored exactly: all images, or the first stage's candidates
         images, scores = collection.search(sentence, None, self.opt.candidates)
-        cards = [self._card(int(i), float(s), int(i) in right) for i, s in zip(images[:k], scores[:k], strict=True)]
-        rank = first_rank(images, right)
-        return {"tokens": tokens, "results": cards, "rank": rank, "scored": len(scores)}
-
-    def _card(self, image, score, right):
-        captions = self._captions_of(image)
-        caption = self.captions[captions[0]] if captions else ""
-        return {"image": image, "score": score, "right": right, "caption": caption, **self.look(image)}
+        results = [
+            {"score": score, "positive": image in positives, "caption": [*self._captions_of(image), ""][0]}
+            | self.look(image)
+            for image, score in zip(images[:k].tolist(), scores.tolist(), strict=False)
+        ]
+        return {"tokens": tokens, "results": results, "rank": first_rank(images, positives), "scored": len(scores)}
 
     # ---- one image
 
     def look(self, image):
-        """What it takes to draw an image: {"id", "file": whether there is one, "aspect", "boxes"}."""
-        width, height = self.pictures.size(image)
-        boxes = self.pictures.boxes(image)
+        """What it takes to draw an image: {"image", "id", "file": whether there is one, "aspect", "boxes"}."""
+        width, height = self.images.size(image)
+        boxes = self.images.boxes(image)
         return {
-            "id": self.pictures.ids[image],
-            "file": self.pictures.ids[image] in self.pictures.files,
+            "image": image,
+            "id": self.images.ids[image],
+            "file": self.images.ids[image] in self.images.files,
             "aspect": width / height if width > 0 < height else 4 / 3,
             "boxes": None if boxes is None else np.round(boxes, 4).tolist(),
         }
 
-    def picture(self, image):
+    def image(self, image):
         """An image with the grids of its regions: area weights, and each model's learned weights."""
-        grid = self.pictures.grid(image)
+        cells, area = self.images.grid(image) or (None, None)
         return {
             **self.look(image),
-            "image": image,
-            "captions": [self.captions[i] for i in self._captions_of(image)],
-            "cells": None if grid is None else grid[0].tolist(),
-            "area": None if grid is None else np.round(grid[1], 4).tolist(),
+            "captions": self._captions_of(image),
+            "cells": None if cells is None else cells.tolist(),
+            "area": None if area is None else np.round(area, 4).tolist(),
             "learned": [self._learned_weights(i, image) for i in range(len(self.collections))],
         }
 
     def _captions_of(self, image):
-        return self.groups.captions(self.groups.of_image(image))
+        return [self.captions[i] for i in partners(image, self.n_images, len(self.captions))]
 
     @torch.no_grad()
     def _learned_weights(self, number, image):
@@ -180,37 +174,31 @@ class Explorer:
                     "i2t": np.round(i2t, 4).tolist(),
                 }
             )
-        return {"image": image, "sentence": sentence, "models": answer}
+        return {"models": answer}
 
     # ---- image → captions
 
     def captions_for(self, image, k):
         """Per model: the best k captions for an image, the image's captions marked."""
-        right, answer = set(self._captions_of(image)), []
+        positives, answer = set(partners(image, self.n_images, len(self.captions))), []
         for collection in self.collections:
             order, scores = collection.search_captions(collection.image(image), None, self.opt.candidates)
             results = [
-                {"text": self.captions[i], "score": float(score), "right": i in right}
-                for i, score in zip(order[:k].tolist(), scores, strict=False)
+                {"text": self.captions[i], "score": score, "positive": i in positives}
+                for i, score in zip(order[:k].tolist(), scores.tolist(), strict=False)
             ]
-            answer.append({"results": results, "rank": first_rank(order, right), "scored": len(order)})
-        return {"image": image, "models": answer}
+            answer.append({"results": results, "rank": first_rank(order, positives), "scored": len(order)})
+        return {"models": answer}
 
 
-def mismatch(dataset, pictures, other, folder):
-    """Why another split is not of the first one's images, regions and captions; "" where it is."""
-    if other.prefix == dataset.prefix:
-        return ""
-    if other.captions != dataset.captions:
-        return "other captions than"
-    shown = Pictures(other, folder)
-    if other.n_images != dataset.n_images or shown.ids != pictures.ids:
-        return "other images than"
-    if not (other.captions or (pictures.has_ids and shown.has_ids)):
-        return "neither captions nor ids to compare with"
-    pairs = [(pictures.boxes(i), shown.boxes(i)) for i in pictures.sample]
-    same = all(a is None or b is None or (a.shape == b.shape and np.allclose(a, b, atol=0.1)) for a, b in pairs)
-    return "" if same else "other regions than"
+def check_same_images(path, dataset, first, folder):
+    """Raise InputError where a model's data set is not of the images and regions of the first one's SplitImages."""
+    images = SplitImages(dataset, folder)
+    if not (dataset.captions or (first.has_ids and images.has_ids)):
+        raise InputError(f"{path}: {images.prefix} has neither captions nor ids to compare with {first.prefix}")
+    pairs = [(first.boxes(i), images.boxes(i)) for i in first.sample]
+    if any(a is not None and b is not None and (a.shape != b.shape or abs(a - b).max() > 0.1) for a, b in pairs):
+        raise InputError(f"{path}: {images.prefix} has other regions than {first.prefix}")
 
 
 def read_tokens(collection, sentence):
@@ -219,9 +207,9 @@ def read_tokens(collection, sentence):
     return [{"text": "<start>", "known": True}, *words, {"text": "<end>", "known": True}]
 
 
-def first_rank(order, right):
-    """The rank, from 1, of the first index in order that is among right; None where none is."""
-    places = np.flatnonzero(np.isin(order, list(right)))
+def first_rank(order, positives):
+    """The rank, from 1, of the first index in order that is among positives; None where none is."""
+    places = np.flatnonzero(np.isin(order, list(positives)))
     return int(places[0]) + 1 if len(places) else None
 
 

@@ -1,5 +1,6 @@
 """The explorer's HTTP side: the page, and the answers as JSON under /api."""
 
+import functools
 import os
 
 from fastapi import FastAPI, Query
@@ -7,7 +8,7 @@ from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
 
 from lib.web import REFUSALS, Answer, Refused, guard
-from scripts.explorer.hard_cases import HardCases
+from scripts.explorer import hard_cases
 
 PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "page")
 MAX_RESULTS = 100
@@ -17,20 +18,13 @@ def make_app(explorer):
     """The FastAPI app of an Explorer."""
     app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=REFUSALS)
     guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
-    add_routes(app, explorer)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
-    return app
-
-
-def add_routes(app, explorer):
-    """What the page asks for."""
-    hard_cases, count = HardCases(explorer), Query(ge=1, le=MAX_RESULTS)
+    count = Query(ge=1, le=MAX_RESULTS)
+    comparison = functools.cache(lambda: hard_cases.start(explorer))  # once, when it is first asked for
 
     def existing(number):
         """An image's index (int) from the text in an address."""
-        n = explorer.n_images
-        if not (number.isascii() and number.isdigit() and len(number) < 10 and int(number) < n):
-            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {n - 1}.")
+        if not (number.isdecimal() and len(number) < 10 and int(number) < explorer.n_images):
+            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {explorer.n_images - 1}.")
         return int(number)
 
     def locked(answer, *args):
@@ -47,11 +41,11 @@ def add_routes(app, explorer):
 
     @app.get("/api/hard")
     def hard():
-        return Answer(hard_cases.ask())
+        return Answer(comparison().result() if comparison().done() else None)
 
     @app.get("/api/images/{number}")
     def describe(number: str):
-        return locked(explorer.picture, existing(number))
+        return locked(explorer.image, existing(number))
 
     @app.get("/api/images/{number}/captions")
     def captions(number: str, k: int = count):
@@ -63,7 +57,10 @@ def add_routes(app, explorer):
 
     @app.get("/images/{number}")
     def image(number: str):
-        path = explorer.pictures.files.get(explorer.pictures.ids[existing(number)])
+        path = explorer.images.files.get(explorer.images.ids[existing(number)])
         if path is None:
-            raise Refused(404, f"Image {number} has no file in {explorer.pictures.folder}.")
+            raise Refused(404, f"Image {number} has no file in {explorer.images.folder}.")
         return FileResponse(path)
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app

@@ -1,4 +1,4 @@
-"""The scalars of training runs, as lib/events.py writes them: [{name: {step: value}}], the oldest run first."""
+"""The scalars of training runs, as lib/events.py writes them: [{name: {step: value}}]."""
 
 import csv
 import os
@@ -7,8 +7,6 @@ import sys
 
 from lib.errors import InputError, brief
 from lib.events import COLUMNS
-
-EVENT_LIMIT = 1 << 24  # bytes of one event; a scalar's has some tens
 
 
 def read_metrics(path):
@@ -26,35 +24,21 @@ def read_metrics(path):
     return list(runs.values())
 
 
-def read_events(paths):
-    """The runs in TensorBoard files. A step that falls back to a run's first one, or below, begins another run."""
-    runs, first, latest = [], 0, 0
-    for path in paths:
-        for step, name, value in read_scalars(path):
-            if not runs or step <= first and step < latest:
-                runs.append({})
-                first = step
-            latest = step
-            runs[-1].setdefault(name, {})[step] = value
-    return runs
-
-
-def read_scalars(path):
-    """(step, name, value) of each scalar in a TensorBoard file, without what a killed run left half-written."""
+def read_events(path):
+    """The run in a TensorBoard file, without what a killed run left half-written."""
     if "google.protobuf" not in sys.modules:
         os.environ["PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION"] = "python"  # which tensorboard_logger's code needs
     from tensorboard_logger.tf_protobuf.event_pb2 import Event
 
     with open(path, "rb") as file:
-        while len(header := file.read(12)) == 12:  # length (8 bytes), its checksum
-            (length,) = struct.unpack("<Q", header[:8])
-            if length > EVENT_LIMIT:
-                raise InputError(f"{path}: not a TensorBoard file (an event of {length} bytes)")
-            data = file.read(length + 4)  # and its checksum
-            if len(data) < length + 4:
-                break
-            try:
-                event = Event.FromString(data[:length])
-            except Exception:  # protobuf's decoder meets foreign bytes with several exception types
-                raise InputError(f"{path}: not a TensorBoard file") from None
-            yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+        data = file.read()
+    run, start = {}, 12  # an event follows its length (8 bytes) and a checksum (4), another one follows it
+    while start <= len(data) and (end := start + struct.unpack_from("<Q", data, start - 12)[0]) + 4 <= len(data):
+        try:
+            event = Event.FromString(data[start:end])
+        except Exception:  # protobuf's decoder meets foreign bytes with several exception types
+            raise InputError(f"{path}: not a TensorBoard file") from None
+        for value in event.summary.value:
+            run.setdefault(value.tag, {})[event.step] = value.simple_value
+        start = end + 16
+    return run

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from collections import Counter
 
 import numpy as np
 
@@ -68,7 +69,7 @@ class FeatureJob(contextlib.ExitStack):
             for row, image_id in enumerate(ids):
                 if (name := key(image_id)) is not None:
                     self.rows.setdefault(name, []).append((writer, row))
-        self.counts = {"used": 0, "of other images": 0, "cut": 0, "padded": 0}
+        self.counts: Counter[str] = Counter()
 
     def todo(self) -> list:
         """The keys of the images of which a row is not written yet, in the order of the splits."""
@@ -135,8 +136,6 @@ class FeatureJob(contextlib.ExitStack):
         counts = {**self.counts, "boxes without area": self.check.empty}
         print(f"{unit}: " + (", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none used"))
         problems = self.problems
-        if problems.notes:
-            print(f"notes: {problems.notes} (listed in {problems.path})")
         if problems.total and not self.opt.skip_bad:
             raise InputError(f"{problems} (listed in {problems.path}); --skip_bad goes on without them")
         if note := self._check_boxes():

@@ -1,5 +1,17 @@
-"""Make a collection's files, block by block. A stopped build goes on where it was when it is started again."""
+"""Make and open the files of a collection.
 
+images.npy (n, R, D) and words.npy (ΣW, D), float16, memory-mapped by the search; lens.npy (captions,)
+centroids.npy   K directions (K, D), the k-means centroids of the queries' elements: words (t2i) or regions (i2t, and
+                t2i without captions)
+nearest.npy     uint16: the nearest centroid of each query element, words (ΣW,) or regions (nR,)
+table.npy       float16: the largest dot product of a centroid with each image's regions (K, n), in i2t with each
+                caption's words (K, captions)
+collection.json what it was made from; written last
+progress.json   the same, while it is made
+"""
+
+import hashlib
+import json
 import os
 
 import faiss
@@ -8,66 +20,163 @@ import torch
 from tqdm import tqdm
 
 from data import pad
-from lib.datasets.arrays import ArrayWriter
+from lib.datasets.arrays import npy_header
+from lib.datasets.json_files import read_json
 from lib.errors import InputError
-from lib.files import open_npy, replace
-from scripts.search.store import (
-    FILES,
-    N_CENTROIDS,
-    collection_folder,
-    fingerprint,
-    open_collection,
-    other_input,
-    read_centroids,
-    read_json,
-    roles,
-    write_json,
-)
+from lib.files import digest_lines, make_folder, open_npy, replace, write_lines
+from scripts.search.collection import Collection
+from scripts.search.first_stage import FirstStage
 
+ARRAYS = ("images", "words", "lens", "centroids", "nearest", "table")
+FINISHED = {"collection.json", *(f"{name}.npy" for name in ARRAYS)}
+FILES = FINISHED | {"progress.json", "anchors.faiss"}  # the centroids of older versions
+N_CENTROIDS = 4096
 SAMPLES_PER_CENTROID = 64  # words or regions that train a centroid, at most
-SYNC_EVERY = 16  # batches between two notes of how far a build is
-TABLE_BLOCK = 1024  # images or captions whose rows of the table are made at once
-NEAREST_BLOCK = 16384  # words or regions whose nearest centroids are found at once
-TRANSPOSE_BYTES = 256 << 20  # of the table that is transposed at once
-SAMPLE_SEED = 0
+TABLE_BLOCK = 4096  # images or captions whose columns of the table are made at once
+CONTEXT_BLOCK = 32  # of these, that are multiplied at once
+NEAREST_BLOCK = 4096  # words or regions whose nearest centroids are found at once
 
 
-class Files:
-    """The files of a collection in the making, and a note of how far each is."""
+def collection_folder(model_path, data_name, split):
+    """Where the collection of a checkpoint and a split lies by default."""
+    return f"{model_path.removesuffix('.pth.tar')}_{data_name}_{split}_collection"
 
-    def __init__(self, folder, made_from):
-        os.makedirs(folder, exist_ok=True)
-        self.folder, self.made_from = folder, made_from
-        self.note = self.path("progress.json")
-        before = read_json(self.note, expected="how far a stopped run was; delete it to begin anew") or {}
-        self.done = before.get("done", {}) if before.get("made_from") == made_from else {}
 
-    def path(self, name):
-        return os.path.join(self.folder, name)
+def open_or_build(model_path, model, loader, split, folder=None, n_centroids=None, overwrite=False):
+    """The Collection of a checkpoint and a loader's split, its arrays memory-mapped; made where it is not there yet.
 
-    def is_done(self, name):
-        return self.done.get(name) == "all" and os.path.isfile(self.path(name))
+    n_centroids: what it must have been made with; where None, any number, or N_CENTROIDS if it is made now.
+    Raises InputError where folder holds other files, or a collection that is damaged or was made from other inputs,
+    without overwrite.
+    """
+    folder, before = folder or collection_folder(model_path, model.opt.data_name, split), {}
+    note = os.path.join(folder, "collection.json")
+    if os.path.isfile(note) and not overwrite:
+        expected = "the notes of a collection; --overwrite makes it anew"
+        before = read_json(note, lambda value: isinstance(value, dict) and value, expected)
+    made_from = fingerprint(model_path, loader.dataset, n_centroids or before.get("anchors", N_CENTROIDS))
+    if not before:
+        build(folder, made_from, model, loader)
+    elif other := [name for name in made_from if made_from[name] != before.get(name)]:
+        raise InputError(f"{folder}: made from other {other[0]}, --overwrite of build_index.py makes it anew")
+    return open_collection(folder, model, loader.dataset.vocab)
 
-    def keep(self, name, steps):
-        """Note that so many steps of a file are on disk; "all": the file is whole."""
-        self.done[name] = steps
-        write_json(self.note, {"made_from": self.made_from, "done": self.done})
 
-    def fill(self, name, shape, blocks, make, dtype=np.float16):
-        """Write an array of a shape as the file name. make(block) → first row and rows, for a slice of blocks."""
-        if self.is_done(name):
-            return
-        file = ArrayWriter(self.path(name), shape, dtype, resume=name in self.done)
-        done = self.done.get(name, 0) if file.resumed else 0
-        with tqdm(desc=name, initial=done, total=len(blocks), unit="batch", leave=False, disable=None) as bar:
-            for step, block in enumerate(blocks[done:], done + 1):
-                file.write(*make(block))
-                bar.update()
-                if step % SYNC_EVERY == 0:
-                    file.sync()
-                    self.keep(name, step)
-        file.commit()
-        self.keep(name, "all")
+def fingerprint(model_path, dataset, n_centroids):
+    """What a collection is made from, as a dict that collection.json keeps."""
+    with open(model_path, "rb") as file:
+        checkpoint = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "checkpoint": checkpoint,
+        "captions": digest_lines(dataset.captions),
+        "features": [*dataset.images.shape, sample_digest(dataset.images, 8)],
+        "anchors": n_centroids,
+        "vocabulary": digest_lines([json.dumps(sorted(dataset.vocab.word2idx.items()))]),
+        "grids": sample_digest(dataset.boxes, 1024) if dataset.need_boxes else None,
+    }
+
+
+def sample_digest(array, count):
+    """SHA-256 of count rows at most, spread over an array."""
+    return hashlib.sha256(np.ascontiguousarray(array[:: len(array) // count + 1])).hexdigest()
+
+
+def open_collection(folder, model, vocab):
+    """The Collection in folder. Raises InputError where files are missing or do not fit together."""
+    if not {*os.listdir(folder)} >= FINISHED:
+        raise unfit(folder)
+    images, words, lens, centroids, nearest, table = (open_npy(os.path.join(folder, f"{name}.npy")) for name in ARRAYS)
+    shapes = [array.ndim for array in (images, words, lens, centroids)] == [3, 2, 1, 2]
+    if not shapes or not {lens.dtype.kind, nearest.dtype.kind} <= {*"iu"} or not images.size:
+        raise unfit(folder)
+    (queries, starts), (_, context_starts) = roles(model.opt.cross_attn, images, words, lens)
+    if (
+        {array.shape[-1] for array in (images, words, centroids)} != {model.opt.embed_size}
+        or (lens < 1).any()
+        or lens.sum() != len(words)
+        or nearest.shape != queries.shape[:1]
+        or nearest.max(initial=0) >= len(centroids)
+        or table.shape != (len(centroids), len(context_starts) - 1)
+    ):
+        raise unfit(folder)
+    first_stage = FirstStage(model.opt.cross_attn == "t2i", np.array(centroids), nearest, starts, table)
+    return Collection(model, vocab, images, words, lens, first_stage)
+
+
+def unfit(folder):
+    return InputError(f"{folder}: its files do not fit together, --overwrite of build_index.py makes it anew")
+
+
+def roles(cross_attn, images, words, lens):
+    """What attends and what is attended to, each as elements (ΣE, D) and where each item's begin (items + 1,).
+
+    images (n, R, D), words (ΣW, D), lens (captions,). Returns (captions, images) in t2i, (images, captions) in i2t.
+    """
+    regions = images.reshape(-1, images.shape[2]), np.arange(len(images) + 1) * images.shape[1]
+    captions = words, np.cumsum([0, *lens])
+    return (captions, regions) if cross_attn == "t2i" else (regions, captions)
+
+
+# ---------------------------------------------------------------- steps of a build
+
+
+@torch.no_grad()
+def build(folder, made_from, model, loader):
+    """Make the collection of a loader's data set in folder. Files that a stopped build has finished are kept."""
+    start(folder, json.dumps(made_from))
+    print(f"making {folder}", flush=True)
+
+    def fill(name, shape, blocks, make, dtype=np.float16):
+        save_rows(os.path.join(folder, f"{name}.npy"), shape, dtype, map(make, progress(blocks, name)))
+        return open_npy(os.path.join(folder, f"{name}.npy"))
+
+    dataset, batch, size = loader.dataset, model.opt.batch_size, model.opt.embed_size
+    model.val_start()
+    targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
+    lens = fill("lens", (len(targets),), [targets], lambda block: [len(target) for target in block], np.int32)
+
+    def encode_images(block):
+        return model.encode_images(*dataset.features(range(block.start, block.stop)))[0].cpu()
+
+    def encode_words(block):
+        words, lens = model.encode_captions(pad(targets[block]), [len(target) for target in targets[block]])[:2]
+        return torch.cat([row[:n_words] for row, n_words in zip(words.cpu(), lens, strict=True)])
+
+    shape = dataset.n_images, dataset.images.shape[1], size
+    images = fill("images", shape, cut(dataset.n_images, batch), encode_images)
+    words = fill("words", (int(lens.sum()), size), cut(len(targets), batch), encode_words)
+    (queries, _), (contexts, starts) = roles(model.opt.cross_attn, images, words, lens)
+    # without captions a t2i collection has no words: regions, which lie in the same space, give the centroids
+    elements = queries if len(queries) else contexts
+    k = max(1, min(made_from["anchors"], len(elements) // 4))
+    centroids = fill("centroids", (k, size), [elements], lambda elements: find_centroids(elements, k), np.float32)
+
+    def nearest(block):
+        return (queries[block].astype(np.float32) @ centroids.T).argmax(1)
+
+    fill("nearest", (len(queries),), cut(len(queries), NEAREST_BLOCK), nearest, np.uint16)
+    save_table(os.path.join(folder, "table.npy"), contexts, starts, torch.from_numpy(np.array(centroids)))
+    write_lines(os.path.join(folder, "collection.json"), [json.dumps(made_from)])
+    os.remove(os.path.join(folder, "progress.json"))
+
+
+def start(folder, note):
+    """Remove what is in folder, unless a stopped build with this note left it. Raises InputError for other files."""
+    make_folder(folder)
+    found, path = {*os.listdir(folder)}, os.path.join(folder, "progress.json")
+    if not found <= FILES | {name + ".part" for name in FILES}:
+        raise InputError(f"{folder}: holds files that are no collection's, choose another --out")
+    if "progress.json" in found:
+        with open(path, "rb") as file:
+            if file.read() == note.encode() + b"\n":
+                return
+    for name in sorted(found, key=lambda name: name != "collection.json"):  # which says that the arrays are whole
+        os.remove(os.path.join(folder, name))
+    write_lines(path, [note])
+
+
+def progress(blocks, name):
+    return tqdm(blocks, name, unit="batch", leave=False, disable=None)
 
 
 def cut(n, size):
@@ -75,134 +184,52 @@ def cut(n, size):
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-# ---------------------------------------------------------------- steps of a build
+def save_rows(path, shape, dtype, blocks):
+    """Write an array of a shape, whose rows come in blocks, to an .npy file, unless it is there."""
+
+    def write(file):
+        file.write(npy_header(shape, dtype))
+        for rows in blocks:
+            file.write(np.asarray(rows, dtype).tobytes())
+
+    if not os.path.isfile(path):
+        replace(path, write)
 
 
-def build(folder, made_from, model, loader, n_centroids):
-    """Make the collection of a loader's data set in folder, or go on making it."""
-    files = Files(folder, made_from)
-    lens = fill_embeddings(files, model, loader)
-    images, words = (open_npy(files.path(name)) for name in ("images.npy", "words.npy"))
-    (queries, _), contexts = roles(model.opt.cross_attn, images, words, lens)
-    # without captions a t2i collection has no words: regions, which lie in the same space, give the centroids
-    centroids = make_centroids(files, queries if len(queries) else contexts[0], n_centroids)
-    fill_nearest(files, queries, centroids)
-    fill_table(files, *contexts, torch.from_numpy(centroids.reconstruct_n(0, centroids.ntotal)))
-    write_json(files.path("collection.json"), made_from)
-    for leftover in ("by_item.npy", "progress.json"):
-        os.remove(files.path(leftover))
+def save_table(path, elements, starts, centroids):
+    """Write table.npy (K, contexts), unless it is there. A search reads the rows of its words' centroids only.
+
+    elements (ΣL, D), starts (contexts + 1,), centroids (K, D).
+    """
+    shape = len(centroids), len(starts) - 1
+
+    def write(file):
+        file.write(npy_header(shape, np.float16))
+        first = file.tell()
+        for block in progress(cut(shape[1], TABLE_BLOCK), "table"):
+            rows = largest_products(elements, starts[block.start : block.stop + 1], centroids)
+            for k, row in enumerate(rows.T.astype(np.float16)):
+                file.seek(first + row.itemsize * (k * shape[1] + block.start))
+                file.write(row.tobytes())
+
+    if not os.path.isfile(path):
+        replace(path, write)
 
 
-@torch.no_grad()
-def fill_embeddings(files, model, loader):
-    """Write images.npy, words.npy and lens.npy; returns lens (captions,)."""
-    dataset, batch, size = loader.dataset, model.opt.batch_size, model.opt.embed_size
-    model.val_start()
-    targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
-    lens = np.array([len(target) for target in targets], dtype=np.int32)
-    starts = np.concatenate([[0], lens.cumsum(dtype=np.int64)])
-    replace(files.path("lens.npy"), lambda file: np.save(file, lens))
-
-    def images(block):
-        return block.start, model.encode_images(*dataset.features(range(block.start, block.stop)))[0].cpu().numpy()
-
-    def words(block):
-        block_lens = lens[block].tolist()
-        padded = model.encode_captions(pad(targets[block]), block_lens)[0].cpu()
-        rows = torch.cat([row[:n_words] for row, n_words in zip(padded, block_lens, strict=True)])
-        return int(starts[block.start]), rows.numpy()
-
-    shape = dataset.n_images, dataset.images.shape[1], size
-    files.fill("images.npy", shape, cut(dataset.n_images, batch), images)
-    files.fill("words.npy", (int(starts[-1]), size), cut(len(targets), batch), words)
-    return lens
-
-
-def make_centroids(files, elements, n_centroids):
-    """The collection's centroids, a faiss index; found by k-means in elements (n, D) unless that has been done."""
-    path = files.path("anchors.faiss")
-    if not files.is_done("anchors.faiss"):
-        index = find_centroids(elements, n_centroids)
-        replace(path, lambda file: file.write(faiss.serialize_index(index).tobytes()))
-        files.keep("anchors.faiss", "all")
-    return read_centroids(path)
-
-
-def find_centroids(elements, n_centroids):
-    """A faiss index of the k-means centroids, of unit length, of elements (n, D): n_centroids, n / 4 at most."""
-    k = max(1, min(n_centroids, len(elements) // 4))
-    chosen = np.random.default_rng(SAMPLE_SEED).permutation(len(elements))[: k * SAMPLES_PER_CENTROID]
+def find_centroids(elements, k):
+    """The k k-means centroids (k, D), of unit length, of elements (n, D)."""
+    chosen = np.random.default_rng(0).permutation(len(elements))[: k * SAMPLES_PER_CENTROID]
     limits = {"min_points_per_centroid": 1, "max_points_per_centroid": SAMPLES_PER_CENTROID}
     kmeans = faiss.Kmeans(elements.shape[1], k, niter=10, seed=1, spherical=True, **limits)
     kmeans.train(np.asarray(elements[np.sort(chosen)], dtype=np.float32))
-    index = faiss.IndexFlatIP(elements.shape[1])
-    index.add(kmeans.centroids)
-    return index
-
-
-def fill_nearest(files, queries, centroids):
-    """Write nearest.npy: the index of the nearest centroid of each query element (ΣQ, D)."""
-
-    def nearest(block):
-        return block.start, centroids.search(queries[block].astype(np.float32), 1)[1][:, 0]
-
-    files.fill("nearest.npy", (len(queries),), cut(len(queries), NEAREST_BLOCK), nearest, np.uint16)
-
-
-def fill_table(files, elements, starts, centroids):
-    """Write table.npy (K, contexts) by way of by_item.npy, its transpose, which is filled a context a row.
-
-    A search reads only the rows of its words' centroids. elements (ΣL, D), starts (contexts + 1,), centroids (K, D).
-    """
-    n, k = len(starts) - 1, len(centroids)
-
-    def rows(block):
-        return block.start, largest_products(elements, starts[block.start : block.stop + 1], centroids)
-
-    def columns(block):
-        return block.start, by_item[:, block].T
-
-    files.fill("by_item.npy", (n, k), cut(n, TABLE_BLOCK), rows)
-    by_item = open_npy(files.path("by_item.npy"))
-    files.fill("table.npy", (k, n), cut(k, max(1, TRANSPOSE_BYTES // (2 * max(1, n)))), columns)
+    return kmeans.centroids
 
 
 def largest_products(elements, starts, centroids):
     """The largest dot product of each centroid (K, D) with each context's elements (ΣL, D): (contexts, K)."""
     largest = []
-    for block in cut(len(starts) - 1, 32):
+    for block in cut(len(starts) - 1, CONTEXT_BLOCK):
         bounds = starts[block.start : block.stop + 1]
         products = torch.from_numpy(elements[bounds[0] : bounds[-1]].astype(np.float32)) @ centroids.T
         largest.append(np.maximum.reduceat(products.numpy(), bounds[:-1] - bounds[0], axis=0))
     return np.concatenate(largest)
-
-
-# ---------------------------------------------------------------- open or build
-
-
-def open_or_build(model_path, model, loader, split, folder=None, n_centroids=None, overwrite=False):
-    """The collection of a checkpoint and a loader's split; made where it is not there yet.
-
-    n_centroids: what it must have been made with; where None, any number, or N_CENTROIDS if it is made now.
-    Raises InputError where folder holds other files, or a collection made from other inputs, without overwrite.
-    """
-    folder = folder or collection_folder(model_path, model.opt.data_name, split)
-    note = os.path.join(folder, "collection.json")
-    before = None if overwrite else read_json(note)
-    n_centroids = n_centroids or (before or {}).get("anchors", N_CENTROIDS)
-    made_from = fingerprint(model_path, loader.dataset, n_centroids)
-    if before is not None and (found := other_input(before, made_from)):
-        raise InputError(f"{folder}: made from other {found}, --overwrite of build_index.py makes it anew")
-    if before is None:
-        check_folder(folder)
-        if os.path.exists(note):
-            os.remove(note)
-        print(f"making {folder}", flush=True)
-        build(folder, made_from, model, loader, n_centroids)
-    return open_collection(folder, model, loader.dataset.vocab)
-
-
-def check_folder(folder):
-    """Raise InputError where a folder holds files that are no collection's."""
-    if os.path.isdir(folder) and not {*os.listdir(folder)} <= FILES | {name + ".part" for name in FILES}:
-        raise InputError(f"{folder}: holds files that are no collection's, choose another --out")

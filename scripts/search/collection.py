@@ -42,7 +42,14 @@ class Collection:
 
     def caption(self, index):
         """Word embeddings (W, D) of one of the collection's captions."""
-        return self.tensor(self.words[self.starts[index] : self.starts[index + 1]])
+        return self.words_of(np.array([index]))
+
+    def words_of(self, captions):
+        """Word embeddings (ΣW_i, D) of the captions of these ascending indices, one after the other."""
+        rows = slice(self.starts[captions[0]], self.starts[captions[-1] + 1])  # which copies nothing
+        if captions[-1] - captions[0] + 1 != len(captions):
+            rows = np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in captions])
+        return self.tensor(self.words[rows])
 
     def image(self, index):
         """Region embeddings (R, D) of an image."""
@@ -53,33 +60,28 @@ class Collection:
         return rows.to(self.model.device, torch.float32)
 
     def score(self, images, words, lens):
-        """Exact scores (images, captions) on the CPU; words (ΣW_i, D)."""
-        return self.model.score(images, pad_rows(words, torch.as_tensor(lens)), lens).cpu()
+        """Exact scores (images, captions) of regions (n, R, D) and words (ΣW_i, D), numpy."""
+        return self.model.score(images, pad_rows(words, torch.as_tensor(lens)), lens).cpu().numpy()
 
     @torch.no_grad()
     def score_images(self, words, rows=None):
         """Exact scores float32 of a sentence's words (W, D) with all images (n,), or with rows (len(rows),)."""
-        rows = range(len(self.images)) if rows is None else rows
-        scores = np.empty(len(rows), dtype=np.float32)
-        for start in range(0, len(rows), IMAGE_BLOCK):
-            block = rows[start : start + IMAGE_BLOCK]
-            images = self.images[block.start : block.stop] if isinstance(block, range) else self.images[block]
-            scores[start : start + IMAGE_BLOCK] = self.score(self.tensor(images), words, [len(words)])[:, 0]
-        return scores
+        scores = []
+        for start in range(0, len(self.images) if rows is None else len(rows), IMAGE_BLOCK):
+            block = slice(start, start + IMAGE_BLOCK)
+            images = self.tensor(self.images[block if rows is None else rows[block]])
+            scores.append(self.score(images, words, [len(words)])[:, 0])
+        return np.concatenate(scores)
 
     @torch.no_grad()
     def score_captions(self, image, rows=None):
         """Exact scores float32 of an image's regions (R, D) with all captions (n_captions,), or with rows."""
         rows = np.arange(len(self.lens)) if rows is None else rows
-        scores = np.empty(len(rows), dtype=np.float32)
+        scores = [np.zeros(0, np.float32)]
         for start in range(0, len(rows), CAPTION_BLOCK):
             block = rows[start : start + CAPTION_BLOCK]
-            if block[-1] - block[0] == len(block) - 1:
-                words = self.words[self.starts[block[0]] : self.starts[block[-1] + 1]]
-            else:
-                words = self.words[np.concatenate([np.arange(self.starts[i], self.starts[i + 1]) for i in block])]
-            scores[start : start + CAPTION_BLOCK] = self.score(image[None], self.tensor(words), self.lens[block])[0]
-        return scores
+            scores.append(self.score(image[None], self.words_of(block), self.lens[block])[0])
+        return np.concatenate(scores)
 
     def search(self, sentence, k=10, candidates=1000):
         """The best k images for a sentence: their indices (k,) and scores (k,), best first; k None: all.

@@ -1,7 +1,6 @@
 """The first stage of the search: approximate scores, by which the images or captions to score exactly are chosen."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,14 +14,14 @@ class FirstStage:
     score is the mean over the query's elements of the largest dot product with an element of the context, where each
     query element is replaced by its nearest centroid.
 
-    centroids: a faiss index of K directions (K, D). nearest (ΣQ,): the nearest centroid of each query element in the
+    centroids (K, D): directions of unit length. nearest (ΣQ,): the nearest centroid of each query element in the
     collection, grouped by item; starts (items + 1,): where each item's begin. Items are captions in t2i, images in
     i2t. table (K, contexts): the largest dot product of a centroid with the elements of each context, which are the
     images in t2i, the captions in i2t.
     """
 
     t2i: bool
-    centroids: Any
+    centroids: np.ndarray
     nearest: np.ndarray
     starts: np.ndarray
     table: np.ndarray
@@ -37,16 +36,12 @@ class FirstStage:
 
     def by_table(self, query: torch.Tensor, count: int) -> np.ndarray:
         """The best contexts for the elements of a query (Q, D): the sum of Q rows of the table."""
-        _, nearest = self.centroids.search(query.cpu().numpy(), 1)
-        sums = np.zeros(self.table.shape[1], dtype=np.float32)
-        for centroid in nearest[:, 0]:
-            sums += self.table[centroid]
-        return top(sums, count)
+        nearest = (query.cpu().numpy() @ self.centroids.T).argmax(1)
+        return top(self.table[nearest].sum(0, dtype=np.float32), count)
 
     def by_centroid(self, context: torch.Tensor, count: int) -> np.ndarray:
         """The best queries of the collection for a context (L, D): each element scores as its centroid does."""
-        centroids = self.centroids.reconstruct_n(0, self.centroids.ntotal)
-        scores = (centroids @ context.cpu().numpy().T).max(1)
+        scores = (self.centroids @ context.cpu().numpy().T).max(1)
         sums = np.add.reduceat(scores[self.nearest], self.starts[:-1])
         return top(sums / np.diff(self.starts), count)
 

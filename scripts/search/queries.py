@@ -4,13 +4,9 @@ from lib.errors import InputError
 
 
 def words_of(vocab, sentence):
-    """The tokens of a sentence that have a letter or a digit."""
-    return [token for token in vocab.tokenize(sentence) if any(map(str.isalnum, token))]
-
-
-def knows_a_word(vocab, sentence):
-    """Whether the vocabulary has at least one of the sentence's words."""
-    return any(word in vocab.word2idx for word in words_of(vocab, sentence))
+    """The different tokens of a sentence that have a letter or a digit, in their order: {word: whether known}."""
+    words = [token for token in vocab.tokenize(sentence) if any(map(str.isalnum, token))]
+    return {word: word in vocab.word2idx for word in words}
 
 
 def check_query(vocab, sentence, flag):
@@ -18,11 +14,9 @@ def check_query(vocab, sentence, flag):
 
     Raises InputError, naming the flag, where the sentence has no word or none that the vocabulary has.
     """
-    words = list(dict.fromkeys(words_of(vocab, sentence)))
-    if not words:
-        raise InputError(f"{flag} {sentence!r}: expected at least one word")
-    if not knows_a_word(vocab, sentence):
-        named = ", ".join(words)[:200]
-        raise InputError(f"{flag}: none of its words is in the vocabulary ({named}), expected at least one")
-    if unknown := [word for word in words if word not in vocab.word2idx]:
+    words = words_of(vocab, sentence)
+    if not any(words.values()):
+        found = ", ".join(words)[:200] or "no word"
+        raise InputError(f"{flag}: found {found}, expected at least one word of the vocabulary")
+    if unknown := [word for word, known in words.items() if not known]:
         print(f"not in the vocabulary, read as <unk>: {', '.join(unknown)}")

@@ -1,9 +1,9 @@
 // The page's address says what is shown: #q=SENTENCE, #q=SENTENCE&open=NUMBER, #hard.
 import {Detail} from './detail.js'
-import {$, ask, drawn, h, number, percent, say} from './dom.js'
+import {$, ask, drawn, h, number, say} from './dom.js'
 
-const K = 24, WAIT = 250  // results shown; milliseconds without a key before a search
-let about, shown = null, asking = null, polling = null
+const K = 24, WAIT = 250  // results shown; milliseconds without a key before a search, or until an answer is asked for again
+let about, shown = null, asking = null
 
 const detail = new Detail({
   step: by => { const at = order().indexOf(state().open) + by; if (order()[at] !== undefined) go({open: order()[at]}) },
@@ -35,7 +35,7 @@ function order() {
 }
 
 async function show() {
-  const {hard, q, open} = state()
+  const {hard, q} = state()
   $('search-view').hidden = hard
   $('hard-view').hidden = !hard
   $('tab-search').ariaCurrent = hard ? null : 'page'
@@ -45,8 +45,9 @@ async function show() {
     if ($('sentence').value.trim() !== q) $('sentence').value = q
     if (!q || q !== shown?.sentence) await search(q)
   }
-  if (open === null) detail.close()
-  else detail.open(about, open, q)
+  const now = state()  // it may have changed while the search ran
+  if (now.open === null) detail.close()
+  else detail.open(about, now.open, now.q)
 }
 
 // ---- sentence → images
@@ -66,7 +67,7 @@ async function search(sentence) {
     $('results').replaceChildren(...shown.models.map(column))
     const seconds = (performance.now() - started) / 1000
     const best = about.models.some(model => model.indexed) ? `The best ${number(about.candidates)} of ` : ''
-    say('status', `${best}${number(about.pictures)} images ranked in ${seconds.toFixed(2)} s. ${truth(shown)}`)
+    say('status', `${best}${number(about.images)} images ranked in ${seconds.toFixed(2)} s. ${marked(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
     shown = null
@@ -77,16 +78,16 @@ async function search(sentence) {
   }
 }
 
-function truth({right}) {
+function marked({positives}) {
   if (!about.captions) return ''
-  if (!right.length) return 'The sentence is no caption of this split, so no image counts as right.'
-  return right.length === 1 ? 'Its own image is marked.' : `The ${right.length} images that it describes are marked.`
+  if (!positives.length) return 'The sentence is no caption of this split, so no image counts as right.'
+  return positives.length === 1 ? 'Its own image is marked.' : `The ${positives.length} images that it describes are marked.`
 }
 
 function column(model, i) {
   const place = !model.scored ? 'The model knows none of these words.'
     : model.rank ? `its image at rank ${number(model.rank)} of ${number(model.scored)}`
-    : shown.right.length ? `its image is not among the ${number(model.scored)} that were scored` : ' '
+    : shown.positives.length ? `its image is not among the ${number(model.scored)} that were scored` : ' '
   const unknown = model.tokens.filter(token => !token.known).length
   return h('section', {className: 'model'},
     h('h2', {}, about.models[i].name),
@@ -103,11 +104,11 @@ function word(token) {
 }
 
 function card(result, rank) {
-  const button = h('button', {type: 'button', className: result.right ? 'card right' : 'card'},
+  const button = h('button', {type: 'button', className: result.positive ? 'card positive' : 'card'},
     drawn(result, `Image ${result.id}`),
     h('div', {className: 'text'},
       h('div', {className: 'line'}, h('b', {}, `${rank + 1}`), h('span', {}, result.score.toFixed(3))),
-      h('span', {className: 'mark'}, result.right ? '✓ its image' : ''),
+      h('span', {className: 'mark'}, result.positive ? '✓ its image' : ''),
       h('span', {className: 'caption'}, result.caption)))
   button.dataset.image = result.image
   button.onclick = () => go({open: result.image})
@@ -117,26 +118,22 @@ function card(result, rank) {
 // ---- where the models differ
 
 async function showHard() {
-  clearTimeout(polling)
+  if ($('hard-list').children.length) return
   try {
     const hard = await ask('api/hard')
-    if (!state().hard) return
-    if (hard.state === 'done') {
-      say('hard-status', hard.cases.length ? `Queries whose right answer the models rank most differently, among `
-        + `${number(hard.pictures)} images and ${number(hard.captions)} captions. Lower is better.`
-        : 'The models rank the right answer of every query alike.')
-      if (!$('hard-list').children.length) listHard(hard.cases)
-    } else if (hard.state === 'new' || hard.state === 'running') {
-      say('hard-status', `Comparing the models on every query: ${percent(hard.share)} done.`)
-      polling = setTimeout(showHard, 500)
-    } else say('hard-status', hard.state, true)
+    if (!hard) {
+      setTimeout(showHard, WAIT)
+      return say('hard-status', 'Comparing the models on every query …')
+    }
+    const {cases, images, captions} = hard
+    say('hard-status', cases.length ? `Queries whose right answer the models rank most differently, among `
+      + `${number(images)} images and ${number(captions)} captions. Lower is better.`
+      : 'The models rank the right answer of every query alike.')
+    const kinds = [['Sentences that look for their image', cases.filter(entry => entry.sentence)],
+                   ['Images that look for one of their captions', cases.filter(entry => !entry.sentence)]]
+    $('hard-list').replaceChildren(...kinds.filter(([, list]) => list.length).map(([title, list]) =>
+      h('li', {}, h('h2', {}, title), h('ol', {}, ...list.map(hardCase)))))
   } catch (error) { say('hard-status', error.message, true) }
-}
-
-function listHard(cases) {
-  for (const [title, list] of [['Sentences that look for their image', cases.filter(entry => entry.sentence)],
-                                ['Images that look for one of their captions', cases.filter(entry => !entry.sentence)]])
-    if (list.length) $('hard-list').append(h('li', {}, h('h2', {}, title), h('ol', {}, ...list.map(hardCase))))
 }
 
 function hardCase(entry) {
@@ -198,9 +195,9 @@ addEventListener('hashchange', show)
 try {
   about = await ask('api/about')
   const files = !about.files ? ' No image files: the regions are drawn on a blank frame.'
-    : about.files < about.pictures ? ` Files of ${number(about.files)} images.` : ''
+    : about.files < about.images ? ` Files of ${number(about.files)} images.` : ''
   const captions = about.captions ? `${number(about.captions)} captions` : 'no captions'
-  $('about').textContent = `${about.data}, ${about.split}: ${number(about.pictures)} images, ${captions}.${files}`
+  $('about').textContent = `${about.data}, ${about.split}: ${number(about.images)} images, ${captions}.${files}`
   $('tab-hard').hidden = about.models.length < 2 || !about.captions
   $('example').hidden = !about.captions
   document.documentElement.style.setProperty('--models', about.models.length)

@@ -15,7 +15,6 @@ export class Detail {
     $('detail').onclick = event => { if (event.target === $('detail')) $('detail').close() }
     $('detail').onkeydown = event => this.key(event)
     $('region').oninput = () => this.pin(Number($('region').value) ? {region: $('region').value - 1} : null)
-    $('outlines').onchange = () => this.outline()
   }
 
   close() { if ($('detail').open) $('detail').close() }
@@ -58,7 +57,6 @@ export class Detail {
     $('detail-title').textContent = `${this.shown.id}: “${sentence}”`
     $('views').replaceChildren(...answer.models.map((model, i) => this.view(model, i)))
     $('captions').replaceChildren(...this.captions.models.map((model, i) => this.captionList(model, i)))
-    this.outline()
     this.pin(null)
   }
 
@@ -135,21 +133,17 @@ export class Detail {
     return `${subject} ${parts.join('; ')}`
   }
 
-  outline() {
-    for (const view of document.querySelectorAll('.view')) view.classList.toggle('plain', !$('outlines').checked)
-  }
-
   // ---- the position grid
 
   grids(region) {
-    const {cells, area, learned} = this.shown
+    const {cells, area, learned} = this.shown, {models} = this.about
     if (!cells) return $('grids').replaceChildren(h('p', {className: 'note'}, 'This data set has no position grids.'))
-    const maps = [['Area weights', area]]
-    learned.forEach((weights, i) => { if (weights) maps.push([`Learned, ${this.about.models[i].name}`, weights]) })
-    const others = this.about.models.filter(({position}) => position !== 'attention').map(({name, position}) =>
+    const maps = learned.map((weights, i) => [`Learned, ${models[i].name}`, weights]).filter(([, weights]) => weights)
+    const others = models.filter(({position}) => position !== 'attention').map(({name, position}) =>
       position === 'area' ? `${name} uses the area weights as they are.` : `${name} does not know positions.`)
-    $('grids').replaceChildren(...maps.map(([title, weights]) => this.grid(title, region === undefined ? null : cells[region],
-      region === undefined ? null : weights[region])), h('p', {className: 'note'}, others.join(' ')))
+    $('grids').replaceChildren(
+      ...[['Area weights', area], ...maps].map(([title, weights]) => this.grid(title, cells[region], weights[region])),
+      h('p', {className: 'note'}, others.join(' ')))
   }
 
   grid(title, cells, weights) {
@@ -179,9 +173,9 @@ export class Detail {
       : `its own captions are not among the ${number(model.scored)} that were scored`
     return h('section', {className: 'model'}, h('h3', {}, this.about.models[i].name), h('p', {className: 'note'}, place),
       h('ol', {}, ...model.results.map((result, rank) => {
-        const button = h('button', {type: 'button', className: result.right ? 'right' : ''},
+        const button = h('button', {type: 'button', className: result.positive ? 'positive' : ''},
           h('b', {}, `${rank + 1}`), h('span', {}, result.score.toFixed(3)),
-          h('span', {}, result.text, result.right ? h('i', {}, ' ✓ its own') : ''))
+          h('span', {}, result.text, result.positive ? h('i', {}, ' ✓ its own') : ''))
         button.classList.toggle('now', result.text === this.sentence)
         button.onclick = () => this.read(result.text).then(() => $('detail').scrollTo({top: 0}), error => this.fail(error))
         return h('li', {}, button)

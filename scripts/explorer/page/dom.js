@@ -37,7 +37,7 @@ export async function ask(path, signal) {
 }
 
 // Rectangles of an image's regions in units of a thousandth of its height, the largest first so that none hides one.
-export function rectangles({boxes, aspect}) {
+function rectangles({boxes, aspect}) {
   const area = ([x1, y1, x2, y2]) => (x2 - x1) * (y2 - y1)
   return (boxes ?? []).map((box, region) => ({box, region})).sort((a, b) => area(b.box) - area(a.box))
     .map(({box: [x1, y1, x2, y2], region}) => svg('rect',

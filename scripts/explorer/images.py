@@ -1,14 +1,13 @@
-"""The image files of a split, and where in an image its regions lie."""
+"""The images of a split: their files, their captions, and where in an image its regions lie."""
 
 import glob
 import os
-import re
 
 import numpy as np
 from PIL import ExifTags, Image
 
 from lib.constants import N_CELLS, N_SLOTS
-from lib.datasets.ids import read_file_names
+from lib.datasets.ids import canonical_id, read_file_names
 from lib.errors import InputError
 from lib.files import open_npy
 
@@ -23,31 +22,30 @@ MAX_OUTSIDE = 0.1  # of the boxes may reach more than OUTSIDE pixels beyond thei
 OUTSIDE = 2
 
 
-class Pictures:
+class SplitImages:
     """Ids, files and regions' boxes of the images of a split.
 
-    dataset: its PrecompDataset. folder: of the image files, named as the data's list of file names says, or ID.png,
-    ID.jpg, or as COCO does; where None, SPLIT_images beside the data, and no files where there is no such folder.
-    Raises InputError where arrays have other shapes, where no file in folder has an id's name, and where boxes, grids
-    and image files are not of the same images.
+    dataset: its PrecompDataset. folder: of the image files; where None, SPLIT_images beside the data, and no files
+    where there is no such folder. Raises InputError where arrays have other shapes, where no file in folder has an
+    id's name, and where boxes, grids and image files are not of the same images.
     """
 
     def __init__(self, dataset, folder=None):
         self.prefix, self.n = dataset.prefix, dataset.n_images
         self.n_regions = dataset.images.shape[1]
-        if folder is not None and not os.path.isdir(folder):
-            raise InputError(f"{folder}: no such folder of images")
         self.folder = folder or self.prefix + "_images"
         ids = dataset.read_ids()
         self.has_ids, self.ids = ids is not None, ids or [str(i) for i in range(self.n)]
-        names = read_names(os.path.dirname(self.prefix)) if self.has_ids else {}  # a row's number is no id
-        self.files = find_files(self.folder, self.ids, names, by_number=self.has_ids)
+        self.files = find_files(self.folder, ids, read_names(os.path.dirname(self.prefix))) if ids else {}
         if folder is not None and not self.files:
-            raise InputError(f"{folder}: no file of the images, expected names such as {self.ids[0]}.jpg")
+            expected = f"names such as {ids[0]}.jpg" if ids else f"their ids in {self.prefix}_ids.txt"
+            raise InputError(f"{folder}: no file of the images, expected {expected}")
         self.pixel_boxes, self.grids = self._open("_pixel_boxes.npy"), self._open("_boxes.npy")
         self.sample = np.unique(np.linspace(0, self.n - 1, min(self.n, SAMPLE)).astype(int)).tolist()
-        self._check_files()
-        self._check_grids()
+        if self.pixel_boxes is not None:
+            self._check_files()
+            if self.grids is not None:
+                self._check_grids()
 
     def _open(self, suffix):
         path = self.prefix + suffix
@@ -60,14 +58,9 @@ class Pictures:
 
     def _check_files(self):
         """Pixel boxes lie in their image files."""
-        if self.pixel_boxes is None:
-            return
-        outside = [
-            self.row(self.pixel_boxes, i)[:, 2:] > np.array(self.size(i)) + OUTSIDE
-            for i in self.sample
-            if self.ids[i] in self.files
-        ]
-        if outside and (share := np.concatenate(outside).any(1).mean()) > MAX_OUTSIDE:
+        with_files = [i for i in self.sample if self.ids[i] in self.files]
+        outside = [(self.row(self.pixel_boxes, i)[:, 2:] > np.array(self.size(i)) + OUTSIDE).any(1) for i in with_files]
+        if outside and (share := np.mean(outside)) > MAX_OUTSIDE:
             raise InputError(
                 f"{self.prefix}_pixel_boxes.npy: {100 * share:.0f} % of the boxes reach outside the images in "
                 f"{self.folder}, expected boxes of these images at their size"
@@ -75,17 +68,14 @@ class Pictures:
 
     def _check_grids(self):
         """Pixel boxes and grids describe the same regions."""
-        if self.pixel_boxes is None or self.grids is None:
-            return
-        overlaps = []
-        for i in self.sample:
-            by_pixels, by_cells = self._boxes_by_pixels(i), self._boxes_by_cells(i)
-            small = np.prod(by_pixels[:, 2:] - by_pixels[:, :2], axis=1) < SMALL
-            overlaps += iou(by_pixels[small], by_cells[small]).tolist()
-        if len(overlaps) >= MIN_SMALL and np.mean(overlaps) < MIN_IOU:
+        by_pixels = np.concatenate([self._boxes_by_pixels(i) for i in self.sample])
+        by_cells = np.concatenate([self._boxes_by_cells(i) for i in self.sample])
+        small = np.prod(by_pixels[:, 2:] - by_pixels[:, :2], axis=1) < SMALL
+        overlaps = iou(by_pixels[small], by_cells[small])
+        if len(overlaps) >= MIN_SMALL and overlaps.mean() < MIN_IOU:
             raise InputError(
                 f"{self.prefix}_pixel_boxes.npy: not the regions of {self.prefix}_boxes.npy "
-                f"(overlap {np.mean(overlaps):.2f}), expected boxes of the same images in the same order"
+                f"(overlap {overlaps.mean():.2f}), expected boxes of the same images in the same order"
             )
 
     def row(self, array, number):
@@ -99,12 +89,16 @@ class Pictures:
         return grid[:, :N_SLOTS].astype(int), grid[:, N_SLOTS : 2 * N_SLOTS]
 
     def size(self, number):
-        """Width and height of an image, in pixels where it has a file or pixel boxes."""
+        """Width and height of an image, in pixels where it has a file or pixel boxes.
+
+        A file is turned as its EXIF block says: so it is shown, and so its regions were found.
+        """
         if self.ids[number] in self.files:
             try:
                 with Image.open(self.files[self.ids[number]]) as image:
-                    return upright_size(image)
-            except OSError:  # the page shows a broken image on the frame
+                    lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+                    return image.size[::-1] if lies_on_its_side else image.size
+            except Exception:  # Pillow's readers raise whatever a broken file leads them to
                 pass
         if self.pixel_boxes is not None:
             return tuple(self.row(self.pixel_boxes, number)[:, 2:].max(0).tolist())
@@ -125,20 +119,11 @@ class Pictures:
 
     def _boxes_by_cells(self, number):
         cells, weights = self.grid(number)
-        listed = (weights > 0) & (cells < N_CELLS)
+        listed = ((weights > 0) & (cells < N_CELLS))[..., None]
         corners = np.stack([cells // SIDE, cells % SIDE], 2) / SIDE  # column, row
-        first = np.where(listed[..., None], corners, 1).min(1)
-        last = np.where(listed[..., None], corners + 1 / SIDE, 0).max(1)
-        return np.concatenate([np.minimum(first, last), last], 1)  # a region without cells has no extent
-
-
-def upright_size(image):
-    """Width and height of an image as it is shown, and as its regions were found: turned as its EXIF block says."""
-    try:
-        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # a broken block: Pillow raises whatever its parser meets
-        lies_on_its_side = False
-    return image.size[::-1] if lies_on_its_side else image.size
+        last = np.where(listed, corners + 1 / SIDE, 0).max(1)
+        first = np.where(listed, corners, last[:, None]).min(1)  # a region without cells has no extent
+        return np.concatenate([first, last], 1)
 
 
 def iou(a, b):
@@ -147,6 +132,16 @@ def iou(a, b):
     both = np.prod(np.maximum(sides, 0), axis=1)
     areas = np.prod(a[:, 2:] - a[:, :2], axis=1) + np.prod(b[:, 2:] - b[:, :2], axis=1)
     return both / np.maximum(areas - both, 1e-12)
+
+
+def partners(index, n, m):
+    """Indices, among a split's m captions (images), of those that belong to one of its n images (captions).
+
+    They belong together in equal consecutive groups, as many as the smaller count.
+    """
+    groups = min(n, m)
+    group = index * groups // n
+    return list(range(group * m // groups, (group + 1) * m // groups)) if groups else []
 
 
 def read_names(folder):
@@ -164,34 +159,27 @@ def read_names(folder):
     return read_file_names(paths[0]) if paths else {}
 
 
-def find_files(folder, ids, names=None, by_number=True):
-    """{id: path} of the ids that have an image file in folder.
+def find_files(folder, ids, names):
+    """{id: path} of the ids that have an image file in folder: by names {id: file name}, or else by its name.
 
-    names: {id: file name}. An id that it lacks has ID.png, ID itself, or NAME_000…ID.jpg (COCO's; by_number: whether
-    this form counts). Raises InputError where two files have the name of one id.
+    Raises InputError where two files have the name of one id.
     """
-    whole, stems, numbers = {}, {}, {}
-    for entry in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
-        stem, ending = os.path.splitext(entry)
-        if ending.lower() in FILES:
-            whole[entry] = [entry]
-            stems.setdefault(stem, []).append(entry)
-            if by_number and (number := re.search(r"(?:^|\D)0*(\d+)$", stem)):
-                numbers.setdefault(number[1], []).append(entry)
-    listed = {image_id: find_listed(folder, name) for image_id, name in (names or {}).items()}
-    found = {}
+    by_id, found = {}, {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else []:
+        if name.lower().endswith(FILES):
+            by_id.setdefault(canonical_id(name), []).append(name)
     for image_id in ids:
-        entries = next((known[image_id] for known in (listed, whole, stems, numbers) if image_id in known), [])
-        if len(entries) > 1:
-            raise InputError(f"{folder}: {' and '.join(entries[:2])} for image {image_id}, expected one file")
-        if entries:
-            found[image_id] = os.path.join(folder, entries[0])
+        listed = os.path.normpath(names.get(image_id, image_id))  # lists have folders (val2014/…) before the names
+        paths = [path for path in (listed, os.path.basename(listed)) if is_below(folder, path)]
+        files = paths[:1] or by_id.get(canonical_id(image_id), [])
+        if len(files) > 1:
+            raise InputError(f"{folder}: {' and '.join(files[:2])} for image {image_id}, expected one file")
+        if files:
+            found[image_id] = os.path.join(folder, files[0])
     return found
 
 
-def find_listed(folder, name):
-    """[the path below folder] of a listed file name, with the folder that it may have (val2014/…) or without; or []."""
-    below = os.path.normpath(name)
-    if below.startswith("..") or os.path.isabs(below) or not below.lower().endswith(FILES):
-        return []
-    return [path for path in (below, os.path.basename(below)) if os.path.isfile(os.path.join(folder, path))][:1]
+def is_below(folder, path):
+    """Whether a normalised relative path names an image file below folder, and nothing outside of it."""
+    inside = not path.startswith("..") and not os.path.isabs(path) and path.lower().endswith(FILES)
+    return inside and os.path.isfile(os.path.join(folder, path))
