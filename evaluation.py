@@ -389,8 +389,8 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(make_model: type[SCAN] = SCAN, parser: argparse.ArgumentParser | None = None) -> None:
-    opt = vars((parser or get_parser()).parse_args())
+def main(make_model: type[SCAN] = SCAN) -> None:
+    opt = vars(get_parser().parse_args())
     distributed.start(opt["device"])
     evalrank(make_model=make_model, **opt)
     distributed.stop()

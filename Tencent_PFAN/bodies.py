@@ -23,11 +23,11 @@ class Arrival:
     """One body under way. limit: the asyncio.Timeout in which it is read. refusal: why it gave way, or None."""
 
     def __init__(self):
-        self.started, self.chunks, self.size, self.limit, self.refusal = now(), [], 0, None, None
+        self.started, self.data, self.limit, self.refusal = now(), bytearray(), None, None
 
     def rate(self):
         """Bytes a second so far."""
-        return self.size / max(now() - self.started, 1e-3)
+        return len(self.data) / max(now() - self.started, 1e-3)
 
 
 class Bodies:
@@ -53,33 +53,30 @@ class Bodies:
         try:
             async with asyncio.timeout_at(self.deadline(arrival)) as arrival.limit:
                 async for chunk in request.stream():
-                    arrival.chunks.append(chunk)
-                    arrival.size += len(chunk)
-                    self.check_size(arrival.size)
-                    while len(self) > 1 and sum(x.size for x in self.under_way) > self.opt.bodies_mb << 20:
+                    arrival.data += chunk
+                    self.check_size(len(arrival.data))
+                    while len(self) > 1 and sum(len(x.data) for x in self.under_way) > self.opt.bodies_mb << 20:
                         self.drop_slowest()
                     if arrival.refusal:
                         raise arrival.refusal
                     arrival.limit.reschedule(self.deadline(arrival))
         except TimeoutError:
-            raise arrival.refusal or Refused(408, self.lateness(arrival)) from None
+            late = now() - arrival.started >= self.opt.timeout
+            slow = f"slower than {self.opt.min_rate:g} KB a second (--min_rate)"
+            reason = f"not complete after {self.opt.timeout:g} seconds (--timeout)" if late else slow
+            raise arrival.refusal or Refused(408, f"body: {reason}") from None
         except ClientDisconnect:
             raise Refused(400, "body: the connection ended before it was complete") from None
         finally:
             self.under_way.discard(arrival)
-        return b"".join(arrival.chunks)
+        return bytes(arrival.data)
 
     def deadline(self, arrival):
         """When a body must be complete, or have more bytes (the loop's time)."""
         end = arrival.started + self.opt.timeout
         if not self.opt.min_rate:
             return end
-        return min(end, arrival.started + FREE_SECONDS + arrival.size / (1000 * self.opt.min_rate))
-
-    def lateness(self, arrival):
-        if now() - arrival.started >= self.opt.timeout:
-            return f"body: not complete after {self.opt.timeout:g} seconds"
-        return f"body: slower than {self.opt.min_rate:g} KB a second (--min_rate)"
+        return min(end, arrival.started + FREE_SECONDS + len(arrival.data) / (1000 * self.opt.min_rate))
 
     def drop_slowest(self):
         """End the slowest body that is not young. Raises Refused where all are."""
@@ -89,7 +86,7 @@ class Bodies:
         slowest = min(old, key=Arrival.rate)
         reason = f"body: {slowest.rate() / 1000:.0f} KB a second, the slowest; others needed its place"
         slowest.refusal = Refused(429, reason, Retry_After="1")
-        slowest.chunks.clear()
+        slowest.data.clear()
         if not slowest.limit.expired():
             slowest.limit.reschedule(now())
         self.under_way.remove(slowest)

@@ -16,8 +16,8 @@ show python scripts/demo/make_tencent_demo.py --out "$out" "$@"
 # small batches: among more images, the hardest negatives alone teach a new model nothing for many epochs
 for kind in sentence tag; do
     case $kind in sentence) name=tencent_data ;; tag) name=tencent_data_tag ;; esac
-    show python -m Tencent_PFAN.vocab --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" --overwrite
-    show python -m Tencent_PFAN.train_whole --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" \
+    show python Tencent_PFAN/vocab.py --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" --overwrite
+    show python Tencent_PFAN/train_whole.py --data_path "$out/data" --data_name $name --vocab_path "$out/vocab" \
         --logger_name "$out/$kind" --model_name "$out/$kind" --max_violation --bi_gru --agg_func=Mean \
         --cross_attn=t2i --lambda_softmax=9 --lambda_whole=2 --embed_size=128 --word_dim=64 --batch_size=16 \
         --learning_rate=.001 --num_epochs=12 --lr_update=10 --val_step=2000000 --workers=1 --overwrite ${TRAIN_FLAGS-}
@@ -40,20 +40,17 @@ until grep -q '^ready: ' "$log"; do
     sleep 0.3
 done
 
-case "$out" in /*) ;; *) out=$PWD/$out ;; esac
 meta=$out/data/tencent_data_meta
 rm -f "$out"/dist_*.json "$out"/dist_*.json.part
-cd test_server
-show python test.py "$out/dist_sentence_t2i.json" sentence "$SENTENCE_PORT" --data_path "$meta"
-show python test.py "$out/dist_tag_t2i.json" tag "$SENTENCE_PORT" --data_path "$meta"
-show python test.py "$out/dist_tag_new_t2i.json" tag "$TAG_PORT" --data_path "$meta"
-echo "+ python compute_map.py (of all three together into $out/mixed.txt, and of each alone)"
+show python test_server/test.py "$out/dist_sentence_t2i.json" sentence "$SENTENCE_PORT" --data_path "$meta"
+show python test_server/test.py "$out/dist_tag_t2i.json" tag "$SENTENCE_PORT" --data_path "$meta"
+show python test_server/test.py "$out/dist_tag_new_t2i.json" tag "$TAG_PORT" --data_path "$meta"
+echo "+ python test_server/compute_map.py (of all three together into $out/mixed.txt, and of each alone)"
 for name in sentence tag tag_new; do
-    python compute_map.py "$out/dist_${name}_t2i.json" --test_list "$meta/test_list.json" >"$out/$name.txt"
+    python test_server/compute_map.py "$out/dist_${name}_t2i.json" --test_list "$meta/test_list.json" >"$out/$name.txt"
 done
-python compute_map.py "$out/dist_tag_t2i.json" "$out/dist_sentence_t2i.json" "$out/dist_tag_new_t2i.json" \
+python test_server/compute_map.py "$out/dist_tag_t2i.json" "$out/dist_sentence_t2i.json" "$out/dist_tag_new_t2i.json" \
     --test_list "$meta/test_list.json" >"$out/mixed.txt"
-cd ..
 stop
 python scripts/demo/make_tencent_demo.py --out "$out" --beside_chance \
     "$out/sentence.txt" "$out/tag.txt" "$out/tag_new.txt" "$out/mixed.txt"

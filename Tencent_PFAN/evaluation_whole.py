@@ -67,13 +67,7 @@ def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=No
 
 
 def main():
-    parser = root.get_parser()
-    parser.description = "Rank a split of whole-image data with one checkpoint, or the mean similarities of several."
-    parser.epilog = (
-        "example: python Tencent_PFAN/evaluation_whole.py --model_path runs/tencent_data/t2i/model_best.pth.tar "
-        "--data_path ./data --split test"
-    )
-    root.main(SCAN, parser)
+    root.main(SCAN)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ alive() { for pid in $pids; do kill -0 "$pid" 2>/dev/null || return 1; done; }
 for port in "$sentence_port" "$tag_port"; do
     until answers "$port"; do
         alive || { echo "error: a server ended, see above" >&2 && stop 1; }
-        sleep 0.5
+        sleep 1
     done
 done
 # another server on the same port would have answered too, while ours ended

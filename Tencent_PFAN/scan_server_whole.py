@@ -11,9 +11,11 @@ import asyncio
 import hmac
 import math
 import os
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import prometheus_client as prometheus
 import torch
@@ -49,22 +51,19 @@ class Service:
         self.scoring_since = None  # when the batch under way began (the loop's time)
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
-        self.registry = registry = prometheus.CollectorRegistry()
-        prometheus.ProcessCollector(registry=registry)
-        self.requests = prometheus.Counter("pfan_requests", "Scoring requests", ["status"], registry=registry)
-        self.errors = prometheus.Counter("pfan_errors", "Scoring requests answered with 4xx or 5xx", registry=registry)
-        self.latency = prometheus.Histogram(
-            "pfan_latency_seconds", "From a request's headers to its answer", registry=registry
-        )
+        self.registry = prometheus.CollectorRegistry()
+        prometheus.ProcessCollector(registry=self.registry)
+        kinds = prometheus.Counter, prometheus.Histogram, prometheus.Gauge
+        counter, histogram, gauge = (partial(kind, registry=self.registry) for kind in kinds)
+        self.requests = counter("pfan_requests", "Scoring requests", ["status"])
+        self.errors = counter("pfan_errors", "Scoring requests answered with 4xx or 5xx")
+        self.latency = histogram("pfan_latency_seconds", "From a request's headers to its answer")
         powers = [2**i for i in range(11)]
-        self.batch_requests, self.batch_images = (
-            prometheus.Histogram(f"pfan_batch_{name}", f"{what} scored as one batch", registry=registry, buckets=powers)
-            for name, what in (("requests", "Requests"), ("pictures", "Images"))
-        )
-        self.images = prometheus.Counter("pfan_pictures", "Images, by where from", ["source"], registry=registry)
-        unanswered = prometheus.Gauge("pfan_waiting", "Requests not answered yet", registry=registry)
-        unanswered.set_function(self.unanswered)
-        prometheus.Gauge("pfan_bodies", "Bodies that arrive", registry=registry).set_function(self.bodies.__len__)
+        self.batch_requests = histogram("pfan_batch_requests", "Requests scored as one batch", buckets=powers)
+        self.batch_images = histogram("pfan_batch_pictures", "Images scored as one batch", buckets=powers)
+        self.images = counter("pfan_pictures", "Images, by where from", ["source"])
+        gauge("pfan_waiting", "Requests not answered yet").set_function(self.unanswered)
+        gauge("pfan_bodies", "Bodies that arrive").set_function(self.bodies.__len__)
 
     def start(self):
         """Score what comes, until stop(). Called in the loop that answers the requests."""
@@ -92,14 +91,14 @@ class Service:
         self.bodies.check_size(announced)
         self.check_queue(announced)
         body = await self.bodies.read(request)
-        try:
-            unpacked = unpacked_size(body) if packed else 0
-            self.bodies.check_size(unpacked)
-            with self.place_in_queue(len(body) + unpacked):
+        unpacked = unpacked_size(body) if packed else 0
+        self.bodies.check_size(unpacked)
+        with self.place_in_queue(len(body) + unpacked):
+            try:
                 async with asyncio.timeout(self.opt.timeout):
                     return await self.score_body(body, unpacked)
-        except TimeoutError:
-            raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
+            except TimeoutError:
+                raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
 
     def check_queue(self, size):
         """Raises Refused where a body of so many bytes has no place in the queue."""
@@ -239,13 +238,6 @@ def at_least(least, kind=int):
     return parse
 
 
-def api_key(text):
-    """For argparse: a key that a header can carry."""
-    if not (text.isascii() and text.isprintable() and text == text.strip() and text):
-        raise argparse.ArgumentTypeError("expected printable ASCII characters, no blanks around them")
-    return text
-
-
 def get_parser():
     parser = argparse.ArgumentParser(
         description="Score images against sentences over HTTP.",
@@ -258,7 +250,7 @@ def get_parser():
     add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
     add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
-    add("--api_key", type=api_key, help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
+    add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
     add("--timeout", type=at_least(0.1, float), default=60, help="seconds for a body to arrive, and for its scores")
     add("--max_body_mb", type=at_least(1), default=256, help="largest body; 8 images have about 3.5 MB")
     add("--bodies", type=at_least(1), default=128, help="bodies that may arrive at a time, before the slowest ends")
@@ -278,11 +270,10 @@ def main():
     opt = parser.parse_args()
     if not 0 < opt.port < 65536:
         parser.error(f"port: {opt.port}, expected 1 to 65535")
-    if not opt.api_key and (key := os.environ.get("PFAN_API_KEY")):
-        try:
-            opt.api_key = api_key(key)
-        except argparse.ArgumentTypeError as error:
-            parser.error(f"PFAN_API_KEY: {error}")
+    if opt.api_key is None:
+        opt.api_key = os.environ.get("PFAN_API_KEY") or None
+    if opt.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", opt.api_key):
+        parser.error("--api_key or PFAN_API_KEY: expected printable ASCII characters, no blanks around them")
     torch.set_num_threads(opt.threads)
     with web.listen(opt.host, opt.port) as listening:  # before the model is read, which takes a while
         scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from statistics import median
 
 import numpy as np
@@ -38,114 +37,91 @@ ROUNDS = 3  # of calm and hostile, in turns: what else runs on the machine chang
 WARM_UP = 5  # seconds until all hostile clients are at work
 TOLERANCE = 1e-5  # between the scores of a request alone and among others
 ATTEMPTS = 20  # of a request that is answered 429, a second apart
-FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of ask
-
-
-def read_metrics(server):
-    """{name: value} of a server's /metrics, a name with its labels."""
-    text = server.send(path="/metrics", method="GET")[2].decode()
-    return {name: float(value) for name, value in re.findall(r"^(\w+(?:{.*})?) (\S+)$", text, re.M)}
-
-
-def ask(server, body):
-    """Scores (2, P), t2i and i2t, and how often the server was busy before. RuntimeError where there are none."""
-    for refusals in range(ATTEMPTS):
-        status, _, answer = server.send(body)
-        if status == 200:
-            return np.array([*json.loads(answer).values()]), refusals
-        if status != 429:
-            break
-        time.sleep(1)
-    raise RuntimeError(f"{status} {explain(answer)}")
+FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of Load.ask
 
 
 class Load:
-    """Requests from so many clients at a time, each answer compared with the expected scores."""
+    """Requests to a server, each answer compared with what the same request got alone.
 
-    def __init__(self, server, bodies, expected):
-        self.server, self.bodies, self.expected = server, bodies, expected
+    bodies: the requests (bytes). ok: whether every request so far got its scores.
+    """
 
-    def counts(self):
-        """Images found in the cache and not, CPU seconds of the server and of this process, so far."""
-        found = read_metrics(self.server)
-        images = (found.get(f'pfan_pictures_total{{source="{source}"}}', 0) for source in ("cache", "new"))
-        return np.array([*images, found.get("process_cpu_seconds_total", 0), time.process_time()])
+    def __init__(self, port, bodies):
+        self.server, self.bodies, self.ok = Server(port=port, timeout=120), bodies, True
+        self.expected = [self.ask(body) for body in bodies]  # which also fills the cache, where there is one
 
-    def run(self, n_clients, n_requests):
-        self.n_clients, self.n_requests = n_clients, n_requests
-        self.times, self.refusals, self.wrong, self.failed, self.memory = [], [], [], [], []
-        before, started = self.counts(), time.perf_counter()
-        with ThreadPoolExecutor(n_clients) as pool:
-            list(pool.map(self.measure, range(n_requests)))
-        self.rate = len(self.times) / (time.perf_counter() - started)
-        self.used = self.counts() - before
-        return self
+    def ask(self, body):
+        """Scores (2, P), t2i and i2t. RuntimeError where the server answers that there are none."""
+        for _ in range(ATTEMPTS):
+            status, _, answer = self.server.send(body)
+            if status != 429:
+                break
+            time.sleep(1)
+        if status != 200:
+            raise RuntimeError(f"{status} {explain(answer)}")
+        return np.array([*json.loads(answer).values()])
+
+    def metric(self, name):
+        """A number of the server's /metrics, NaN where it does not have it."""
+        text = self.server.send(path="/metrics", method="GET")[2].decode()
+        found = re.search(rf"^{name} (\S+)$", text, re.MULTILINE)
+        return float(found[1]) if found else float("nan")
 
     def measure(self, number):
-        """Send one request and note what comes."""
-        if number % max(1, self.n_requests // 10) == 0:
-            self.memory.append(read_metrics(self.server).get("process_resident_memory_bytes", 0) / 2**20)
+        """Seconds that a request took, and what was wrong with its answer: a text, empty where nothing was."""
         number, started = number % len(self.bodies), time.perf_counter()
         try:
-            scores, refusals = ask(self.server, self.bodies[number])
+            difference = np.abs(self.ask(self.bodies[number]) - self.expected[number]).max()
         except FAILURES as error:
-            return self.failed.append(f"{type(error).__name__} {error}")
-        self.times.append(time.perf_counter() - started)
-        self.refusals += [refusals] * bool(refusals)
-        difference = np.abs(scores - self.expected[number]).max()
-        if not difference <= TOLERANCE:
-            self.wrong.append(difference)
+            return time.perf_counter() - started, f"{type(error).__name__} {error}"
+        return time.perf_counter() - started, "" if difference <= TOLERANCE else f"scores differ by {difference:g}"
 
-    def fine(self):
-        """Whether every request got its scores."""
-        return not self.failed and not self.wrong
+    def run(self, n_clients, n_requests):
+        """Send requests from so many clients at a time; prints. Returns requests a second."""
+        cpu_before, started = self.metric("process_cpu_seconds_total"), time.perf_counter()
+        with ThreadPoolExecutor(n_clients) as pool:
+            times, wrong = zip(*pool.map(self.measure, range(n_requests)), strict=True)
+        rate = n_requests / (time.perf_counter() - started)
+        cpu = (self.metric("process_cpu_seconds_total") - cpu_before) / n_requests
+        middle, late = np.percentile(times, [50, 95]) * 1000
+        wrong = list(filter(None, wrong))
+        self.ok &= not wrong
+        print(
+            f"{n_clients:3d} clients: {rate:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, server's CPU "
+            f"a request {1000 * cpu:.1f} ms, memory {self.metric('process_resident_memory_bytes') / 2**20:.0f} MB, "
+            f"{len(wrong)} of {n_requests} without their scores",
+            *wrong[:3],
+            sep="\n  ",
+            flush=True,
+        )
+        return rate
 
-    def __str__(self):
-        middle, late = np.percentile(self.times, [50, 95]) * 1000 if self.times else (float("nan"),) * 2
-        hits, new, *seconds = self.used
-        server, client = (1000 * used / self.n_requests for used in seconds)
-        lines = [
-            f"{self.n_clients:3d} clients: {self.rate:6.1f} requests/s, median {middle:.0f} ms, 95% {late:.0f} ms, "
-            f"{len(self.failed)} of {self.n_requests} failed, {len(self.wrong)} wrong, "
-            f"{len(self.refusals)} refused first, at most {max(self.refusals, default=0)} times, "
-            f"{hits / max(1, hits + new):.0%} of the images from the cache",
-            f"             CPU a request: server {server:.1f} ms, client {client:.1f} ms; "
-            f"memory {self.memory[0]:.0f} -> {self.memory[-1]:.0f} MB, most {max(self.memory):.0f}",
-        ]
-        return "\n".join([*lines, *(f"  failed: {problem}" for problem in self.failed[:3])])
+    def run_hostile(self, n_clients, n_requests):
+        """The load alone and beside hostile clients, in turns; prints. ok becomes False where too little was kept."""
+        calm, hostile = [], []
+        for _ in range(ROUNDS):
+            print("alone:")
+            calm.append(self.run(n_clients, n_requests))
+            print("beside hostile clients:")
+            with hostile_clients(self.server.port):
+                time.sleep(WARM_UP)
+                hostile.append(self.run(n_clients, n_requests))
+        kept = median(hostile) / median(calm)
+        print(f"medians {median(calm):.1f} and {median(hostile):.1f} requests/s, {kept:.0%} kept", flush=True)
+        self.ok &= kept >= LEAST_SHARE
 
 
 def measure(port, bodies, opt):
-    """Serial answers first, then the load; prints. Returns whether all went well."""
-    server = Server(port=port, timeout=120)
+    """Run the load of every number of clients; prints. Returns whether all went well."""
     try:
-        expected = [ask(server, body)[0] for body in bodies]  # which also fills the cache, where there is one
+        load = Load(port, bodies)
     except FAILURES as error:
         raise InputError(f"--port {port}: {error}, expected scores") from None
-    load, ok = Load(server, bodies, expected), True
-    for clients in opt.clients if opt.hostile else (1, *opt.clients):
-        if opt.hostile:
-            ok &= measure_hostile(load, clients, opt.requests)
-        else:
-            print(load.run(clients, min(opt.requests, 200) if clients == 1 else opt.requests), flush=True)
-            ok &= load.fine()
-    return ok
-
-
-def measure_hostile(load, clients, n_requests):
-    """A load alone and beside hostile clients, in turns; prints. Returns whether enough of its rate was kept."""
-    rates, ok = {"alone": [], "beside hostile clients": []}, True
-    for _ in range(ROUNDS):
-        for case, found in rates.items():
-            with hostile_clients(load.server.port, load.bodies[0]) if case != "alone" else nullcontext():
-                time.sleep(0 if case == "alone" else WARM_UP)
-                print(f"{case}:\n{load.run(clients, n_requests)}", flush=True)
-            found.append(load.rate)
-            ok &= load.fine()
-    calm, hostile = map(median, rates.values())
-    kept = f"medians {calm:.1f} and {hostile:.1f} requests/s, {hostile / calm:.0%} kept"
-    print(f"{clients:3d} clients: {kept}", flush=True)
-    return ok and hostile >= LEAST_SHARE * calm
+    if not opt.hostile:
+        load.run(1, min(opt.requests, 200))
+    for clients in opt.clients:
+        (load.run_hostile if opt.hostile else load.run)(clients, opt.requests)
+    return load.ok
 
 
 def main():

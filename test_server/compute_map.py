@@ -21,8 +21,8 @@ EPS = 1e-7  # added to every count that is divided by, so that no item at all gi
 # ---------------------------------------------------------------- files
 
 
-def load_dist_from_file(dist_file):
-    """{"URL@LINE": score} of a score file, whose lines count from 1. Raises InputError for a line of another form.
+def read_scores(dist_file):
+    """[{url: score}] of a score file, a dict a line. Raises InputError for a line of another form.
 
     The score is dist_t2i in a file named *_t2i.json, dist_i2t in *_i2t.json, the mean of both in any other.
     """
@@ -36,27 +36,13 @@ def load_dist_from_file(dist_file):
         return scores
 
     lists = "".join(f', "dist_{way}": [number, ...]' for way in ways)
-    lines = read_json_lines(dist_file, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
-    return {f"{url}@{number}": score for number, line in enumerate(lines, 1) for url, score in line.items()}
+    return read_json_lines(dist_file, f'{{"urls": [url, ...]{lists}}}, equally many of each, all finite', parse)
 
 
-def check_dists(dist_file, dists, items, flag_path):
-    """Raise InputError where a score file has another number of lines than its test list, or mostly other urls.
-
-    A smaller part of other urls is said on stderr.
-    """
-    with open(dist_file, "rb") as file:
-        count = sum(1 for _ in file)
-    if count != len(items):
-        raise errors.InputError(f"{dist_file}: {count} lines, expected {len(items)}, as in {flag_path}")
-    known = {f"{url}@{number}" for number, item in enumerate(items, 1) for url, _ in item}
-    foreign = [key for key in dists if key not in known]
-    if foreign:
-        url, _, number = foreign[0].rpartition("@")
-        found = f"{dist_file}:{number}: scores {url[:60]}, which is not in line {number} of {flag_path}"
-        if 2 * len(foreign) > len(dists):
-            raise errors.InputError(found)
-        print(f"{found} ({len(foreign)} such images are left out)", file=sys.stderr)
+def load_dist_from_file(dist_file):
+    """{"URL@LINE": score} of a score file, whose lines count from 1; see read_scores."""
+    lines = enumerate(read_scores(dist_file), 1)
+    return {f"{url}@{number}": score for number, line in lines for url, score in line.items()}
 
 
 def load_data_from_PFAN(dist_paths, weights, flag_path):
@@ -66,19 +52,28 @@ def load_data_from_PFAN(dist_paths, weights, flag_path):
     no file is said on stderr. Raises InputError for a malformed file, or a score file of another test list.
     """
     items = read_flags(flag_path)
-    sums, held = {}, {}
-    for path, weight in zip(dist_paths, weights, strict=True):
-        dists = load_dist_from_file(path)
-        check_dists(path, dists, items, flag_path)
-        for key, dist in dists.items():
-            sums[key] = sums.get(key, 0.0) + weight * dist
-            held[key] = held.get(key, 0.0) + weight
+    files = [read_scores(path) for path in dist_paths]
+    for path, lines in zip(dist_paths, files, strict=True):
+        if len(lines) != len(items):
+            raise errors.InputError(f"{path}: {len(lines)} lines, expected {len(items)}, as in {flag_path}")
+        for number, (line, item) in enumerate(zip(lines, items, strict=True), 1):
+            foreign = line.keys() - dict(item).keys()
+            if foreign:
+                found = f"{path}:{number}: scores {min(foreign)[:60]}"
+                raise errors.InputError(f"{found}, which is not in line {number} of {flag_path}")
     url_list, dist_list, flag_list = [], [], []
-    for number, item in enumerate(items, 1):
-        scored = [(url, flag) for url, flag in item if f"{url}@{number}" in sums]
-        url_list.append([url for url, _ in scored])
-        dist_list.append([sums[f"{url}@{number}"] / held[f"{url}@{number}"] for url, _ in scored])
-        flag_list.append([flag for _, flag in scored])
+    for item, *lines in zip(items, *files, strict=True):
+        scored = []
+        for url, flag in item:
+            total = held = 0.0
+            for weight, line in zip(weights, lines, strict=True):
+                if url in line:
+                    total, held = total + weight * line[url], held + weight
+            if held:
+                scored.append((url, total / held, flag))
+        url_list.append([url for url, _, _ in scored])
+        dist_list.append([dist for _, dist, _ in scored])
+        flag_list.append([flag for _, _, flag in scored])
     total, scored = sum(map(len, items)), sum(map(len, url_list))
     if scored < total:
         print(f"{total - scored} of {total} images are in no score file and are left out", file=sys.stderr)
@@ -165,14 +160,6 @@ def report(dist_list, flag_list):
     return lines
 
 
-def positive(text):
-    """A finite number above 0, for argparse."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise ValueError
-    return number
-
-
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -183,13 +170,13 @@ def main():
     mixed = f"score files: *_t2i.json gives dist_t2i, *_i2t.json dist_i2t, any other the mean of both {beside}"
     add("files", nargs="*", default=list(WEIGHTS), metavar="FILE", help=mixed)
     one_each = "one per file (default: 1.5 for dist_tag_new_t2i.json, 1 for any other)"
-    add("--weights", nargs="+", type=positive, metavar="W", help=one_each)
+    add("--weights", nargs="+", type=float, metavar="W", help=one_each)
     lines = "one item a line, with Img_urls and Img_flags (default: %(default)s)"
     add("--test_list", default="../data/tencent_data_meta/test_list.json", help=lines)
     args = parser.parse_args()
     weights = args.weights or [WEIGHTS.get(os.path.basename(path), 1.0) for path in args.files]
-    if len(weights) != len(args.files):
-        parser.error(f"{len(weights)} weights for {len(args.files)} files")
+    if len(weights) != len(args.files) or not all(0 < weight < math.inf for weight in weights):
+        parser.error(f"--weights {weights}: expected {len(args.files)} above 0, one for each file")
     _, dists, flags = load_data_from_PFAN(args.files, weights, args.test_list)
     print("Len", len(dists), len(flags))
     print(*report(dists, flags), sep="\n")

@@ -16,7 +16,6 @@ import random
 import socket
 import sys
 import threading
-import time
 
 from tqdm import tqdm
 
@@ -36,9 +35,13 @@ g_output_path = "./dist.json"  # what process() writes, and the port that it ask
 g_port = 5091
 
 PATH = "/scan_sentence_image_score"
+COLUMNS = "urls", "dist_t2i", "dist_i2t"  # of a line of OUT
 LONG_WAIT = 60  # seconds: a longer one, which the server asked for, is announced
 BUSY = (408, 429, 500, 502, 503, 504)  # worth another attempt
 NEVER = (401, 403, 404, 405)  # no item would fare better: a wrong key or a wrong server
+
+
+# ---------------------------------------------------------------- the server
 
 
 class Refused(Exception):
@@ -50,7 +53,7 @@ class Refused(Exception):
 
 
 class Server:
-    """One scoring server, asked by any number of threads, each over a connection of its own that it keeps open.
+    """One scoring server, asked by any number of threads.
 
     api_key: PFAN_API_KEY of the environment where None. retries: further attempts where it is busy or gone.
     """
@@ -61,10 +64,8 @@ class Server:
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise errors.InputError("the API key (--api_key or PFAN_API_KEY): expected printable ASCII characters")
         self.headers = {"Content-Type": "application/json", **({"X-API-Key": api_key} if api_key else {})}
-        self.local, self.lock = threading.local(), threading.Lock()
         self.stop = threading.Event()  # set: nobody waits for another attempt any more
-        self.model = None  # what X-Model of the answers says; some servers do not
-        self.quiet_until = 0.0  # the time until which a long wait has been announced
+        self.model, self.lock = None, threading.Lock()  # what X-Model of the answers says; some servers do not
 
     def check(self):
         """InputError where nothing listens at the address."""
@@ -77,19 +78,13 @@ class Server:
 
     def send(self, body=None, path=PATH, method="POST"):
         """One attempt → status, headers, body of the answer. OSError or HTTPException where the connection fails."""
-        if not hasattr(self.local, "connection"):
-            self.local.connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
-        connection = self.local.connection
-        try:
-            try:
+        connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        with contextlib.closing(connection):
+            # a server may refuse a request before it has read all of it: the answer may be there
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 connection.request(method, path, body, self.headers)
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # a server may refuse a request before it has read all of it: the answer may be there
             response = connection.getresponse()
             return response.status, response.headers, response.read()
-        except BaseException:
-            connection.close()
-            raise
 
     def ask(self, body):
         """The answer (bytes) to a request's body, after further attempts where that may help.
@@ -116,7 +111,8 @@ class Server:
                 if after.isdecimal():
                     delay = max(delay, min(float(after), 3600.0))
             if attempt < self.retries:
-                self.announce(delay, reason)
+                if delay > LONG_WAIT:
+                    tqdm.write(f"waiting {delay:.0f} s: {self.host}:{self.port} answered {reason}", file=sys.stderr)
                 if self.stop.wait(delay):
                     break
         if status == 500:
@@ -125,16 +121,6 @@ class Server:
             f"{self.host}:{self.port} gave no scores in {attempt + 1} attempts, the last time: {reason}; "
             "run the same command again to go on"
         )
-
-    def announce(self, delay, reason):
-        """Say until when a wait of more than LONG_WAIT seconds lasts, once for all threads that wait."""
-        now = time.time()
-        with self.lock:
-            if delay <= LONG_WAIT or now < self.quiet_until:
-                return
-            self.quiet_until = now + delay
-        end = time.strftime("%H:%M:%S", time.localtime(now + delay))
-        tqdm.write(f"waiting until {end}: {self.host}:{self.port} answered {reason}", file=sys.stderr)
 
     def check_model(self, model):
         """InputError where an answer comes from another model than the ones before."""
@@ -147,6 +133,17 @@ class Server:
                 )
 
 
+def explain(answer):
+    """What an error answer says, on one line: the "error" of a JSON object, else the text itself."""
+    text = answer.decode(errors="replace")
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        text = str(json.loads(text)["error"])
+    return " ".join(text.split())[:200]
+
+
+# ---------------------------------------------------------------- one item
+
+
 def get_sim(data, server=None):
     """A server's answer to a request (dict of "sentence", "boxes", "whole_items"), as text.
 
@@ -156,27 +153,16 @@ def get_sim(data, server=None):
 
 
 def read_scores(answer, count):
-    """[(sim_t2i, sim_i2t)] of an answer's text, one pair for each of count images. Raises Refused and InputError."""
+    """[(sim_t2i, sim_i2t)] of an answer's text, one pair for each of count images. Raises Refused."""
     try:
         sims = json.loads(answer)
-        pairs = list(zip(sims["sim_t2i"], sims["sim_i2t"], strict=True))
+        scores = list(zip(sims["sim_t2i"], sims["sim_i2t"], strict=True))
+        fits = len(scores) == count and all(math.isfinite(x) for pair in scores for x in pair)
     except (KeyError, TypeError, ValueError):
-        raise errors.InputError(
-            f"the server answered {answer[:60]!r}, expected sim_t2i and sim_i2t, equally long"
-        ) from None
-    if len(pairs) != count or not all(isinstance(x, (int, float)) and math.isfinite(x) for p in pairs for x in p):
-        raise Refused(200, f"its answer is not {count} finite scores")
-    return pairs
-
-
-def explain(answer):
-    """What an error answer says, on one line: the "error" of a JSON object, else the text itself."""
-    text = answer.decode(errors="replace")
-    try:
-        text = str(json.loads(text)["error"])
-    except (KeyError, TypeError, ValueError):
-        pass
-    return " ".join(text.split())[:200]
+        fits = False
+    if not fits:
+        raise Refused(200, f"it answered {answer[:60]!r}, expected {count} finite numbers as sim_t2i and as sim_i2t")
+    return scores
 
 
 def ask_or_say_why(server, words, images):
@@ -193,7 +179,7 @@ def ask_or_say_why(server, words, images):
 
 
 def score_item(server, images, words, urls):
-    """One item → {"urls", "dist_t2i", "dist_i2t", "skipped"}: the scored images and why the others are not."""
+    """One item → a line of OUT.part: the scored images, and in "skipped" why the others are not."""
     skipped = [reason for reason in map(images.missing, urls) if reason]
     urls = [url for url in urls if not images.missing(url)]
     answers = ask_or_say_why(server, words, [images.read(url) for url in urls]) if urls else []
@@ -202,26 +188,10 @@ def score_item(server, images, words, urls):
     if not urls and not skipped:
         skipped = ["item without images"]
     columns = zip(*scored, strict=True) if scored else ([], [], [])
-    return {**dict(zip(("urls", "dist_t2i", "dist_i2t"), columns, strict=True)), "skipped": skipped}
+    return {**dict(zip(COLUMNS, columns, strict=True)), "skipped": skipped}
 
 
-def in_order(function, items, workers, stop):
-    """function(item) of each item on so many threads, yielded in the items' order; few are under way at a time."""
-    pending = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(function, item))
-                while pending and (len(pending) >= 2 * workers or pending[0].done()):
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-# ---------------------------------------------------------------- OUT and OUT.part
+# ---------------------------------------------------------------- the whole list
 
 
 @contextlib.contextmanager
@@ -236,63 +206,25 @@ def held(path):
         yield file
 
 
-def fingerprint(kind, words, urls, digests):
-    """Tells whether a line of OUT.part was made from this item of the test list, and data files of these digests."""
-    return hashlib.sha256(json.dumps([kind == "tag", words, urls, digests]).encode()).hexdigest()[:16]
+def read_part(file, run):
+    """The lines that an interrupted run left in OUT.part; a last one that was cut off is removed from the file.
 
-
-def read_part(file, marks):
-    """The lines that an interrupted run left in OUT.part; a last one that was cut off is removed from the file."""
-    done, size = [], 0
+    run: the digest that its lines must have. Raises InputError where one has another.
+    """
     file.seek(0)
-    for number, line in enumerate(file, 1):
-        if not line.endswith(b"\n"):
-            file.truncate(size)
-            break
-        try:
-            done.append(json.loads(line))
-            lists = [done[-1][key] for key in ("urls", "dist_t2i", "dist_i2t", "skipped")]
-            fits = done[-1]["item"] == marks[number - 1] and all(isinstance(x, list) for x in lists)
-            fits = fits and all(isinstance(reason, str) for reason in lists[-1])
-        except (IndexError, KeyError, TypeError, ValueError, RecursionError):
-            fits = False
-        if not fits:
-            raise errors.InputError(
-                f"{file.name}:{number}: expected a line for the same item of this test list, made with the same data "
-                "files; remove the file to start over"
-            )
-        size += len(line)
-    return done
-
-
-def write_out(path, lines):
-    """The finished file, whole or not at all; what write_lines writes to first must not be OUT.part."""
-    keys = "urls", "dist_t2i", "dist_i2t"
-    write_lines(path + ".new", (json.dumps({key: line[key] for key in keys}) for line in lines))
-    os.replace(path + ".new", path)
-
-
-def skipped(lines):
-    """[(reason, how many images or items)] of what was not scored, the most frequent first."""
-    return collections.Counter(reason for line in lines for reason in line["skipped"]).most_common()
-
-
-def report(lines, items, images):
-    """Print what was scored, what was not and why."""
-    print(
-        f"scored {sum(len(line['urls']) for line in lines)} of {sum(len(urls) for _, urls in items)} images, "
-        f"{sum(1 for line in lines if line['urls'])} of {len(items)} items have scores"
-    )
-    for reason, count in skipped(lines):
-        print(f"skipped {count}: {reason}")
-    if images.rows.without_id:
-        print(f"skipped {images.rows.without_id}: row of test_own.tsv.0 without an integer id")
-    for name, count in zip(FILES[1:], (len(images.rows) - len(images.regions), images.wholes.repeated), strict=True):
-        if count:
-            print(f"note: {count} rows of {name} repeat an id, whose last row counts")
-
-
-# ---------------------------------------------------------------- the whole list
+    data = file.read()
+    data = data[: data.rfind(b"\n") + 1]
+    file.truncate(len(data))
+    try:
+        lines = [json.loads(line) for line in data.splitlines()]
+        fits = all(line["run"] == run for line in lines)
+    except (KeyError, TypeError, ValueError, RecursionError):
+        fits = False
+    if not fits:
+        raise errors.InputError(
+            f"{file.name}: expected lines of the same test list, words and data files; remove the file to start over"
+        )
+    return lines
 
 
 def process(text_input_flag="tag", data_path="../data/tencent_data_meta", workers=4, **server):
@@ -309,31 +241,41 @@ def process(text_input_flag="tag", data_path="../data/tencent_data_meta", worker
     items = read_words(list_path, text_input_flag)
     if not items:
         raise errors.InputError(f"{list_path}: no items, expected one a line")
-    digests = [sample_digest(path) for path in paths]
-    marks = [fingerprint(text_input_flag, *item, digests) for item in items]
+    digested = json.dumps([text_input_flag == "tag", items, [sample_digest(path) for path in paths]])
+    run = hashlib.sha256(digested.encode()).hexdigest()[:16]
     with held(out + ".part") as part:
-        lines = read_part(part, marks)
+        lines = read_part(part, run)
         if lines:
             print(f"going on after item {len(lines)} of {len(items)}, from {part.name}; remove that file to start over")
-        server.model = next((line["model"] for line in lines if line.get("model")), None)
+        server.model = next((line["model"] for line in lines if line["model"]), None)
         ids, rows, wholes = paths
         images = Images(load_img_url_to_id(ids), process_tsv_file(rows, sys.maxsize), process_json_file(wholes))
-        with tqdm(total=len(items), initial=len(lines), unit="item", disable=None) as bar:
-            todo = items[len(lines) :]
-            for line in in_order(lambda item: score_item(server, images, *item), todo, workers, server.stop):
-                line |= {"item": marks[len(lines)], "model": server.model}
-                lines.append(line)
-                part.write(json.dumps(line).encode() + b"\n")
-                part.flush()
-                bar.update()
+        bar = tqdm(total=len(items), initial=len(lines), unit="item", disable=None)
+        with bar, concurrent.futures.ThreadPoolExecutor(workers) as pool:
+            try:
+                for line in pool.map(lambda item: score_item(server, images, *item), items[len(lines) :]):
+                    line |= {"run": run, "model": server.model}
+                    lines.append(line)
+                    part.write(json.dumps(line).encode() + b"\n")
+                    part.flush()
+                    bar.update()
+            finally:
+                server.stop.set()
+                pool.shutdown(cancel_futures=True)
         scored = any(line["urls"] for line in lines)
-        if scored:
-            write_out(out, lines)
+        if scored:  # OUT is written whole or not at all; what is written first must not be OUT.part
+            write_lines(out + ".new", (json.dumps({key: line[key] for key in COLUMNS}) for line in lines))
+            os.replace(out + ".new", out)
     os.remove(out + ".part")  # after a run without scores too: another attempt must not go on from here
+    skipped = collections.Counter(reason for line in lines for reason in line["skipped"]).most_common()
     if not scored:
-        reason, count = skipped(lines)[0]
+        reason, count = skipped[0]
         raise errors.InputError(f"{out}: not written, no image could be scored: {count} x {reason}")
-    report(lines, items, images)
+    n_scored, n_images = sum(len(line["urls"]) for line in lines), sum(len(urls) for _, urls in items)
+    n_items = sum(1 for line in lines if line["urls"])
+    print(f"scored {n_scored} of {n_images} images, {n_items} of {len(items)} items have scores")
+    for reason, count in skipped:
+        print(f"skipped {count}: {reason}")
 
 
 def parse_args():

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import re
 
 import numpy as np
 import torch
@@ -23,14 +24,10 @@ def make_model(folder, **options):
     return server.make_model(folder, embed_size=6, img_dim=IMG_DIM, word_dim=5, **options)
 
 
-def make_options(*flags):
-    return get_parser().parse_args(["model", "1", *flags])
-
-
 @contextlib.contextmanager
 def serve(scorer, *flags):
     """A server of scorer on a free port, which is yielded."""
-    with serve_app(make_app(scorer, make_options(*flags))) as port:
+    with serve_app(make_app(scorer, get_parser().parse_args(["model", "1", *flags]))) as port:
         yield port
 
 
@@ -43,24 +40,27 @@ def make_request(n_images=2, seed=0, sentence=("上海", "新闻")):
     return {**server.make_request(np.random.default_rng(seed), n_images, IMG_DIM), "sentence": list(sentence)}
 
 
-def post(port, body, headers=None, path=PATH):
-    """(status, object, headers) of a POST; body: bytes, or an object that is sent as JSON."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=LIMIT)
-    try:
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request("POST", path, body, {"Content-Type": "application/json", **(headers or {})})
+def request(host, port, *words):
+    """(status, text, headers) of the answer to a request, words being http.client's method, path, body, headers."""
+    with contextlib.closing(http.client.HTTPConnection(host, port, timeout=LIMIT)) as connection:
+        connection.request(*words)
         response = connection.getresponse()
-        return response.status, json.loads(response.read()), response.headers
-    finally:
-        connection.close()
+        return response.status, response.read().decode(), response.headers
+
+
+def post(port, body, headers=None):
+    """(status, object, headers) of a scoring request; body: bytes, or an object that is sent as JSON."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", **(headers or {})}
+    status, text, headers = request("127.0.0.1", port, "POST", PATH, body, headers)
+    return status, json.loads(text), headers
 
 
 def get(port, path, headers=None, host="127.0.0.1", method="GET"):
     """(status, text) of a GET."""
-    connection = http.client.HTTPConnection(host, port, timeout=LIMIT)
-    try:
-        connection.request(method, path, headers=headers or {})
-        response = connection.getresponse()
-        return response.status, response.read().decode()
-    finally:
-        connection.close()
+    return request(host, port, method, path, None, headers or {})[:2]
+
+
+def metric(port, name):
+    """A number of /metrics; name: with its labels."""
+    return float(re.search(rf"^{re.escape(name)} (\S+)$", get(port, "/metrics")[1], re.MULTILINE)[1])

@@ -1,24 +1,24 @@
 """The whole-image variant: the formulas in plain form, files, training, evaluation. test_golden.py has its numbers."""
 
 import os
-import sys
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import reference
 import torch
-from conftest import ROOT, make_opt
+from conftest import make_opt
+from dataset_commands import call
 from folders import make_whole_folder, random_batch, write_lines
-from processes import run
 from training import WholePlace, load
 
 from evaluation import load_split, score_split
 from lib import errors
+from Tencent_PFAN import evaluation_whole, train_whole, vocab
 from Tencent_PFAN.data_whole import PrecompDataset, get_loaders
 from Tencent_PFAN.evaluation_whole import encode_data, evalrank, i2t, shard_xattn_i2t, shard_xattn_t2i, t2i
 from Tencent_PFAN.model_whole import SCAN
-from Tencent_PFAN.vocab import Vocabulary, deserialize_vocab
+from Tencent_PFAN.vocab import Vocabulary
 
 SMALL = {"img_dim": 8, "embed_size": 6, "word_dim": 5, "lambda_whole": 2.0}
 
@@ -116,11 +116,11 @@ def test_positions_other_than_area_are_refused():
         SCAN(make_opt(**SMALL, position="attention"))
 
 
+# ---------------------------------------------------------------- data folders
+
+
 def small_vocab():
     return Vocabulary.from_words(["<pad>", "<start>", "<end>", "<unk>", "a", "dog"])
-
-
-# ---------------------------------------------------------------- data folders
 
 
 @pytest.fixture
@@ -128,76 +128,57 @@ def place(tmp_path):
     return WholePlace(tmp_path)
 
 
-@pytest.fixture
-def folder(place):
-    return place.folder
-
-
-def test_items_and_batches_hold_the_whole_image_whatever_the_workers(folder):
-    opt = make_opt(**SMALL, data_path=os.path.dirname(folder))
-    train, dev = get_loaders("toy", small_vocab(), 4, 0, opt)
+def test_items_and_batches_hold_the_whole_image(place):
+    train, dev = get_loaders("toy", small_vocab(), 4, 0, make_opt(**SMALL, data_path=place.data_path))
     image, whole, box, target, index, img_id = train.dataset[3]
     assert (image.shape, whole.shape, box.shape, index, img_id) == ((4, 8), (8,), (4, 31), 3, 3)
-    assert (whole.numpy() == np.load(folder + "/train_who_ims.npy")[3]).all()
+    assert (whole.numpy() == np.load(place.folder + "/train_who_ims.npy")[3]).all()
     assert target[0] == 1 and target[-1] == 2 and 3 not in target
-    first, *_ = batches = list(dev)
-    images, whole, boxes, targets, lengths, ids = first
+    images, whole, boxes, targets, lengths, ids = next(iter(dev))
     assert (images.shape, whole.shape, boxes.shape) == ((4, 4, 8), (4, 8), (4, 4, 31))
     assert targets.shape == (4, lengths[0]) and sorted(ids) == [0, 1, 2, 3]
     assert all(a >= b for a, b in pairwise(lengths))
-    for batch, same in zip(batches, get_loaders("toy", small_vocab(), 4, 1, opt)[1], strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(batch[:4], same[:4], strict=True))
 
 
-def test_sent_captions_win_and_plain_names_do(folder):
-    prefix = folder + "/dev"
+def test_sent_captions_win_and_plain_names_do(place):
+    folder = place.folder
+    os.rename(folder + "/dev_sent_caps.txt", folder + "/dev_caps.txt")
     assert len(PrecompDataset(folder, "dev", small_vocab())) == 6
-    os.rename(prefix + "_sent_caps.txt", prefix + "_caps.txt")
-    assert len(PrecompDataset(folder, "dev", small_vocab())) == 6
-    write_lines(prefix + "_sent_caps.txt", ["a Φ"] * 6)
+    write_lines(folder + "/dev_sent_caps.txt", ["a Φ"] * 6)
     assert PrecompDataset(folder, "dev", small_vocab()).captions == ["a Φ"] * 6
 
 
-def test_equal_neighbours_stay_images_of_their_own(folder):
-    np.save(folder + "/dev_ims.npy", np.ones((6, 4, 8), np.float32))
-    dataset = PrecompDataset(folder, "dev", small_vocab())
+def test_equal_neighbours_stay_images_of_their_own(place):
+    np.save(place.folder + "/dev_ims.npy", np.ones((6, 4, 8), np.float32))
+    dataset = PrecompDataset(place.folder, "dev", small_vocab())
     assert (len(dataset), dataset.n_images) == (6, 6)
 
 
-@pytest.mark.parametrize("n_regions", [4, 5], ids=["as many boxes", "one more image row"])
 @pytest.mark.parametrize("box_width", [30, 31])
-def test_need_box_whole_takes_a_last_region_without_a_box(tmp_path, n_regions, box_width):
-    data_path, _ = make_whole_folder(tmp_path, 4, box_width)
-    if n_regions == 5:
-        ims = os.path.join(data_path, "toy", "dev_ims.npy")
-        np.save(ims, np.concatenate([np.load(ims), np.ones((6, 1, 8), np.float32)], 1))
-        with pytest.raises(errors.InputError, match=r"dev_boxes.npy: found \(6, 4, .*\), expected \(.*, 5, 30 or 31\)"):
-            PrecompDataset(data_path + "/toy", "dev", small_vocab())
+def test_need_box_whole_takes_a_last_region_without_a_box(tmp_path, box_width):
+    folder = os.path.join(make_whole_folder(tmp_path, 4, box_width)[0], "toy")
+    np.save(folder + "/dev_ims.npy", np.ones((6, 5, 8), np.float32))
+    with pytest.raises(errors.InputError, match=r"dev_boxes.npy: found \(6, 4, .*\), expected \(.*, 5, 30 or 31\)"):
+        PrecompDataset(folder, "dev", small_vocab())
     opt = make_opt(**SMALL, need_box_whole=True)
-    regions, whole = SCAN(opt).encode_images(
-        *PrecompDataset(data_path + "/toy", "dev", small_vocab(), opt).features(range(6))
-    )
-    assert regions.shape == (6, n_regions, 6) and whole.shape == (6, 6)
+    regions, whole = SCAN(opt).encode_images(*PrecompDataset(folder, "dev", small_vocab(), opt).features(range(6)))
+    assert regions.shape == (6, 5, 6) and whole.shape == (6, 6)
 
 
-def damage(folder, name, change):
-    np.save(f"{folder}/{name}", change(np.load(f"{folder}/{name}")))
-
-
-def with_nan(x):
-    x[2, 1] = np.nan
-    return x
+def with_nan():
+    wholes = np.ones((6, 8), np.float32)
+    wholes[2, 1] = np.nan
+    return wholes
 
 
 @pytest.mark.parametrize(
     "break_it, message",
     [
         (lambda f: os.remove(f + "/train_who_ims.npy"), "train_who_ims.npy: no such file"),
-        (lambda f: os.remove(f + "/train_boxes.npy"), "train_boxes.npy: no such file"),
         (lambda f: os.remove(f + "/train_sent_caps.txt"), "train_sent_caps.txt: no such file"),
         (lambda f: os.remove(f + "/../../vocab/toy_sent_vocab.json"), "make it with: python Tencent_PFAN/vocab.py"),
-        (lambda f: damage(f, "dev_who_ims.npy", lambda x: x[:-1]), "dev_who_ims.npy: found (5, 8), expected (6, 8)"),
-        (lambda f: damage(f, "dev_who_ims.npy", with_nan), "dev_who_ims.npy, image 2: NaN or infinite"),
+        (lambda f: np.save(f + "/dev_who_ims.npy", np.ones((5, 8))), "dev_who_ims.npy: found (5, 8), expected (6, 8)"),
+        (lambda f: np.save(f + "/dev_who_ims.npy", with_nan()), "dev_who_ims.npy, image 2: NaN or infinite"),
         (lambda f: write_lines(f + "/dev_sent_caps.txt", ["a"] * 12), "6 images in _ims.npy and 12 captions"),
     ],
 )
@@ -244,20 +225,20 @@ def test_caption_i_belongs_to_image_i():
         i2t(None, None, sims[:, :2])
 
 
-def test_vocab_train_and_evaluation_run_as_files(place):
-    def command(script, *flags):
-        done = run([sys.executable, ROOT / "Tencent_PFAN" / script, *flags], cwd=place.root)
+def test_vocab_train_and_evaluation_follow_the_command_line(place):
+    def run(module, *flags):
+        done = call(module.main, f"{module.__name__}.py", *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     write_lines(place.folder + "/train_sent_caps.txt", ["DNF Φ 平定"] * 3 + ["a"] * 9)
     write_lines(place.folder + "/dev_sent_caps.txt", ["dnf Φ Ⅲ"] + ["b"] * 5)
     where = "--data_path", place.data_path, "--vocab_path", place.vocab_path, "--data_name", "toy"
-    vocab = f"{place.vocab_path}/toy_sent_vocab.json"
-    assert command("vocab.py", *where, "--overwrite") == f"{vocab}: 8 words that occur at least 4 times\n"
-    assert list(deserialize_vocab(vocab).word2idx)[4:] == ["a", "b", "dnf", "Φ"]
-    command("train_whole.py", *place.line("run"))
-    printed = command("evaluation_whole.py", "--model_path", place.root / "run" / "model_best.pth.tar")
+    vocab_file = f"{place.vocab_path}/toy_sent_vocab.json"
+    assert run(vocab, *where, "--overwrite") == f"{vocab_file}: 8 words that occur at least 4 times\n"
+    assert list(vocab.deserialize_vocab(vocab_file).word2idx)[4:] == ["a", "b", "dnf", "Φ"]
+    run(train_whole, *place.line("run"))
+    printed = run(evaluation_whole, "--model_path", place.root / "run" / "model_best.pth.tar")
     assert printed.startswith("Images: 6, Captions: 6\nrsum: ")
     names = {"fc.weight", "fc.bias", "fc_whole.weight", "fc_whole.bias", "position_embedding.weight"}
     assert set(load(place.root / "run", "model_best")["model"][0]) == names

@@ -83,13 +83,13 @@ def load_img_url_to_id(img_id_file: str) -> dict[str, int]:
 class Rows(Sequence):
     """The first topn rows of a region TSV, dicts that are read from disk when asked for.
 
-    ids: each row's image_id. without_id: how many rows without an integer id were skipped.
-    Raises InputError for any other row that is not of the form above.
+    ids: each row's image_id. Rows without an integer id are skipped. Raises InputError for any other row that is not
+    of the form above.
     """
 
     def __init__(self, tsv_file: str, topn: int = 1000000):
         path = self.path = tsv_file
-        self.ids, self.places, self.without_id = [], [], 0
+        self.ids, self.places = [], []
         for number, place, line in _scan(path):
             if len(self.ids) == topn:
                 break
@@ -97,7 +97,6 @@ class Rows(Sequence):
             try:
                 image_id = _integer(first.decode("utf-8-sig"))
             except ValueError:
-                self.without_id += 1
                 continue
             fields = line.count(b"\t") + 1
             if fields != len(FIELDS) or not all(n.isdigit() and len(n) < 10 for n in numbers):
@@ -121,13 +120,12 @@ class Rows(Sequence):
 class Wholes(Mapping):
     """{id: whole-image feature} of a file of `[url, [floats]]` lines, read from disk when asked for.
 
-    The last line of an id counts; repeated: how many lines give an id again.
-    Raises InputError for a line that is not of this form.
+    The last line of an id counts. Raises InputError for a line that is not of this form.
     """
 
     def __init__(self, json_file: str):
         path = self.path = json_file
-        self.places, self.repeated = {}, 0
+        self.places = {}
         for number, place, line in _scan(path):
             try:
                 url, feature = json.loads(line)
@@ -138,7 +136,6 @@ class Wholes(Mapping):
                     f"{path}:{number}: expected [url, [numbers]], the base name of the url an integer up to its first "
                     f"dot, found {line[:60]!r}"
                 ) from None
-            self.repeated += image_id in self.places
             self.places[image_id] = place
 
     def __len__(self):

@@ -5,17 +5,15 @@ import os
 import socket
 import subprocess
 import sys
-import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import numpy as np
 
 from lib.checkpoint import save_checkpoint
+from lib.constants import SPECIAL
 from lib.errors import InputError
 from Tencent_PFAN import train_whole
 from Tencent_PFAN.model_whole import SCAN
-from test_server.test import Server
-from vocab import SPECIAL, Vocabulary, serialize_vocab
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 WORDS = "上海 新闻 足球 天气 股市 红色 汽车 iphone news".split()
@@ -23,16 +21,12 @@ HEIGHT, WIDTH = 100, 200  # of the images
 
 
 def make_model(folder, embed_size, img_dim, **options):
-    """A whole-image checkpoint of random weights and its vocabulary of WORDS. Returns its path."""
-    vocab = Vocabulary()
-    for word in (*SPECIAL, *WORDS):
-        vocab.add_word(word)
-    serialize_vocab(vocab, os.path.join(folder, "load_sent_vocab.json"))
-    published = "--max_violation --bi_gru --agg_func Mean --lambda_whole 2 --data_name load --device cpu".split()
-    opt = train_whole.get_parser().parse_args(published)
-    sizes = {"embed_size": embed_size, "img_dim": img_dim, "vocab_size": len(vocab)}
-    vars(opt).update(vocab_path=folder, **sizes, **options)
-    state = {"epoch": 1, "model": SCAN(opt).state_dict(), "best_rsum": 0.0, "opt": opt, "Eiters": 0}
+    """A whole-image checkpoint of random weights, whose vocabulary is WORDS. Returns its path."""
+    words = [*SPECIAL, *WORDS]
+    published = "--max_violation --bi_gru --agg_func Mean --lambda_whole 2 --device cpu".split()
+    opt = train_whole.get_parser().parse_args([*published, "--vocab_path", str(folder)])
+    vars(opt).update(embed_size=embed_size, img_dim=img_dim, vocab_size=len(words), **options)
+    state = {"epoch": 1, "model": SCAN(opt).state_dict(), "best_rsum": 0.0, "opt": opt, "Eiters": 0, "words": words}
     save_checkpoint(state, False, "model.pth.tar", folder)
     return os.path.join(folder, "model.pth.tar")
 
@@ -69,14 +63,9 @@ def running_server(model, *flags):
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "Tencent_PFAN.scan_server_whole", model, str(port), *flags]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
-    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
         try:
-            while process.poll() is None:
-                with suppress(OSError):
-                    Server(port=port).send(path="/health", method="GET")
-                    break
-                time.sleep(0.25)
-            else:
+            if not process.stdout.readline():  # its address, as soon as it answers
                 raise InputError("the server ended before it answered")
             yield port
         finally:
