@@ -135,10 +135,15 @@ class PrecompDataset(Dataset):
         return *features, self.encode_caption(index * len(self.captions) // len(self)), index, img_id
 
     def __getitems__(self, indices):
-        """The items of a batch, which a DataLoader asks for."""
+        """The items of a batch, which a DataLoader asks for. In a loading process an InputError is returned instead."""
         if not self.numbers_only:
             read_ahead(self.images, [self.image_of(index) * self.repeats for index in indices])
-        return [self[index] for index in indices]
+        try:
+            return [self[index] for index in indices]
+        except InputError as error:
+            if not workers.is_loading:
+                raise
+            return error
 
     def __getstate__(self):  # a copy sent to a loading process opens the files again instead of carrying their contents
         return {**self.__dict__, "images": None, "boxes": None, "encoded": [None] * len(self.captions)}
@@ -225,12 +230,19 @@ def collate_fn(data: list) -> Any:
 
     Returns images (B, R, img_dim), boxes (B, R, 30 | 31 | 0), targets (B, W) int64 padded with 0,
     lengths (list of B int), ids (tuple of B int, which item each row is). In a loading process the tensors are in
-    shared memory.
+    shared memory, and an InputError is returned.
     """
+    if isinstance(data, InputError):
+        return data
     data.sort(key=lambda item: len(item[-3]), reverse=True)
     *features, captions, ids, _ = zip(*data, strict=True)
     tensors = *map(torch.stack, features), pad(list(captions))
-    return *map(workers.share, tensors), [len(caption) for caption in captions], ids
+    try:
+        return *map(workers.share, tensors), [len(caption) for caption in captions], ids
+    except InputError as error:
+        if not workers.is_loading:
+            raise
+        return error
 
 
 def pad(captions: list[Tensor]) -> Tensor:

@@ -93,7 +93,7 @@ def report_lost_peer() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if workers.is_death(error) or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
+        if workers.have_died() or isinstance(error, (torch.AcceleratorError, torch.OutOfMemoryError)):
             raise
         where = f"process {os.environ.get('RANK', 0)} of {os.environ.get('WORLD_SIZE', 1)}"
         reason = str(error).strip().splitlines()[0]

@@ -60,7 +60,8 @@ def run(main: Callable[[], Any]) -> None:
     except OSError as error:
         report(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        torch = sys.modules.get("torch")
+        if not torch or not isinstance(error, torch.OutOfMemoryError):
             raise
         report(f"{str(error).splitlines()[0]} A smaller --batch_size takes less.")
     except KeyboardInterrupt as stop:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,12 +23,12 @@ WAY_OUT = "--workers 0 loads without processes; in a container --shm-size makes 
 class Loader(DataLoader):
     """torch's DataLoader with loading processes, at most one a core.
 
-    watched: its value, in memory that loading processes share, is 1 inside `watched`.
+    processes: those. watched: its value, in memory that they share, is 1 inside `watched`.
     """
 
     def __init__(self, dataset: Any, workers: int, **more: Any):
         workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-        self.watched: Any = SimpleNamespace()
+        self.processes, self.watched = [], SimpleNamespace()
         if workers:
             self.watched = multiprocessing.RawValue("b", 0)
             more |= {"worker_init_fn": partial(start_worker, self.watched), "persistent_workers": True}
@@ -35,14 +36,33 @@ class Loader(DataLoader):
         super().__init__(dataset, num_workers=workers, generator=torch.Generator(), **more)
 
     def __iter__(self) -> Any:
-        try:
-            yield from super().__iter__()
-        except InputError as error:  # that of a loading process comes with a traceback before the message
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from None
+        others = multiprocessing.active_children()
+        batches = super().__iter__()
+        self.processes += [child for child in multiprocessing.active_children() if child not in others]
+        loaders.add(self)
+        for batch in batches:
+            if isinstance(batch, InputError):  # of a loading process; raised there, it would arrive with a traceback
+                raise batch
+            yield batch
+
+    def has_died(self) -> bool:
+        """Whether a loading process has ended: PyTorch then raises a RuntimeError, from a signal, so in any line."""
+        return any(child.exitcode is not None for child in self.processes)
+
+
+loaders: WeakSet[Loader] = WeakSet()  # those that have loading processes
+is_loading = False  # whether this is a loading process of a Loader
+
+
+def have_died() -> bool:
+    """Whether a loading process of any Loader has ended."""
+    return any(loader.has_died() for loader in loaders)
 
 
 def start_worker(watched: Any, number: int) -> None:
     """Leave signals to the process that trains: Ctrl-C, and SIGTERM while it is inside `watched`."""
+    global is_loading
+    is_loading = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None if watched.value else os._exit(0))
     sys.excepthook = print_error
@@ -54,11 +74,6 @@ def print_error(kind: type, error: BaseException, traceback: Any) -> None:
         sys.__excepthook__(kind, error, traceback)
 
 
-def is_death(error: Exception) -> bool:
-    """Whether an error says that a loading process has died. PyTorch raises it from a signal, so in any line."""
-    return str(error).startswith("DataLoader worker")
-
-
 @contextmanager
 def watched(loader: Any) -> Iterator[None]:
     """Inside, loading processes leave SIGTERM to this one, and the death of one is an InputError. loader: a Loader."""
@@ -67,7 +82,7 @@ def watched(loader: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not is_death(error):
+        if not (isinstance(loader, Loader) and loader.has_died()):
             raise
         prefix, reason = getattr(loader.dataset, "prefix", "the data set"), str(error).splitlines()[0].strip()
         raise InputError(f"{prefix}: a loading process died, as when a file shrinks or memory ends: {reason}") from None
