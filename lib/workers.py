@@ -20,6 +20,15 @@ from lib.errors import InputError
 WAY_OUT = "--workers 0 loads without processes; in a container --shm-size makes it larger"
 
 
+@contextmanager
+def way_out() -> Iterator[None]:
+    """Inside, an OSError (/dev/shm is absent or read-only, or memory short) is an InputError that names --workers 0."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"loading processes cannot be started ({error}); {WAY_OUT}") from None
+
+
 class Loader(DataLoader):
     """torch's DataLoader with loading processes, at most one a core.
 
@@ -30,14 +39,16 @@ class Loader(DataLoader):
         workers = min(workers, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
         self.processes, self.watched = [], SimpleNamespace()
         if workers:
-            self.watched = multiprocessing.RawValue("b", 0)
+            with way_out():
+                self.watched = multiprocessing.RawValue("b", 0)
             more |= {"worker_init_fn": partial(start_worker, self.watched), "persistent_workers": True}
         # a generator of its own, so that loading leaves the random state of training alone
         super().__init__(dataset, num_workers=workers, generator=torch.Generator(), **more)
 
     def __iter__(self) -> Any:
         others = multiprocessing.active_children()
-        batches = super().__iter__()
+        with way_out():
+            batches = super().__iter__()
         self.processes += [child for child in multiprocessing.active_children() if child not in others]
         loaders.add(self)
         for batch in batches:

@@ -155,7 +155,9 @@ def write_tsv(path, ids, path_of, opt, extractor):
     inputs = [os.path.join(opt.images, path) for path in sample(dict.fromkeys(path_of.values()))]
     made = json.dumps([extractor.settings, list(map(note_of, inputs))])
     if os.path.exists(path) and not opt.overwrite:
-        if not os.path.exists(path + ".made.json") or read_lines(path + ".made.json") != [made]:
+        if not os.path.exists(path + ".made.json"):
+            print(f"note: {path}: kept, though there is no record of what it was made from")
+        elif read_lines(path + ".made.json") != [made]:
             raise InputError(f"{path}: there already, and made otherwise; --overwrite replaces it")
         print(f"{path}: there already")
         return

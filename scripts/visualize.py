@@ -47,10 +47,8 @@ CURVES = {
 }
 SMOOTH = 20  # steps of the running mean
 MAX_RESULTS, MAX_WORDS_SHOWN = 10, 8
-# for what the first lacks the others are asked, which have Chinese
-FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "Microsoft YaHei", "PingFang SC", "Arial Unicode MS")
-INSTALLED = [font for font in FONTS if font in font_manager.get_font_names()]
-plt.rcParams.update({"font.family": INSTALLED, "font.size": 9, "text.parse_math": False})
+FONT, PLACEHOLDERS = "DejaVu Sans", "Last Resort High-Efficiency"  # the second has a box for every character
+plt.rcParams.update({"font.family": FONT, "font.size": 9, "text.parse_math": False})
 
 # ---------------------------------------------------------------- a sentence's images
 
@@ -236,6 +234,20 @@ def get_parser():
     return parser
 
 
+def show_as_typed(texts):
+    """Have every character drawn that an installed font has; of half an emoji, which is no character, the escape."""
+    for text in texts:
+        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
+    missing, families = {ord(character) for text in texts for character in text.get_text()} - {ord("\n")}, []
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != FONT):
+        if missing and font.name != PLACEHOLDERS:
+            there = missing & {*font_manager.get_font(font.fname).get_charmap()}
+            families += [font.name] * bool(there)
+            missing -= there
+    for text in texts:
+        text.set_family(families or FONT)
+
+
 def main():
     parser = get_parser()
     opt = parser.parse_args()
@@ -243,8 +255,7 @@ def main():
         parser.error("expected --dpi 20 to 1000")
     check_output(opt.out)
     figure, png = opt.draw(opt), io.BytesIO()
-    for text in figure.findobj(Text):  # of half an emoji, which is no character, the escape
-        text.set_text(text.get_text().encode("utf-8", "backslashreplace").decode())
+    show_as_typed(figure.findobj(Text))
     figure.savefig(png, format="png", dpi=opt.dpi)
     replace(opt.out, lambda file: file.write(png.getvalue()))
     print(opt.out)

@@ -16,6 +16,7 @@ import random
 import socket
 import sys
 import threading
+import time
 
 from tqdm import tqdm
 
@@ -66,6 +67,7 @@ class Server:
         self.headers = {"Content-Type": "application/json", **({"X-API-Key": api_key} if api_key else {})}
         self.stop = threading.Event()  # set: nobody waits for another attempt any more
         self.model, self.lock = None, threading.Lock()  # what X-Model of the answers says; some servers do not
+        self.quiet_until = 0.0  # the time until which a long wait has been announced
 
     def check(self):
         """InputError where nothing listens at the address."""
@@ -111,8 +113,7 @@ class Server:
                 if after.isdecimal():
                     delay = max(delay, min(float(after), 3600.0))
             if attempt < self.retries:
-                if delay > LONG_WAIT:
-                    tqdm.write(f"waiting {delay:.0f} s: {self.host}:{self.port} answered {reason}", file=sys.stderr)
+                self.announce(delay, reason)
                 if self.stop.wait(delay):
                     break
         if status == 500:
@@ -121,6 +122,14 @@ class Server:
             f"{self.host}:{self.port} gave no scores in {attempt + 1} attempts, the last time: {reason}; "
             "run the same command again to go on"
         )
+
+    def announce(self, delay, reason):
+        """Say a wait of more than LONG_WAIT seconds, once for all threads that wait."""
+        now = time.monotonic()
+        with self.lock:
+            if delay > LONG_WAIT and now >= self.quiet_until:
+                self.quiet_until = now + delay
+                tqdm.write(f"waiting {delay:.0f} s: {self.host}:{self.port} answered {reason}", file=sys.stderr)
 
     def check_model(self, model):
         """InputError where an answer comes from another model than the ones before."""

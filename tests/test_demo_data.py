@@ -80,7 +80,9 @@ def test_a_seed_gives_the_same_bytes_with_any_number_of_processes_and_after_a_la
     assert make(tmp_path, "--test", "15", "--seed", "1").returncode == 0
     larger = contents(tmp_path / "d")
     assert {name for name, data in contents(made).items() if larger[name] == data} == {"train_ids.txt", "dev_ids.txt"}
+    (tmp_path / "d/test_images/mine.jpg").write_bytes(b"")
     assert make(tmp_path, "--workers", "3").returncode == 0
+    (tmp_path / "d/test_images/mine.jpg").unlink()
     assert contents(tmp_path / "d") == contents(made)
 
 

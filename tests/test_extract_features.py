@@ -343,6 +343,8 @@ def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, photos):
         assert "there already" in extract(*args, "--seed", 1)
         with pytest.raises(InputError, match="t.tsv: there already, and made otherwise; --overwrite"):
             extract(*args)
+        (tmp_path / "t.tsv.made.json").unlink()
+        assert "kept, though there is no record" in extract(*args)
         assert len(calls) == 5
         (tmp_path / "t.tsv").rename(tmp_path / "seed1.tsv")
         extract(*args)

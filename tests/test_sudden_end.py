@@ -287,8 +287,11 @@ def test_the_death_of_a_loading_process_is_one_line_with_the_reason(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_shared_memory_that_fills_up_ends_training_with_one_line(tmp_path):
-    private = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=128k tmpfs /dev/shm && exec "$@"', "sh"]
+@pytest.mark.parametrize(
+    ("option", "said"), [("size=128k", "/dev/shm: no space .*"), ("ro", "loading processes cannot .*/dev/shm.*")]
+)
+def test_shared_memory_that_is_full_or_cannot_be_written_ends_training_with_one_line(tmp_path, option, said):
+    private = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {option} tmpfs /dev/shm && exec "$@"', "sh"]
     try:
         subprocess.run([*private, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
@@ -296,7 +299,7 @@ def test_shared_memory_that_fills_up_ends_training_with_one_line(tmp_path):
     place = Place(tmp_path, n_regions=36, img_dim=512)
     done = run([*private, sys.executable, ROOT / "train.py", *place.line("run", "--img_dim 512 --workers 1")])
     assert done.returncode == 2, done.stderr
-    assert re.search(r"^error: /dev/shm: no space .*--workers 0", done.stderr.splitlines()[-1]), done.stderr
+    assert re.search(f"^error: {said}--workers 0", done.stderr.splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -140,6 +140,16 @@ def test_a_tsv_extracted_again_is_not_taken_for_the_old_one(tmp_path, parts):
     np.testing.assert_array_equal(np.load(tmp_path / "out/train_ims.npy"), [parts[i][1] for i in (10, 11, 12, 13)])
 
 
+def test_files_with_a_record_of_an_older_version_are_kept_and_said_to_be_unproved(tmp_path, parts):
+    ok("tsv_to_dataset", *tsv_args(tmp_path))
+    path = tmp_path / "out/train_made.json"
+    made = json.loads(path.read_text())
+    path.write_text(json.dumps({**made, "inputs": [note[:2] for note in made["inputs"]]}))  # names and sizes
+    assert "train: kept, though there is no digest" in ok("tsv_to_dataset", *tsv_args(tmp_path))
+    path.write_text("[]")  # no record at all
+    assert "made otherwise; --overwrite" in fails("tsv_to_dataset", *tsv_args(tmp_path))
+
+
 def test_parts_that_come_later_join_a_stopped_run(tmp_path, parts):
     only_a = [tmp_path / "a.tsv", *tsv_args(tmp_path)[2:]]
     assert "4 missing" in fails("tsv_to_dataset", *only_a)

@@ -1,5 +1,6 @@
 """Figures: each command writes an image, from the numbers that the rest of the project computes."""
 
+import io
 import os
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import ROOT
 from dataset_commands import fails, ok
 from folders import make_folder, save_model
+from matplotlib import font_manager
 from PIL import Image
 from processes import run
 
@@ -91,6 +93,16 @@ def test_search_draws_the_attention_of_each_word(toy, capsys):
     assert capsys.readouterr().out == "not in the vocabulary, read as <unk>: xyzzy\n"
     assert len(figure.axes) == 2 * 4
     assert all(len(axis.patches) == 4 for axis in figure.axes)  # regions on a blank frame
+
+
+def test_a_character_that_the_usual_font_lacks_is_drawn_by_one_that_has_it(recwarn):
+    fonts = [font.fname for font in font_manager.fontManager.ttflist if font.name != visualize.PLACEHOLDERS]
+    usual = font_manager.get_font(font_manager.findfont(visualize.FONT)).get_charmap()
+    lacked = next(lacked for font in fonts if (lacked := {*font_manager.get_font(font).get_charmap()} - {*usual}))
+    figure = plt.figure()
+    visualize.show_as_typed([figure.text(0.5, 0.5, "a" + chr(min(lacked)))])
+    figure.savefig(io.BytesIO())
+    assert not [str(warning.message) for warning in recwarn if "missing from font" in str(warning.message)]
 
 
 def test_ablation_bars_are_the_recalls_with_their_intervals(toy, capsys):

@@ -26,6 +26,7 @@ except ImportError:  # Windows: two runs that write one split at once are not no
 
 SYNC_SECONDS = 10  # a killed run loses at most the rows of so many seconds
 SAMPLE = 64  # items, about, of many
+NOTED = 3  # of each input: name, size, digest
 TEXTS = ("ids.txt", "caps.txt", "made.json")
 
 
@@ -138,16 +139,21 @@ class SplitWriter:
         """Whether the record (bytes of JSON) of an earlier run says the same, and its inputs are as they were.
 
         id_lists: which of the record's digests of ids may be that of these. A stopped run may be given more inputs.
+        Records of older versions have no digests of inputs and rows, which is said.
         """
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             made = json.loads(record)
-            rows = [row for row, image_id in enumerate(self.ids) if image_id in made["rows"]]
-            return (
+            noted = made.get("rows", {})
+            rows = [row for row, image_id in enumerate(self.ids) if image_id in noted]
+            fits = (
                 all(made[name] == self.made[name] for name in ("settings", "arrays"))
                 and self.made["ids"] in [made.get(name) for name in id_lists]
-                and all(note in self.made["inputs"] for note in made["inputs"])
-                and all(made["rows"][image_id] == digest for image_id, digest in self._digests(rows).items())
+                and all(any(old == new[: len(old)] for new in self.made["inputs"]) for old in made["inputs"])
+                and all(noted[image_id] == digest for image_id, digest in self._digests(rows).items())
             )
+            if fits and ("rows" not in made or any(len(note) < NOTED for note in made["inputs"])):
+                print(f"note: {self.prefix}: kept, though there is no digest of what it was made from")
+            return fits
         return False  # no record, or of another form
 
     def _digests(self, rows):

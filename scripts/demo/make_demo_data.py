@@ -17,8 +17,8 @@ import argparse
 import json
 import multiprocessing
 import os
-import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -68,8 +68,9 @@ def write_split(pool, opt, split):
     prefix = os.path.join(opt.data_path, opt.data_name, split)
     images = f"{prefix}_images" if split != "train" else None
     if images:
-        shutil.rmtree(images, ignore_errors=True)  # of an earlier, larger run
         make_folder(images)
+        for stale in Path(images).glob(f"{FIRST_ID[split] // 100000}?????.png"):  # of an earlier, larger run
+            stale.unlink()
     jobs = [(opt.seed, split, i // GROUP, ids[i : i + GROUP], images) for i in range(0, len(ids), GROUP)]
     groups = tqdm(pool.imap(draw_group, jobs, chunksize=4), split, len(jobs), unit="group")
     features, boxes, captions, descriptions = zip(*(image for group in groups for image in group), strict=True)

@@ -166,7 +166,7 @@ def start(folder, note):
     found, path = {*os.listdir(folder)}, os.path.join(folder, "progress.json")
     if not found <= FILES | {name + ".part" for name in FILES}:
         raise InputError(f"{folder}: holds files that are no collection's, choose another --out")
-    if "progress.json" in found:
+    if "progress.json" in found and "collection.json" not in found:
         with open(path, "rb") as file:
             if file.read() == note.encode() + b"\n":
                 return
