@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from dataset_commands import Calls, call, command, full_disk, tool
-from folders import random_captions, write_lines
+from folders import make_whole_folder, random_captions, save_model, write_lines
 from training import NAME, Place
 
 import evaluation
 import train
 from lib.checkpoint import load_checkpoint
+from Tencent_PFAN import model_whole
 
 LOG_LINE = re.compile(r"\d{4}-\d\d-\d\d |INFO|WARNING|\s*$")  # what may stand around the error
 
@@ -254,4 +255,15 @@ def test_a_place_that_cannot_be_written_is_named(place):
         assert str(file) in place.train(*flags)
     for target in (place.root / "none" / "ranks", file / "ranks", place.root):
         assert str(target) in place.evaluate("--save_ranks", target)
+    both = place.evaluate("--save_ranks", place.root / "one", "--save_topk", place.root / "one")
+    assert "one: is read or written as well" in both
+    assert "--model_name: found no name" in place.train("--model_name", "")
     assert file.read_text() == ""
+
+
+def test_names_and_checkpoints_of_another_kind_are_told_with_the_way_out(place):
+    message = place.train("--data_name", NAME + "/", "--vocab_path", place.root)
+    assert f"--data_name {NAME} " in message
+    news = make_whole_folder(place.root / "news")
+    save_model(place.root / "whole.pth.tar", *news, data_name="toy", make_model=model_whole.SCAN, position="area")
+    assert "evaluation_whole.py" in place.evaluate(model=place.root / "whole.pth.tar")

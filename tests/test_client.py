@@ -150,8 +150,9 @@ def test_one_line_per_item_in_the_lists_order(tmp_path, server, kind, key):
         processes.wait_for(lambda: first % 8 or any(ids[0] == first + 2 for _, ids in server.seen))
 
     server.hold = overtake
+    (tmp_path / "out.json").symlink_to(tmp_path / "target.json")
     done = run(tmp_path, server, "--api_key", "s3cret", kind=kind)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr, (tmp_path / "out.json").is_symlink()) == (0, "", True)
     assert read(tmp_path) == [expect(item[key], item[2]) for item in items]
     assert len(server.asked) == 20
     for path, headers, request in server.asked:

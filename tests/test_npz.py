@@ -86,9 +86,12 @@ def test_boxes_and_sizes_may_stand_apart(tmp_path):
         np.save(tmp_path / f"boxes/{i}.npy", boxes / np.float32([500, 375, 500, 375]))
     ok(*args, "--overwrite")
     np.testing.assert_allclose(np.load(tmp_path / "o/train_boxes.npy")[..., 15:], np.stack(grids)[..., 15:], atol=1e-5)
-    os.remove(tmp_path / "boxes/1.npy")
-    assert "1 malformed" in fails(*args, "--overwrite")
-    assert "boxes/1.npy: no such file" in (tmp_path / "o/npz_problems.txt").read_text()
+    np.save(tmp_path / "boxes/1.npy", np.array({"boxes": 1}), allow_pickle=True)
+    assert "made otherwise; --overwrite" in fails(*args)  # and nothing is lost
+    os.remove(tmp_path / "boxes/2.npy")
+    assert "2 malformed" in fails(*args, "--overwrite")
+    problems = (tmp_path / "o/npz_problems.txt").read_text()
+    assert "boxes/2.npy: no such file" in problems and "boxes/1.npy: boxes are array({'boxes': 1}" in problems
 
 
 def test_features_without_boxes_are_written_alone(tmp_path):

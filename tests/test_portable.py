@@ -1,5 +1,6 @@
 """Every command starts; on Windows and macOS too: nothing needs what only POSIX systems have; spawned processes."""
 
+import os
 import sys
 
 import pytest
@@ -36,6 +37,23 @@ def test_modules_are_imported_without_what_only_posix_systems_have():
     done = run([sys.executable, "-c", AS_ON_WINDOWS, *names], cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert len(names) > 40 and done.stdout == f"{len(names)} modules\n"
+
+
+PROTOBUF_FIRST = """
+from google.protobuf import timestamp_pb2
+import train
+from lib import events
+events.configure("logs")
+events.log_value("Le", 1.0, 1)
+"""
+
+
+@pytest.mark.parametrize("implementation", ["python", "upb"])
+def test_training_logs_where_protobuf_was_imported_first(tmp_path, implementation):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": implementation}
+    done = run([sys.executable, "-c", PROTOBUF_FIRST], cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "logs/metrics.csv").read_text().splitlines()[1:] == [",1,Le,1.0"]
 
 
 def test_training_loads_data_with_spawned_processes(tmp_path):

@@ -105,7 +105,9 @@ def test_grids_that_are_there_are_kept_only_where_they_are_of_these_boxes(tmp_pa
     np.savez(path, boxes=boxes, image_sizes=sizes)
     assert "not the grids of" in (message := fails("position", path, "--out", out)) and "--overwrite" in message
     assert out.read_bytes() == before
-    ok("position", path, "--out", out, "--overwrite")
+    (tmp_path / "link.npy").symlink_to(out)
+    ok("position", path, "--out", tmp_path / "link.npy", "--overwrite")
+    assert (tmp_path / "link.npy").is_symlink()
     np.testing.assert_array_equal(np.load(out), position_grid(boxes, sizes))
     np.save(out, np.load(out)[..., :30])  # published files have 30 values
     assert "--overwrite" in fails("position", path, "--out", out)
