@@ -319,6 +319,21 @@ def test_options_of_evalrank_replace_the_checkpoints(toy, tmp_path, monkeypatch)
     check_result(evalrank(toy.t2i, split="test", cross_attn="i2t", device=None), numbers_of(toy.scores("i2t")))
 
 
+def test_processes_of_which_some_hold_the_images_on_their_gpu_score_each_pair_once(monkeypatch):
+    images, captions = (torch.zeros(10, 3, 4),), (torch.zeros(7, 5, 4), [5] * 7)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda x: x)
+    counts = np.zeros((10, 7))
+    for rank, held in enumerate((lambda x, device: x, lambda x, device: x.clone())):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(evaluation, "resident", held)
+        pairs = evaluation.score_shards(
+            images, captions, lambda i, c, lens: torch.ones(len(i), len(c)), torch.device("cpu"), 2
+        )
+        counts += pairs
+    assert (counts == 1).all()
+
+
 @pytest.mark.parametrize("fold5", [False, True])
 def test_save_ranks_writes_ranks_and_top1(toy, tmp_path, fold5):
     evalrank(toy.t2i, split="test", fold5=fold5, save_ranks=tmp_path / "ranks.pth.tar")

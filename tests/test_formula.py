@@ -5,12 +5,15 @@ import contextlib
 import json
 import re
 import sys
+import traceback
+from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
 import torch
 from conftest import ROOT, make_opt
+from dataset_commands import call
 from folders import make_folder, save_model
 from pretend_cuda import Pretend, pretend_cuda
 from serving import make_model, make_request
@@ -26,6 +29,7 @@ from scripts.search.collection import Collection
 from Tencent_PFAN.scoring import Scorer
 
 PUBLISHED = model.attend
+KERNELS = ROOT / "lib", ROOT / "lib/kernels"
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +227,19 @@ def test_the_variant_of_score_and_data_that_contributing_shows_word_for_word_tra
     both = [super(mine.Mine, scan).score(*images, *words, cross_attn=way) for way in ("t2i", "i2t")]
     [sims] = score_split(scan, loader)
     np.testing.assert_allclose(sims[:2, :1], (sum(both) / 2).detach().numpy(), atol=1e-6)
+
+
+def test_from_main_to_attend_are_at_most_12_calls(tmp_path, monkeypatch):
+    """Of this project's functions, main the first, in training and validation."""
+    found = set()
+
+    def attend(*args):
+        frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent in (ROOT, *KERNELS)]
+        names = [frame.name for frame in frames]
+        found.add((*names[names.index("main") :], "attend"))
+        return PUBLISHED(*args)
+
+    monkeypatch.setattr(model, "attend", attend)
+    monkeypatch.setattr(pieces, "applies", lambda *_: False)  # else attend is only asked for the sample
+    call(train.main, "train.py", *Place(tmp_path).line("run", "--num_epochs 1"))
+    assert len(found) >= 2 and all(len(names) <= 12 for names in found), found

@@ -1,11 +1,13 @@
 """SCAN's and PFAN's public names: the published signatures, and that they do their work."""
 
+import importlib
 import inspect
 import os
 import signal
 
 import pytest
 import torch
+from conftest import ROOT
 from folders import random_batch
 from torch.utils.data import DataLoader
 from training import Place, WholePlace
@@ -208,3 +210,12 @@ def test_save_checkpoint_writes_a_file_and_the_best_ones_copy(tmp_path):
         train.save_checkpoint({"epoch": 3}, is_best, "checkpoint_3.pth.tar", prefix=f"{tmp_path}/runs/")
         assert sorted(os.listdir(tmp_path / "runs")) == names
         assert all(torch.load(tmp_path / "runs" / name) == {"epoch": 3} for name in names)
+
+
+def test_public_functions_of_the_root_and_lib_have_type_hints():
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("lib/[a-z]*.py"), *ROOT.glob("lib/datasets/[a-z]*.py")):
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if not name.startswith("_") and function.__module__ == module.__name__:
+                missing = {*inspect.signature(function).parameters, "return"} - {*function.__annotations__}
+                assert not missing, f"{module.__name__}.{name}"
