@@ -376,7 +376,7 @@ def rank_both(sims: Any) -> tuple[dict, dict]:
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Rank a split with one checkpoint, or with the mean similarities of several.",
-        epilog="example: python evaluation.py --model_path runs/f30k_t2i/model_best.pth.tar "
+        epilog="example: python %(prog)s --model_path runs/f30k_t2i/model_best.pth.tar "
         "runs/f30k_i2t/model_best.pth.tar --data_path ./data --split test",
     )
     parser.add_argument("--model_path", nargs="+", required=True, help="checkpoints; several are an ensemble")
