@@ -93,7 +93,7 @@ def watched(loader: Any) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(loader, Loader) and loader.has_died()):
+        if not getattr(loader, "has_died", bool)():  # also of a Loader in a FeaturesOnGPU
             raise
         prefix, reason = getattr(loader.dataset, "prefix", "the data set"), str(error).splitlines()[0].strip()
         raise InputError(f"{prefix}: a loading process died, as when a file shrinks or memory ends: {reason}") from None

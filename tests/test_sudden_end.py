@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from training import NAME, Place, assert_same, last_checkpoint, load
 import train
 from lib.checkpoint import load_checkpoint, save_checkpoint
 from lib.errors import InputError
+from lib.gpu import FeaturesOnGPU
+from lib.workers import watched
 from model import SCAN
 
 
@@ -285,6 +288,13 @@ def test_the_death_of_a_loading_process_is_one_line_with_the_reason(tmp_path):
     said = r"error: \S*train: a loading process died, as when a file shrinks .*: .*killed by signal: Bus error"
     assert re.search(said, done.stderr.splitlines()[-1]), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_death_of_a_loading_process_is_told_where_features_lie_on_a_gpu():
+    loader = FeaturesOnGPU.__new__(FeaturesOnGPU)
+    loader.loader = SimpleNamespace(watched=SimpleNamespace(), has_died=lambda: True, dataset=None)
+    with pytest.raises(InputError, match="a loading process died.*: killed"), watched(loader):
+        raise RuntimeError("killed")
 
 
 @pytest.mark.parametrize(
