@@ -7,6 +7,8 @@ import pytest
 from dataset_commands import D, R, fails, ok, tool
 from folders import boxes_with_features, make_folder, write_lines
 
+from lib.datasets.pairing import Split
+
 
 def folders_to_align(tmp_path, order, ids=True):
     """scan/ (features, captions, ids) and pfan/ (grids, captions) of the same images in another order; the grids."""
@@ -93,6 +95,14 @@ def test_features_that_differ_are_named_apart_from_captions(tmp_path):
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: 13 of other features")
     assert "--by captions" not in done.stderr  # which would find the same pairs
     assert "train: 9 of 9 paired; captions agree in 9 of 9, features in 0 of 9 compared\n" in done.stdout
+
+
+def test_images_with_one_caption_and_equal_grids_are_images_of_their_own(tmp_path):
+    grids = np.random.default_rng(0).random((20, R, 30), np.float32)
+    grids[1:9:2] = grids[0:8:2]
+    np.save(tmp_path / "train_boxes.npy", grids)
+    write_lines(tmp_path / "train_caps.txt", map(str, range(20)))
+    assert Split(tmp_path, "train").n == 20
 
 
 def test_arrays_that_are_no_rows_or_not_there_are_named(tmp_path):

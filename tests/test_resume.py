@@ -248,6 +248,8 @@ def test_init_from_another_model_names_what_does_not_fit(place, caplog):
         InputError, match=r"checkpoint_0.pth.tar: image encoder: fc.weight is \(24, 216\), expected \(10, 216\)"
     ):
         place.fit("new", f"--init_from {place.checkpoint} --embed_size 10")
+    with pytest.raises(InputError, match="words of word_dim 8, expected --word_dim 5"):
+        place.fit("new", f"--init_from {place.checkpoint} --word_dim 5")
     place.fit("area", f"--init_from {place.checkpoint} --position area")
     assert "this model has no fc_att.weight, fc_att.bias" in caplog.text
 

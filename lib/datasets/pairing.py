@@ -58,7 +58,11 @@ class Split:
         n = min(map(len, arrays.values()), default=0)
         if arrays and captions and n == len(captions):
             name = "ims" if "ims" in arrays else next(iter(arrays))
-            n //= rows_per_image(f"{self.prefix}_{name}.npy", arrays[name])
+            try:
+                n //= rows_per_image(f"{self.prefix}_{name}.npy", arrays[name])
+            except InputError:
+                if name == "ims":  # images may have equal grids
+                    raise
         n = n or len(dict.fromkeys(ids or ())) or len(captions or ()) // 5
         if not n:
             raise InputError(f"{self.prefix}: neither arrays nor ids nor captions")
