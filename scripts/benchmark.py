@@ -44,7 +44,7 @@ SIZES = {
     "plain_captions": 256,
     "batch_size": 128,
     "plain_batches": 3,  # and encodes a part of the split
-    "splits": [250, 500, 2000],  # further numbers of images and pairs, of this code only
+    "splits": [250, 500],  # further numbers of images and pairs, of this code only
     "batches": [16, 32, 64, 256],
 }
 QUICK = {
