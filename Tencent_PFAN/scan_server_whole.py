@@ -274,8 +274,8 @@ def main():
         opt.api_key = os.environ.get("PFAN_API_KEY") or None
     if opt.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", opt.api_key):
         parser.error("--api_key or PFAN_API_KEY: expected printable ASCII characters, no blanks around them")
-    torch.set_num_threads(opt.threads)
     with web.listen(opt.host, opt.port) as listening:  # before the model is read, which takes a while
+        torch.set_num_threads(opt.threads)
         scorer = Scorer(opt.model, opt.vocab_path, opt.cache_mb << 20, device=opt.device)
         app = make_app(scorer, opt)
         print(f"{opt.model}: http://{web.in_brackets(opt.host)}:{opt.port}", flush=True)

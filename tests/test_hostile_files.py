@@ -179,7 +179,7 @@ def survive(name, folder):
     watched.append(name)
     try:
         READERS[name](folder / name)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, FloatingPointError) as error:  # the last names the step and its pairs in train.py
         lines = str(error).splitlines()
         assert len(lines) == 1 and lines[0].strip(), f"{name}: {error!r}"
         assert len(lines[0]) < 2000, f"{name}: a line of {len(lines[0])} characters"

@@ -1,7 +1,6 @@
 """The score and the loss: model.attend against reference.py, and the compiled form that stands in for it on CPUs."""
 
 import contextlib
-from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -252,13 +251,19 @@ def ranks(scores):
     return np.array(i2t(None, None, None, sims)[:3] + t2i(None, None, None, sims)[:3])
 
 
-@pytest.mark.skipif(not pieces.has_bfloat16(), reason="this processor has no bfloat16 products")
 @pytest.mark.parametrize("way", WAYS)
-def test_medium_multiplies_in_bfloat16_and_keeps_scores_and_recalls(way, calls):
-    some = inputs.embeddings(Namespace(per_image=5, embed_size=1024, signal=0.1), 60)
-    scores = xattn_score(*some, config_of(way))
+def test_medium_multiplies_in_bfloat16_and_keeps_scores_and_recalls(way, calls, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # torch computes it on any
+    torch.manual_seed(0)
+    lens = inputs.caption_lengths(np.random.default_rng(0), 300)
+    images, captions = embeddings(60, 36, lens, 0, dim=1024, dtype=torch.float32)
+    concepts = l2norm(torch.randn(60, 1024), 1)  # images share them
+    images = l2norm(images + concepts[torch.randint(60, (60, 36))], 2)
+    for i, (caption, n) in enumerate(zip(captions, lens, strict=True)):
+        caption[:n] = l2norm(caption[:n] + 0.1 * images[i // 5, torch.randint(36, (n,))], 1)
+    scores = xattn_score(images, captions, lens, config_of(way))
     torch.set_float32_matmul_precision("medium")
-    medium = xattn_score(*some, config_of(way))
+    medium = xattn_score(images, captions, lens, config_of(way))
     assert len(calls) == 2 and medium.dtype == torch.float32
     assert 1e-6 < (medium - scores).abs().max() < 2e-3
     one = np.repeat([100 / 60, 100 / 300], 3) + 1e-9  # a single image or caption
