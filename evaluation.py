@@ -375,6 +375,7 @@ def rank_both(sims: Any) -> tuple[dict, dict]:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        usage="%(prog)s --model_path FILE [FILE …] [flags]    (--help lists them)",
         description="Rank a split with one checkpoint, or with the mean similarities of several.",
         epilog="example: python %(prog)s --model_path runs/f30k_t2i/model_best.pth.tar "
         "runs/f30k_i2t/model_best.pth.tar --data_path ./data --split test",

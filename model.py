@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from data import PrecompDataset
 from lib import distributed
-from lib.checkpoint import check_kind, check_state, load_checkpoint
+from lib.checkpoint import check_kind, check_state, load_checkpoint, warn_of_variant
 from lib.constants import LEAK, N_SLOTS
 from lib.errors import InputError
 from lib.kernels import gru, pieces
@@ -58,6 +58,7 @@ def EncoderImage(
     **more: Any,
 ) -> nn.Module:
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
+    OPTIONS["precomp_enc_type"].check(precomp_enc_type)
     return ENCODERS[precomp_enc_type](img_dim, embed_size, no_imgnorm, **more)
 
 
@@ -493,6 +494,7 @@ def load_model(
     """
     checkpoint = checkpoint or load_checkpoint(path)
     check_kind(path, checkpoint, make_model.whole_image)
+    warn_of_variant(path, checkpoint, make_model)
     opt = checkpoint["opt"]
     vars(opt).update({"device": OPTIONS["device"].default, **overrides})  # not the device it was trained on
     opt.vocab_size = len(checkpoint["model"][1]["embed.weight"])

@@ -42,6 +42,7 @@ IMPOSSIBLE = 1000  # times (1 + margin) · batch²: a loss above it means broken
 def get_parser() -> argparse.ArgumentParser:
     """SCAN's and PFAN's flags with their published defaults, then the new ones."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]    (--help lists them)",
         description="Train a Position Focused Attention Network for image-text matching.",
         epilog="example: python train.py --data_path ./data --data_name f30k_precomp --max_violation --bi_gru "
         "--agg_func Mean --logger_name runs/f30k --model_name runs/f30k",
@@ -280,6 +281,7 @@ class Run:
             "random": torch.get_rng_state(),
             "words": word_list(self.vocab),
             "segment": self.vocab.segment,
+            "variant": type(model).__name__,
             **self.digests,
         }
         if model.device.type == "cuda":

@@ -89,7 +89,10 @@ class Vocabulary:
     @classmethod
     def read(cls, opt):
         """The vocabulary that opt's vocab_path and data_name lead to. Raises as deserialize_vocab."""
-        return deserialize_vocab(cls.file(opt.vocab_path, opt.data_name), cls)
+        path, folder = cls.file(opt.vocab_path, opt.data_name), os.path.join(opt.data_path, opt.data_name)
+        if not os.path.exists(path) and not os.path.isdir(folder):
+            raise InputError(f"{folder}: no such data set, and no vocabulary {path}; see --data_path and --data_name")
+        return deserialize_vocab(path, cls)
 
     @classmethod
     def file(cls, vocab_path, data_name):
@@ -158,7 +161,7 @@ def checkpoint_words(path: str, checkpoint: dict, opt: Any, kind: type[Vocabular
     if checkpoint.get("words") is not None:
         return checkpoint["words"]
     name, n = checkpoint["opt"].data_name, len(checkpoint["model"][1]["embed.weight"])
-    vocab = kind.read(argparse.Namespace(vocab_path=opt.vocab_path, data_name=name))
+    vocab = deserialize_vocab(kind.file(opt.vocab_path, name), kind)
     if len(vocab) != n:
         raise InputError(
             f"{path}: holds no words, and --vocab_path {opt.vocab_path} has no vocabulary of {name} with {n} words"

@@ -19,6 +19,7 @@ from train import adjust_learning_rate, save_checkpoint, train, validate  # noqa
 def get_parser():
     """The root's flags with the whole-image variant's defaults, and its own."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]    (--help lists them)",
         description="Train the whole-image Position Focused Attention Network for image-text matching.",
         epilog="example: python Tencent_PFAN/train_whole.py --data_path ./data --data_name tencent_data "
         "--max_violation --bi_gru --agg_func Mean --lambda_whole 2 "

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import logging
 import os
 import pickle
 import pickletools
@@ -19,6 +20,8 @@ from lib.constants import SPECIAL
 from lib.errors import InputError, brief
 from lib.files import replace, save_tensors
 from lib.options import MODEL, MODEL_NEWER, REQUIRED, WHOLE_IMAGE
+
+log = logging.getLogger(__name__)
 
 BEST = "model_best.pth.tar"  # of the best score
 KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
@@ -49,7 +52,8 @@ def load_checkpoint(path: str) -> dict:
     Raises InputError where path is missing, is no checkpoint, or holds anything but tensors, numbers and options.
     """
     if not os.path.isfile(path):
-        raise InputError(f"{path}: no such checkpoint")
+        found = "a folder, expected one of its checkpoints" if os.path.isdir(path) else "no such checkpoint"
+        raise InputError(f"{path}: {found}")
     try:
         checkpoint = load_plain(path)
         make_plain(checkpoint)
@@ -62,7 +66,8 @@ def load_checkpoint(path: str) -> dict:
     except pickle.UnpicklingError:
         raise InputError(f"{path}: refused, damaged or more than tensors, numbers and options") from None
     except Exception as error:  # torch.load meets broken bytes with many exception types
-        raise InputError(f"{path}: not a checkpoint ({type(error).__name__})") from None
+        reason = type(error).__name__
+        raise InputError(f"{path}: not a checkpoint, expected a file that train.py saved ({reason})") from None
     if not hasattr(checkpoint["opt"], "position"):
         checkpoint["opt"].position = infer_position(checkpoint["model"][0])
     return checkpoint
@@ -155,6 +160,13 @@ def infer_position(image_state: dict) -> str:
     if "fc_att.weight" in image_state:
         return "attention"
     return "area" if "position_embedding.weight" in image_state else "none"
+
+
+def warn_of_variant(path: str, checkpoint: dict, make_model: type) -> None:
+    """Log a warning where the checkpoint at path was trained by another class than the one that is to read it."""
+    found, expected = checkpoint.get("variant"), make_model.__name__
+    if found not in (None, expected):  # older checkpoints do not say
+        log.warning("%s: trained by the class %s, read as %s (make_model)", path, brief(found), expected)
 
 
 class NumberType:

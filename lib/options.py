@@ -140,7 +140,12 @@ WHOLE_IMAGE_RUN = (Option("embed_path", "./vocab/embedding.npy", "accepted and u
 # What an evaluation does beside ranking; evalrank's keywords.
 EVALUATION = (
     Option("save_ranks", "", "file that the ranks are written to, e.g. ranks.pth.tar"),
-    Option("save_topk", "", "file that each query's best candidates are written to, as JSON lines"),
+    Option(
+        "save_topk",
+        "",
+        "file for each query's best candidates, JSON lines: image (id), captions (rows from 0), scores; then caption, "
+        "images, scores",
+    ),
     Option("topk", 10, "how many of them", COUNT),
     Option("eccv", False, "ECCV Caption and CxC metrics of MS-COCO's testall as well"),
     Option("intervals", False, "95 % intervals as well, bootstrap over images"),

@@ -266,8 +266,8 @@ def test_other_files_that_torch_or_another_program_wrote_are_refused(tmp_path):
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("readme.txt", "not a checkpoint")
     refused(path)
-    for none in (tmp_path, tmp_path / "missing"):
-        assert refused(none).endswith("no such checkpoint")
+    assert refused(tmp_path / "missing").endswith("no such checkpoint")
+    assert refused(tmp_path).endswith("a folder, expected one of its checkpoints")
 
 
 def test_loading_allows_no_more_classes_than_before(tmp_path):

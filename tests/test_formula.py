@@ -187,7 +187,7 @@ class Pooled(SCAN):
         return images @ captions.T if pairs is None else (images[pairs[:, 0]] * captions[pairs[:, 1]]).sum(1)
 
 
-def test_a_subclass_with_another_score_is_trained_validated_ranked_and_searched_with_it(tmp_path, monkeypatch):
+def test_a_subclass_with_another_score_is_trained_validated_ranked_and_searched_with_it(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(model, "attend", lambda *args: pytest.fail("the published score"))
     place = Place(tmp_path)
     folder = place.fit("run", "--num_epochs 3 --learning_rate .01 --mean_warmup_epochs 1", Pooled)
@@ -202,7 +202,9 @@ def test_a_subclass_with_another_score_is_trained_validated_ranked_and_searched_
         expected = (images @ l2norm(collection.embed(sentence).mean(0), 0)).sort(descending=True)
         assert collection.search(sentence, 6)[1] == pytest.approx(expected.values.numpy(), abs=1e-5)
     monkeypatch.undo()
+    assert "trained by the class" not in caplog.text
     assert evalrank(path)["rsum"] != pytest.approx(best["best_rsum"])
+    assert "trained by the class 'Pooled', read as SCAN" in caplog.text
 
 
 def test_the_variant_of_score_and_data_that_contributing_shows_word_for_word_trains_and_ranks(tmp_path, monkeypatch):

@@ -89,9 +89,11 @@ def values(folder, name):
 
 
 def flat(tree):
-    """A checkpoint's contents without its options and its run's mark, as a list of (place, value)."""
+    """A checkpoint's contents without its options, its run's mark and its class, as a list of (place, value)."""
     if isinstance(tree, dict):
-        return [(f"{k}.{at}", v) for k, sub in tree.items() if k not in ("opt", "run") for at, v in flat(sub)]
+        return [
+            (f"{k}.{at}", v) for k, sub in tree.items() if k not in ("opt", "run", "variant") for at, v in flat(sub)
+        ]
     if isinstance(tree, (list, tuple)):
         return [(f"{i}.{at}", v) for i, sub in enumerate(tree) for at, v in flat(sub)]
     return [("", tree)]
