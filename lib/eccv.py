@@ -64,8 +64,8 @@ def best_ids(sims: np.ndarray, queries: np.ndarray, candidates: np.ndarray, way:
     return dict(zip(queries.tolist(), candidates[best].tolist(), strict=True))
 
 
-def metrics(sims: np.ndarray) -> dict:
-    """ECCV Caption and CxC metrics of the similarities (5000, 25000) of MS-COCO's testall split, in SCAN's order.
+def print_metrics(sims: np.ndarray) -> dict:
+    """Print ECCV Caption and CxC metrics of the similarities (5000, 25000) of MS-COCO's testall split, in SCAN's order.
 
     Returns {"eccv_map_at_r": (i2t, t2i), "eccv_rprecision": …, "eccv_r1": …, "cxc_r1": …, "cxc_r5": …, "cxc_r10": …}
     in percent. A tie counts against the model.
@@ -75,16 +75,11 @@ def metrics(sims: np.ndarray) -> dict:
     names = ("eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_recalls")
     with redirect_stderr(io.StringIO()):  # its progress bars
         found = package().compute_all_metrics(*ranked, target_metrics=names, Ks=(1, 5, 10))
-    return {key: (100 * float(found[key]["i2t"]), 100 * float(found[key]["t2i"])) for key in LABELS}
-
-
-def print_metrics(sims: np.ndarray) -> dict:
-    """Print and return the metrics of similarities (5000, 25000)."""
-    found = metrics(sims)
+    result = {key: (100 * float(found[key]["i2t"]), 100 * float(found[key]["t2i"])) for key in LABELS}
     print("ECCV Caption and CxC: image to text, text to image")
-    for key, (i2t, t2i) in found.items():
-        print(f"{LABELS[key]}: {i2t:.1f} {t2i:.1f}")
-    return found
+    for key, values in result.items():
+        print("{}: {:.1f} {:.1f}".format(LABELS[key], *values))
+    return result
 
 
 def check_split(prefix: str, n_images: int, n_captions: int, ids: Sequence[str] | None) -> None:
