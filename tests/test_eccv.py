@@ -14,7 +14,7 @@ def r1(sims, queries, candidates, positives):
     return 100 * np.mean([set(candidates[row == row.max()].tolist()) <= ids for row, ids in rows])
 
 
-def test_r1_is_that_of_the_packages_positives_and_a_tie_counts_against_the_model():
+def test_r1_is_that_of_the_packages_positives_and_a_tie_counts_against_the_model(capsys):
     """Positives have similarity 1, and so have a few other pairs: about one an image."""
     images, captions = eccv.testall_ids()
     positives = eccv.package().eccv_gts
@@ -24,6 +24,7 @@ def test_r1_is_that_of_the_packages_positives_and_a_tie_counts_against_the_model
         sims[row, [column[x] for x in positives["i2t"].get(image, ()) if x in column]] = 1
     i2t, t2i = eccv.print_metrics(sims)["eccv_r1"]
     assert 20 < i2t < 60 and i2t == pytest.approx(r1(sims, images, captions, positives["i2t"]))
+    assert f"ECCV R@1: {i2t:.1f} {t2i:.1f}\n" in capsys.readouterr().out
     assert 20 < t2i < 90 and t2i == pytest.approx(r1(sims.T, captions, images, positives["t2i"]))
 
 
