@@ -9,7 +9,7 @@ import zlib
 
 from starlette.requests import ClientDisconnect
 
-from lib.web import Refused
+from lib.web import COME_BACK, Refused
 
 FREE_SECONDS = 5  # in which a body may arrive at any rate
 YOUNG_SECONDS = 1  # in which no body gives way: its rate is not known yet
@@ -82,10 +82,10 @@ class Bodies:
         """End the slowest body that is not young. Raises Refused where all are."""
         old = [arrival for arrival in self.under_way if now() - arrival.started > YOUNG_SECONDS]
         if not old:
-            raise Refused(429, f"{len(self)} bodies arrive, come back later", Retry_After="1")
+            raise Refused(429, f"{len(self)} bodies arrive, come back later", COME_BACK)
         slowest = min(old, key=Arrival.rate)
         reason = f"body: {slowest.rate() / 1000:.0f} KB a second, the slowest; others needed its place"
-        slowest.refusal = Refused(429, reason, Retry_After="1")
+        slowest.refusal = Refused(429, reason, COME_BACK)
         slowest.data.clear()
         if not slowest.limit.expired():
             slowest.limit.reschedule(now())

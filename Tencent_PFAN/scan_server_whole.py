@@ -9,12 +9,13 @@ a thread. Whatever waits is scored as one batch while the next requests are read
 import argparse
 import asyncio
 import hmac
-import math
 import os
 import re
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 
 import prometheus_client as prometheus
@@ -29,12 +30,13 @@ if not __package__:
 
 from lib import web
 from lib.errors import run
-from lib.web import Answer, Refused
+from lib.options import COUNT, NOT_NEGATIVE, Option, add_options
+from lib.web import COME_BACK, Answer, Refused
 from Tencent_PFAN.bodies import Bodies, unpack, unpacked_size
 from Tencent_PFAN.demo_page import add_demo
-from Tencent_PFAN.scoring import Scorer
-from Tencent_PFAN.web import PATH, RESPONSES, Counting, request_body
+from Tencent_PFAN.scoring import Scorer, request_body
 
+PATH = "/scan_sentence_image_score"
 BATCH_IMAGES = 256  # of the requests that are scored together; a single request may have more
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -47,7 +49,8 @@ class Service:
     def __init__(self, scorer, opt):
         self.scorer, self.opt = scorer, opt
         self.bodies = Bodies(opt)
-        self.waiting, self.waiting_bytes = 0, 0  # requests whose bodies are there and that are not answered
+        self.waiting = []  # sizes of the bodies that are there and whose requests are not answered
+        self.queue = asyncio.Queue()  # of (job, future of its result)
         self.scoring_since = None  # when the batch under way began (the loop's time)
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
@@ -65,24 +68,37 @@ class Service:
         gauge("pfan_waiting", "Requests not answered yet").set_function(self.unanswered)
         gauge("pfan_bodies", "Bodies that arrive").set_function(self.bodies.__len__)
 
-    def start(self):
-        """Score what comes, until stop(). Called in the loop that answers the requests."""
-        self.queue, self.task = asyncio.Queue(), asyncio.create_task(self.score_batches())
-
-    def stop(self):
-        self.task.cancel()
+    @asynccontextmanager
+    async def lifespan(self, app):
+        """Inside, what comes is scored. uvicorn leaves it when every request has been answered."""
+        self.scoring = asyncio.create_task(self.score_batches())
+        yield
+        self.scoring.cancel()
         self.parsers.shutdown()
         self.model_thread.shutdown(wait=False)  # a batch that hangs would be waited for without end
 
     def check_health(self):
         """Raises Refused where nothing is scored any more, though requests are taken."""
-        if self.task.done():
-            raise Refused(503, f"scoring has ended, restart the server ({self.task.exception()!r})")
+        if self.scoring.done():
+            raise Refused(503, f"scoring has ended, restart the server ({self.scoring.exception()!r})")
         if self.scoring_since and asyncio.get_running_loop().time() - self.scoring_since > self.opt.timeout:
             raise Refused(503, f"a batch has been scored for over {self.opt.timeout:g} seconds (--timeout)")
 
     def unanswered(self):
-        return len(self.bodies) + self.waiting
+        return len(self.bodies) + len(self.waiting)
+
+    async def count(self):
+        """A dependency that counts a scoring request by its status, and how long its answer took."""
+        started, status = time.perf_counter(), 200
+        try:
+            yield
+        except Exception as error:
+            status = getattr(error, "status_code", 500)
+            self.errors.inc()
+            raise
+        finally:
+            self.requests.labels(status).inc()
+            self.latency.observe(time.perf_counter() - started)
 
     async def score(self, request):
         """A request's answer. Raises Refused."""
@@ -93,29 +109,22 @@ class Service:
         body = await self.bodies.read(request)
         unpacked = unpacked_size(body) if packed else 0
         self.bodies.check_size(unpacked)
-        with self.place_in_queue(len(body) + unpacked):
-            try:
-                async with asyncio.timeout(self.opt.timeout):
-                    return await self.score_body(body, unpacked)
-            except TimeoutError:
-                raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", Retry_After="1") from None
+        size = len(body) + unpacked
+        self.check_queue(size)
+        self.waiting.append(size)
+        try:
+            async with asyncio.timeout(self.opt.timeout):
+                return await self.score_body(body, unpacked)
+        except TimeoutError:
+            raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", COME_BACK) from None
+        finally:
+            self.waiting.remove(size)
 
     def check_queue(self, size):
         """Raises Refused where a body of so many bytes has no place in the queue."""
-        if self.waiting >= self.opt.queue or (self.waiting and self.waiting_bytes + size > self.opt.queue_mb << 20):
-            raise Refused(429, f"{self.waiting} requests wait, come back later", Retry_After="1")
-
-    @contextmanager
-    def place_in_queue(self, size):
-        """Inside, a body of so many bytes waits. Raises Refused as check_queue."""
-        self.check_queue(size)
-        self.waiting += 1
-        self.waiting_bytes += size
-        try:
-            yield
-        finally:
-            self.waiting -= 1
-            self.waiting_bytes -= size
+        full = len(self.waiting) >= self.opt.queue
+        if full or (self.waiting and sum(self.waiting) + size > self.opt.queue_mb << 20):
+            raise Refused(429, f"{len(self.waiting)} requests wait, come back later", COME_BACK)
 
     async def score_body(self, body, unpacked):
         """The answer to a body that is there; unpacked: size of what is in it where it is gzip, else 0."""
@@ -126,7 +135,7 @@ class Service:
         self.images.labels("cache").inc(len(job.embeddings))
         self.images.labels("new").inc(len(job.new))
         future = loop.create_future()
-        await self.queue.put((job, future))
+        self.queue.put_nowait((job, future))
         return Answer(await future, headers={"X-Model": self.scorer.digest})
 
     async def score_batches(self):
@@ -172,15 +181,25 @@ def check_content(headers):
 # ---------------------------------------------------------------- the app
 
 
+@dataclass
+class Scores:
+    """An answer: a number for each image; with sentences, a list of these for each of them."""
+
+    sim_t2i: list[float | list[float]]
+    sim_i2t: list[float | list[float]]
+
+
+@dataclass
+class Error:
+    error: str
+
+
+RESPONSES = {200: {"model": Scores}, **{status: {"model": Error} for status in (400, 401, 408, 413, 415, 429, 503)}}
+
+
 def make_app(scorer, opt):
     """The FastAPI app of a Scorer. opt: the command line's options."""
     service = Service(scorer, opt)
-
-    @asynccontextmanager
-    async def lifespan(app):
-        service.start()
-        yield
-        service.stop()  # uvicorn comes here when every request has been answered
 
     async def check_key(key=Security(APIKeyHeader(name="X-API-Key", auto_error=False))):  # noqa: B008
         if opt.api_key and not hmac.compare_digest((key or "").encode(), opt.api_key.encode()):
@@ -191,17 +210,15 @@ def make_app(scorer, opt):
         version="1",
         description="How well images fit a sentence, words to regions (t2i) and regions to words (i2t).",
         redoc_url=None,
-        lifespan=lifespan,
+        lifespan=service.lifespan,
         exception_handlers=web.REFUSALS,
     )
     app.state.service = service
-    app.add_middleware(Counting, service=service)
     web.guard(app, opt.host, opt.allowed_hosts)
-    keyed = [Depends(check_key)]
-
+    keyed, counted = Depends(check_key), Depends(service.count, scope="function")
     document = {"openapi_extra": {"requestBody": request_body(scorer.img_dim)}, "responses": RESPONSES}
 
-    @app.post(PATH, dependencies=keyed, **document)
+    @app.post(PATH, dependencies=[counted, keyed], **document)
     async def score(request: Request) -> Response:
         """Scores of every image with the sentence, both ways; with `sentences`, a list for each of them."""
         return await service.score(request)
@@ -212,7 +229,7 @@ def make_app(scorer, opt):
         service.check_health()
         return {"status": "ok", "waiting": service.unanswered()}
 
-    @app.get("/metrics", dependencies=keyed, response_class=PlainTextResponse)
+    @app.get("/metrics", dependencies=[keyed], response_class=PlainTextResponse)
     async def metrics():
         return Response(prometheus.generate_latest(service.registry), media_type=prometheus.CONTENT_TYPE_LATEST)
 
@@ -221,47 +238,38 @@ def make_app(scorer, opt):
         return FileResponse(os.path.join(HERE, "page.html"))
 
     if opt.demo_path:
-        add_demo(app, opt.demo_path, keyed)
+        add_demo(app, opt.demo_path, [keyed])
     return app
 
 
-def at_least(least, kind=int):
-    """For argparse: a finite number that is not smaller."""
-
-    def parse(text):
-        number = kind(text)
-        if not least <= number < math.inf:
-            raise argparse.ArgumentTypeError(f"{text}, expected at least {least}")
-        return number
-
-    parse.__name__ = kind.__name__
-    return parse
+LIMITS = (
+    Option("timeout", 60.0, "seconds for a body to arrive, and for its scores", (0.1, 2**31)),
+    Option("max_body_mb", 256, "largest body; 8 images have about 3.5 MB", COUNT),
+    Option("bodies", 128, "bodies that may arrive at a time, before the slowest ends", COUNT),
+    Option("bodies_mb", 512, "size of what has arrived of them", COUNT),
+    Option("min_rate", 8.0, "KB a second at which a body must arrive, 0 for any", NOT_NEGATIVE),
+    Option("queue", 64, "requests with their bodies there that may wait; more get 429", COUNT),
+    Option("queue_mb", 1024, "size of the bodies of the requests that wait", COUNT),
+    Option("cache_mb", 256, "memory for embeddings of images that come again, 0: none", NOT_NEGATIVE),
+    Option("threads", os.cpu_count() or 1, "of the matrix products", COUNT),
+)
 
 
 def get_parser():
     parser = argparse.ArgumentParser(
         description="Score images against sentences over HTTP.",
         epilog="example: python -m Tencent_PFAN.scan_server_whole ./runs/sentence_t2i.pth.tar 5091",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("model", help="checkpoint of train_whole.py")
     add("port", type=int, help="to listen on, 1 to 65535")
-    add("--host", default="127.0.0.1", help="to listen on; 0.0.0.0 for every network this machine is in")
-    add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json; the checkpoint's where not given")
+    everywhere = "0.0.0.0 for every network this machine is in"
+    add("--host", default="127.0.0.1", help=f"to listen on; {everywhere} (default: %(default)s)")
+    add("--vocab_path", help="folder of DATA_NAME_sent_vocab.json (default: the checkpoint's)")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
     add("--api_key", help="what X-API-Key must be; better in PFAN_API_KEY: others can read command lines")
-    add("--timeout", type=at_least(0.1, float), default=60, help="seconds for a body to arrive, and for its scores")
-    add("--max_body_mb", type=at_least(1), default=256, help="largest body; 8 images have about 3.5 MB")
-    add("--bodies", type=at_least(1), default=128, help="bodies that may arrive at a time, before the slowest ends")
-    add("--bodies_mb", type=at_least(1), default=512, help="size of what has arrived of them")
-    add("--min_rate", type=at_least(0, float), default=8, help="KB a second at which a body must arrive, 0 for any")
-    add("--queue", type=at_least(1), default=64, help="requests with their bodies there that may wait; more get 429")
-    add("--queue_mb", type=at_least(1), default=1024, help="size of the bodies of the requests that wait")
-    add("--cache_mb", type=at_least(0), default=256, help="memory for embeddings of images that come again, 0: none")
-    add("--threads", type=at_least(1), default=os.cpu_count(), help="of the matrix products")
     add("--demo_path", help="a tencent_data_meta folder whose items the page at / offers")
-    add("--device", default="auto", help="auto, cpu, cuda, …")
+    add_options(parser, (*LIMITS, "device"))
     return parser
 
 
@@ -270,6 +278,8 @@ def main():
     opt = parser.parse_args()
     if not 0 < opt.port < 65536:
         parser.error(f"port: {opt.port}, expected 1 to 65535")
+    for row in LIMITS:
+        row.check(getattr(opt, row.name))
     if opt.api_key is None:
         opt.api_key = os.environ.get("PFAN_API_KEY") or None
     if opt.api_key is not None and not re.fullmatch("[!-~]([ -~]*[!-~])?", opt.api_key):

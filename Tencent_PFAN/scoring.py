@@ -21,13 +21,13 @@ from msgspec import UNSET, Meta, UnsetType
 
 from data import pad
 from lib.checkpoint import load_checkpoint
-from lib.constants import N_REGIONS
+from lib.constants import N_REGIONS, N_SLOTS
 from lib.datasets.boxes import SQUARE
 from lib.datasets.regions import are_shares
 from lib.segmentation import segment
 from lib.web import Refused
 from model import load_model
-from position import position_grid
+from position import BoxError, position_grid
 from Tencent_PFAN.model_whole import SCAN
 from Tencent_PFAN.vocab import Vocabulary
 from vocab import checkpoint_vocab
@@ -79,6 +79,15 @@ class Body(msgspec.Struct):
     sentences: Annotated[list[Sentence], Meta(min_length=1, max_length=MAX_SENTENCES)] | UnsetType = UNSET
 
 
+def request_body(img_dim):
+    """What OpenAPI calls requestBody, with features of img_dim values."""
+    _, parts = msgspec.json.schema_components([Body])
+    schema = parts["Body"]
+    schema["properties"]["boxes"]["items"] = parts["Image"]
+    schema["properties"]["whole_items"]["items"].update(minItems=img_dim, maxItems=img_dim)
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
 decode_body = msgspec.json.Decoder(Body).decode
 MISSING = re.compile(r"Object missing required field `(\w+)`$")
 
@@ -119,23 +128,25 @@ def check_features(features, field):
         raise Refused(400, f"{field}{where}: NaN, infinite or beyond {LARGEST:g}, expected finite numbers")
 
 
-def check_boxes(boxes, sizes, indices):
-    """boxes (P, 36, 4) as x1, y1, x2, y2, sizes (P, 2) as height, width, indices: of the images in the request."""
-    x1, y1, x2, y2 = np.moveaxis(boxes, 2, 0)
-    height, width = sizes.T[:, :, None]
-    inside = (np.minimum(x2, width) > np.maximum(x1, 0)) & (np.minimum(y2, height) > np.maximum(y1, 0))
-    for bad, what in (
-        (~np.isfinite(boxes).all(2), "is NaN or infinite"),
-        ((x2 < x1) | (y2 < y1), "is reversed, expected x1 < x2 and y1 < y2"),
-        (~inside, "has no area inside the image"),
-    ):
-        if bad.any():
-            i, box = np.argwhere(bad)[0]
-            raise Refused(400, f"boxes[{indices[i]}].boxes: box {box} {boxes[i, box].tolist()} {what}")
+def make_grids(boxes, sizes, indices):
+    """Position grids (P, 36, 31) of boxes (P, 36, 4), x1, y1, x2, y2, in images of sizes (P, 2), height, width.
+
+    indices: of the images in the request.
+    """
+    try:
+        grids = position_grid(boxes, sizes)
+    except BoxError as error:
+        raise Refused(400, f"boxes[{indices[error.image]}].boxes: box {error.box} {error.reason}") from None
+    outside = np.argwhere(grids[:, :, N_SLOTS] == 0)  # the weight of the cell that a box covers most
+    if len(outside):
+        i, box = outside[0]
+        corners = boxes[i, box].tolist()
+        raise Refused(400, f"boxes[{indices[i]}].boxes: box {box} {corners} has no area inside the image")
     for i, corners, size in zip(indices, boxes, sizes, strict=True):
         if are_shares(corners) and size.max() > SQUARE:
             found = f"none reaches beyond 1 in an image of {size[0]:g} x {size[1]:g}"
             raise Refused(400, f"boxes[{i}].boxes: {found}, expected pixels, not shares of its sides")
+    return grids
 
 
 # ---------------------------------------------------------------- jobs
@@ -216,9 +227,8 @@ class Scorer:
                 new[key] = i, features, whole, np.frombuffer(boxes, "<f4").reshape(N_REGIONS, 4), size
         if new:
             indices, features, wholes, boxes, sizes = zip(*new.values(), strict=True)
-            boxes, sizes = np.stack(boxes).astype(np.float64), np.stack(sizes)
-            check_boxes(boxes, sizes, indices)
-            new = dict(zip(new, zip(features, wholes, position_grid(boxes, sizes), strict=True), strict=True))
+            grids = make_grids(np.stack(boxes), np.stack(sizes), indices)
+            new = dict(zip(new, zip(features, wholes, grids, strict=True), strict=True))
         return keys, embeddings, new
 
     @torch.inference_mode()

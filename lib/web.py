@@ -35,11 +35,8 @@ class Answer(Response):
         return msgspec.json.encode(content)
 
 
-class Refused(HTTPException):
-    """Raised where a request cannot be answered: status, and a reason of one line. headers: Retry_After="1", …"""
-
-    def __init__(self, status, reason, **headers):
-        super().__init__(status, reason, {name.replace("_", "-"): value for name, value in headers.items()})
+Refused = HTTPException  # raised where a request cannot be answered: status, a reason of one line, headers
+COME_BACK = {"Retry-After": "1"}  # headers of a refusal: the same request may fare better in so many seconds
 
 
 async def refuse(request: Request, error: Any) -> Response:

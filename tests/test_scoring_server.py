@@ -199,8 +199,8 @@ BAD = {
     "many boxes": (changed_image(boxes=encode(np.ones((37, 4)))), "boxes[1].boxes: 592 bytes, expected 576"),
     "NaN feature": (changed_features(np.nan), "boxes[1].features, region 5: NaN"),
     "huge feature": (changed_features(1e30), "boxes[1].features, region 5: NaN, infinite or beyond 1e+09"),
-    "NaN box": (changed_boxes(np.nan, 0, 1, 1), "boxes[1].boxes: box 7 [nan, 0.0, 1.0, 1.0] is NaN"),
-    "reversed box": (changed_boxes(50, 10, 40, 20), "boxes[1].boxes: box 7 [50.0, 10.0, 40.0, 20.0] is reversed"),
+    "NaN box": (changed_boxes(np.nan, 0, 1, 1), "boxes[1].boxes: box 7 [nan, 0.0, 1.0, 1.0]: corners must be"),
+    "reversed box": (changed_boxes(50, 10, 40, 20), "boxes[1].boxes: box 7 [50.0, 10.0, 40.0, 20.0]: corners are"),
     "flat box": (changed_boxes(50, 10, 50, 20), "boxes[1].boxes: box 7 [50.0, 10.0, 50.0, 20.0] has no area"),
     "box outside": (changed_boxes(201, 10, 300, 20), "boxes[1].boxes: box 7 [201.0, 10.0, 300.0, 20.0] has no area"),
     "boxes from 0 to 1": (
@@ -456,8 +456,8 @@ def test_an_api_key_is_asked_for_where_one_is_set(scorer):
     [
         (["--api_key", ""], "geheim", "--api_key or PFAN_API_KEY: expected printable ASCII"),
         ([], "schlüssel", "--api_key or PFAN_API_KEY: expected printable ASCII"),
-        (["--timeout", "inf"], None, "--timeout: inf, expected at least 0.1"),
-        (["--queue", "0"], None, "--queue: 0, expected at least 1"),
+        (["--timeout", "inf"], None, "--timeout inf: expected a number, at least 0.1"),
+        (["--queue", "0"], None, "--queue 0: expected a whole number, at least 1"),
         (["--host", "a..b"], None, "--host a..b --port 1: "),
     ],
 )
@@ -474,11 +474,13 @@ def test_metrics_count_requests_errors_latency_and_batches(scorer):
     with serve(scorer) as port:
         post(port, make_request(4))
         post(port, b"{")
+        post(port, b"{}", {"Content-Type": "text/plain"})
         for name, value in {
             'pfan_requests_total{status="200"}': 1,
             'pfan_requests_total{status="400"}': 1,
-            "pfan_errors_total": 1,
-            "pfan_latency_seconds_count": 2,
+            'pfan_requests_total{status="415"}': 1,
+            "pfan_errors_total": 2,
+            "pfan_latency_seconds_count": 3,
             "pfan_batch_requests_count": 1,
             "pfan_batch_pictures_sum": 4,
             'pfan_pictures_total{source="new"}': 4,
