@@ -6,6 +6,8 @@ python Tencent_PFAN/evaluation_whole.py --model_path runs/tencent_data/t2i/model
 if not __package__:
     import _root  # noqa: F401
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -33,14 +35,8 @@ def shard_xattn(images, whole_images, captions, caplens, final_captions, opt, sh
     return root.score_shards((images, whole_images), (captions, caplens, finals), score_shard, device, shard_size)
 
 
-def shard_xattn_t2i(images, whole_images, captions, caplens, final_captions, opt, shard_size=128):
-    """shard_xattn where words attend to regions."""
-    return shard_xattn(images, whole_images, captions, caplens, final_captions, opt, shard_size, "t2i")
-
-
-def shard_xattn_i2t(images, whole_images, captions, caplens, final_captions, opt, shard_size=128):
-    """shard_xattn where regions attend to words."""
-    return shard_xattn(images, whole_images, captions, caplens, final_captions, opt, shard_size, "i2t")
+shard_xattn_t2i = partial(shard_xattn, cross_attn="t2i")  # words attend to regions
+shard_xattn_i2t = partial(shard_xattn, cross_attn="i2t")  # regions attend to words
 
 
 def square(sims):
@@ -61,14 +57,9 @@ def t2i(images, captions, sims, npts=None, return_ranks=False):
     return root.t2i(images, captions, None, square(sims), npts, return_ranks)
 
 
-def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=None, make_model=SCAN, **options):
-    """Rank a split both ways and print SCAN's lines; see the root's evalrank for arguments and result."""
-    return root.evalrank(model_path, data_path, split, fold5, vocab_path, make_model, **options)
-
-
-def main():
-    root.main(SCAN)
-
+# the root's functions with the whole-image model
+evalrank = partial(root.evalrank, make_model=SCAN)
+main = partial(root.main, SCAN)
 
 if __name__ == "__main__":
     run(main)

@@ -5,6 +5,8 @@ score = the root's cross attention, with the 0.5 · max-attention term in t2i an
 Sizes in the docstrings: B a batch, R regions (36), W words, D embed_size, I images and C captions, P pairs.
 """
 
+from functools import partial
+
 import torch
 
 import model
@@ -28,8 +30,6 @@ def EncoderImage(
     data_name, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, need_box_whole=False, **more
 ):
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
-    if precomp_enc_type not in ENCODERS:
-        raise InputError(f"precomp_enc_type {precomp_enc_type}: expected one of {', '.join(ENCODERS)}")
     return ENCODERS[precomp_enc_type](img_dim, embed_size, no_imgnorm, need_box_whole, **more)
 
 
@@ -111,14 +111,8 @@ def score(images, whole_images, captions, cap_lens, final_captions, opt, cross_a
     return xattn_score(images, captions, cap_lens, config, pairs) + whole
 
 
-def xattn_score_t2i(images, whole_images, captions, cap_lens, final_captions, opt):
-    """Words attend to regions: scores (n_image, n_caption) of what score takes."""
-    return score(images, whole_images, captions, cap_lens, final_captions, opt, "t2i")
-
-
-def xattn_score_i2t(images, whole_images, captions, cap_lens, final_captions, opt):
-    """Regions attend to words: scores (n_image, n_caption) of what score takes."""
-    return score(images, whole_images, captions, cap_lens, final_captions, opt, "i2t")
+xattn_score_t2i = partial(score, cross_attn="t2i")  # words attend to regions
+xattn_score_i2t = partial(score, cross_attn="i2t")  # regions attend to words
 
 
 class ContrastiveLoss(model.ContrastiveLoss):
@@ -162,6 +156,4 @@ class SCAN(model.SCAN):
         return self.step((images, whole_images, boxes, captions, lengths), ids)
 
 
-def load_model(path, vocab_size=None, **overrides):
-    """The whole-image model of a checkpoint, ready to evaluate; see the root's load_model."""
-    return model.load_model(path, vocab_size, SCAN, **overrides)
+load_model = partial(model.load_model, make_model=SCAN)

@@ -5,6 +5,7 @@ python Tencent_PFAN/vocab.py --data_path ./data --data_name tencent_data   write
 
 import os
 import string
+from functools import partial
 
 if not __package__:
     import _root  # noqa: F401
@@ -55,20 +56,10 @@ class Vocabulary(root.Vocabulary):
 annotations = {"tencent_data": [f"{split}_sent_caps.txt" for split in root.SPLITS]}
 
 
-def build_vocab(data_path, data_name, caption_file=None, threshold=4, drop=(), allow_empty=False, segment=False):
-    """The root's build_vocab with this Vocabulary."""
-    return root.build_vocab(data_path, data_name, caption_file, threshold, drop, allow_empty, segment, Vocabulary)
-
-
-def deserialize_vocab(src):
-    """Read a Vocabulary from a JSON file. Raises InputError for what is not one."""
-    return root.deserialize_vocab(src, Vocabulary)
-
-
-def main(data_path=None, data_name=None):
-    """The root's main with this Vocabulary: writes ./vocab/NAME_sent_vocab.json."""
-    root.main(data_path, data_name, Vocabulary)
-
+# the root's functions with this Vocabulary
+build_vocab = partial(root.build_vocab, kind=Vocabulary)
+deserialize_vocab = partial(root.deserialize_vocab, kind=Vocabulary)
+main = partial(root.main, kind=Vocabulary)
 
 if __name__ == "__main__":
     run(main)

@@ -11,13 +11,21 @@ again a second after its connection has ended.
 """
 
 import argparse
+import asyncio
+import base64
 import http.client
 import json
+import multiprocessing
+import os
+import random
 import re
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from statistics import median
 
 import numpy as np
@@ -25,11 +33,14 @@ import numpy as np
 if not __package__:
     import _root  # noqa: F401
 
+from lib.checkpoint import save_checkpoint
+from lib.constants import SPECIAL
 from lib.errors import InputError, run
-from scripts.load.hostile import hostile_clients
-from scripts.load.server import make_model, make_request, running_server
-from test_server.test import Server, explain
+from Tencent_PFAN import train_whole
+from Tencent_PFAN.model_whole import SCAN
+from test_server.test import PATH, Server, explain
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CACHE_MB = {"new": 0, "seen": 256}  # none, and the server's default
 DISTINCT = 40  # requests that differ
 LEAST_SHARE = 0.5  # of the calm rate that good clients must keep beside hostile ones
@@ -38,6 +49,104 @@ WARM_UP = 5  # seconds until all hostile clients are at work
 TOLERANCE = 1e-5  # between the scores of a request alone and among others
 ATTEMPTS = 20  # of a request that is answered 429, a second apart
 FAILURES = (OSError, http.client.HTTPException, RuntimeError)  # of Load.ask
+
+# ---------------------------------------------------------------- a server of random weights, and requests for it
+
+WORDS = "上海 新闻 足球 天气 股市 红色 汽车 iphone news".split()
+HEIGHT, WIDTH = 100, 200  # of the images
+
+
+def make_model(folder, embed_size, img_dim, **options):
+    """A whole-image checkpoint of random weights, whose vocabulary is WORDS. Returns its path."""
+    words = [*SPECIAL, *WORDS]
+    published = "--max_violation --bi_gru --agg_func Mean --lambda_whole 2 --device cpu".split()
+    opt = train_whole.get_parser().parse_args([*published, "--vocab_path", str(folder)])
+    vars(opt).update(embed_size=embed_size, img_dim=img_dim, vocab_size=len(words), **options)
+    state = {"epoch": 1, "model": SCAN(opt).state_dict(), "best_rsum": 0.0, "opt": opt, "Eiters": 0, "words": words}
+    save_checkpoint(state, False, "model.pth.tar", folder)
+    return os.path.join(folder, "model.pth.tar")
+
+
+@contextmanager
+def running_server(model, *flags):
+    """A server process on a free port of 127.0.0.1, which is yielded. It ends with the context."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "Tencent_PFAN.scan_server_whole", model, str(port), *flags]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            if not process.stdout.readline():  # its address, as soon as it answers
+                raise InputError("the server ended before it answered")
+            yield port
+        finally:
+            process.terminate()
+
+
+def encode(array):
+    """base64 of float32, as a request has arrays."""
+    return base64.b64encode(np.asarray(array, "<f4").tobytes()).decode()
+
+
+def make_boxes(rng):
+    """36 random boxes (36, 4) of an image, in pixels."""
+    corners = np.sort(rng.random((36, 2, 2)) * 0.8, axis=1) + [[0], [0.1]]
+    return (corners * (WIDTH, HEIGHT)).reshape(36, 4)
+
+
+def make_request(rng, n_images, img_dim):
+    """A request (dict) of 4 to 20 words and n_images images of random features and boxes."""
+    features = np.maximum(rng.standard_normal((n_images, 37, img_dim)), 0)
+    size = {"image_h": HEIGHT, "image_w": WIDTH, "num_boxes": 36}
+    return {
+        "sentence": rng.choice(WORDS, rng.integers(4, 21)).tolist(),
+        "boxes": [
+            {"image_id": i, **size, "boxes": encode(make_boxes(rng)), "features": encode(features[i, :36])}
+            for i in range(n_images)
+        ],
+        "whole_items": features[:, 36].tolist(),
+    }
+
+
+# ---------------------------------------------------------------- clients that mean harm
+
+PAUSE = 1.0  # seconds between a connection and the next; 0.1 makes the broken-off bodies a flood of 340 MB a second
+HEAD = f"POST {PATH} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+BODY = HEAD + b"Content-Length: 3400000\r\n\r\n"  # that of eight images
+HUGE = HEAD + b"Content-Length: 100000000000\r\n\r\n"
+# what is sent first, and again and again; seconds between; how many clients
+HOSTILE = (
+    (HEAD + b"X-Slow: ", b"x", 0.1, 100),  # a header that never ends
+    (BODY, b" " * 512, 0.25, 60),
+    (BODY + b" " * 1_700_000, b"", 0, 20),  # half a body, and the connection's end
+    (random.randbytes(2500) + b"\r\n\r\n", b"", 0, 10),  # not HTTP
+    (HUGE, b" " * (1 << 16), 0, 10),  # as fast as the server takes it
+)
+
+
+async def connect_for_ever(port, first, more, pause):
+    await asyncio.sleep(random.uniform(0, PAUSE))
+    while True:
+        with suppress(OSError):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with closing(writer):
+                writer.write(first)
+                await writer.drain()
+                while more and not reader.at_eof():
+                    await asyncio.sleep(pause)
+                    writer.write(more)
+                    await writer.drain()
+        await asyncio.sleep(PAUSE)
+
+
+def run_hostile_clients(port):
+    async def run_all():
+        await asyncio.gather(*(connect_for_ever(port, *kind) for *kind, count in HOSTILE for _ in range(count)))
+
+    asyncio.run(run_all())
+
+
+# ---------------------------------------------------------------- good clients
 
 
 class Load:
@@ -103,9 +212,12 @@ class Load:
             print("alone:")
             calm.append(self.run(n_clients, n_requests))
             print("beside hostile clients:")
-            with hostile_clients(self.server.port):
-                time.sleep(WARM_UP)
-                hostile.append(self.run(n_clients, n_requests))
+            process = multiprocessing.Process(target=run_hostile_clients, args=(self.server.port,), daemon=True)
+            process.start()
+            time.sleep(WARM_UP)
+            hostile.append(self.run(n_clients, n_requests))
+            process.kill()
+            process.join()
         kept = median(hostile) / median(calm)
         print(f"medians {median(calm):.1f} and {median(hostile):.1f} requests/s, {kept:.0%} kept", flush=True)
         self.ok &= kept >= LEAST_SHARE

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from processes import LIMIT, serve_app
 
-from scripts.load import server
-from scripts.load.server import encode, make_boxes  # noqa: F401
+from scripts import load_test
+from scripts.load_test import encode, make_boxes  # noqa: F401
 from Tencent_PFAN.scan_server_whole import get_parser, make_app
 from Tencent_PFAN.scoring import Scorer
 from test_server.test import PATH
@@ -21,7 +21,7 @@ IMG_DIM = 8
 def make_model(folder, **options):
     """folder/model.pth.tar of a random model, and its vocabulary."""
     torch.manual_seed(0)
-    return server.make_model(folder, embed_size=6, img_dim=IMG_DIM, word_dim=5, **options)
+    return load_test.make_model(folder, embed_size=6, img_dim=IMG_DIM, word_dim=5, **options)
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def scorer_of(folder, **options):
 
 def make_request(n_images=2, seed=0, sentence=("上海", "新闻")):
     """A request of n_images random images, as a dict."""
-    return {**server.make_request(np.random.default_rng(seed), n_images, IMG_DIM), "sentence": list(sentence)}
+    return {**load_test.make_request(np.random.default_rng(seed), n_images, IMG_DIM), "sentence": list(sentence)}
 
 
 def request(host, port, *words):

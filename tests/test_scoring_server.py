@@ -567,9 +567,12 @@ def test_run_server_starts_both_models_and_stops_both(tmp_path):
         assert not any(answers(port, host) for port in ports)
 
 
-def test_run_server_says_so_where_a_model_is_missing(tmp_path):
-    command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), str(tmp_path / "none"), str(tmp_path / "none")]
-    sentence, tag = map(str, free_ports(2))
-    done = run(command, env={**ENVIRONMENT, "SENTENCE_PORT": sentence, "TAG_PORT": tag})
-    assert done.returncode == 1
-    assert "no such checkpoint" in done.stderr
+def test_run_server_says_in_one_line_what_is_wrong_with_a_model(tmp_path):
+    (tmp_path / "damaged").write_text("no checkpoint")
+    model, (sentence, tag) = make_model(str(tmp_path)), map(str, free_ports(2))
+    environment = {**ENVIRONMENT, "SENTENCE_PORT": sentence, "TAG_PORT": tag}
+    for name, said in (("none", "none: no such checkpoint, expected one"), ("damaged", "damaged: not a checkpoint")):
+        command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), model, str(tmp_path / name), "--threads", "1"]
+        done = run(command, env=environment)
+        (line,) = done.stderr.splitlines()
+        assert done.returncode == 2 and line.startswith("error: ") and said in line
