@@ -6,7 +6,6 @@ Sizes in the docstrings: P images of R = 36 regions, S sentences of W words, D e
 
 import codecs
 import hashlib
-import re
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,7 +88,6 @@ def request_body(img_dim):
 
 
 decode_body = msgspec.json.Decoder(Body).decode
-MISSING = re.compile(r"Object missing required field `(\w+)`$")
 
 
 def parse(body):
@@ -99,8 +97,6 @@ def parse(body):
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at `$")
         place = place.rstrip("`").lstrip(".")
-        if missing := MISSING.match(reason):
-            raise Refused(400, f"{place}.{missing[1]}: missing".lstrip(".")) from None
         raise Refused(400, f"{place or 'body'}: {reason[:1].lower()}{reason[1:]}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(400, f"body: not JSON ({error})") from None

@@ -5,7 +5,6 @@ python Tencent_PFAN/train_whole.py --data_path ./data --data_name tencent_data -
 
 import argparse
 import logging
-from functools import partial
 
 if not __package__:
     import _root  # noqa: F401
@@ -30,7 +29,9 @@ def get_parser():
     return parser
 
 
-fit = partial(root.fit, make_model=SCAN)
+def fit(opt, make_model=SCAN):
+    """The root's fit with the whole-image model."""
+    return root.fit(opt, make_model)
 
 
 def main():

@@ -8,12 +8,12 @@ import struct
 import sys
 import threading
 from argparse import Namespace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import processes
 import pytest
 from dataset_commands import call
+from fastapi import FastAPI, Request, Response
 
 from test_server import test as client
 
@@ -22,59 +22,37 @@ SCRIPT = Path(__file__).resolve().parents[1] / "test_server" / "test.py"
 # ---------------------------------------------------------------- a server and its data
 
 
-class Handler(BaseHTTPRequestHandler):
-    """Scores image i of a request with (id + 1000 * length of the sentence) / 1e4, after the planned mishaps.
-
-    server.mishaps: what happens to the first requests: a status, (status, headers, body), or "drop".
-    server.refuse: ids that make a request a bad one. server.hold: called with each request before it is answered.
-    server.seen: (words, ids) of each scored request; server.asked: headers and boxes of each.
-    """
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append((self.path, self.headers, request))
-        self.server.hold(request)
-        with self.server.lock:
-            mishap = self.server.mishaps.pop(0) if self.server.mishaps else None
-        ids = [box["image_id"] for box in request["boxes"]]
-        if mishap == "drop":
-            self.close_connection = True
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif mishap:
-            self.answer(*(mishap if isinstance(mishap, tuple) else (mishap, {}, '{"error": "planned"}')))
-        elif refused := [i for i in ids if i in self.server.refuse]:
-            self.answer(400, {}, json.dumps({"error": f"boxes: image_id {refused[0]} is odd"}))
-        else:
-            self.server.seen.append((request["sentence"], ids))
-            t2i = [(i + 1000 * len(request["sentence"])) / 1e4 for i in ids]
-            self.answer(200, {}, json.dumps({"sim_t2i": t2i, "sim_i2t": [-x for x in t2i]}))
-
-    def answer(self, status, headers, body):
-        self.send_response(status)
-        model = {"X-Model": self.server.model} if self.server.model else {}
-        for name, value in {**model, **headers, "Content-Length": str(len(body.encode()))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *args):
-        pass
-
-
 @pytest.fixture
 def server():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.lock, server.hold, server.model = threading.Lock(), lambda request: None, None
-    server.mishaps, server.refuse, server.seen, server.asked = [], set(), [], []
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
+    """Scores image i of a request with (id + 1000 * length of the sentence) / 1e4, after the planned mishaps.
+
+    mishaps: what happens to the first requests: a status, (status, headers, body), or "drop". refuse: ids that make a
+    request a bad one. hold: called with each request before it is answered. model: X-Model of the answers.
+    seen: (words, ids) of each scored request; asked: headers and body of each.
+    """
+    server = Namespace(mishaps=[], refuse=set(), hold=lambda request: None, model=None, seen=[], asked=[])
+    app = FastAPI()
+
+    @app.post("/scan_sentence_image_score")
+    def score(request: Request, body: dict):
+        server.asked.append((request.headers, body))
+        server.hold(body)
+        mishap = server.mishaps.pop(0) if server.mishaps else None
+        ids = [box["image_id"] for box in body["boxes"]]
+        if mishap == "drop":
+            return Response(headers={"Content-Length": "9"})  # nothing comes: the connection ends
+        if refused := [i for i in ids if i in server.refuse]:
+            mishap = 400, {}, json.dumps({"error": f"boxes: image_id {refused[0]} is odd"})
+        if mishap:
+            status, headers, text = mishap if isinstance(mishap, tuple) else (mishap, {}, '{"error": "planned"}')
+        else:
+            server.seen.append((body["sentence"], ids))
+            t2i = [(i + 1000 * len(body["sentence"])) / 1e4 for i in ids]
+            status, headers, text = 200, {}, json.dumps({"sim_t2i": t2i, "sim_i2t": [-x for x in t2i]})
+        return Response(text, status, {**headers, **({"X-Model": server.model} if server.model else {})})
+
+    with processes.serve_app(app) as server.port:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def url(i):
@@ -105,7 +83,7 @@ def make_data(folder, items, regions=None, wholes=None, ids=None):
 
 
 def command(folder, server, *options, kind="sentence", out=None):
-    port = server if isinstance(server, int) else server.server_port
+    port = server if isinstance(server, int) else server.port
     return [SCRIPT, out or folder / "out.json", kind, port, "--data_path", folder, *options]
 
 
@@ -155,9 +133,9 @@ def test_one_line_per_item_in_the_lists_order(tmp_path, server, kind, key):
     assert (done.returncode, done.stderr, (tmp_path / "out.json").is_symlink()) == (0, "", True)
     assert read(tmp_path) == [expect(item[key], item[2]) for item in items]
     assert len(server.asked) == 20
-    for path, headers, request in server.asked:
-        assert (path, headers["Content-Type"]) == ("/scan_sentence_image_score", "application/json")
-        assert headers["X-API-Key"] == "s3cret" and set(request) == {"sentence", "boxes", "whole_items"}
+    for headers, request in server.asked:
+        assert (headers["Content-Type"], headers["X-API-Key"]) == ("application/json", "s3cret")
+        assert set(request) == {"sentence", "boxes", "whole_items"}
         ids = [box["image_id"] for box in request["boxes"]]
         assert request["boxes"] == list(map(row, ids)) and request["whole_items"] == [[i / 8] * 4 for i in ids]
     assert done.stdout == "scored 60 of 60 images, 20 of 20 items have scores\n"
@@ -196,7 +174,7 @@ def test_the_published_functions_keep_their_signatures_and_results(tmp_path, ser
     assert dict(wholes) == {i: [i / 8] * 4 for i in (4, 3, 901)}
     (tmp_path / "test_server").mkdir()
     monkeypatch.chdir(tmp_path / "test_server")
-    monkeypatch.setattr(client, "g_port", server.server_port)
+    monkeypatch.setattr(client, "g_port", server.port)
     monkeypatch.setattr(client, "g_output_path", "out.json")
     client.process()
     assert read(tmp_path / "test_server") == [expect(["c"], [3, 4])]
@@ -220,12 +198,12 @@ def test_errors_and_lost_connections_are_tried_again(tmp_path, server):
 
 
 def test_waits_as_long_as_a_busy_server_asks_and_says_long_waits_once(server, capsys):
-    asked, delays = client.Server(port=server.server_port), []
+    asked, delays = client.Server(port=server.port), []
     asked.stop = Namespace(wait=delays.append)
     server.mishaps = [(429, {"Retry-After": after}, '{"error": "busy"}') for after in ("2", "soon", "7200", "1800")]
     asked.ask(json.dumps({"sentence": [], "boxes": [], "whole_items": []}).encode())
     assert delays == [2, pytest.approx(1.1, abs=0.1), 3600, 1800]
-    assert capsys.readouterr().err == f"waiting 3600 s: 127.0.0.1:{server.server_port} answered 429 busy\n"
+    assert capsys.readouterr().err == f"waiting 3600 s: 127.0.0.1:{server.port} answered 429 busy\n"
 
 
 def test_an_item_that_fails_every_time_is_counted(tmp_path, server):
@@ -243,7 +221,7 @@ def test_an_item_that_fails_every_time_is_counted(tmp_path, server):
 def test_a_server_that_will_score_nothing_ends_the_run(tmp_path, server):
     make_data(tmp_path, [(["a"], [], [1, 2]), (["b"], [], [3])])
     server.mishaps = [(401, {}, '{"error": "wrong key"}')]
-    address = f"127.0.0.1:{server.server_port}"
+    address = f"127.0.0.1:{server.port}"
     done = run(tmp_path, server, "--workers", 1)
     assert is_refused(done, f"{address}/scan_sentence_image_score answered 401 wrong key")
     with socket.socket() as free:
@@ -256,7 +234,7 @@ def test_the_key_is_read_from_the_environment_and_must_be_ascii(tmp_path, server
     make_data(tmp_path, [(["a"], [], [1])])
     monkeypatch.setenv("PFAN_API_KEY", "s3cret")
     assert run(tmp_path, server).returncode == 0
-    assert [headers["X-API-Key"] for _, headers, _ in server.asked] == ["s3cret"]
+    assert [headers["X-API-Key"] for headers, _ in server.asked] == ["s3cret"]
     assert is_refused(run(tmp_path, server, "--api_key", "schlüssel"), "--api_key or PFAN_API_KEY", "ASCII")
     assert len(server.asked) == 1
 
@@ -277,7 +255,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tmp_path, server):
     part.write_bytes(part.read_bytes() + b'{"item": "cut o')
     server.mishaps = [None, "drop", "drop"]
     done = run(tmp_path, server, "--workers", 1, "--retries", 1)  # stopped a second time, one item later
-    assert is_refused(done, f"127.0.0.1:{server.server_port} gave no scores in 2 attempts")
+    assert is_refused(done, f"127.0.0.1:{server.port} gave no scores in 2 attempts")
     assert part.read_bytes().count(b"\n") == 11
     server.seen = []
     done = run(tmp_path, server)

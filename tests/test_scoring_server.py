@@ -188,7 +188,7 @@ BAD = {
     "empty sentences": (changed(sentence=None, sentences=[["a"], ""]), "sentences[1]: empty"),
     "no images": (changed(boxes=[], whole_items=[]), "boxes: expected `array` of length >= 1"),
     "fewer wholes": (changed(whole_items=make_request(1)["whole_items"]), "whole_items: 1, but 2 boxes"),
-    "no image_id": (changed_image(image_id=None), "boxes[1].image_id: missing"),
+    "no image_id": (changed_image(image_id=None), "boxes[1]: object missing required field `image_id`"),
     "height 0": (changed_image(image_h=0), "boxes[1].image_h: expected `float` >= 1"),
     "huge width": (changed_image(image_w=1e7), "boxes[1].image_w: expected `float` <= 1000000"),
     "width a string": (changed_image(image_w="200"), "boxes[1].image_w: expected `float`, got `str`"),
@@ -555,7 +555,7 @@ def test_run_server_starts_both_models_and_stops_both(tmp_path):
     except OSError:  # a machine without IPv6
         host = address = "127.0.0.1"
     model, ports = make_model(str(tmp_path)), free_ports(2)
-    names = {"SENTENCE_PORT": str(ports[0]), "TAG_PORT": str(ports[1]), "http_proxy": "http://proxy.invalid:1"}
+    names = {"SENTENCE_PORT": str(ports[0]), "TAG_PORT": str(ports[1])}
     command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), model, model, "--threads", "1", "--host", host]
     environment = {**ENVIRONMENT, **names}
     with started(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as process:
