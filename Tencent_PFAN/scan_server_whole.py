@@ -13,8 +13,8 @@ import os
 import re
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -50,8 +50,8 @@ class Service:
         self.scorer, self.opt = scorer, opt
         self.bodies = Bodies(opt)
         self.waiting = []  # sizes of the bodies that are there and whose requests are not answered
-        self.queue = asyncio.Queue()  # of (job, future of its result)
-        self.scoring_since = None  # when the batch under way began (the loop's time)
+        self.jobs = deque()  # (job, future of its result), not scored yet
+        self.scoring_since = None  # when the batch under way began, of time.monotonic()
         self.parsers = ThreadPoolExecutor(os.cpu_count(), "parse")
         self.model_thread = ThreadPoolExecutor(1, "model")
         self.registry = prometheus.CollectorRegistry()
@@ -68,20 +68,10 @@ class Service:
         gauge("pfan_waiting", "Requests not answered yet").set_function(self.unanswered)
         gauge("pfan_bodies", "Bodies that arrive").set_function(self.bodies.__len__)
 
-    @asynccontextmanager
-    async def lifespan(self, app):
-        """Inside, what comes is scored. uvicorn leaves it when every request has been answered."""
-        self.scoring = asyncio.create_task(self.score_batches())
-        yield
-        self.scoring.cancel()
-        self.parsers.shutdown()
-        self.model_thread.shutdown(wait=False)  # a batch that hangs would be waited for without end
-
     def check_health(self):
         """Raises Refused where nothing is scored any more, though requests are taken."""
-        if self.scoring.done():
-            raise Refused(503, f"scoring has ended, restart the server ({self.scoring.exception()!r})")
-        if self.scoring_since and asyncio.get_running_loop().time() - self.scoring_since > self.opt.timeout:
+        since = self.scoring_since
+        if since and time.monotonic() - since > self.opt.timeout:
             raise Refused(503, f"a batch has been scored for over {self.opt.timeout:g} seconds (--timeout)")
 
     def unanswered(self):
@@ -114,7 +104,7 @@ class Service:
         self.waiting.append(size)
         try:
             async with asyncio.timeout(self.opt.timeout):
-                return await self.score_body(body, unpacked)
+                return Answer(await self.result(body, unpacked), headers={"X-Model": self.scorer.digest})
         except TimeoutError:
             raise Refused(503, f"not scored within {self.opt.timeout:g} seconds", COME_BACK) from None
         finally:
@@ -126,37 +116,36 @@ class Service:
         if full or (self.waiting and sum(self.waiting) + size > self.opt.queue_mb << 20):
             raise Refused(429, f"{len(self.waiting)} requests wait, come back later", COME_BACK)
 
-    async def score_body(self, body, unpacked):
-        """The answer to a body that is there; unpacked: size of what is in it where it is gzip, else 0."""
+    async def result(self, body, unpacked):
+        """The scores that a body asks for; unpacked: size of what is in it where it is gzip, else 0."""
         loop = asyncio.get_running_loop()
         if unpacked:
             body = await loop.run_in_executor(self.parsers, unpack, body, unpacked)
         job = await loop.run_in_executor(self.parsers, self.scorer.read, body)
         self.images.labels("cache").inc(len(job.embeddings))
         self.images.labels("new").inc(len(job.new))
-        future = loop.create_future()
-        self.queue.put_nowait((job, future))
-        return Answer(await future, headers={"X-Model": self.scorer.digest})
+        future = Future()
+        self.jobs.append((job, future))
+        self.model_thread.submit(self.score_batch)
+        return await asyncio.wrap_future(future)
 
-    async def score_batches(self):
-        """Take what waits, score it as one batch, hand out the results; forever."""
-        loop = asyncio.get_running_loop()
-        while True:
-            batch = [await self.queue.get()]
-            while not self.queue.empty() and sum(len(job.keys) for job, _ in batch) < BATCH_IMAGES:
-                batch.append(self.queue.get_nowait())
-            batch = [(job, future) for job, future in batch if not future.done()]  # done: nobody waits any more
-            if not batch:
-                continue
-            self.batch_requests.observe(len(batch))
-            self.batch_images.observe(sum(len(job.keys) for job, _ in batch))
-            jobs, futures = zip(*batch, strict=True)
-            self.scoring_since = loop.time()
-            results = await loop.run_in_executor(self.model_thread, self.score_jobs, jobs)
-            self.scoring_since = None
-            for future, result in zip(futures, results, strict=True):
-                if not future.done():
-                    (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+    def score_batch(self):
+        """Score what waits as one batch, in the model's thread. Called for each job, so that none is left."""
+        batch, n_images = [], 0
+        while self.jobs and n_images < BATCH_IMAGES:
+            job, future = self.jobs.popleft()
+            if future.set_running_or_notify_cancel():  # else nobody waits any more
+                batch.append((job, future))
+                n_images += len(job.keys)
+        if not batch:
+            return
+        self.batch_requests.observe(len(batch))
+        self.batch_images.observe(n_images)
+        jobs, futures = zip(*batch, strict=True)
+        self.scoring_since = time.monotonic()
+        for future, result in zip(futures, self.score_jobs(jobs), strict=True):
+            (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+        self.scoring_since = None
 
     def score_jobs(self, jobs):
         """Results of jobs as one batch. Where that fails, each alone: an exception for those at fault."""
@@ -210,7 +199,6 @@ def make_app(scorer, opt):
         version="1",
         description="How well images fit a sentence, words to regions (t2i) and regions to words (i2t).",
         redoc_url=None,
-        lifespan=service.lifespan,
         exception_handlers=web.REFUSALS,
     )
     app.state.service = service

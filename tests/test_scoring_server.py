@@ -433,15 +433,6 @@ def test_scores_that_take_too_long_are_answered_503_and_health_says_that_they_ha
         wait_for(lambda: post(port, make_request())[0] == get(port, "/health")[0] == 200)
 
 
-def test_health_says_that_scoring_has_ended(scorer):
-    def die(jobs, score):
-        raise BaseException("planned")
-
-    with serve(Stub(scorer, die), "--timeout", "0.3") as port:
-        wait_for(lambda: post(port, make_request())[0] == get(port, "/health")[0] == 503)
-        assert "scoring has ended, restart the server (BaseException('planned'))" in get(port, "/health")[1]
-
-
 def test_an_api_key_is_asked_for_where_one_is_set(scorer):
     with serve(scorer, "--api_key", "geheim") as port:
         for headers in ({}, {"X-API-Key": "falsch"}, {"X-API-Key": "ü".encode().decode("latin-1")}):
