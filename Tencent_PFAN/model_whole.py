@@ -12,7 +12,7 @@ import torch
 import model
 from lib.constants import SPLIT_SIZE
 from lib.errors import InputError
-from lib.options import option
+from lib.options import OPTIONS, option
 from lib.tensors import EPS, at_least_float32, norm, to_device
 from model import (  # noqa: F401 (SCAN's names)
     ScoreConfig,
@@ -30,6 +30,7 @@ def EncoderImage(
     data_name, img_dim, embed_size, precomp_enc_type="basic", no_imgnorm=False, need_box_whole=False, **more
 ):
     """The image encoder of --precomp_enc_type; data_name is not read. more: other arguments of the encoders."""
+    OPTIONS["precomp_enc_type"].check(precomp_enc_type)
     return ENCODERS[precomp_enc_type](img_dim, embed_size, no_imgnorm, need_box_whole, **more)
 
 

@@ -9,7 +9,7 @@ sentence=./runs/sentence_t2i.pth.tar tag=./runs/tag_t2i.pth.tar
 case "${1---}" in -*) ;; *) sentence=$1 && shift ;; esac
 case "${1---}" in -*) ;; *) tag=$1 && shift ;; esac
 for model in "$sentence" "$tag"; do
-    [ -f "$model" ] || { echo "error: $model: no such checkpoint, expected one of train_whole.py" >&2 && exit 2; }
+    [ -e "$model" ] || { echo "error: $model: no such checkpoint, expected one of train_whole.py" >&2 && exit 2; }
 done
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # two servers share the cores: idle threads must not burn them
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
