@@ -143,9 +143,10 @@ class Service:
         self.batch_images.observe(n_images)
         jobs, futures = zip(*batch, strict=True)
         self.scoring_since = time.monotonic()
-        for future, result in zip(futures, self.score_jobs(jobs), strict=True):
-            (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
+        results = self.score_jobs(jobs)
         self.scoring_since = None
+        for future, result in zip(futures, results, strict=True):
+            (future.set_exception if isinstance(result, Exception) else future.set_result)(result)
 
     def score_jobs(self, jobs):
         """Results of jobs as one batch. Where that fails, each alone: an exception for those at fault."""
