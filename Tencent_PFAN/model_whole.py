@@ -10,6 +10,7 @@ from functools import partial
 import torch
 
 import model
+from lib.constants import SPLIT_SIZE
 from lib.errors import InputError
 from lib.options import OPTIONS, option
 from lib.tensors import EPS, at_least_float32, norm, to_device
@@ -37,7 +38,6 @@ class EncoderImagePrecomp(model.EncoderImagePrecomp):
     """Region features and position grids → region embeddings; whole-image features → whole-image embeddings.
 
     With need_box_whole the last region is the whole image: its position feature is the mean of all cells'.
-    more: position_init.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class EncoderImagePrecomp(model.EncoderImagePrecomp):
         embed_size,
         no_imgnorm=False,
         need_box_whole=False,
-        split_size=16,
+        split_size=SPLIT_SIZE,
         position_embed_size=200,
-        **more,
+        position_init=1.0,
     ):
-        super().__init__(img_dim, embed_size, no_imgnorm, split_size, position_embed_size, position="area", **more)
+        super().__init__(img_dim, embed_size, no_imgnorm, split_size, position_embed_size, "area", position_init)
         self.fc_whole = self.linear(img_dim, embed_size)
         self.need_box_whole = need_box_whole
 
