@@ -59,16 +59,15 @@ def load_backbone(name, weights):
     return nn.Sequential(Normalize(*IMAGENET), body)
 
 
-def _torchvision(build, weights, published):
-    """A torchvision network with the published weights, random ones, or those of a file."""
+def _torchvision(build, weights, published, **options):
+    """A torchvision network with the published weights, or built with options and random weights or those of a file."""
     name = build.__name__
     if weights == "download":
         try:
             return build(weights=published, progress=True)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{name}: its weights could not be downloaded ({error}); a file does it, too") from None
-    extra = {"weights_backbone": None} if build.__module__.startswith(detection.__name__) else {}
-    network = build(weights=None, **extra)
+    network = build(weights=None, **options)
     if weights != "random":
         _load(network, weights, name)
         if name == "fasterrcnn_resnet50_fpn":  # as torchvision sets it for the published weights
@@ -132,7 +131,8 @@ class Detector(nn.Module):
 
     def __init__(self, name, weights):
         super().__init__()
-        self.network = fold_norms(_torchvision(getattr(detection, name), weights, "COCO_V1"))
+        network = _torchvision(getattr(detection, name), weights, "COCO_V1", weights_backbone=None)
+        self.network = fold_norms(network)
         self.normalise = Normalize(*IMAGENET)
 
     def forward(self, images):
