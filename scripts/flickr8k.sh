@@ -36,6 +36,7 @@ esac
 out=$(realpath "${OUT:-$(dirname "$0")/..}")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
+python -c 'import lib.errors, train; lib.errors.run(lambda: train.check(train.get_parser().parse_args()))' "$@"
 data=$out/data/$name run=$out/runs/$name/${RUN:-${cross_attn}_${position}_seed$seed}
 
 show() { # the command, then what it says

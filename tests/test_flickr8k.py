@@ -5,6 +5,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -45,17 +46,20 @@ def flickr8k(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """chain(folder, flags) runs a copy of the script with a python that prints its words: CompletedProcess."""
+    """chain(folder, flags) runs a copy of the script with a python that does nothing: CompletedProcess.
+
+    root: of another copy. python: the folder of another python. out: where the script writes, else in folder.
+    """
     place = tmp_path_factory.mktemp("script")
     (place / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/flickr8k.sh", place / "scripts")
     (place / "python").write_text("#!/bin/sh\n")
     (place / "python").chmod(0o755)
 
-    def run(folder, *flags):
+    def run(folder, *flags, root=place, python=place, out=None):
         files = [folder / name for name in ("photos", "Flickr8k.token.txt", ".", "boxes.npz")]
-        env = {**os.environ, "OUT": str(folder), "PATH": f"{place}:{os.environ['PATH']}"}
-        command = ["sh", place / "scripts/flickr8k.sh", *files, *flags]
+        env = {**os.environ, "OUT": str(out or folder), "PATH": f"{python}:{os.environ['PATH']}"}
+        command = ["sh", root / "scripts/flickr8k.sh", *files, *flags]
         return subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True)
 
     return run
@@ -128,6 +132,16 @@ def test_what_is_missing_is_named(flickr8k, chain, tmp_path, missing):
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and error.startswith("error: ") and missing in error
     assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, said", [("--embed_sise 64", "--embed_sise 64"), ("--agg_func Median", "expected one of LogSumExp, Mean")]
+)
+def test_flags_that_train_does_not_take_are_named_before_anything_is_made(flickr8k, chain, tmp_path, flags, said):
+    python = os.path.dirname(sys.executable)
+    done = chain(flickr8k, *flags.split(), root=ROOT, python=python, out=tmp_path)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_captions_are_split_by_words_of_place():

@@ -100,14 +100,15 @@ def over_seeds(differences):
 def print_differences(measures, first, second, weights):
     """Print the recalls (seeds, images, K) of two models in K measures, and their difference."""
     differences = first - second
-    columns = first.mean((0, 1)), second.mean((0, 1)), *over_images(differences, weights)
-    seeds = [""] * len(measures)
-    if 2 <= len(first) <= len(STUDENT_T) + 1:
-        intervals = zip(*over_seeds(differences), strict=True)
-        seeds = [f", over seeds [{low:+.1f}, {high:+.1f}]" for low, high in intervals]
-    for name, one, other, difference, low, high, more in zip(measures, *columns, seeds, strict=True):
-        images = f"over images [{low:+.1f}, {high:+.1f}]"
-        print(f"  {name}: {one:.1f}, {other:.1f}, difference {difference:+.1f}, {images}{more}")
+    mean, low, high = over_images(differences, weights)
+    has_interval = 2 <= len(differences) <= len(STUDENT_T) + 1
+    seeds = np.transpose(over_seeds(differences)) if has_interval else []
+    for k, name in enumerate(measures):
+        line = f"  {name}: {first[..., k].mean():.1f}, {second[..., k].mean():.1f}, difference {mean[k]:+.1f}"
+        line += f", over images [{low[k]:+.1f}, {high[k]:+.1f}]"
+        if has_interval:
+            line += f", over seeds [{seeds[k, 0]:+.1f}, {seeds[k, 1]:+.1f}]"
+        print(line)
 
 
 def compare(opt):
