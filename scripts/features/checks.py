@@ -61,13 +61,6 @@ def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             bar.update(len(rows))
 
 
-def sample_rows(array: np.ndarray, n_images: int, n: int) -> np.ndarray:
-    """Rows of at most n images, spread over an array that has one or more rows for each of n_images."""
-    step = len(array) // n_images
-    images = np.unique(np.linspace(0, n_images - 1, n).astype(int))
-    return np.concatenate([read_rows(array, int(image) * step) for image in images])
-
-
 def check_features(path: str, report: Report) -> None:
     """NaN or infinite values, and rows that are all zero, of a file of features, where there is one."""
     array = report.attempt(open_npy, path) if os.path.isfile(path) else None
@@ -108,7 +101,8 @@ def describe_grids(array: np.ndarray, report: Report) -> None:
 
 def compare_boxes(dataset: Any, report: Report) -> None:
     """Whether the boxes of a sample of a data set's images belong to their features."""
-    judgement = judge(*(sample_rows(array, dataset.n_images, SAMPLE) for array in (dataset.images, dataset.boxes)))
+    images = np.unique(np.linspace(0, dataset.n_images - 1, SAMPLE).astype(int))
+    judgement = judge(dataset.images[images * dataset.repeats], dataset.read_grids(images).numpy())
     path = dataset.prefix + "_boxes.npy"
     if judgement.wrong:
         wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
