@@ -47,7 +47,6 @@ class SplitWriter:
     """
 
     def __init__(self, folder, split, ids, arrays, origin, overwrite=False, write_ids=True):
-        make_folder(folder)
         self.prefix, self.ids, self.write_ids = os.path.join(folder, split), list(ids), write_ids
         self.done = np.zeros(len(self.ids), dtype=bool)
         self.sources = list(map(origin.files, self.ids))
@@ -64,6 +63,7 @@ class SplitWriter:
             self._commit()
         self.finished = not overwrite and self._is_finished()
         if not self.finished:
+            make_folder(folder)
             self._open(overwrite)
 
     def write(self, row, **values):

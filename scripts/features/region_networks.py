@@ -85,15 +85,12 @@ def _load(network, path, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-        missing, unexpected = network.load_state_dict(state.get("model", state), strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # frozen norms lack it
-        reason = f"missing: {missing[:3]}, surplus: {unexpected[:3]}" if missing or unexpected else ""
-    except pickle.UnpicklingError:
-        reason = "no file of tensors alone"  # pickle's own words advise to trust it
+        network.load_state_dict(state.get("model", state))
+    except pickle.UnpicklingError:  # whose own words advise to trust the file
+        raise InputError(f"{path}: not the weights of {name} (no file of tensors alone)") from None
     except Exception as error:  # zip and torch each have their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if reason:
-        raise InputError(f"{path}: not the weights of {name} ({reason})")
+        raise InputError(f"{path}: not the weights of {name} ({reason})") from None
 
 
 def fold_norms(network):
