@@ -203,7 +203,7 @@ def test_weights_may_come_from_a_file_as_published_ones_are_stored(tmp_path):
     network = torchvision.models.resnet50(weights=None)
     state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "resnet50.pth")
-    loaded = region_networks._torchvision(torchvision.models.resnet50, str(tmp_path / "resnet50.pth"), "")
+    loaded = region_networks._torchvision("resnet50", str(tmp_path / "resnet50.pth"), "")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in state.items())
     with pytest.raises(InputError, match="not the weights of efficientnet_lite0"):
         region_networks.load_backbone("efficientnet_lite0", str(tmp_path / "resnet50.pth"))

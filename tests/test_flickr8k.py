@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from scripts.demo import regions, scenes, sentences
 from scripts.features import compare_runs
 
 SPLITS = {"train": 10, "dev": 3, "test": 3}
+LINE = "  (.*): ([.0-9]+), ([.0-9]+), difference (\\S+), over images \\[(.*), (.*)\\], over seeds \\[(.*), (.*)\\]"
 SMALL = "--embed_size 64 --word_dim 64 --batch_size 25 --num_epochs 40 --lr_update 35 --mean_warmup_epochs 20".split()
 
 
@@ -143,38 +145,36 @@ def test_what_is_missing_or_misspelt_is_named_before_anything_is_made(flickr8k, 
     assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
-def test_captions_are_split_by_words_of_place():
-    captions = ["A dog LEFT of a ball .", "a leftover meal", "two men behind a table", "a dog in the grass"]
-    assert compare_runs.speaks_of_place(captions).tolist() == [True, False, True, False]
-
-
-def test_the_difference_on_some_captions_is_that_of_their_recalls():
-    rng = np.random.default_rng(0)
-    models = rng.integers(0, 12, (2, 3, 500))  # three seeds
-
-    def difference(chosen):
-        counts = chosen.reshape(100, -1).sum(1)
-        first, second = (compare_runs.chosen_hits(ranks, chosen, counts) for ranks in models)
-        return (
-            first.mean((0, 1)),
-            second.mean((0, 1)),
-            *compare_runs.over_images(first - second, counts / counts.mean()),
-        )
-
-    chosen = rng.random(500) < 0.2
-    *recalls, mean, low, high = difference(chosen)
-    for ranks, found in zip(models, recalls, strict=True):
-        np.testing.assert_allclose(found, [100 * (ranks[:, chosen] < k).mean() for k in (1, 5, 10)])
-    np.testing.assert_allclose(mean, recalls[0] - recalls[1], atol=1e-9)
-    assert (low < mean).all() and (mean < high).all()
-    *_, low_of_all, high_of_all = difference(np.ones(500, dtype=bool))
-    assert (high - low > high_of_all - low_of_all).all()  # fewer captions, a wider interval
-
-
-def test_the_interval_over_seeds_is_students():
-    low, high = compare_runs.over_seeds(np.array([[[1.0]], [[2.0]], [[6.0]]]))
-    half = 4.302653 * np.sqrt(7.0) / np.sqrt(3)  # 97.5 % of Student's t with two degrees of freedom; variance 7
-    np.testing.assert_allclose([low[0], high[0]], [3 - half, 3 + half], rtol=1e-3)
+def test_differences_and_their_intervals_are_of_all_captions_and_of_those_with_a_word_of_place(tmp_path):
+    rng, place = np.random.default_rng(0), np.arange(500) % 4 == 0
+    texts = ["A dog LEFT of a ball .", "a leftover meal", "a dog in the grass", "two men and a table"]
+    write_lines(tmp_path / "caps.txt", [texts[i % 4] for i in range(500)])
+    models = rng.integers(0, 12, (2, 3, 500))  # of three seeds
+    for model, seeds in zip("AB", models, strict=True):
+        for i, t2i in enumerate(seeds):
+            ranks = {"rt": (torch.tensor(t2i[:100]), None), "rti": (torch.tensor(t2i), None)}
+            torch.save(ranks, tmp_path / f"{model}{i}")
+    first, second = ([tmp_path / f"{model}{i}" for i in range(3)] for model in "AB")
+    said = compare(tmp_path / "caps.txt", "--first", *first, "--second", *second).splitlines()
+    assert (said[0], said[8], said[12]) == (
+        "500 captions, 3 seeds",
+        "captions with a word of place: 125 of 500",
+        "captions without: 375 of 500",
+    )
+    widths = []
+    for start, chosen in ((4, place | True), (9, place), (13, ~place)):
+        for line, k in zip(said[start : start + 3], (1, 5, 10), strict=True):
+            recalls = 100 * (models[:, :, chosen] < k).mean(2)  # (2, seeds)
+            each = recalls[0] - recalls[1]
+            half = 4.302653 * each.std(ddof=1) / np.sqrt(3)  # 97.5 % of Student's t with two degrees of freedom
+            name, *numbers = re.fullmatch(LINE, line).groups()
+            *found, low, high, low_of_seeds, high_of_seeds = map(float, numbers)
+            assert name == f"t2i R@{k}"
+            expected = [*recalls.mean(1), each.mean(), each.mean() - half, each.mean() + half]
+            np.testing.assert_allclose([*found, low_of_seeds, high_of_seeds], expected, atol=0.051)
+            assert low < each.mean() < high
+            widths.append(high - low)
+    assert (np.array(widths[:3]) < widths[3:6]).all()  # fewer captions, a wider interval
 
 
 def test_ranks_of_another_split_are_refused(tmp_path):

@@ -4,12 +4,14 @@ import contextlib
 import functools
 import os
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 from dataset_commands import command, no_leftovers
 from folders import make_folder, write_lines
 
+from lib.datasets import writer
 from lib.datasets.ids import canonical_id, read_file_names, read_ids
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin, SplitWriter
@@ -70,6 +72,17 @@ def test_rows_of_a_stopped_run_whose_note_is_of_another_form_are_written_anew(tm
     (tmp_path / "train_state.part").write_text(note + "\n\1\1", errors="surrogateescape")
     with start() as split:
         assert not split.done.any() and "train: begun anew" in capsys.readouterr().out
+
+
+def test_rows_that_are_begun_anew_do_not_count_though_the_new_run_is_killed_at_once(tmp_path, monkeypatch):
+    with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})) as split:
+        split.write(0, ims=np.ones(2))
+    monkeypatch.setattr(writer, "ArrayFile", mock.Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+        SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({}), overwrite=True)
+    monkeypatch.undo()
+    with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})) as split:
+        assert not split.done.any()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="files are locked on POSIX systems only")

@@ -42,22 +42,16 @@ def read_rows(array: np.ndarray, start: int, n: int = 1) -> np.ndarray:
 
 
 class ArrayFile:
-    """The file PATH.part, an .npy array whose rows are written in any order; a row not written is 0.
+    """The file PATH.part, an .npy array whose rows are written in any order. A file that is there is gone on with."""
 
-    resume: continue that of a stopped run; resumed says whether there was one of this size.
-    """
-
-    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype, resume: bool = False):
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype):
         self.path, self.part, self.shape, self.dtype = path, path + ".part", shape, dtype
         header = npy_header(shape, dtype)
         self.start, self.row_bytes = len(header), math.prod(shape[1:]) * dtype.itemsize
-        size = self.start + shape[0] * self.row_bytes
-        self.resumed = resume and os.path.isfile(self.part) and os.path.getsize(self.part) == size
         with name_in_errors(self.part):
-            self.file = open(self.part, "r+b" if self.resumed else "w+b")
-            if not self.resumed:
-                self.file.write(header)
-                self.file.truncate(size)
+            self.file = open(self.part, "r+b" if os.path.exists(self.part) else "w+b")
+            self.file.write(header)
+            self.file.truncate(self.start + shape[0] * self.row_bytes)
 
     def write(self, row: int, values: np.ndarray) -> None:
         with name_in_errors(self.part):

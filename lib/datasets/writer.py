@@ -160,19 +160,19 @@ class SplitWriter:
         self.state = open(os.open(self.state_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         lock(self.state, f"{self.state_path}: another run is writing this split")
         head, marks = self.state.readline(), self.state.read()
-        resume = not overwrite and len(marks) == len(self.ids) and self._fits(head)
-        self.files = {}
-        for name, (shape, dtype) in self.arrays.items():
-            path = self._path(name + ".npy")
-            self.files[name] = ArrayFile(path, (len(self.ids), *shape), dtype, resume)
-            _remove(path + ".kept.part")
-        for name in TEXTS:
-            _remove(self._path(name) + ".part")
-        if resume and all(file.resumed for file in self.files.values()):
+        paths = {name: self._path(name + ".npy") for name in self.arrays}
+        is_whole = len(marks) == len(self.ids) and all(os.path.isfile(path + ".part") for path in paths.values())
+        if is_whole and not overwrite and self._fits(head):
             self.done[:] = np.frombuffer(marks, dtype=np.uint8) == 1
         elif head and not overwrite:
             print(f"note: {self.prefix}: begun anew, the stopped run was of other settings or inputs")
-        self.sync()
+        self.files = {}
+        self.sync()  # before the arrays: rows of the stopped run no longer count
+        for name, (shape, dtype) in self.arrays.items():
+            self.files[name] = ArrayFile(paths[name], (len(self.ids), *shape), dtype)
+            _remove(paths[name] + ".kept.part")
+        for name in TEXTS:
+            _remove(self._path(name) + ".part")
 
     def _close(self):
         for file in self.files.values():

@@ -48,11 +48,6 @@ COLUMNS = (*KEY, *RECALLS, "rsum", "rsum_low", "rsum_high", "dev_rsum", "minutes
 # ---------------------------------------------------------------- two models
 
 
-def speaks_of_place(captions):
-    """Which of captions (list of str) hold one of PLACE_WORDS: (n,) bool."""
-    return np.array([not PLACE_WORDS.isdisjoint(tokenize(caption)) for caption in captions])
-
-
 def read_ranks(path, captions, n_images):
     """The i2t ranks (n_images,) and t2i ranks (n_captions,) in a file of evaluation.py --save_ranks.
 
@@ -80,34 +75,21 @@ def chosen_hits(ranks, chosen, counts):
     return 100 * np.stack(hits, 2) / counts.mean()
 
 
-def over_images(differences, weights):
-    """The mean of differences (seeds, images, K), and its 95 % interval over images: mean, low, high, each (K,).
+def print_differences(measures, first, second, weights):
+    """Print the recalls (seeds, images, K) of two models in K measures, in percent, and their difference.
 
     weights: what each image counts, (images,), 1 on average.
     """
+    differences, n = first - second, len(first)
     mean = differences.mean((0, 1))
-    low, high = bootstrap(differences.mean(0) - weights[:, None] * mean)  # the ratio of two means, to first order
-    return mean, mean + low, mean + high
-
-
-def over_seeds(differences):
-    """The 95 % interval over seeds: low, high, each (K,), of the mean of differences (2 to 10 seeds, images, K)."""
-    each = differences.mean(1)
-    half = STUDENT_T[len(each) - 2] * each.std(0, ddof=1) / np.sqrt(len(each))
-    return each.mean(0) - half, each.mean(0) + half
-
-
-def print_differences(measures, first, second, weights):
-    """Print the recalls (seeds, images, K) of two models in K measures, and their difference."""
-    differences = first - second
-    mean, low, high = over_images(differences, weights)
-    has_interval = 2 <= len(differences) <= len(STUDENT_T) + 1
-    seeds = np.transpose(over_seeds(differences)) if has_interval else []
+    low, high = mean + bootstrap(differences.mean(0) - weights[:, None] * mean)  # a ratio of two means, to first order
+    has_margin = 2 <= n <= len(STUDENT_T) + 1
+    margin = STUDENT_T[n - 2] * differences.mean(1).std(0, ddof=1) / np.sqrt(n) if has_margin else None
     for k, name in enumerate(measures):
         line = f"  {name}: {first[..., k].mean():.1f}, {second[..., k].mean():.1f}, difference {mean[k]:+.1f}"
         line += f", over images [{low[k]:+.1f}, {high[k]:+.1f}]"
-        if has_interval:
-            line += f", over seeds [{seeds[k, 0]:+.1f}, {seeds[k, 1]:+.1f}]"
+        if has_margin:
+            line += f", over seeds [{mean[k] - margin[k]:+.1f}, {mean[k] + margin[k]:+.1f}]"
         print(line)
 
 
@@ -123,7 +105,7 @@ def compare(opt):
     print(f"{len(captions)} captions, {len(opt.first)} seeds")
     hits = [np.stack([group_hits(*ranks) for ranks in seeds]) for seeds in models]
     print_differences(MEASURES, *hits, np.ones(n_images))
-    place = speaks_of_place(captions)
+    place = np.array([not PLACE_WORDS.isdisjoint(tokenize(caption)) for caption in captions])
     for name, chosen in (("with a word of place", place), ("without", ~place)):
         print(f"captions {name}: {chosen.sum()} of {len(captions)}")
         if chosen.any():

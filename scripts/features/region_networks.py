@@ -7,10 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import detection
+from torchvision.models import get_model
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms
 from torchvision.transforms import Normalize
@@ -54,20 +53,19 @@ def load_backbone(name, weights):
     """
     if name in LITES:
         return _efficientnet_lite(name, weights)
-    network = _torchvision(getattr(torchvision.models, name), weights, "IMAGENET1K_V1")
+    network = _torchvision(name, weights, "IMAGENET1K_V1")
     body = fold_norms(nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classes
     return nn.Sequential(Normalize(*IMAGENET), body)
 
 
-def _torchvision(build, weights, published, **options):
+def _torchvision(name, weights, published, **options):
     """A torchvision network with the published weights, or built with options and random weights or those of a file."""
-    name = build.__name__
     if weights == "download":
         try:
-            return build(weights=published, progress=True)
+            return get_model(name, weights=published)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{name}: its weights could not be downloaded ({error}); a file does it, too") from None
-    network = build(weights=None, **options)
+    network = get_model(name, weights=None, **options)
     if weights != "random":
         _load(network, weights, name)
         if name == "fasterrcnn_resnet50_fpn":  # as torchvision sets it for the published weights
@@ -128,8 +126,7 @@ class Detector(nn.Module):
 
     def __init__(self, name, weights):
         super().__init__()
-        network = _torchvision(getattr(detection, name), weights, "COCO_V1", weights_backbone=None)
-        self.network = fold_norms(network)
+        self.network = fold_norms(_torchvision(name, weights, "COCO_V1", weights_backbone=None))
         self.normalise = Normalize(*IMAGENET)
 
     def forward(self, images):
