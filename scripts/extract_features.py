@@ -168,7 +168,8 @@ def write_tsv(path, ids, path_of, opt, extractor):
             if line.endswith(b"\n"):
                 end += len(line)
                 done.add(line.split(b"\t", 1)[0].decode())
-        file.truncate(end)
+        file.seek(end)
+        file.truncate()
         todo = {path_of[name]: name for name in ids if name in path_of and name not in done}
         for found, regions, _ in extractor.regions_of(list(todo)):
             data = [base64.b64encode(x.astype("<f4").tobytes()).decode() for x in (regions.boxes, regions.features)]
