@@ -15,7 +15,6 @@ from folders import write_lines
 from PIL import Image, ImageDraw
 from torchvision.ops import FrozenBatchNorm2d
 
-from lib.errors import InputError
 from position import position_grid
 from scripts import extract_features
 from scripts.features import given_boxes, region_networks
@@ -80,13 +79,6 @@ def test_windows_become_a_dataset_with_whole_image_features(tmp_path, photos):
     assert "--overwrite" in refused(*windows_args(photos, tmp_path / "o", "--whole", "--float16"))
 
 
-def test_features_do_not_depend_on_the_batch(tmp_path, photos):
-    for size in (1, 5):
-        extract(*windows_args(photos, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
-    one, five = (np.load(tmp_path / f"o{size}/train_ims.npy").astype(np.float32) for size in (1, 5))
-    np.testing.assert_allclose(one, five, rtol=2e-3, atol=1e-3 * np.abs(one).max())
-
-
 def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, photos):
     for path in sorted(photos.iterdir())[2:]:
         path.unlink()
@@ -96,7 +88,6 @@ def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, photos
     assert images.shape == (2, 36, 2048) and np.isfinite(images).all()
     assert (boxes[..., 30] > 0).all()
     extract(*args, "--tsv", tmp_path / "t.tsv")
-    assert "there already" in extract(*args, "--tsv", tmp_path / "t.tsv")
     ids = f"train={tmp_path}/o/train_ids.txt"
     ok("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "from_tsv", "--ids", ids)
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_ims.npy"), images, rtol=1e-4, atol=1e-5)
@@ -205,8 +196,6 @@ def test_weights_may_come_from_a_file_as_published_ones_are_stored(tmp_path):
     torch.save(state, tmp_path / "resnet50.pth")
     loaded = region_networks._torchvision("resnet50", str(tmp_path / "resnet50.pth"), "")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in state.items())
-    with pytest.raises(InputError, match="not the weights of efficientnet_lite0"):
-        region_networks.load_backbone("efficientnet_lite0", str(tmp_path / "resnet50.pth"))
 
 
 def test_greyscale_palette_cmyk_16_bit_and_transparent_images_are_read(tmp_path):
@@ -284,11 +273,11 @@ def test_images_that_were_changed_are_not_taken_for_those_of_the_features(tmp_pa
     assert "train: 12" not in extract(*args, "--ids", f"train={tmp_path}/o/train_ids.txt")
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, photos):
+def test_a_killed_run_goes_on_where_it_was_and_features_do_not_depend_on_the_batch(tmp_path, photos):
     run_killed("extract_features", 7, *windows_args(photos, tmp_path / "o", "--batch_size", 2))
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
     extract(*windows_args(photos, tmp_path / "o", "--batch_size", 2))
-    extract(*windows_args(photos, tmp_path / "at_once", "--batch_size", 2))
+    extract(*windows_args(photos, tmp_path / "at_once", "--batch_size", 5))
     first, second = (np.load(tmp_path / f"{name}/train_ims.npy") for name in ("o", "at_once"))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max())
     assert (tmp_path / "o/train_ids.txt").read_text() == (tmp_path / "at_once/train_ids.txt").read_text()
