@@ -361,6 +361,9 @@ def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, photos):
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_file(tmp_path, photos):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
+    broken = ("--images", tmp_path / "broken", "--out", tmp_path / "broken_out")
     (tmp_path / "text.txt").write_text("no image, no weights\n")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "shape.pth")
     for more, said in (
@@ -377,15 +380,9 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(tmp_path, photos):
         (("--weights", tmp_path / "no.pth"), "no such file"),
         (("--weights", tmp_path / "text.txt"), "text.txt: not the weights of eff"),
         (("--weights", tmp_path / "shape.pth"), "(Error(s) in loading state_dict for EfficientNet: Missing key(s)"),
+        (broken, "none of the 1 images could be used"),
+        ((*broken, "--tsv", tmp_path / "t.tsv"), "none of the 1 images could be used"),
     ):
         assert said in refused(*windows_args(photos, tmp_path / "o", *more))
-    assert not (tmp_path / "o").exists()
-
-
-def test_images_of_which_none_can_be_read_become_no_file(tmp_path):
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
-    args = windows_args(tmp_path / "broken", tmp_path / "o")
-    for more in ((), ("--tsv", tmp_path / "t.tsv")):
-        assert "none of the 1 images could be used" in refused(*args, *more)
-    assert not (tmp_path / "t.tsv").exists() and not list((tmp_path / "o").glob("*.npy"))
+    assert not (tmp_path / "o").exists() and not (tmp_path / "t.tsv").exists()
+    assert not list((tmp_path / "broken_out").glob("*.npy"))
