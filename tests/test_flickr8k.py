@@ -156,11 +156,7 @@ def test_differences_and_their_intervals_are_of_all_captions_and_of_those_with_a
             torch.save(ranks, tmp_path / f"{model}{i}")
     first, second = ([tmp_path / f"{model}{i}" for i in range(3)] for model in "AB")
     said = compare(tmp_path / "caps.txt", "--first", *first, "--second", *second).splitlines()
-    assert (said[0], said[8], said[12]) == (
-        "500 captions, 3 seeds",
-        "captions with a word of place: 125 of 500",
-        "captions without: 375 of 500",
-    )
+    assert said[8] == "captions with a word of place: 125 of 500" and said[12] == "captions without: 375 of 500"
     widths = []
     for start, chosen in ((4, place | True), (9, place), (13, ~place)):
         for line, k in zip(said[start : start + 3], (1, 5, 10), strict=True):
