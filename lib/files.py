@@ -54,6 +54,21 @@ def replace(path: str | os.PathLike, write: Callable) -> None:
             os.remove(part)
 
 
+def lock(file: BinaryIO, taken: str) -> None:
+    """Hold an open file until it is closed or this process ends. Raises InputError(taken) where another process does.
+
+    Processes that this one starts do not inherit the lock. On Windows nothing is locked.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise InputError(taken) from None
+
+
 def save_tensors(value: object, file: BinaryIO) -> None:
     """torch.save(value, file), through memory: torch hides the file's own OSError, such as that of a full disk."""
     import torch  # here, because commands that handle text only need not load it

@@ -7,17 +7,11 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from lib.checkpoint import BEST, load_checkpoint, load_plain, save_checkpoint
 from lib.errors import InputError
 from lib.events import METRICS
-from lib.files import make_folder
-
-try:
-    import fcntl
-except ImportError:  # on Windows, where nothing is locked
-    fcntl: Any = None  # type: ignore[no-redef]
+from lib.files import lock, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +42,7 @@ class RunFolder:
         make_folder(self.path)
         try:
             with open(os.path.join(self.path, LOCK), "ab") as file:
-                try:
-                    if fcntl:
-                        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise InputError(f"--model_name {self.path}: another process trains there, name another") from None
+                lock(file, f"--model_name {self.path}: another process trains there, name another")
                 yield
         finally:
             if is_new and os.listdir(self.path) == [LOCK]:  # nothing was trained

@@ -33,7 +33,7 @@ from lib.datasets.regions import Regions
 from lib.datasets.writer import Origin, note_of, sample
 from lib.distributed import pick_device  # not through model, which brings NLTK and SciPy along: 73 MB
 from lib.errors import InputError, run
-from lib.files import check_output, digest_lines, make_folder, name_in_errors, read_lines, write_lines
+from lib.files import check_output, digest_lines, name_in_errors, read_lines, write_lines
 from lib.options import add_options
 from scripts.features.feature_job import FeatureJob
 from scripts.features.given_boxes import GivenBoxes
@@ -53,31 +53,6 @@ LIMITS = {
 }
 
 
-@torch.no_grad()
-def extract(pixels, sizes, boxes, backbone, detector, device):
-    """Regions of a batch of images of one shape.
-
-    pixels: list of B (h, w, 3) uint8. sizes: list of B (height, width) before scaling. boxes: (B, R, 4) as x1, y1, x2,
-    y2 in pixels of those sizes, or None: the detector finds them. backbone: None for the detector's last map.
-    Returns features (B, R, D), boxes (B, R, 4) in pixels of those sizes, whole-image features (B, D), float32.
-    """
-    images = torch.from_numpy(np.stack(pixels)).to(device).permute(0, 3, 1, 2).float() / 255
-    height, width = images.shape[2:]
-    scale = np.array([[w / width, h / height] * 2 for h, w in sizes])[:, None]
-    if boxes is None:
-        last, scaled = detector(images)
-        boxes = scaled.cpu().numpy() * scale
-    else:
-        scaled = torch.from_numpy((boxes / scale).astype(np.float32)).to(device)
-    if backbone is not None:
-        last = backbone(images)
-    last = last.float()
-    # sampled densely enough that a box over the whole map still averages all of its cells
-    pooled = roi_align(last, list(scaled), POOL, spatial_scale=1 / STRIDE, sampling_ratio=-1, aligned=True)
-    features = pooled.mean((2, 3)).reshape(*scaled.shape[:2], -1)
-    return features.cpu().numpy(), boxes, last.mean((2, 3)).cpu().numpy()
-
-
 class Extractor:
     """The regions of images: where they are, as opt.regions says, and their features.
 
@@ -86,22 +61,23 @@ class Extractor:
     """
 
     def __init__(self, opt, problems):
-        self.opt, self.problems, self.given, detector = opt, problems, None, None
-        device = pick_device(opt.device)
+        self.opt, self.problems = opt, problems
+        self.given = self.detector = self.backbone = None
         torch.manual_seed(opt.seed)
+        n_boxes, self.img_dim = N_REGIONS, 2048
         if opt.regions == "proposals":
-            detector = Detector(opt.detector, opt.detector_weights).to(device)
+            self.detector = Detector(opt.detector, opt.detector_weights).to(opt.device)
         elif opt.regions != "windows":
             self.given = GivenBoxes(opt.regions)
-        backbone = None if opt.backbone == "detector" else load_backbone(opt.backbone, opt.weights).to(device)
-        self.networks = backbone, detector, device
-        n_boxes = min(opt.boxes or N_REGIONS, self.given.n_regions) if self.given else N_REGIONS
+            n_boxes = min(opt.boxes or N_REGIONS, self.given.n_regions)
+        if opt.backbone != "detector":
+            self.backbone = load_backbone(opt.backbone, opt.weights).to(opt.device)
+            self.img_dim = BACKBONES[opt.backbone]
         self.count = n_boxes + opt.windows + opt.whole_region
-        self.img_dim = 2048 if backbone is None else BACKBONES[opt.backbone]
         self.settings = {name: getattr(opt, name) for name in SETTINGS}
+        self.settings |= {name: getattr(opt, name) for name in MORE_REGIONS if getattr(opt, name)}
         if self.given:
             self.settings["regions"] = self.given.digest
-        self.settings |= {name: getattr(opt, name) for name in MORE_REGIONS if getattr(opt, name)}
 
     def boxes(self, path, size):
         """Boxes (R, 4) in pixels of the image at path, of size (height, width), or None: the detector finds them."""
@@ -115,13 +91,35 @@ class Extractor:
         with tqdm(total=len(paths), unit="image", disable=None) as bar:
             for batch in batches(read_ahead(paths, self.opt, self.problems, self.boxes), self.opt.batch_size):
                 found, pixels, sizes, boxes = zip(*batch, strict=True)
-                boxes = None if boxes[0] is None else np.stack(boxes)
-                features, boxes, wholes = extract(pixels, sizes, boxes, *self.networks)
+                features, boxes, wholes = self.extract(pixels, sizes, None if self.detector else np.stack(boxes))
                 if self.opt.whole_region:
                     features = np.concatenate([features, wholes[:, None]], 1)
                     boxes = np.concatenate([boxes, [[(0, 0, width, height)] for height, width in sizes]], 1)
                 yield from zip(found, map(Regions, boxes, features, sizes), wholes, strict=True)
                 bar.update(len(batch))
+
+    @torch.no_grad()
+    def extract(self, pixels, sizes, boxes):
+        """Regions of a batch of images of one shape.
+
+        pixels: list of B (h, w, 3) uint8. sizes: list of B (height, width) before scaling. boxes: (B, R, 4) as x1, y1,
+        x2, y2 in pixels of those sizes, or None: the detector finds them.
+        Returns features (B, R, D), boxes (B, R, 4) in pixels of those sizes, whole-image features (B, D), float32.
+        """
+        images = torch.from_numpy(np.stack(pixels)).to(self.opt.device).permute(0, 3, 1, 2).float() / 255
+        height, width = images.shape[2:]
+        scale = np.array([[w / width, h / height] * 2 for h, w in sizes])[:, None]
+        if boxes is None:
+            last, scaled = self.detector(images)
+            boxes = scaled.cpu().numpy() * scale
+        else:
+            scaled = torch.from_numpy((boxes / scale).astype(np.float32)).to(images.device)
+        if self.backbone:
+            last = self.backbone(images)
+        # sampled densely enough that a box over the whole map still averages all of its cells
+        pooled = roi_align(last, list(scaled), POOL, spatial_scale=1 / STRIDE, sampling_ratio=-1, aligned=True)
+        features = pooled.mean((2, 3)).reshape(*scaled.shape[:2], -1)
+        return features.cpu().numpy(), boxes, last.mean((2, 3)).cpu().numpy()
 
 
 def write_dataset(splits, path_of, opt, extractor):
@@ -163,7 +161,8 @@ def write_tsv(path, ids, path_of, opt, extractor):
         return
     target = os.path.realpath(path)
     part, done = f"{target}.{digest_lines([made])[:8]}.part", set()
-    with name_in_errors(part), open(part, "r+b" if os.path.exists(part) and not opt.overwrite else "w+b") as file:
+    with name_in_errors(part), open(part, "w+b" if opt.overwrite else "a+b") as file:
+        file.seek(0)
         end = 0
         for line in file:
             if line.endswith(b"\n"):
@@ -241,11 +240,14 @@ def get_parser():
 
 def main():
     opt = get_parser().parse_args()
-    opt.backbone = opt.backbone or ("detector" if opt.regions == "proposals" else "resnet50")
-    device = pick_device(opt.device)
-    opt.batch_size = (8 if device.type == "cuda" else 1) if opt.batch_size is None else opt.batch_size
-    opt.image_size = (600 if opt.regions == "proposals" else 448) if opt.image_size is None else opt.image_size
-    if opt.regions != "proposals" and opt.backbone == "detector":
+    has_detector = opt.regions == "proposals"
+    opt.device = pick_device(opt.device)
+    opt.backbone = opt.backbone or ("detector" if has_detector else "resnet50")
+    if opt.batch_size is None:
+        opt.batch_size = 8 if opt.device.type == "cuda" else 1
+    if opt.image_size is None:
+        opt.image_size = 600 if has_detector else 448
+    if opt.backbone == "detector" and not has_detector:
         raise InputError(f"--regions {opt.regions} has no detector: expected --backbone " + " | ".join(BACKBONES))
     for name, (least, most) in LIMITS.items():
         value = getattr(opt, name)
@@ -255,12 +257,12 @@ def main():
         raise InputError(f"--boxes and --windows: go with a file of boxes, found --regions {opt.regions}")
     if opt.whole_region and opt.regions == "windows":
         raise InputError("--whole_region: the last of the windows is the whole image already")
-    make_folder(opt.out)
     if opt.tsv:
         check_output(opt.tsv)
     problems = Problems(os.path.join(opt.out, "image_problems.txt"))
     found = find_images(opt.images, problems)
-    if opt.ids or any(name.endswith("_ids.txt") for name in os.listdir(opt.out)):
+    names = os.listdir(opt.out) if os.path.exists(opt.out) else ()
+    if opt.ids or any(name.endswith("_ids.txt") for name in names):
         splits = split_ids(opt.out, opt.ids, problems)
     else:
         splits = {opt.split: list(dict.fromkeys(path for hits in found.values() for path in hits))}

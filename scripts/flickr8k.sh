@@ -37,6 +37,14 @@ out=$(realpath "${OUT:-$(dirname "$0")/..}")
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
 data=$out/data/$name run=$out/runs/$name/${RUN:-${cross_attn}_${position}_seed$seed}
+flags="$cross_attn $position $seed $*"
+set -- --data_path "$out/data" --data_name "$name" --vocab_path "$out/vocab" \
+    --logger_name "$run" --model_name "$run" --resume auto --save_step 100 --keep_last 1 --log_step 50 --workers 1 \
+    --img_dim 512 --embed_size 256 --num_epochs 5 --lr_update 4 --learning_rate 0.001 --batch_size 128 \
+    --mean_warmup_epochs 1 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
+    --cross_attn "$cross_attn" --lambda_softmax "$lambda_softmax" --position "$position" --seed "$seed" "$@"
+# a flag that train.py does not take is named now, not after an hour of features
+python -c 'import lib.errors, train; lib.errors.run(lambda: train.check(train.get_parser().parse_args()))' "$@"
 
 show() { # the command, then what it says
     printf '+'; printf ' %s' "$@"; echo
@@ -56,7 +64,6 @@ n_train=$(grep -c . "$train_ids")
 echo "$n photographs, $n_train of them to train; on one idle CPU core about $((n * 50 / 8000 + 2)) min for features and"
 echo "their checks, $((n_train * 12 / 6000 + 1)) min to train (5 epochs, embed_size 256), $((n / 4000 + 1)) min to evaluate"
 mkdir -p "$data" "$run"
-flags="$cross_attn $position $seed $*"
 [ -f "$run/flags.txt" ] && [ "$(cat "$run/flags.txt")" != "$flags" ] &&
     usage "$run: made with '$(cat "$run/flags.txt")', found '$flags'; RUN=NAME names another run"
 echo "$flags" >"$run/flags.txt"
@@ -77,10 +84,6 @@ show python scripts/reduce_features.py "$data.lite0" "$data.lite2" --out "$data"
 [ -f "$out/vocab/${name}_vocab.json" ] || show python vocab.py --data_path "$out/data" --data_name "$name" \
     --vocab_path "$out/vocab"
 show python scripts/check_data.py "$data" --vocab_path "$out/vocab"
-show python train.py --data_path "$out/data" --data_name "$name" --vocab_path "$out/vocab" \
-    --logger_name "$run" --model_name "$run" --resume auto --save_step 100 --keep_last 1 --log_step 50 --workers 1 \
-    --img_dim 512 --embed_size 256 --num_epochs 5 --lr_update 4 --learning_rate 0.001 --batch_size 128 \
-    --mean_warmup_epochs 1 --max_violation --bi_gru --agg_func Mean --val_step 1000000 \
-    --cross_attn "$cross_attn" --lambda_softmax "$lambda_softmax" --position "$position" --seed "$seed" "$@"
+show python train.py "$@"
 show python evaluation.py --model_path "$run/model_best.pth.tar" --data_path "$out/data" --vocab_path "$out/vocab" \
     --split test --intervals

@@ -20,7 +20,7 @@ if not __package__:
 from lib.datasets.ids import SPLITS
 from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError, run
-from lib.files import make_folder, open_npy, read_lines
+from lib.files import open_npy, read_lines
 
 ROWS = 256  # images that are read at once
 SAMPLED = 4  # of so many regions one gives the principal directions
@@ -117,7 +117,6 @@ def main():
         raise InputError(f"--dimensions {opt.dimensions}: expected at least 1")
     if os.path.realpath(opt.out) in map(os.path.realpath, opt.folders):
         raise InputError(f"--out {opt.out}: is read as well, expected another folder")
-    make_folder(opt.out)
     reduce_splits(opt)
 
 

@@ -25,12 +25,7 @@ if not __package__:
 
 from lib import errors
 from lib.datasets.news import FILES, Images, load_img_url_to_id, process_json_file, process_tsv_file, read_words
-from lib.files import check_output, sample_digest, write_lines
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs on one OUT are not noticed there
-    fcntl = None
+from lib.files import check_output, lock, sample_digest, write_lines
 
 g_output_path = "./dist.json"  # what process() writes, and the port that it asks
 g_port = 5091
@@ -203,18 +198,6 @@ def score_item(server, images, words, urls):
 # ---------------------------------------------------------------- the whole list
 
 
-@contextlib.contextmanager
-def held(path):
-    """A file open to read and append, which no other run holds. Raises InputError where one does."""
-    with open(path, "a+b") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise errors.InputError(f"{path}: another run is writing it, expected another OUT") from None
-        yield file
-
-
 def read_part(file, run):
     """The lines that an interrupted run left in OUT.part; a last one that was cut off is removed from the file.
 
@@ -252,7 +235,8 @@ def process(text_input_flag="tag", data_path="../data/tencent_data_meta", worker
         raise errors.InputError(f"{list_path}: no items, expected one a line")
     digested = json.dumps([text_input_flag == "tag", items, [sample_digest(path) for path in paths]])
     run = hashlib.sha256(digested.encode()).hexdigest()[:16]
-    with held(out + ".part") as part:
+    with open(out + ".part", "a+b") as part:
+        lock(part, f"{part.name}: another run is writing it, expected another OUT")
         lines = read_part(part, run)
         if lines:
             print(f"going on after item {len(lines)} of {len(items)}, from {part.name}; remove that file to start over")

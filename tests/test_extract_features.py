@@ -1,23 +1,20 @@
 """From raw photos to features; tests/test_flickr8k.py has the way from images and captions to a recall table."""
 
-import io
 import json
 import os
 import pickle
-import sys
-from contextlib import redirect_stdout
+import re
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from dataset_commands import Calls, coco, ok, run_killed, tool
+from dataset_commands import Calls, coco, fails, ok, run_killed, tool
 from folders import write_lines
 from PIL import Image, ImageDraw
 from torchvision.ops import FrozenBatchNorm2d
 
-from lib.errors import InputError
 from position import position_grid
 from scripts import extract_features
 from scripts.features import given_boxes, region_networks
@@ -31,9 +28,12 @@ D = 1280
 
 def extract(*args):
     """What extract_features.py prints, called in this process."""
-    with patch.object(sys, "argv", ["extract_features.py", *map(str, args)]), redirect_stdout(io.StringIO()) as out:
-        extract_features.main()
-    return out.getvalue()
+    return ok("extract_features", *args)
+
+
+def refused(*args):
+    """Its one line where it refuses what it is given."""
+    return fails("extract_features", *args)
 
 
 def draw(path, ground="white", shape="red", size=(96, 64), mode="RGB", **options):
@@ -54,7 +54,11 @@ def photos(tmp_path):
 
 
 def windows_args(photos, out, *more):
-    return ("--images", photos, "--out", out, "--regions", "windows", *LITE, *more)
+    return given(photos, out, "windows", *more)
+
+
+def given(photos, out, boxes, *more):
+    return ("--images", photos, "--out", out, "--regions", boxes, *LITE, *more)
 
 
 def test_windows_become_a_dataset_with_whole_image_features(tmp_path, photos):
@@ -72,15 +76,7 @@ def test_windows_become_a_dataset_with_whole_image_features(tmp_path, photos):
     before = os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns
     assert "train: there already" in extract(*windows_args(photos, tmp_path / "o", "--whole"))
     assert os.stat(tmp_path / "o/train_ims.npy").st_mtime_ns == before
-    with pytest.raises(InputError, match="--overwrite"):
-        extract(*windows_args(photos, tmp_path / "o", "--whole", "--float16"))
-
-
-def test_features_do_not_depend_on_the_batch(tmp_path, photos):
-    for size in (1, 5):
-        extract(*windows_args(photos, tmp_path / f"o{size}", "--batch_size", size, "--float16"))
-    one, five = (np.load(tmp_path / f"o{size}/train_ims.npy").astype(np.float32) for size in (1, 5))
-    np.testing.assert_allclose(one, five, rtol=2e-3, atol=1e-3 * np.abs(one).max())
+    assert "--overwrite" in refused(*windows_args(photos, tmp_path / "o", "--whole", "--float16"))
 
 
 def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, photos):
@@ -92,15 +88,10 @@ def test_proposals_give_36_regions_and_the_tsv_the_same_dataset(tmp_path, photos
     assert images.shape == (2, 36, 2048) and np.isfinite(images).all()
     assert (boxes[..., 30] > 0).all()
     extract(*args, "--tsv", tmp_path / "t.tsv")
-    assert "there already" in extract(*args, "--tsv", tmp_path / "t.tsv")
     ids = f"train={tmp_path}/o/train_ids.txt"
     ok("tsv_to_dataset", tmp_path / "t.tsv", "--out", tmp_path / "from_tsv", "--ids", ids)
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_ims.npy"), images, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.load(tmp_path / "from_tsv/train_boxes.npy")[..., 30], boxes[..., 30], atol=1e-4)
-
-
-def given(photos, out, boxes, *more):
-    return ("--images", photos, "--out", out, "--regions", boxes, *LITE, *more)
 
 
 @pytest.mark.parametrize("form", ["pixels", "pixels_and_sizes", "annotations"])
@@ -143,8 +134,7 @@ def test_any_number_of_boxes_and_images_without_boxes_are_named(tmp_path, photos
     images = np.load(tmp_path / "o/train_ims.npy")
     assert images.shape == (10, 3, D) and not images[:, 1].any() and images[:, [0, 2]].any(-1).all()
     np.savez(tmp_path / "boxes.npz", ids=np.array(names), boxes=np.tile(boxes[:1, :, ::-1] * 0, (12, 1, 1)))
-    with pytest.raises(InputError, match="--overwrite"):
-        extract(*args)
+    assert "--overwrite" in refused(*args)
 
 
 def test_the_best_36_boxes_of_json_count_and_fewer_are_padded(tmp_path, photos):
@@ -178,14 +168,13 @@ def test_boxes_that_do_not_fit_are_one_line(tmp_path, photos):
         ({"ids": names, "boxes": 1000 * boxes}, "none of the 12 images could be used"),
     ):
         np.savez(tmp_path / "boxes.npz", **arrays)
-        with pytest.raises(InputError, match=said):
-            extract(*given(photos, tmp_path / "o", tmp_path / "boxes.npz"))
+        assert re.search(said, refused(*given(photos, tmp_path / "o", tmp_path / "boxes.npz")))
     assert "boxes of another size" in (tmp_path / "o/image_problems.txt").read_text()
     (tmp_path / "boxes.json").write_text('[{"bbox": [0, 0, 1, 1]}]')
-    with pytest.raises(InputError, match="detection 0: found .*missing required field `image_id`"):
-        extract(*given(photos, tmp_path / "o", tmp_path / "boxes.json"))
-    with pytest.raises(InputError, match="no.npz: no such file, expected proposals, windows, or an .npz or .json file"):
-        extract(*given(photos, tmp_path / "o", tmp_path / "no.npz"))
+    message = refused(*given(photos, tmp_path / "o", tmp_path / "boxes.json"))
+    assert "detection 0: found " in message and "missing required field `image_id`" in message
+    message = refused(*given(photos, tmp_path / "o", tmp_path / "no.npz"))
+    assert "no.npz: no such file, expected proposals, windows, or an .npz or .json file" in message
     assert not list((tmp_path / "o").glob("*.npy"))
 
 
@@ -205,10 +194,8 @@ def test_weights_may_come_from_a_file_as_published_ones_are_stored(tmp_path):
     network = torchvision.models.resnet50(weights=None)
     state = {name: value for name, value in network.state_dict().items() if "num_batches" not in name}
     torch.save(state, tmp_path / "resnet50.pth")
-    loaded = region_networks._torchvision(torchvision.models.resnet50, str(tmp_path / "resnet50.pth"), "")
+    loaded = region_networks._torchvision("resnet50", str(tmp_path / "resnet50.pth"), "")
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in state.items())
-    with pytest.raises(InputError, match="not the weights of efficientnet_lite0"):
-        region_networks.load_backbone("efficientnet_lite0", str(tmp_path / "resnet50.pth"))
 
 
 def test_greyscale_palette_cmyk_16_bit_and_transparent_images_are_read(tmp_path):
@@ -265,13 +252,13 @@ def test_unreadable_and_absent_images_are_named_and_skipped_with_their_captions(
 
 
 def test_features_that_float16_cannot_hold_are_named_and_left_out(tmp_path, photos):
-    real = extract_features.extract
+    real = extract_features.Extractor.extract
 
-    def large(pixels, sizes, *more):
-        features, boxes, wholes = real(pixels, sizes, *more)
+    def large(extractor, pixels, sizes, boxes):
+        features, boxes, wholes = real(extractor, pixels, sizes, boxes)
         return features * (1e9 if sizes[0][0] > 64 else 1), boxes, wholes
 
-    with patch.object(extract_features, "extract", large):
+    with patch.object(extract_features.Extractor, "extract", large):
         said = extract(*windows_args(photos, tmp_path / "o", "--float16"))
     assert "train: 8 of 12 images" in said and "4 malformed" in said
     assert "a feature is too large for float16" in (tmp_path / "o/image_problems.txt").read_text()
@@ -281,27 +268,19 @@ def test_images_that_were_changed_are_not_taken_for_those_of_the_features(tmp_pa
     args = windows_args(photos, tmp_path / "o")
     extract(*args)
     draw(photos / "white_red.png", "blue", "red")
-    with pytest.raises(InputError, match="train_ims.npy: there already, and made otherwise; --overwrite"):
-        extract(*args)
+    assert "train_ims.npy: there already, and made otherwise; --overwrite" in refused(*args)
     (photos / "white_red.png").unlink()  # images may go once their features are there
     assert "train: 12" not in extract(*args, "--ids", f"train={tmp_path}/o/train_ids.txt")
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path, photos):
+def test_a_killed_run_goes_on_where_it_was_and_features_do_not_depend_on_the_batch(tmp_path, photos):
     run_killed("extract_features", 7, *windows_args(photos, tmp_path / "o", "--batch_size", 2))
     assert all(path.name.endswith(".part") for path in (tmp_path / "o").iterdir())
     extract(*windows_args(photos, tmp_path / "o", "--batch_size", 2))
-    extract(*windows_args(photos, tmp_path / "at_once", "--batch_size", 2))
+    extract(*windows_args(photos, tmp_path / "at_once", "--batch_size", 5))
     first, second = (np.load(tmp_path / f"{name}/train_ims.npy") for name in ("o", "at_once"))
     np.testing.assert_allclose(first, second, rtol=1e-4, atol=1e-5 * np.abs(first).max())
     assert (tmp_path / "o/train_ids.txt").read_text() == (tmp_path / "at_once/train_ids.txt").read_text()
-
-
-def test_the_larger_packaged_backbone_needs_no_download(tmp_path, photos):
-    extract(*windows_args(photos, tmp_path / "o", "--backbone", "efficientnet_lite2"))
-    images = np.load(tmp_path / "o/train_ims.npy")
-    assert images.shape == (12, 36, 1280) and np.isfinite(images).all()
-    assert len(np.unique(images[:, -1], axis=0)) == 12  # no two photos are alike as a whole
 
 
 def test_the_first_boxes_the_largest_windows_and_the_whole_image_may_be_the_regions(tmp_path, photos):
@@ -326,7 +305,7 @@ def test_the_first_boxes_the_largest_windows_and_the_whole_image_may_be_the_regi
 
 def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, photos):
     args = windows_args(photos, tmp_path / "o", "--weights", "random", "--tsv", tmp_path / "t.tsv")
-    real = extract_features.extract
+    real = extract_features.Extractor.extract
     calls = []
 
     def dies(*args):
@@ -335,14 +314,13 @@ def test_a_tsv_of_other_settings_is_not_gone_on_with(tmp_path, photos):
             raise KeyboardInterrupt
         return real(*args)
 
-    with patch.object(extract_features, "extract", dies), pytest.raises(KeyboardInterrupt):
-        extract(*args)
+    with patch.object(extract_features.Extractor, "extract", dies):
+        assert tool("extract_features", *args).returncode == 130
     assert not (tmp_path / "t.tsv").exists()
     extract(*args, "--seed", 1)
-    with patch.object(extract_features, "extract", dies):
+    with patch.object(extract_features.Extractor, "extract", dies):
         assert "there already" in extract(*args, "--seed", 1)
-        with pytest.raises(InputError, match="t.tsv: there already, and made otherwise; --overwrite"):
-            extract(*args)
+        assert "t.tsv: there already, and made otherwise; --overwrite" in refused(*args)
         (tmp_path / "t.tsv.made.json").unlink()
         assert "kept, though there is no record" in extract(*args)
         assert len(calls) == 5
@@ -376,21 +354,21 @@ def test_weights_that_would_run_code_are_refused_and_run_none(tmp_path, photos):
     torch.save({"model": Calls(open, str(tmp_path / "ran"), "w")}, tmp_path / "zip.pth")
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Calls(open, str(tmp_path / "ran"), "w"), protocol=4))
     for name in ("zip.pth", "plain.pth"):
-        with pytest.raises(InputError, match=f"{name}: not the weights of eff.*no file of tensors alone"):
-            extract(*windows_args(photos, tmp_path / "o", "--weights", tmp_path / name))
-    done = tool("extract_features", *windows_args(photos, tmp_path / "o", "--weights", tmp_path / "plain.pth"))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert not (tmp_path / "ran").exists() and not list((tmp_path / "o").iterdir())
+        done = tool("extract_features", *windows_args(photos, tmp_path / "o", "--weights", tmp_path / name))
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert f"{name}: not the weights of eff" in done.stderr and "no file of tensors alone" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 def test_what_does_not_fit_is_refused_and_leaves_no_file(tmp_path, photos):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/a.jpg").write_bytes(b"\xff\xd8\xff\xe0 not an image")
+    broken = ("--images", tmp_path / "broken", "--out", tmp_path / "broken_out")
     (tmp_path / "text.txt").write_text("no image, no weights\n")
     torch.save({"conv1.weight": torch.zeros(3)}, tmp_path / "shape.pth")
     for more, said in (
         (("--images", tmp_path / "no"), "no: no such folder, expected one of images"),
-        (("--out", tmp_path / "text.txt"), "text.txt: is no folder"),
+        (("--out", tmp_path / "text.txt"), "text.txt: Not a directory"),
         (("--backbone", "detector"), "--regions windows has no detector"),
         (("--whole_region",), "--whole_region: the last of the windows is the whole image"),
         (("--windows", 3), "--boxes and --windows: go with a file of boxes"),
@@ -401,10 +379,10 @@ def test_what_does_not_fit_is_refused_and_leaves_no_file(tmp_path, photos):
         (("--tsv", photos), "photos: is no file"),
         (("--weights", tmp_path / "no.pth"), "no such file"),
         (("--weights", tmp_path / "text.txt"), "text.txt: not the weights of eff"),
-        (("--weights", tmp_path / "shape.pth"), "shape.pth: not the weights of eff.*surplus: .*conv1"),
-        (("--images", tmp_path / "broken"), "none of the 1 images could be used"),
-        (("--images", tmp_path / "broken", "--tsv", tmp_path / "t.tsv"), "none of the 1 images could be used"),
+        (("--weights", tmp_path / "shape.pth"), "(Error(s) in loading state_dict for EfficientNet: Missing key(s)"),
+        (broken, "none of the 1 images could be used"),
+        ((*broken, "--tsv", tmp_path / "t.tsv"), "none of the 1 images could be used"),
     ):
-        with pytest.raises(InputError, match=said):
-            extract(*windows_args(photos, tmp_path / "o", *more))
-    assert not (tmp_path / "t.tsv").exists() and not list((tmp_path / "o").glob("*.npy"))
+        assert said in refused(*windows_args(photos, tmp_path / "o", *more))
+    assert not (tmp_path / "o").exists() and not (tmp_path / "t.tsv").exists()
+    assert not list((tmp_path / "broken_out").glob("*.npy"))

@@ -2,9 +2,11 @@
 
 import csv
 import os
+import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from scripts.demo import regions, scenes, sentences
 from scripts.features import compare_runs
 
 SPLITS = {"train": 10, "dev": 3, "test": 3}
+LINE = "  (.*): ([.0-9]+), ([.0-9]+), difference (\\S+), over images \\[(.*), (.*)\\], over seeds \\[(.*), (.*)\\]"
 SMALL = "--embed_size 64 --word_dim 64 --batch_size 25 --num_epochs 40 --lr_update 35 --mean_warmup_epochs 20".split()
 
 
@@ -45,11 +48,14 @@ def flickr8k(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """chain(folder, flags) runs a copy of the script with a python that prints its words: CompletedProcess."""
+    """chain(folder, flags) runs a copy of the script: CompletedProcess.
+
+    Its python does nothing, except for the check of the flags.
+    """
     place = tmp_path_factory.mktemp("script")
     (place / "scripts").mkdir()
     shutil.copy(ROOT / "scripts/flickr8k.sh", place / "scripts")
-    (place / "python").write_text("#!/bin/sh\n")
+    (place / "python").write_text(f'#!/bin/sh\n[ "$1" != -c ] || {{ cd "{ROOT}" && exec "{sys.executable}" "$@"; }}\n')
     (place / "python").chmod(0o755)
 
     def run(folder, *flags):
@@ -110,8 +116,7 @@ def test_a_run_becomes_one_row_of_the_table_of_results(trained):
     captions = folder / "data/flickr8k/test_caps.txt"
     said = compare(captions, "--first", ranks, ranks, "--second", ranks, ranks)
     assert said.startswith("15 captions, 2 seeds\n")
-    assert said.count("difference +0.0, over images [+0.0, +0.0], over seeds [+0.0, +0.0]") == 7
-    assert said.count("difference +0.0, over images [+0.0, +0.0]\n") == 3
+    assert said.count("difference +0.0, over images [+0.0, +0.0], over seeds [+0.0, +0.0]") == 7 + 3
     assert "captions with a word of place: 15 of 15\n" in said and said.endswith("captions without: 0 of 15\n")
 
 
@@ -120,40 +125,52 @@ def test_a_run_is_not_continued_with_other_flags(trained, chain):
     assert done.returncode == 2 and "RUN=NAME names another run" in done.stderr
 
 
-@pytest.mark.parametrize("missing", ["photos", "Flickr8k.token.txt", "Flickr_8k.devImages.txt"])
-def test_what_is_missing_is_named(flickr8k, chain, tmp_path, missing):
+@pytest.mark.parametrize(
+    "missing, flags, said",
+    [
+        ("photos", "", "photos: no such file"),
+        ("Flickr8k.token.txt", "", "Flickr8k.token.txt: no such file"),
+        ("Flickr_8k.devImages.txt", "", "no dev_ids.txt or Flickr_8k.devImages.txt"),
+        ("", "--embed_sise 64", "unrecognized arguments: --embed_sise"),
+        ("", "--agg_func Median", "--agg_func Median: expected one of LogSumExp, Mean"),
+    ],
+)
+def test_what_is_missing_or_misspelt_is_named_before_anything_is_made(flickr8k, chain, tmp_path, missing, flags, said):
     for path in flickr8k.iterdir():
         if path.name not in (missing, "data", "vocab", "runs"):
             (tmp_path / path.name).symlink_to(path)
-    done = chain(tmp_path)
+    done = chain(tmp_path, *flags.split())
     error = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and error.startswith("error: ") and missing in error
-    assert not (tmp_path / "data").exists()
+    assert done.returncode == 2 and "error: " in error and said in error
+    assert not (tmp_path / "data").exists() and not (tmp_path / "runs").exists()
 
 
-def test_captions_are_split_by_words_of_place():
-    captions = ["A dog LEFT of a ball .", "a leftover meal", "two men behind a table", "a dog in the grass"]
-    assert compare_runs.speaks_of_place(captions).tolist() == [True, False, True, False]
-
-
-def test_the_difference_on_some_captions_is_that_of_their_recalls():
-    rng = np.random.default_rng(0)
-    ranks, others = rng.integers(0, 12, (2, 3, 500))  # three seeds
-    chosen = rng.random(500) < 0.2
-    first, second, mean, low, high = compare_runs.compare_chosen(ranks, others, chosen, 100)
-    for i, k in enumerate((1, 5, 10)):
-        np.testing.assert_allclose(first[i], 100 * (ranks[:, chosen] < k).mean())
-        np.testing.assert_allclose(second[i], 100 * (others[:, chosen] < k).mean())
-    np.testing.assert_allclose(mean, first - second, atol=1e-9)
-    assert (low < mean).all() and (mean < high).all()
-    *_, low_of_all, high_of_all = compare_runs.compare_chosen(ranks, others, np.ones(500, dtype=bool), 100)
-    assert (high - low > high_of_all - low_of_all).all()  # fewer captions, a wider interval
-
-
-def test_the_interval_over_seeds_is_students():
-    low, high = compare_runs.over_seeds(np.array([[1.0], [2.0], [6.0]]))
-    half = 4.302653 * np.sqrt(7.0) / np.sqrt(3)  # 97.5 % of Student's t with two degrees of freedom; variance 7
-    np.testing.assert_allclose([low[0], high[0]], [3 - half, 3 + half], rtol=1e-3)
+def test_differences_and_their_intervals_are_of_all_captions_and_of_those_with_a_word_of_place(tmp_path):
+    rng, place = np.random.default_rng(0), np.arange(500) % 4 == 0
+    texts = ["A dog LEFT of a ball .", "a leftover meal", "a dog in the grass", "two men and a table"]
+    write_lines(tmp_path / "caps.txt", [texts[i % 4] for i in range(500)])
+    models = rng.integers(0, 12, (2, 3, 500))  # of three seeds
+    for model, seeds in zip("AB", models, strict=True):
+        for i, t2i in enumerate(seeds):
+            ranks = {"rt": (torch.tensor(t2i[:100]), None), "rti": (torch.tensor(t2i), None)}
+            torch.save(ranks, tmp_path / f"{model}{i}")
+    first, second = ([tmp_path / f"{model}{i}" for i in range(3)] for model in "AB")
+    said = compare(tmp_path / "caps.txt", "--first", *first, "--second", *second).splitlines()
+    assert said[8] == "captions with a word of place: 125 of 500" and said[12] == "captions without: 375 of 500"
+    widths = []
+    for start, chosen in ((4, place | True), (9, place), (13, ~place)):
+        for line, k in zip(said[start : start + 3], (1, 5, 10), strict=True):
+            recalls = 100 * (models[:, :, chosen] < k).mean(2)  # (2, seeds)
+            each = recalls[0] - recalls[1]
+            half = 4.302653 * each.std(ddof=1) / np.sqrt(3)  # 97.5 % of Student's t with two degrees of freedom
+            name, *numbers = re.fullmatch(LINE, line).groups()
+            *found, low, high, low_of_seeds, high_of_seeds = map(float, numbers)
+            assert name == f"t2i R@{k}"
+            expected = [*recalls.mean(1), each.mean(), each.mean() - half, each.mean() + half]
+            np.testing.assert_allclose([*found, low_of_seeds, high_of_seeds], expected, atol=0.051)
+            assert low < each.mean() < high
+            widths.append(high - low)
+    assert (np.array(widths[:3]) < widths[3:6]).all()  # fewer captions, a wider interval
 
 
 def test_ranks_of_another_split_are_refused(tmp_path):

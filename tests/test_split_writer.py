@@ -3,11 +3,13 @@
 import contextlib
 import functools
 import os
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
-from dataset_commands import no_leftovers
-from folders import write_lines
+from dataset_commands import command, no_leftovers
+from folders import make_folder, write_lines
 
 from lib.datasets import writer
 from lib.datasets.ids import canonical_id, read_file_names, read_ids
@@ -72,9 +74,23 @@ def test_rows_of_a_stopped_run_whose_note_is_of_another_form_are_written_anew(tm
         assert not split.done.any() and "train: begun anew" in capsys.readouterr().out
 
 
+def test_rows_that_are_begun_anew_do_not_count_though_the_new_run_is_killed_at_once(tmp_path, monkeypatch):
+    with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})) as split:
+        split.write(0, ims=np.ones(2))
+    monkeypatch.setattr(writer, "ArrayFile", mock.Mock(side_effect=Killed))
+    with pytest.raises(Killed):
+        SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({}), overwrite=True)
+    monkeypatch.undo()
+    with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})) as split:
+        assert not split.done.any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="files are locked on POSIX systems only")
 def test_two_runs_do_not_write_one_split_at_once(tmp_path):
-    with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})), pytest.raises(InputError, match="another run"):
-        SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({}))
+    make_folder(tmp_path)
+    with SplitWriter(tmp_path / "out", "train", ["a"], ARRAY, Origin({})):
+        done = command("reduce_features", tmp_path / "data/toy_precomp", "--out", tmp_path / "out")
+    assert done.returncode == 2 and "train_state.part: another run is writing this split" in done.stderr
 
 
 def test_ids_of_one_image_meet_and_repeated_lists_shrink(tmp_path):
@@ -94,7 +110,7 @@ def test_file_names_of_another_form_are_refused(tmp_path, text):
 
 def test_a_system_without_fcntl_writes_a_split(tmp_path, monkeypatch):
     """Windows has no such module."""
-    monkeypatch.setattr(writer, "fcntl", None)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
     with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})) as split:
         split.write(0, ims=np.ones(2))
         assert split.finish() == 1

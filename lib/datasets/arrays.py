@@ -4,6 +4,7 @@ Plain reads and writes, no memory map: the pages of a map would count as memory 
 """
 
 import io
+import math
 import os
 
 import numpy as np
@@ -40,47 +41,33 @@ def read_rows(array: np.ndarray, start: int, n: int = 1) -> np.ndarray:
     return np.fromfile(path, array.dtype, n * array[0].size, offset=place).reshape(n, *array.shape[1:])
 
 
-class ArrayWriter:
-    """An .npy file of a shape, filled as PATH.part in any order; a row not written is 0.
+class ArrayFile:
+    """The file PATH.part, an .npy array whose rows are written in any order. A file that is there is gone on with."""
 
-    resume: continue the part of a stopped run; resumed says whether there was one of this size.
-    """
-
-    def __init__(self, path, shape, dtype, resume=False):
-        self.path = os.path.realpath(path)  # of a link, what it points to
-        self.part, self.shape, self.dtype = self.path + ".part", tuple(shape), np.dtype(dtype)
-        header = npy_header(self.shape, self.dtype)
-        self.start, self.row_bytes = len(header), int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-        size = self.start + self.shape[0] * self.row_bytes
-        self.resumed = resume and os.path.isfile(self.part) and os.path.getsize(self.part) == size
+    def __init__(self, path: str, shape: tuple[int, ...], dtype: np.dtype):
+        self.path, self.part, self.shape, self.dtype = path, path + ".part", shape, dtype
+        header = npy_header(shape, dtype)
+        self.start, self.row_bytes = len(header), math.prod(shape[1:]) * dtype.itemsize
         with name_in_errors(self.part):
-            self.file = open(self.part, "r+b" if self.resumed else "w+b")
-            if not self.resumed:
-                self.file.write(header)
-                self.file.truncate(size)
+            self.file = open(self.part, "r+b" if os.path.exists(self.part) else "w+b")
+            self.file.write(header)
+            self.file.truncate(self.start + shape[0] * self.row_bytes)
 
-    def write(self, row, values):
-        """Write values (m, *shape[1:]) to the rows row … row+m-1."""
+    def write(self, row: int, values: np.ndarray) -> None:
         with name_in_errors(self.part):
             self.file.seek(self.start + row * self.row_bytes)
             self.file.write(np.ascontiguousarray(values, dtype=self.dtype).tobytes())
 
-    def sync(self):
+    def sync(self) -> None:
         with name_in_errors(self.part):
             self.file.flush()
             os.fsync(self.file.fileno())
 
-    def copy(self, rows):
-        """Write these rows (an index array) alone to PATH.kept.part."""
-        copy = ArrayWriter(self.path + ".kept", (len(rows), *self.shape[1:]), self.dtype)
+    def copy(self, rows: np.ndarray) -> None:
+        """Write these rows alone to PATH.kept.part."""
+        copy = ArrayFile(self.path + ".kept", (len(rows), *self.shape[1:]), self.dtype)
         for i, row in enumerate(rows):
             self.file.seek(self.start + row * self.row_bytes)
             copy.write(i, np.frombuffer(self.file.read(self.row_bytes), self.dtype))
         copy.sync()
         copy.file.close()
-
-    def commit(self):
-        """Give the file its name."""
-        self.sync()
-        self.file.close()
-        os.replace(self.part, self.path)

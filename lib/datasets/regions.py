@@ -30,7 +30,7 @@ def are_shares(boxes: np.ndarray) -> bool:
 
 
 def fit(regions: Regions, n_regions: int, choice: str) -> Regions:
-    """Bring an image to n_regions regions.
+    """Bring an image to n_regions regions, without their scores.
 
     choice: "fixed" takes no other number; "best" keeps the n_regions best (by score where there is one, else the
     first) and pads with zero features and boxes without area; "all" pads alike and drops none.
@@ -43,10 +43,5 @@ def fit(regions: Regions, n_regions: int, choice: str) -> Regions:
     if n > n_regions and regions.scores is not None:
         kept = np.argsort(-regions.scores, kind="stable")[:n_regions]
     padding = ((0, n_regions - len(kept)), (0, 0))
-    boxes, scores = regions.boxes, regions.scores
-    return Regions(
-        boxes=None if boxes is None else np.pad(boxes[kept], padding),
-        features=np.pad(regions.features[kept], padding),
-        size=regions.size,
-        scores=None if scores is None else np.pad(scores[kept], padding[0]),
-    )
+    boxes = None if regions.boxes is None else np.pad(regions.boxes[kept], padding)
+    return Regions(boxes, np.pad(regions.features[kept], padding), regions.size)

@@ -15,14 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lib.datasets.arrays import ArrayWriter
+from lib.datasets.arrays import ArrayFile
 from lib.errors import InputError
-from lib.files import digest_lines, make_folder, name_in_errors, read_lines, sample_digest, write_lines
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs that write one split at once are not noticed there
-    fcntl = None  # type: ignore[assignment]
+from lib.files import digest_lines, lock, make_folder, name_in_errors, read_lines, sample_digest, write_lines
 
 SYNC_SECONDS = 10  # a killed run loses at most the rows of so many seconds
 SAMPLE = 64  # items, about, of many
@@ -52,7 +47,6 @@ class SplitWriter:
     """
 
     def __init__(self, folder, split, ids, arrays, origin, overwrite=False, write_ids=True):
-        make_folder(folder)
         self.prefix, self.ids, self.write_ids = os.path.join(folder, split), list(ids), write_ids
         self.done = np.zeros(len(self.ids), dtype=bool)
         self.sources = list(map(origin.files, self.ids))
@@ -62,13 +56,14 @@ class SplitWriter:
             "arrays": {name: [list(shape), str(dtype)] for name, (shape, dtype) in self.arrays.items()},
             "ids": digest_lines(self.ids),
             "inputs": [note_of(path) for path in origin.inputs],
+            "rows": self._digests(sample(range(len(self.ids)))),
         }
-        self.made["rows"] = self._digests(sample(range(len(self.ids))))
         self.state_path, self.commit_path = self.prefix + "_state.part", self.prefix + "_commit.part"
         if os.path.exists(self.commit_path):
             self._commit()
         self.finished = not overwrite and self._is_finished()
         if not self.finished:
+            make_folder(folder)
             self._open(overwrite)
 
     def write(self, row, **values):
@@ -105,9 +100,11 @@ class SplitWriter:
                 file.copy(kept)
         ids = [self.ids[i] for i in kept]
         made = {**self.made, "rows": self._digests(sample(kept)), "kept_ids": digest_lines(ids)}
-        texts = ids if self.write_ids else None, self._captions(kept), [json.dumps(made, indent=1)]
-        for name, lines in zip(TEXTS, texts, strict=True):
-            if lines is not None:
+        texts = {"made.json": [json.dumps(made, indent=1)], "caps.txt": self._captions(kept)}
+        if self.write_ids:
+            texts["ids.txt"] = ids
+        for name, lines in texts.items():
+            if lines:
                 write_lines(self._path(name) + ".part", lines)
         self._close()
         self.finished = True
@@ -131,25 +128,24 @@ class SplitWriter:
         if not there:
             return False
         with contextlib.suppress(FileNotFoundError), open(self.prefix + "_made.json", "rb") as file:
-            if len(there) == len(self.arrays) and self._fits(file.read(), ("ids", "kept_ids")):
+            if len(there) == len(self.arrays) and self._fits(file.read()):
                 return True
         raise InputError(f"{there[0]}: there already, and made otherwise; --overwrite replaces it")
 
-    def _fits(self, record, id_lists=("ids",)):
+    def _fits(self, record):
         """Whether the record (bytes of JSON) of an earlier run says the same, and its inputs are as they were.
 
-        id_lists: which of the record's digests of ids may be that of these. A stopped run may be given more inputs.
-        Records of older versions have no digests of inputs and rows, which is said.
+        There may be more inputs now. Records of older versions have no digests of inputs and rows, which is said.
         """
         with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
             made = json.loads(record)
             noted = made.get("rows", {})
-            rows = [row for row, image_id in enumerate(self.ids) if image_id in noted]
+            sources = self._digests(row for row, image_id in enumerate(self.ids) if image_id in noted)
             fits = (
                 all(made[name] == self.made[name] for name in ("settings", "arrays"))
-                and self.made["ids"] in [made.get(name) for name in id_lists]
+                and self.made["ids"] in (made["ids"], made.get("kept_ids"))
                 and all(any(old == new[: len(old)] for new in self.made["inputs"]) for old in made["inputs"])
-                and all(noted[image_id] == digest for image_id, digest in self._digests(rows).items())
+                and sources.items() <= noted.items()
             )
             if fits and ("rows" not in made or any(len(note) < NOTED for note in made["inputs"])):
                 print(f"note: {self.prefix}: kept, though there is no digest of what it was made from")
@@ -162,24 +158,21 @@ class SplitWriter:
 
     def _open(self, overwrite):
         self.state = open(os.open(self.state_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        if fcntl is not None:
-            try:
-                fcntl.flock(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.state_path}: another run is writing this split") from None
+        lock(self.state, f"{self.state_path}: another run is writing this split")
         head, marks = self.state.readline(), self.state.read()
-        resume = not overwrite and len(marks) == len(self.ids) and self._fits(head)
-        self.files = {}
-        for name, (shape, dtype) in self.arrays.items():
-            self.files[name] = ArrayWriter(f"{self.prefix}_{name}.npy", (len(self.ids), *shape), dtype, resume)
-            _remove(self._path(name + ".npy") + ".kept.part")
-        for name in TEXTS:
-            _remove(self._path(name) + ".part")
-        if resume and all(file.resumed for file in self.files.values()):
+        paths = {name: self._path(name + ".npy") for name in self.arrays}
+        is_whole = len(marks) == len(self.ids) and all(os.path.isfile(path + ".part") for path in paths.values())
+        if is_whole and not overwrite and self._fits(head):
             self.done[:] = np.frombuffer(marks, dtype=np.uint8) == 1
         elif head and not overwrite:
             print(f"note: {self.prefix}: begun anew, the stopped run was of other settings or inputs")
-        self.sync()
+        self.files = {}
+        self.sync()  # before the arrays: rows of the stopped run no longer count
+        for name, (shape, dtype) in self.arrays.items():
+            self.files[name] = ArrayFile(paths[name], (len(self.ids), *shape), dtype)
+            _remove(paths[name] + ".kept.part")
+        for name in TEXTS:
+            _remove(self._path(name) + ".part")
 
     def _close(self):
         for file in self.files.values():

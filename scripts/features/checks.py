@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,7 @@ from vocab import Vocabulary, tokenize, unknown_words_message
 
 BLOCK_BYTES = 1 << 24  # read at a time
 SAMPLE = 100  # images whose boxes are compared with their features
-MANY = 1000  # images whose captions are compared
-FEWEST_GROUPS = 10  # images that this needs
+FEWEST_GROUPS = 10  # images, of which captions are compared
 LONG_CAPTION = 60  # words
 MANY_UNKNOWN = 0.05
 BETTER = 1.5  # times the words in common that tell one image's captions from two images'
@@ -61,13 +61,6 @@ def blocks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
             bar.update(len(rows))
 
 
-def sample_rows(array: np.ndarray, n_images: int, n: int) -> np.ndarray:
-    """Rows of at most n images, spread over an array that has one or more rows for each of n_images."""
-    step = len(array) // n_images
-    images = np.unique(np.linspace(0, n_images - 1, n).astype(int))
-    return np.concatenate([read_rows(array, int(image) * step) for image in images])
-
-
 def check_features(path: str, report: Report) -> None:
     """NaN or infinite values, and rows that are all zero, of a file of features, where there is one."""
     array = report.attempt(open_npy, path) if os.path.isfile(path) else None
@@ -108,7 +101,8 @@ def describe_grids(array: np.ndarray, report: Report) -> None:
 
 def compare_boxes(dataset: Any, report: Report) -> None:
     """Whether the boxes of a sample of a data set's images belong to their features."""
-    judgement = judge(*(sample_rows(array, dataset.n_images, SAMPLE) for array in (dataset.images, dataset.boxes)))
+    images = np.unique(np.linspace(0, dataset.n_images - 1, SAMPLE).astype(int))
+    judgement = judge(dataset.images[images * dataset.repeats], dataset.read_grids(images).numpy())
     path = dataset.prefix + "_boxes.npy"
     if judgement.wrong:
         wrong = f"of other images or regions than {dataset.prefix}_ims.npy: {judgement}"
@@ -157,20 +151,19 @@ def check_groups(path: str, captions: Sequence[str], per_image: int, report: Rep
     if n < FEWEST_GROUPS:
         return
     words = [set(caption.lower().split()) for caption in captions]
-    images = np.unique(np.linspace(1, n - 1, MANY).astype(int))
 
-    def shared(first, other):
-        """Share of the words that lines of these numbers have in common, the mean."""
-        pairs = zip(first, other, strict=True)
-        return np.mean([len(words[i] & words[j]) / max(1, len(words[i] | words[j])) for i, j in pairs])
+    def shared(pairs):
+        """The share of its words that each pair of lines has in common."""
+        return [len(first & other) / max(1, len(first | other)) for first, other in pairs]
 
     # Line 0 of an image shares least with the line before, which is another image's.
-    before = [shared(images * per_image + j - 1, images * per_image + j) for j in range(per_image)]
-    start, apart = int(np.argmin(before)), shared(images - 1, images - 1 + n)
+    neighbours = shared(pairwise(words[per_image - 1 : n * per_image]))
+    before = np.reshape(neighbours, (n - 1, per_image)).mean(0)
+    start, apart = int(before.argmin()), np.mean(shared(zip(words[: n - 1], words[n:], strict=False)))
     found = ""
     if before[0] > BETTER * before[start]:
         found = f"the first image's from line {start + 1}"
-    elif apart > BETTER * np.mean(before[1:]):
+    elif apart > BETTER * before[1:].mean():
         found = "first one caption of every image, then the next"
     if found:
         report.faults.append(f"{path}: expected {per_image} captions of each image in a row, found {found}")

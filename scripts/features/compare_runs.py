@@ -5,8 +5,8 @@ python scripts/features/compare_runs.py data/flickr8k/test_caps.txt --first runs
 
 The ranks are those of evaluation.py --save_ranks. A recall is the mean over a model's seeds. Its difference has two
 95 % intervals: over images, a paired bootstrap with these seeds, and over seeds, Student's t with these images, the
-i-th run of one model beside the i-th of the other. Then the same for text to image in the captions with a word of
-place, and in the others.
+i-th run of one model beside the i-th of the other. Then the same for text to image, of the captions with a word of
+place and of the others.
 
 python scripts/features/compare_runs.py record runs/flickr8k/t2i_attention_seed0 --features boxes --out docs/results.csv
 
@@ -48,11 +48,6 @@ COLUMNS = (*KEY, *RECALLS, "rsum", "rsum_low", "rsum_high", "dev_rsum", "minutes
 # ---------------------------------------------------------------- two models
 
 
-def speaks_of_place(captions):
-    """Which of captions (list of str) hold one of PLACE_WORDS: (n,) bool."""
-    return np.array([not PLACE_WORDS.isdisjoint(tokenize(caption)) for caption in captions])
-
-
 def read_ranks(path, captions, n_images):
     """The i2t ranks (n_images,) and t2i ranks (n_captions,) in a file of evaluation.py --save_ranks.
 
@@ -71,33 +66,31 @@ def read_ranks(path, captions, n_images):
     return ranks
 
 
-def compare_chosen(first, second, chosen, n_images):
-    """Recalls of two models on the chosen captions (n,) and their difference, each (3,), and its interval (low, high).
+def chosen_hits(ranks, chosen, counts):
+    """Text-to-image recalls of each image in percent, whose mean is that of the chosen captions: (seeds, images, 3).
 
-    first, second: t2i ranks, (seeds, n).
+    ranks: (seeds, captions). chosen: which captions, (captions,) bool. counts: how many of each image, (images,).
     """
-    counts = chosen.reshape(n_images, -1).sum(1)[:, None]
-    hits, others = (  # of each image at 1, 5, 10, mean over seeds: (n_images, 3)
-        np.stack([((ranks < k).mean(0) * chosen).reshape(n_images, -1).sum(1) for k in RECALL_AT], 1)
-        for ranks in (first, second)
-    )
-    share = counts / counts.mean()  # images weigh as many captions as they have in this part
-    difference = 100 * (hits - others) / counts.mean()
-    mean = difference.mean(0)
-    low, high = bootstrap(difference - share * mean)  # the ratio of two means, to first order
-    return 100 * hits.sum(0) / counts.sum(), 100 * others.sum(0) / counts.sum(), mean, mean + low, mean + high
+    hits = [((ranks < k) * chosen).reshape(len(ranks), len(counts), -1).sum(2) for k in RECALL_AT]
+    return 100 * np.stack(hits, 2) / counts.mean()
 
 
-def over_seeds(differences):
-    """The 95 % interval (low, high), each (K,), of the mean of differences (2 to 10 seeds, K)."""
-    n = len(differences)
-    half = STUDENT_T[n - 2] * differences.std(0, ddof=1) / np.sqrt(n)
-    return differences.mean(0) - half, differences.mean(0) + half
+def print_differences(measures, first, second, weights):
+    """Print the recalls (seeds, images, K) of two models in K measures, in percent, and their difference.
 
-
-def print_row(name, first, second, difference, low, high, more=""):
-    images = f"over images [{low:+.1f}, {high:+.1f}]"
-    print(f"  {name}: {first:.1f}, {second:.1f}, difference {difference:+.1f}, {images}{more}")
+    weights: what each image counts, (images,), 1 on average.
+    """
+    differences, n = first - second, len(first)
+    mean = differences.mean((0, 1))
+    low, high = mean + bootstrap(differences.mean(0) - weights[:, None] * mean)  # a ratio of two means, to first order
+    has_margin = 2 <= n <= len(STUDENT_T) + 1
+    margin = STUDENT_T[n - 2] * differences.mean(1).std(0, ddof=1) / np.sqrt(n) if has_margin else None
+    for k, name in enumerate(measures):
+        line = f"  {name}: {first[..., k].mean():.1f}, {second[..., k].mean():.1f}, difference {mean[k]:+.1f}"
+        line += f", over images [{low[k]:+.1f}, {high[k]:+.1f}]"
+        if has_margin:
+            line += f", over seeds [{mean[k] - margin[k]:+.1f}, {mean[k] + margin[k]:+.1f}]"
+        print(line)
 
 
 def compare(opt):
@@ -108,24 +101,17 @@ def compare(opt):
         raise InputError(f"{opt.captions}: {len(captions)} captions, expected a multiple of {opt.captions_per_image}")
     if len(opt.first) != len(opt.second):
         raise InputError(f"--first: {len(opt.first)} files, expected as many as --second has: {len(opt.second)}")
-    first, second = ([read_ranks(path, captions, n_images) for path in paths] for paths in (opt.first, opt.second))
-    print(f"{len(captions)} captions, {len(first)} seeds")
-    hits, others = (np.stack([group_hits(*ranks) for ranks in model]) for model in (first, second))
-    differences = hits - others  # (seeds, images, measures)
-    columns = [hits.mean((0, 1)), others.mean((0, 1)), differences.mean((0, 1)), *bootstrap(differences.mean(0))]
-    seeds = [""] * len(MEASURES)
-    if 2 <= len(hits) <= len(STUDENT_T) + 1:
-        intervals = zip(*over_seeds(differences.mean(1)), strict=True)
-        seeds = [f", over seeds [{low:+.1f}, {high:+.1f}]" for low, high in intervals]
-    for row in zip(MEASURES, *columns, seeds, strict=True):
-        print_row(*row)
-    t2i = [np.stack([ranks for _, ranks in model]) for model in (first, second)]
-    place = speaks_of_place(captions)
+    models = [[read_ranks(path, captions, n_images) for path in paths] for paths in (opt.first, opt.second)]
+    print(f"{len(captions)} captions, {len(opt.first)} seeds")
+    hits = [np.stack([group_hits(*ranks) for ranks in seeds]) for seeds in models]
+    print_differences(MEASURES, *hits, np.ones(n_images))
+    place = np.array([not PLACE_WORDS.isdisjoint(tokenize(caption)) for caption in captions])
     for name, chosen in (("with a word of place", place), ("without", ~place)):
         print(f"captions {name}: {chosen.sum()} of {len(captions)}")
         if chosen.any():
-            for k, *row in zip(RECALL_AT, *compare_chosen(*t2i, chosen, n_images), strict=True):
-                print_row(f"t2i R@{k}", *row)
+            counts = chosen.reshape(n_images, -1).sum(1)
+            hits = [chosen_hits(np.stack([t2i for _, t2i in seeds]), chosen, counts) for seeds in models]
+            print_differences([f"t2i R@{k}" for k in RECALL_AT], *hits, counts / counts.mean())
 
 
 # ---------------------------------------------------------------- a table of results

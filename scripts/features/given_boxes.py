@@ -13,8 +13,8 @@ from position import BoxError, check_boxes
 OVERSHOOT = 0.05  # of a side, which a box in pixels may end beyond the image before the file is of other sizes
 
 
-class GivenBoxes:
-    """The boxes of a lib.datasets.boxes.BoxFile with ids; of JSON the best 36 of each image by score.
+class GivenBoxes(BoxFile):
+    """A BoxFile with ids; of JSON the best 36 boxes of each image by score.
 
     boxes (n, R, 4): shares of the image's sides where is_relative, as told by their values or because the file has the
     images' sizes; else pixels of the upright image. digest: the first digits of the file's SHA-256.
@@ -24,28 +24,29 @@ class GivenBoxes:
     def __init__(self, path):
         if not os.path.isfile(path):
             raise InputError(f"{path}: no such file, expected proposals, windows, or an .npz or .json file of boxes")
-        self.path, file = path, BoxFile(path, best=True)
-        if file.names is None:
+        super().__init__(path, best=True)
+        if self.names is None:
             raise InputError(f"{path}: holds boxes without ids, expected ids and boxes")
-        self.find, self.found = file.finder(), file.found
-        n, self.n_regions = file.boxes.shape[:2]
+        self.row_of = self.finder()
+        n, self.n_regions = self.boxes.shape[:2]
         try:
-            check_boxes(file.boxes, np.ones((n, 2)) if file.sizes is None else file.sizes)
+            check_boxes(self.boxes, np.ones((n, 2)) if self.sizes is None else self.sizes)
         except BoxError as error:
-            raise file.named(error) from None
-        self.boxes, self.is_relative = np.array(file.boxes, dtype=np.float64), are_shares(file.boxes)
-        if file.sizes is not None:
-            boxes, sizes = file.rows(0, n)
+            raise self.named(error) from None
+        if self.sizes is None:
+            self.is_relative = are_shares(self.boxes)
+        else:
+            boxes, sizes = self.rows(0, n)
             self.boxes, self.is_relative = boxes / np.tile(sizes[:, None, ::-1], 2), True
-            file.check.note()
-        with open(path, "rb") as opened:
-            self.digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+            self.check.note()
+        with open(path, "rb") as file:
+            self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         kind = "from 0 to 1" if self.is_relative else "in pixels"
         print(f"{path}: {self.n_regions} boxes {kind} for each of {np.count_nonzero(self.found)} images")
 
     def has(self, path):
         """Whether the image at path has boxes."""
-        return (row := self.find(path)) is not None and self.found[row] > 0
+        return (row := self.row_of(path)) is not None and self.found[row] > 0
 
     def pixels(self, path, size):
         """Boxes (R, 4) of the image at path, clipped to it, in its pixels; size is its (height, width).
@@ -53,7 +54,7 @@ class GivenBoxes:
         Raises ValueError where pixels in the file lie so far outside that they are of an image of another size.
         """
         sides = np.tile(np.array(size[::-1], dtype=np.float64), 2)
-        boxes = self.boxes[self.find(path)] * (sides if self.is_relative else 1.0)
+        boxes = self.boxes[self.row_of(path)] * (sides if self.is_relative else 1.0)
         if not self.is_relative and (boxes > (1 + OVERSHOOT) * sides + 1).any():
             reach = boxes[:, 2:].max(0).tolist()
             raise ValueError(f"boxes reach x, y {reach}, the image is {size[1]}×{size[0]}: boxes of another size of it")

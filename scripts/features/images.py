@@ -69,24 +69,20 @@ def read_ahead(paths, opt, problems, boxes_of):
     """
 
     def load(path):
-        full = os.path.join(opt.images, path)
-        try:
-            pixels, size = read_image(full, opt.image_size, opt.image_size * 5 // 3)
-            return path, pixels, size, boxes_of(path, size)
-        except Exception as error:  # Pillow's readers raise whatever a broken file leads them to
-            return full, f"{type(error).__name__}: {error}; skipped"
+        pixels, size = read_image(os.path.join(opt.images, path), opt.image_size, opt.image_size * 5 // 3)
+        return path, pixels, size, boxes_of(path, size)
 
     paths, waiting = iter(paths), deque()
     with ThreadPoolExecutor(opt.workers) as pool:
         while True:
-            waiting.extend(pool.submit(load, path) for path in islice(paths, 2 * opt.workers - len(waiting)))
+            waiting.extend((path, pool.submit(load, path)) for path in islice(paths, 2 * opt.workers - len(waiting)))
             if not waiting:
                 return
-            loaded = waiting.popleft().result()
-            if len(loaded) == 2:
-                problems.add("unreadable", *loaded)
+            path, loading = waiting.popleft()
+            if error := loading.exception():  # Pillow's readers raise whatever a broken file leads them to
+                problems.add("unreadable", os.path.join(opt.images, path), f"{type(error).__name__}: {error}; skipped")
             else:
-                yield loaded
+                yield loading.result()
 
 
 def batches(images, batch_size):

@@ -7,10 +7,9 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-import torchvision
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
-from torchvision.models import detection
+from torchvision.models import get_model
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FrozenBatchNorm2d, clip_boxes_to_image, nms
 from torchvision.transforms import Normalize
@@ -29,6 +28,7 @@ WINDOWS = (  # columns, rows, width and height as shares of the image's
     (2, 2, 2 / 3, 2 / 3),
     (3, 1, 0.5, 1),
     (1, 3, 1, 0.5),
+    (1, 1, 1, 1),
 )
 SAME = 0.7  # boxes overlapping by more than this show the same thing
 
@@ -43,7 +43,6 @@ def windows(height, width):
     for columns, rows, w, h in WINDOWS:
         for x in np.linspace(0, 1 - w, columns):
             boxes += [(x, y, x + w, y + h) for y in np.linspace(0, 1 - h, rows)]
-    boxes.append((0, 0, 1, 1))
     return (np.array(boxes) * [width, height, width, height]).astype(np.float32)
 
 
@@ -54,21 +53,19 @@ def load_backbone(name, weights):
     """
     if name in LITES:
         return _efficientnet_lite(name, weights)
-    network = _torchvision(getattr(torchvision.models, name), weights, "IMAGENET1K_V1")
+    network = _torchvision(name, weights, "IMAGENET1K_V1")
     body = fold_norms(nn.Sequential(*list(network.children())[:-2]))  # without average pooling and classes
     return nn.Sequential(Normalize(*IMAGENET), body)
 
 
-def _torchvision(build, weights, published):
-    """A torchvision network with the published weights, random ones, or those of a file."""
-    name = build.__name__
+def _torchvision(name, weights, published, **options):
+    """A torchvision network with the published weights, or built with options and random weights or those of a file."""
     if weights == "download":
         try:
-            return build(weights=published, progress=True)
+            return get_model(name, weights=published)
         except (OSError, RuntimeError) as error:
             raise InputError(f"{name}: its weights could not be downloaded ({error}); a file does it, too") from None
-    extra = {"weights_backbone": None} if build.__module__.startswith(detection.__name__) else {}
-    network = build(weights=None, **extra)
+    network = get_model(name, weights=None, **options)
     if weights != "random":
         _load(network, weights, name)
         if name == "fasterrcnn_resnet50_fpn":  # as torchvision sets it for the published weights
@@ -86,15 +83,12 @@ def _load(network, path, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of files that are refused anyway
             state = torch.load(path, map_location="cpu", weights_only=True)  # noqa: TID251
-        missing, unexpected = network.load_state_dict(state.get("model", state), strict=False)
-        missing = [name for name in missing if not name.endswith("num_batches_tracked")]  # frozen norms lack it
-        reason = f"missing: {missing[:3]}, surplus: {unexpected[:3]}" if missing or unexpected else ""
-    except pickle.UnpicklingError:
-        reason = "no file of tensors alone"  # pickle's own words advise to trust it
+        network.load_state_dict(state.get("model", state))
+    except pickle.UnpicklingError:  # whose own words advise to trust the file
+        raise InputError(f"{path}: not the weights of {name} (no file of tensors alone)") from None
     except Exception as error:  # zip and torch each have their own
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if reason:
-        raise InputError(f"{path}: not the weights of {name} ({reason})")
+        raise InputError(f"{path}: not the weights of {name} ({reason})") from None
 
 
 def fold_norms(network):
@@ -132,7 +126,7 @@ class Detector(nn.Module):
 
     def __init__(self, name, weights):
         super().__init__()
-        self.network = fold_norms(_torchvision(getattr(detection, name), weights, "COCO_V1"))
+        self.network = fold_norms(_torchvision(name, weights, "COCO_V1", weights_backbone=None))
         self.normalise = Normalize(*IMAGENET)
 
     def forward(self, images):
