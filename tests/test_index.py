@@ -94,7 +94,7 @@ def test_the_first_stage_is_the_mean_over_what_attends_of_the_best_that_is_atten
         return (stage.centroids[(query @ stage.centroids.T).argmax(1)] @ context.T).max(1).mean()
 
     for number in (0, 7, 31):
-        sentence, regions = collection.caption(number), collection.image(number)
+        sentence, regions = collection.words_of([number]), collection.image(number)
         for rows, values in (
             (stage.images(sentence, 20), [score(image, sentence.numpy()) for image in images]),
             (stage.captions(regions, 20), [score(regions.numpy(), caption) for caption in captions]),
@@ -126,8 +126,8 @@ def test_a_stopped_build_keeps_the_files_that_it_finished(split, copied, tmp_pat
 
 
 def test_what_a_build_of_other_inputs_left_is_made_anew(split, copied):
-    os.remove(copied / "collection.json")
-    (copied / "progress.json").write_text('{"checkpoint": "another"}')
+    os.remove(copied / "table.npy")
+    (copied / "collection.json").write_text('{"checkpoint": "another"}')
     np.save(copied / "images.npy", np.zeros((3, 3, 3)))
     assert len(open_or_build(*split, str(copied), n_centroids=32).images) == N
     assert set(os.listdir(copied)) == FINISHED

@@ -40,10 +40,6 @@ class Collection:
         ids = torch.tensor([self.vocab.encode(sentence)])
         return self.model.encode_captions(ids, [ids.shape[1]])[0][0]
 
-    def caption(self, index):
-        """Word embeddings (W, D) of one of the collection's captions."""
-        return self.words_of(np.array([index]))
-
     def words_of(self, captions):
         """Word embeddings (ΣW_i, D) of the captions of these ascending indices, one after the other."""
         rows = slice(self.starts[captions[0]], self.starts[captions[-1] + 1])  # which copies nothing
