@@ -10,6 +10,7 @@ if not __package__:
     import _root  # noqa: F401
 
 from lib.errors import run
+from lib.options import add_options
 from lib.web import in_brackets, listen, serve
 from scripts.explorer.answers import Explorer
 from scripts.explorer.app import make_app
@@ -20,9 +21,8 @@ MAX_MODELS = 4
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_path", nargs="+", required=True, help=f"checkpoints, side by side; at most {MAX_MODELS}")
-    add("--data_path", help="folder of the data sets (default: the checkpoint's)")
-    add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+    add("--model_path", nargs="+", required=True, help=f"checkpoints of train.py, side by side; at most {MAX_MODELS}")
+    add_options(parser, ("data_path", "vocab_path", "device"), data_path=None, vocab_path=None)
     add("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
     add("--images", metavar="DIR", help="image files named by id (default: SPLIT_images beside the data, if there)")
     two_stages = "search splits of more images in two stages, with an index made once (default: %(default)s)"
@@ -31,7 +31,6 @@ def get_parser():
     add("--host", default="127.0.0.1", help="to listen on (default: %(default)s, this machine alone)")
     add("--port", type=int, default=8765, help="to listen on (default: %(default)s)")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
     return parser
 
 

@@ -35,8 +35,7 @@ from scripts.explorer.images import SIDE, SplitImages
 from scripts.explorer.logs import read_events, read_metrics
 from scripts.explorer.names import name_models
 from scripts.features.images import read_image
-from scripts.search.collection import Collection
-from scripts.search.queries import check_query
+from scripts.search.collection import Collection, check_query
 
 HEAT, FRAME = "#ff7a00", "#e7eaee"
 CURVES = {

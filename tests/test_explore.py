@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from dataset_commands import call, fails, ok
-from folders import save_model, write_lines
+from folders import make_whole_folder, save_model, write_lines
 from PIL import Image
-from processes import LIMIT, serve_app, wait_for
+from processes import LIMIT, free_ports, serve_app, wait_for
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -32,6 +32,7 @@ from scripts.explorer.answers import Explorer
 from scripts.explorer.app import make_app
 from scripts.explorer.hard_cases import compare
 from scripts.explorer.images import SplitImages, find_files
+from Tencent_PFAN import model_whole
 from vocab import SPECIAL, Vocabulary
 
 N_IMAGES = 12
@@ -194,7 +195,7 @@ def test_a_page_of_another_site_cannot_read_the_explorer_under_its_own_name(addr
 
 def test_more_images_than_index_above_are_searched_in_two_stages(made, explorer):
     two_stages = Explorer(options(*made[1], "--index_above", "5", "--candidates", str(N_IMAGES)))
-    assert all(model["indexed"] for model in two_stages.about()["models"])
+    assert two_stages.about()["indexed"] and not explorer.about()["indexed"]
     answers = (known.search(explorer.captions[7], 5)["models"] for known in (explorer, two_stages))
     for fine, coarse in zip(*answers, strict=True):
         assert [r["score"] for r in coarse["results"]] == pytest.approx([r["score"] for r in fine["results"]], abs=3e-3)
@@ -255,6 +256,13 @@ def test_the_command_says_what_is_wrong_in_one_line(made, flags, said):
         port = taken.getsockname()[1]
         assert "address already in use" in fails("explore", "--model_path", "nosuch.pth.tar", "--port", port)
     assert said in fails("explore", "--model_path", made[1][0], "--port", port, *flags)
+
+
+def test_a_whole_image_model_is_refused_with_what_the_explorer_takes(tmp_path):
+    news, model = make_whole_folder(tmp_path), tmp_path / "whole.pth.tar"
+    save_model(model, *news, data_name="toy", make_model=model_whole.SCAN, position="area")
+    (port,) = free_ports(1)
+    assert "explorer, search and figures take train.py's" in fails("explore", "--model_path", model, "--port", port)
 
 
 # ---------------------------------------------------------------- image files and boxes

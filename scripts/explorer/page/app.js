@@ -66,7 +66,7 @@ async function search(sentence) {
     shown = await ask(`api/search?k=${K}&sentence=${encodeURIComponent(sentence)}`, mine.signal)
     $('results').replaceChildren(...shown.models.map(column))
     const seconds = (performance.now() - started) / 1000
-    const best = about.models.some(model => model.indexed) ? `The best ${number(about.candidates)} of ` : ''
+    const best = about.indexed ? `The best ${number(about.candidates)} of ` : ''
     say('status', `${best}${number(about.images)} images ranked in ${seconds.toFixed(2)} s. ${marked(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
