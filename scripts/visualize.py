@@ -8,7 +8,6 @@ python scripts/visualize.py ablation  --model_path A B C --split test --out abla
 
 import argparse
 import glob
-import io
 import os
 import textwrap
 
@@ -253,10 +252,9 @@ def main():
     if not 20 <= opt.dpi <= 1000:
         parser.error("expected --dpi 20 to 1000")
     check_output(opt.out)
-    figure, png = opt.draw(opt), io.BytesIO()
+    figure = opt.draw(opt)
     show_as_typed(figure.findobj(Text))
-    figure.savefig(png, format="png", dpi=opt.dpi)
-    replace(opt.out, lambda file: file.write(png.getvalue()))
+    replace(opt.out, lambda file: figure.savefig(file, format="png", dpi=opt.dpi))
     print(opt.out)
 
 

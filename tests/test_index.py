@@ -59,17 +59,8 @@ def test_a_collection_holds_what_the_model_encodes_in_half_precision(built):
     assert np.asarray(collection.images) == pytest.approx(memory.images.numpy(), abs=1e-3)
     assert np.asarray(collection.words) == pytest.approx(memory.words.numpy(), abs=1e-3)
     assert collection.lens.tolist() == memory.lens.tolist()
-
-
-def test_with_all_candidates_the_search_is_exhaustive(built):
-    collection, memory, _, sentences = built
-    for sentence in sentences[:5]:
-        images, scores = collection.search(sentence, 10, candidates=N)
-        expected, exact = memory.search(sentence, 10)
-        assert scores == pytest.approx(exact, abs=3e-3)  # half precision
-        assert len(set(images) & set(expected)) >= 9
-        captions = collection.score_captions(collection.image(3))
-        assert captions == pytest.approx(memory.score_captions(memory.image(3)), abs=3e-3)
+    captions = collection.score_captions(collection.image(3))
+    assert captions == pytest.approx(memory.score_captions(memory.image(3)), abs=3e-3)
 
 
 def test_a_search_for_images_or_captions_scores_its_candidates_exactly(built):

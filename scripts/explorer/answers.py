@@ -122,8 +122,11 @@ class Explorer:
             "boxes": None if boxes is None else np.round(boxes, 4).tolist(),
         }
 
-    def image(self, image):
-        """An image with the grids of its regions: area weights, and each model's learned weights."""
+    def image(self, image, k):
+        """An image, the grids of its regions (area weights, and each model's learned ones), and what captions_for says.
+
+        k: how many captions of each model.
+        """
         cells, area = self.images.grid(image) or (None, None)
         return {
             **self.look(image),
@@ -131,6 +134,7 @@ class Explorer:
             "cells": None if cells is None else cells.tolist(),
             "area": None if area is None else np.round(area, 4).tolist(),
             "learned": [self._learned_weights(i, image) for i in range(len(self.collections))],
+            "models": self.captions_for(image, k),
         }
 
     def _captions_of(self, image):
@@ -175,7 +179,7 @@ class Explorer:
         for collection in self.collections:
             found = collection.search_captions(collection.image(image), None, self.opt.candidates)
             models.append(best_of(*found, k, positives, lambda i: {"text": self.captions[i]}))
-        return {"models": models}
+        return models
 
 
 def check_same_images(path, dataset, first, folder):

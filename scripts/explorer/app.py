@@ -44,12 +44,8 @@ def make_app(explorer):
         return Answer(comparison().result() if comparison().done() else None)
 
     @app.get("/api/images/{number}")
-    def describe(number: str):
-        return locked(explorer.image, existing(number))
-
-    @app.get("/api/images/{number}/captions")
-    def captions(number: str, k: int = count):
-        return locked(explorer.captions_for, existing(number), k)
+    def describe(number: str, k: int = count):
+        return locked(explorer.image, existing(number), k)
 
     @app.get("/api/images/{number}/attention")
     def attention(number: str, sentence: str):

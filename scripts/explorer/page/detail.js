@@ -28,10 +28,9 @@ export class Detail {
     if (!$('detail').open) $('detail').showModal()
     say('detail-status', 'Loading …')
     try {
-      const path = `api/images/${encodeURIComponent(image)}`
-      const [shown, captions] = await Promise.all([ask(path), ask(`${path}/captions?k=${CAPTIONS}`)])
+      const shown = await ask(`api/images/${encodeURIComponent(image)}?k=${CAPTIONS}`)
       if (this.image !== image) return
-      Object.assign(this, {shown, captions})
+      this.shown = shown
       $('region').max = shown.boxes?.length ?? 0
       $('captions').parentElement.hidden = !about.captions
       const sentence = query || shown.captions[0]
@@ -56,7 +55,7 @@ export class Detail {
     $('detail').classList.remove('failed')
     $('detail-title').textContent = `${this.shown.id}: “${sentence}”`
     $('views').replaceChildren(...answer.models.map((model, i) => this.view(model, i)))
-    $('captions').replaceChildren(...this.captions.models.map((model, i) => this.captionList(model, i)))
+    $('captions').replaceChildren(...this.shown.models.map((model, i) => this.captionList(model, i)))
     this.pin(null)
   }
 
