@@ -54,11 +54,7 @@ async function show() {
 
 async function search(sentence) {
   asking?.abort()
-  if (!sentence) {
-    shown = null
-    $('results').replaceChildren()
-    return say('status', '')
-  }
+  if (!sentence) return showNone('')
   const mine = asking = new AbortController()
   $('results').classList.add('waiting')
   const started = performance.now()
@@ -70,12 +66,16 @@ async function search(sentence) {
     say('status', `${best}${number(about.images)} images ranked in ${seconds.toFixed(2)} s. ${marked(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
-    shown = null
-    $('results').replaceChildren()
-    say('status', error.message, true)
+    showNone(error.message, true)
   } finally {
     if (asking === mine) $('results').classList.remove('waiting')
   }
+}
+
+function showNone(reason, bad) {
+  shown = null
+  $('results').replaceChildren()
+  say('status', reason, bad)
 }
 
 function marked({positives}) {
