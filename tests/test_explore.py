@@ -29,7 +29,6 @@ from lib.errors import InputError
 from scripts import explore
 from scripts.demo import make_demo_data
 from scripts.explorer.answers import Explorer
-from scripts.explorer.app import make_app
 from scripts.explorer.hard_cases import compare
 from scripts.explorer.images import SplitImages, find_files
 from Tencent_PFAN import model_whole
@@ -47,7 +46,7 @@ def options(*flags):
 @contextlib.contextmanager
 def serve(explorer):
     """The address of a server of an Explorer on a free port."""
-    with serve_app(make_app(explorer)) as port:
+    with serve_app(explore.make_app(explorer)) as port:
         yield f"http://127.0.0.1:{port}/"
 
 
