@@ -112,9 +112,10 @@ def main() -> None:
     parser.add_argument("--model_path", type=Path, default=Path("runs"), help="(default: ./runs/)")
     opt = parser.parse_args()
     if strange := {*opt.item} - {*ITEMS, "all"}:
-        parser.error(f"{min(strange)}: expected {', '.join(ITEMS)}, all or an option (see --help)")
+        raise InputError(f"{min(strange)}: expected {', '.join(ITEMS)}, all or an option (see --help)")
     asked = ITEMS if not opt.item or "all" in opt.item else opt.item
-    sources = {name: x for name, x in make_sources(opt.data_path, opt.model_path).items() if x.item in asked}
+    sources = make_sources(opt.data_path, opt.model_path)
+    sources = {name: source for name, source in sources.items() if source.item in asked}
     paired = [name for name in POSITIONS if name in asked or "scan" in asked]
     steps = [(get, name, source, opt) for name, source in sources.items()]
     steps += [(put_beside, name, opt.data_path) for name in paired]

@@ -243,7 +243,7 @@ def test_without_items_nothing_is_fetched(drive, download):
     done = subprocess.run(["sh", SCRIPT, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "example: python scripts/download_data.py f30k scan" in done.stdout
     status, _, errors = download("flickr")
-    assert status == 2 and "flickr" in errors[-1]
+    assert status == 2 and "flickr" in errors[0]
 
 
 # ---------------------------------------------------------------- positions in the features' order

@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def found_as(path: Path) -> Path:
-    """A wanted file's path, or the other name that the captions of Tencent-News may have."""
+    """The path of a wanted file, or the other name of Tencent-News' captions where only that exists."""
     other = path.with_name(path.name.replace("_caps.txt", "_sent_caps.txt"))
     return other if other.exists() and not path.exists() else path
 

@@ -199,10 +199,10 @@ def read_tokens(collection, sentence):
 
 
 def best_of(order, scores, k, positives, describe):
-    """The first k of the indices order, best first, with their scores (both (n,)) and what describe(index) tells.
+    """{"results", "rank", "scored"} of indices order (n,), best first, and their scores (n,).
 
-    A rank, of the first one among positives, from 1, or None, counts what was scored exactly: all, or the first
-    stage's candidates.
+    results: the first k, each with its score, whether it is among positives, and the fields of describe(index). rank:
+    of the first positive, from 1, or None. scored: n, all images or captions, or the first stage's candidates.
     """
     results = [
         {"score": score, "positive": index in positives} | describe(index)

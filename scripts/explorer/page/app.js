@@ -54,7 +54,7 @@ async function show() {
 
 async function search(sentence) {
   asking?.abort()
-  if (!sentence) return showNone('')
+  if (!sentence) return showNoResults('')
   const mine = asking = new AbortController()
   $('results').classList.add('waiting')
   const started = performance.now()
@@ -66,13 +66,13 @@ async function search(sentence) {
     say('status', `${best}${number(about.images)} images ranked in ${seconds.toFixed(2)} s. ${marked(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
-    showNone(error.message, true)
+    showNoResults(error.message, true)
   } finally {
     if (asking === mine) $('results').classList.remove('waiting')
   }
 }
 
-function showNone(reason, bad) {
+function showNoResults(reason, bad) {
   shown = null
   $('results').replaceChildren()
   say('status', reason, bad)
