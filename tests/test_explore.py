@@ -416,9 +416,6 @@ class Person:
         self.one(".card").click()
         return self.until(lambda: self.all("#views .word"))
 
-    def choose_region(self, number):
-        self.run("const r = document.getElementById('region'); r.value = arguments[0]; r.oninput()", number)
-
     def fills(self):
         """{region: its share of the largest weight} of the rectangles of the first model's image."""
         script = """return [...document.querySelectorAll('#views > .view:first-child rect')].map(rect =>
@@ -562,7 +559,7 @@ def test_three_models_fit_a_narrow_dark_screen_and_nothing_jumps(browser, made):
         person.until(lambda: "attends" in person.text("#detail-status"))
         selector = ".word, #views .frame, .grid .map, #captions button"
         on_word = person.places(selector)
-        person.choose_region(3)
+        person.run("region.value = 3; region.oninput()")
         person.until(lambda: person.text("#detail-status").startswith("Region 3"))
         assert person.places(selector) == on_word
         shades = person.run("const s = getComputedStyle(detail); return [s.color, s.backgroundColor]")
