@@ -97,16 +97,16 @@ def test_the_first_stage_is_the_mean_over_what_attends_of_the_best_that_is_atten
 @pytest.mark.parametrize("stop_at", ["words", "table"])
 def test_a_stopped_build_keeps_the_files_that_it_finished(split, copied, tmp_path, monkeypatch, stop_at):
     monkeypatch.setattr(building, "TABLE_BLOCK", 8)  # several blocks
-    made, progress = tmp_path / "made", building.progress
+    made = tmp_path / "made"
 
-    def stop(blocks, name):
-        for block in progress(blocks, name):
+    def stop(blocks, name, **options):
+        for block in blocks:
             yield block
             if name == stop_at:
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(building, "progress", stop)
+        context.setattr(building, "tqdm", stop)
         open_or_build(*split, str(made), n_centroids=32)
     finished = {path: path.stat().st_mtime_ns for path in made.glob("*.npy")}
     assert made / "lens.npy" in finished and made / f"{stop_at}.npy" not in finished
@@ -140,17 +140,14 @@ def test_a_finished_collection_is_opened_and_not_made_again(split, copied, monke
         ("vocabulary", lambda data: data.vocab.word2idx.update(ball=data.vocab.word2idx["red"])),
     ],
 )
-def test_a_collection_of_other_data_of_the_same_shape_is_refused(split, copied, said, change):
-    path, model, _, name = split
+def test_a_collection_of_another_model_or_of_other_data_of_the_same_shape_is_refused(toy, split, copied, said, change):
+    path, model, loader, name = split
+    with pytest.raises(InputError, match="made from other checkpoint, --overwrite"):
+        open_or_build(toy[1]["i2t"], model, loader, name, str(copied))
     _, loader = load_split(path, split=name)
     change(loader.dataset)
     with pytest.raises(InputError, match=f"made from other {said}, --overwrite"):
         open_or_build(path, model, loader, name, str(copied))
-
-
-def test_a_collection_of_another_model_is_refused(toy, split, copied):
-    with pytest.raises(InputError, match="made from other checkpoint, --overwrite"):
-        open_or_build(toy[1]["i2t"], *split[1:], str(copied))
 
 
 def test_files_that_are_no_collections_are_left_alone(split, tmp_path):

@@ -143,7 +143,8 @@ def build(folder, n_centroids, model, loader):
     def fill(name, shape, blocks, make, dtype=np.float16, write=write_rows):
         path = os.path.join(folder, f"{name}.npy")
         if not os.path.isfile(path):
-            replace(path, lambda file: write(file, shape, np.dtype(dtype), map(make, progress(blocks, name))))
+            blocks = map(make, tqdm(blocks, name, unit="batch", leave=False, disable=None))
+            replace(path, lambda file: write(file, shape, np.dtype(dtype), blocks))
         return open_npy(path)
 
     def encode_images(block):
@@ -173,10 +174,6 @@ def build(folder, n_centroids, model, loader):
     fill("nearest", (len(queries),), cut(len(queries), NEAREST_BLOCK), find_nearest, np.uint16)
     n_contexts = len(starts) - 1
     fill("table", (k, n_contexts), cut(n_contexts, TABLE_BLOCK), compare, write=write_columns)
-
-
-def progress(blocks, name):
-    return tqdm(blocks, name, unit="batch", leave=False, disable=None)
 
 
 def cut(n, size):
