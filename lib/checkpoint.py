@@ -151,8 +151,10 @@ def check_state(encoder: str, own: dict, state: dict) -> None:
 def check_kind(path: str, checkpoint: dict, whole_image: bool) -> None:
     """Raise InputError where the checkpoint at path is of a whole-image model, and one without was expected, or not."""
     if ("fc_whole.bias" in checkpoint["model"][0]) != whole_image:
-        found, command = ("no", "evaluation.py") if whole_image else ("a", "Tencent_PFAN/evaluation_whole.py")
-        raise InputError(f"{path}: {found} whole-image model, expected to be evaluated by {command}")
+        if whole_image:
+            raise InputError(f"{path}: no whole-image model, expected to be evaluated by evaluation.py")
+        others = "evaluation, explorer, search and figures take train.py's models only"
+        raise InputError(f"{path}: a whole-image model; {others}, Tencent_PFAN/evaluation_whole.py ranks it")
 
 
 def infer_position(image_state: dict) -> str:

@@ -17,7 +17,7 @@ from evaluation import load_split
 from lib.errors import run
 from lib.options import add_options
 from scripts.search.build import N_CENTROIDS, collection_folder, open_or_build
-from scripts.search.queries import check_query
+from scripts.search.collection import check_query
 
 MAX_CENTROIDS = 1 << 16  # indices of a uint16
 

@@ -36,15 +36,14 @@ if not __package__:
 
 from lib.errors import InputError, run
 from scripts.download.archives import fetch_drive, fetch_kaggle, unpack
-from scripts.download.sources import ITEMS, POSITIONS, SOURCES, Folders, print_table
+from scripts.download.sources import ITEMS, POSITIONS, PUBLIC, Source, make_sources, print_table, split_files
 
 
-def get(name: str, folders: Folders) -> None:
+def get(name: str, source: Source, opt: argparse.Namespace) -> None:
     """Fetch an archive unless it is there, unpack it and put its files in place."""
-    source = SOURCES[name]
-    if not folders.missing(source):
+    if not source.missing():
         return
-    archive = folders.data / "downloads" / name
+    archive = opt.data_path / "downloads" / name
     archive.parent.mkdir(parents=True, exist_ok=True)
     if not archive.is_file():
         if source.drive_id:
@@ -58,16 +57,16 @@ def get(name: str, folders: Folders) -> None:
     except BaseException:
         shutil.rmtree(unpacked, ignore_errors=True)
         raise
-    put_in_place(name, unpacked, folders)
-    if missing := folders.missing(source):
+    put_in_place(name, source, unpacked, opt.vocab_path)
+    if missing := source.missing():
         by_hand = f"; move what stands for them by hand out of {unpacked}" if unpacked.exists() else ""
-        raise InputError(f"{name}: {archive} has no {', '.join(missing)}{by_hand}")
+        raise InputError(f"{name}: {archive} has no {', '.join(map(str, missing))}{by_hand}")
 
 
-def put_in_place(name: str, unpacked: Path, folders: Folders) -> None:
+def put_in_place(name: str, source: Source, unpacked: Path, vocab_path: Path) -> None:
     """Move the unpacked files whose place is certain, and list all of them with where they are now."""
     files = sorted(path for path in unpacked.rglob("*") if path.is_file())
-    places = {path: folders.place(SOURCES[name], path.relative_to(unpacked)) for path in files}
+    places = {path: source.place(path.relative_to(unpacked), vocab_path) for path in files}
     claims = Counter(places.values())
     for path, target in places.items():
         where = f"left in {unpacked}"
@@ -80,12 +79,12 @@ def put_in_place(name: str, unpacked: Path, folders: Folders) -> None:
         shutil.rmtree(unpacked)
 
 
-def put_beside(name: str, folders: Folders) -> None:
-    """Put PFAN's positions of a data set in the order of SCAN's features, where both are there.
+def put_beside(name: str, data_path: Path) -> None:
+    """Put PFAN's positions of f30k or coco in the order of SCAN's features, where both are there.
 
     Raises InputError where the order cannot be proved, or boxes of unknown order lie beside the features.
     """
-    positions, features = folders.data / "pfan" / name, folders.data / name
+    features, positions = data_path / f"{name}_precomp", data_path / "pfan" / f"{name}_precomp"
     todo = []
     for path in sorted(positions.glob("*_boxes.npy")):
         split = path.name.removesuffix("_boxes.npy")
@@ -107,26 +106,30 @@ def put_beside(name: str, folders: Folders) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("item", nargs="*", metavar="ITEM", help="f30k, coco, scan, tencent, models or all")
+    parser.add_argument("item", nargs="*", metavar="ITEM", help=f"{', '.join(ITEMS)} or all")
     parser.add_argument("--data_path", type=Path, default=Path("data"), help="(default: ./data/)")
     parser.add_argument("--vocab_path", type=Path, default=Path("vocab"), help="(default: ./vocab/)")
     parser.add_argument("--model_path", type=Path, default=Path("runs"), help="(default: ./runs/)")
     opt = parser.parse_args()
-    for item in opt.item:
-        if item not in (*ITEMS, "all"):
-            raise InputError(f"{item}: expected {', '.join(ITEMS)}, all or an option (see --help)")
-    names = [name for name, source in SOURCES.items() if source.item in opt.item or "all" in opt.item]
-    folders = Folders(opt.data_path, opt.vocab_path, opt.model_path)
-    steps = [(get, name) for name in names]
-    steps += [(put_beside, f"{name}_precomp") for name in POSITIONS if name in names or "scan" in names]
+    if strange := {*opt.item} - {*ITEMS, "all"}:
+        raise InputError(f"{min(strange)}: expected {', '.join(ITEMS)}, all or an option (see --help)")
+    asked = ITEMS if not opt.item or "all" in opt.item else opt.item
+    sources = make_sources(opt.data_path, opt.model_path)
+    sources = {name: source for name, source in sources.items() if source.item in asked}
+    paired = [name for name in POSITIONS if name in asked or "scan" in asked]
+    steps = [(get, name, source, opt) for name, source in sources.items()]
+    steps += [(put_beside, name, opt.data_path) for name in paired]
     failed = False
-    for step, name in steps:
+    for step, *arguments in steps if opt.item else ():
         try:
-            step(name, folders)
+            step(*arguments)
         except InputError as error:
             failed = True
             print(f"error: {error}", file=sys.stderr, flush=True)
-    print_table(names or list(SOURCES), folders)
+    items = {path: source.item for source in sources.values() for path in source.wanted}
+    for name in paired:
+        items |= dict.fromkeys(split_files(opt.data_path / f"{name}_precomp", PUBLIC, "boxes.npy"), f"{name} scan")
+    print_table(items)
     sys.exit(2 if failed else 0)
 
 

@@ -5,24 +5,79 @@ example: python scripts/explore.py --model_path runs/demo/attention_seed0/model_
 """
 
 import argparse
+import functools
+import os
+
+from fastapi import FastAPI, Query
+from fastapi.responses import FileResponse
+from fastapi.staticfiles import StaticFiles
 
 if not __package__:
     import _root  # noqa: F401
 
 from lib.errors import run
-from lib.web import in_brackets, listen, serve
+from lib.options import add_options
+from lib.web import REFUSALS, Answer, Refused, guard, in_brackets, listen, serve
+from scripts.explorer import hard_cases
 from scripts.explorer.answers import Explorer
-from scripts.explorer.app import make_app
 
-MAX_MODELS = 4
+PAGE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "explorer", "page")
+MAX_MODELS, MAX_RESULTS = 4, 100
+
+
+def make_app(explorer):
+    """The FastAPI app of an Explorer: the page, and the answers as JSON under /api."""
+    app = FastAPI(title="PFAN explorer", docs_url=None, redoc_url=None, openapi_url=None, exception_handlers=REFUSALS)
+    guard(app, explorer.opt.host, explorer.opt.allowed_hosts)
+    count = Query(ge=1, le=MAX_RESULTS)
+    comparison = functools.cache(lambda: hard_cases.start(explorer))  # once, when it is first asked for
+
+    def existing(number):
+        """An image's index (int) from the text in an address."""
+        if not (number.isdecimal() and len(number) < 10 and int(number) < explorer.n_images):
+            raise Refused(404, f"There is no image {number[:20]}: expected 0 to {explorer.n_images - 1}.")
+        return int(number)
+
+    def locked(answer, *args):
+        with explorer.lock:
+            return Answer(answer(*args))
+
+    @app.get("/api/about")
+    def about():
+        return Answer(explorer.about())
+
+    @app.get("/api/search")
+    def search(sentence: str, k: int = count):
+        return locked(explorer.search, sentence, k)
+
+    @app.get("/api/hard")
+    def hard():
+        return Answer(comparison().result() if comparison().done() else None)
+
+    @app.get("/api/images/{number}")
+    def describe(number: str, k: int = count):
+        return locked(explorer.image, existing(number), k)
+
+    @app.get("/api/images/{number}/attention")
+    def attention(number: str, sentence: str):
+        return locked(explorer.attention, existing(number), sentence)
+
+    @app.get("/images/{number}")
+    def image(number: str):
+        path = explorer.images.files.get(explorer.images.ids[existing(number)])
+        if path is None:
+            raise Refused(404, f"Image {number} has no file in {explorer.images.folder}.")
+        return FileResponse(path)
+
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    return app
 
 
 def get_parser():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model_path", nargs="+", required=True, help=f"checkpoints, side by side; at most {MAX_MODELS}")
-    add("--data_path", help="folder of the data sets (default: the checkpoint's)")
-    add("--vocab_path", help="folder of the vocabularies (default: the checkpoint's)")
+    add("--model_path", nargs="+", required=True, help=f"checkpoints of train.py, side by side; at most {MAX_MODELS}")
+    add_options(parser, ("data_path", "vocab_path", "device"), data_path=None, vocab_path=None)
     add("--split", default="test", help="dev, test, testall or one of your own (default: %(default)s)")
     add("--images", metavar="DIR", help="image files named by id (default: SPLIT_images beside the data, if there)")
     two_stages = "search splits of more images in two stages, with an index made once (default: %(default)s)"
@@ -31,7 +86,6 @@ def get_parser():
     add("--host", default="127.0.0.1", help="to listen on (default: %(default)s, this machine alone)")
     add("--port", type=int, default=8765, help="to listen on (default: %(default)s)")
     add("--allowed_hosts", nargs="+", default=[], metavar="NAME", help="further names it answers to on 127.0.0.1")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: CUDA if there, else CPU)")
     return parser
 
 

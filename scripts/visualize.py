@@ -8,7 +8,6 @@ python scripts/visualize.py ablation  --model_path A B C --split test --out abla
 
 import argparse
 import glob
-import io
 import os
 import textwrap
 
@@ -35,8 +34,7 @@ from scripts.explorer.images import SIDE, SplitImages
 from scripts.explorer.logs import read_events, read_metrics
 from scripts.explorer.names import name_models
 from scripts.features.images import read_image
-from scripts.search.collection import Collection
-from scripts.search.queries import check_query
+from scripts.search.collection import Collection, check_query
 
 HEAT, FRAME = "#ff7a00", "#e7eaee"
 CURVES = {
@@ -254,10 +252,9 @@ def main():
     if not 20 <= opt.dpi <= 1000:
         parser.error("expected --dpi 20 to 1000")
     check_output(opt.out)
-    figure, png = opt.draw(opt), io.BytesIO()
+    figure = opt.draw(opt)
     show_as_typed(figure.findobj(Text))
-    figure.savefig(png, format="png", dpi=opt.dpi)
-    replace(opt.out, lambda file: file.write(png.getvalue()))
+    replace(opt.out, lambda file: figure.savefig(file, format="png", dpi=opt.dpi))
     print(opt.out)
 
 

@@ -10,7 +10,7 @@ from folders import make_folder, save_model
 
 from model import SCAN
 from scripts import benchmark
-from scripts.bench import inputs, measurements
+from scripts.bench import measurements
 
 TINY = {
     "repeats": 1,
@@ -31,7 +31,7 @@ TINY = {
 @pytest.mark.parametrize("way", ["t2i", "i2t"])
 def test_the_published_way_trains_as_this_code_does(way):
     s = Namespace(**{**benchmark.SIZES, **TINY, "device": "cpu"})
-    ours, batch = measurements.make_model(SCAN, s, way), inputs.random_batch(s, 8)
+    ours, batch = measurements.make_model(SCAN, s, way), measurements.random_batch(s, 8)
     published = measurements.as_published(ours)
     steps = [(ours.train_emb(*batch).item(), published.train_emb(*batch).item()) for _ in range(3)]
     assert [a for a, _ in steps] == pytest.approx([b for _, b in steps], rel=1e-4)

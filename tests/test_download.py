@@ -186,8 +186,11 @@ def test_neither_an_archive_saved_by_hand_nor_what_came_from_it_is_fetched(tmp_p
 @pytest.mark.parametrize(
     "body, told",
     [
-        (zipped(boxes(splits=["train"])), "has no pfan/f30k_precomp/dev_boxes.npy, pfan/f30k_precomp/test_boxes.npy"),
-        (zipped(boxes("a/") | boxes("b/")), "has no pfan/f30k_precomp/train_boxes.npy"),
+        (
+            zipped(boxes(splits=["train"])),
+            "has no data/pfan/f30k_precomp/dev_boxes.npy, data/pfan/f30k_precomp/test_boxes.npy",
+        ),
+        (zipped(boxes("a/") | boxes("b/")), "has no data/pfan/f30k_precomp/train_boxes.npy"),
         (zipped(boxes())[:-30], "no whole zip or tar archive"),
         (zipped(boxes()).replace(b"boxes of dev", b"boxes of DEV"), "f30k: cannot be unpacked (Bad CRC"),
         (tarred({"train_boxes.npy": np.random.default_rng(0).bytes(10**5)})[:-30], "f30k: cannot be unpacked"),
@@ -278,27 +281,19 @@ def positions(published, kinds, rows=slice(None, None, -1)):
     return "application/zip", zipped(members)
 
 
-def check_aligned(folder, published):
-    for split, (grids, _, _) in published.items():
-        np.testing.assert_array_equal(np.load(folder / f"data/f30k_precomp/{split}_boxes.npy"), grids[..., :30])
-
-
+@pytest.mark.parametrize("features_first", [True, False])
 @pytest.mark.parametrize("kinds", [["boxes.npy", "caps.txt"], ["boxes.npy"], ["boxes.npy", "ims.npy", "caps.txt"]])
-def test_positions_arrive_in_the_order_of_the_features(tmp_path, drive, download, published, kinds):
-    scan_data(tmp_path, published)
+def test_positions_arrive_in_the_order_of_the_features(tmp_path, drive, download, published, kinds, features_first):
     drive.files[F30K] = positions(published, kinds)
-    assert download("f30k")[::2] == (0, [])
-    check_aligned(tmp_path, published)
-    assert download("f30k")[::2] == (0, []) and len(drive.ranges) == 1  # all is in place
-
-
-def test_features_that_come_later_get_their_positions(tmp_path, drive, download, published):
-    drive.files[F30K] = positions(published, ["boxes.npy", "caps.txt"])
-    assert download("f30k")[0] == 0
-    assert not (tmp_path / "data/f30k_precomp").exists()  # no boxes lie where features will
+    if not features_first:
+        assert download("f30k")[0] == 0
+        assert not (tmp_path / "data/f30k_precomp").exists()  # no boxes lie where features will
     scan_data(tmp_path, published)
     assert download("f30k")[::2] == (0, [])
-    check_aligned(tmp_path, published)
+    for split, (grids, _, _) in published.items():
+        made = np.load(tmp_path / f"data/f30k_precomp/{split}_boxes.npy")
+        np.testing.assert_array_equal(made, grids[..., :30])
+    assert download("f30k")[::2] == (0, []) and len(drive.ranges) == 1  # all is in place
 
 
 def test_an_image_without_positions_stops_the_alignment(tmp_path, drive, download, published):

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from dataset_commands import call, fails, ok
-from folders import save_model, write_lines
+from folders import make_whole_folder, save_model, write_lines
 from PIL import Image
-from processes import LIMIT, serve_app, wait_for
+from processes import LIMIT, free_ports, serve_app, wait_for
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
@@ -29,9 +29,9 @@ from lib.errors import InputError
 from scripts import explore
 from scripts.demo import make_demo_data
 from scripts.explorer.answers import Explorer
-from scripts.explorer.app import make_app
 from scripts.explorer.hard_cases import compare
 from scripts.explorer.images import SplitImages, find_files
+from Tencent_PFAN import model_whole
 from vocab import SPECIAL, Vocabulary
 
 N_IMAGES = 12
@@ -46,7 +46,7 @@ def options(*flags):
 @contextlib.contextmanager
 def serve(explorer):
     """The address of a server of an Explorer on a free port."""
-    with serve_app(make_app(explorer)) as port:
+    with serve_app(explore.make_app(explorer)) as port:
         yield f"http://127.0.0.1:{port}/"
 
 
@@ -98,7 +98,7 @@ def embeddings(made):
 
 def test_a_sentence_ranks_the_images_and_an_image_the_captions_as_evalrank_scores_them(embeddings, explorer, address):
     by_sentence = get(address, "search", sentence=explorer.captions[17], k=5)[1]
-    by_image = get(address, "images/3/captions", k=60)[1]
+    by_image = get(address, "images/3", k=60)[1]
     assert by_sentence["positives"] == [3]
     found = zip(embeddings, by_sentence["models"], by_image["models"], strict=True)
     for (images, captions, lens, opt), of_sentence, of_image in found:
@@ -141,7 +141,7 @@ def test_attention_is_the_formulas(embeddings, explorer, address):
 
 
 def test_the_grid_shows_area_and_learned_weights(made, explorer, address):
-    _, answer = get(address, "images/4")
+    _, answer = get(address, "images/4", k=1)
     grids = np.load(made[0] / "data" / "demo" / "test_boxes.npy")[4]
     assert np.array(answer["cells"]) == pytest.approx(grids[:, :15])
     assert np.array(answer["area"]) == pytest.approx(grids[:, 15:30], abs=1e-4)
@@ -162,9 +162,9 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer):
     for cases in (sentences, images):
         ratios = [max(case["ranks"]) / min(case["ranks"]) for case in cases]
         assert ratios == sorted(ratios, reverse=True) and min(ratios) > 1
-    found = explorer.search(sentences[0]["sentence"], 1), explorer.captions_for(images[0]["image"], 1)
-    for answer, case in zip(found, (sentences[0], images[0]), strict=True):
-        assert [model["rank"] for model in answer["models"]] == case["ranks"]
+    found = explorer.search(sentences[0]["sentence"], 1)["models"], explorer.captions_for(images[0]["image"], 1)
+    for models, case in zip(found, (sentences[0], images[0]), strict=True):
+        assert [model["rank"] for model in models] == case["ranks"]
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_hard_cases_are_the_queries_with_the_largest_ratio_of_ranks(explorer):
         ("images/3/attention", {"sentence": "xyzzy"}, 400, "No model knows any of these words: xyzzy."),
         ("search", {"sentence": "a", "k": 101}, 400, "100"),
         ("search", {"k": 5}, 400, "sentence"),
-        ("images/12", {}, 404, "There is no image 12: expected 0 to 11"),
-        ("images/²/captions", {"k": 5}, 404, "There is no image ²: expected 0 to 11"),
+        ("images/12", {"k": 5}, 404, "There is no image 12: expected 0 to 11"),
+        ("images/²", {"k": 5}, 404, "There is no image ²: expected 0 to 11"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_with_a_reason(address, path, parameters, status, said):
@@ -194,11 +194,11 @@ def test_a_page_of_another_site_cannot_read_the_explorer_under_its_own_name(addr
 
 def test_more_images_than_index_above_are_searched_in_two_stages(made, explorer):
     two_stages = Explorer(options(*made[1], "--index_above", "5", "--candidates", str(N_IMAGES)))
-    assert all(model["indexed"] for model in two_stages.about()["models"])
+    assert two_stages.about()["indexed"] and not explorer.about()["indexed"]
     answers = (known.search(explorer.captions[7], 5)["models"] for known in (explorer, two_stages))
     for fine, coarse in zip(*answers, strict=True):
         assert [r["score"] for r in coarse["results"]] == pytest.approx([r["score"] for r in fine["results"]], abs=3e-3)
-    assert [model["scored"] for model in two_stages.captions_for(3, 2)["models"]] == [N_IMAGES, N_IMAGES]  # of 60
+    assert [model["scored"] for model in two_stages.captions_for(3, 2)] == [N_IMAGES, N_IMAGES]  # of 60
 
 
 def other_model(made, root, change, **flags):
@@ -238,7 +238,7 @@ def test_models_of_one_split_in_two_folders_are_shown_side_by_side(made, tmp_pat
     def narrow(folder):
         np.save(folder / "test_ims.npy", np.load(folder / "test_ims.npy")[..., :64])
 
-    learned = Explorer(options(made[1][0], other_model(made, tmp_path, narrow, img_dim=64))).image(4)["learned"]
+    learned = Explorer(options(made[1][0], other_model(made, tmp_path, narrow, img_dim=64))).image(4, 1)["learned"]
     assert np.shape(learned) == (2, 36, 15) and not np.allclose(learned[0], learned[1])
 
 
@@ -255,6 +255,13 @@ def test_the_command_says_what_is_wrong_in_one_line(made, flags, said):
         port = taken.getsockname()[1]
         assert "address already in use" in fails("explore", "--model_path", "nosuch.pth.tar", "--port", port)
     assert said in fails("explore", "--model_path", made[1][0], "--port", port, *flags)
+
+
+def test_a_whole_image_model_is_refused_with_what_the_explorer_takes(tmp_path):
+    news, model = make_whole_folder(tmp_path), tmp_path / "whole.pth.tar"
+    save_model(model, *news, data_name="toy", make_model=model_whole.SCAN, position="area")
+    (port,) = free_ports(1)
+    assert "explorer, search and figures take train.py's" in fails("explore", "--model_path", model, "--port", port)
 
 
 # ---------------------------------------------------------------- image files and boxes
@@ -409,9 +416,6 @@ class Person:
         self.one(".card").click()
         return self.until(lambda: self.all("#views .word"))
 
-    def choose_region(self, number):
-        self.run("const r = document.getElementById('region'); r.value = arguments[0]; r.oninput()", number)
-
     def fills(self):
         """{region: its share of the largest weight} of the rectangles of the first model's image."""
         script = """return [...document.querySelectorAll('#views > .view:first-child rect')].map(rect =>
@@ -474,7 +478,7 @@ def test_pointing_at_a_region_lights_words_and_shows_its_grid(person, explorer):
     weights = explorer.attention(image, explorer.captions[0])["models"][0]["i2t"][region]
     assert [word.text.split("\n")[-1] for word in words[: len(weights)]] == [f"{100 * w:.0f} %" for w in weights]
     assert person.text("#region-name").startswith(f"{region + 1} of 36")
-    cells = np.array(explorer.image(image)["cells"][region])
+    cells = np.array(explorer.image(image, 1)["cells"][region])
     assert [title.text for title in person.all(".grid h4")] == ["Area weights", "Learned, PFAN-A t2i"]
     for drawn in person.all(".grid svg"):
         assert len(drawn.find_elements("css selector", "rect")) == (cells < 256).sum()
@@ -555,7 +559,7 @@ def test_three_models_fit_a_narrow_dark_screen_and_nothing_jumps(browser, made):
         person.until(lambda: "attends" in person.text("#detail-status"))
         selector = ".word, #views .frame, .grid .map, #captions button"
         on_word = person.places(selector)
-        person.choose_region(3)
+        person.run("region.value = 3; region.oninput()")
         person.until(lambda: person.text("#detail-status").startswith("Region 3"))
         assert person.places(selector) == on_word
         shades = person.run("const s = getComputedStyle(detail); return [s.color, s.backgroundColor]")
@@ -586,7 +590,7 @@ def test_images_without_captions_are_searched(browser, made, explorer, tmp_path)
     found, expected = (known.search("a red ring", 5)["models"] for known in (shown, explorer))
     for one, other in zip(found, expected, strict=True):
         assert [result["score"] for result in one["results"]] == [result["score"] for result in other["results"]]
-    assert [model["results"] for model in shown.captions_for(3, 5)["models"]] == [[], []]
+    assert [model["results"] for model in shown.captions_for(3, 5)] == [[], []]
     with serve(shown) as address:
         person = Person(browser, address)
         assert "12 images, no captions" in person.text("#about")

@@ -17,7 +17,7 @@ from evaluation import i2t, t2i
 from lib.kernels import pieces
 from lib.kernels.blocks import blocks
 from model import AGG_FUNC, RAW_FEATURE_NORM, ContrastiveLoss, ScoreConfig, l2norm, xattn_score
-from scripts.bench import inputs
+from scripts.bench.measurements import caption_lengths
 
 WAYS = "t2i", "i2t"
 XATTN_SCORE = {"t2i": model.xattn_score_t2i, "i2t": model.xattn_score_i2t}
@@ -255,7 +255,7 @@ def ranks(scores):
 def test_medium_multiplies_in_bfloat16_and_keeps_scores_and_recalls(way, calls, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})  # torch computes it on any
     torch.manual_seed(0)
-    lens = inputs.caption_lengths(np.random.default_rng(0), 300)
+    lens = caption_lengths(np.random.default_rng(0), 300)
     images, captions = embeddings(60, 36, lens, 0, dim=1024, dtype=torch.float32)
     concepts = l2norm(torch.randn(60, 1024), 1)  # images share them
     images = l2norm(images + concepts[torch.randint(60, (60, 36))], 2)

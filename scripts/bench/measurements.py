@@ -15,19 +15,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import PrecompDataset, collate_fn, get_precomp_loader, pad
 from evaluation import SHARD_SIZE, embed_captions, embed_images, i2t, load_split, score_shards, t2i
-from lib.constants import N_REGIONS
+from lib.constants import N_REGIONS, SPECIAL
 from lib.distributed import pick_device
 from lib.errors import InputError
+from lib.files import write_lines
 from lib.kernels import pieces
 from lib.tensors import has_bfloat16
 from model import SCAN, ScoreConfig, formula_scores, xattn_score
 from position import position_grid
-from scripts.bench import inputs, published_way
+from scripts.bench import published_way
+from train import get_parser
+from vocab import Vocabulary
 
 TOP = 10  # images that a search returns
 LONG = 60  # seconds after which a measurement is not repeated
@@ -101,9 +105,9 @@ def score(s, way, form, n_images):
     form: highest or medium, the products' precision, or formula: model.attend alone.
     """
     torch.set_float32_matmul_precision("medium" if form == "medium" else "highest")
-    opt, device = inputs.flags(s, way), pick_device(s.device)
+    opt, device = flags(s, way), pick_device(s.device)
     score_pairs = partial(formula_scores if form == "formula" else xattn_score, config=ScoreConfig.of(opt))
-    images, words, lens = inputs.embeddings(s, n_images)
+    images, words, lens = embeddings(s, n_images)
 
     def work():
         sims = score_shards((images,), (words, lens), score_pairs, device)
@@ -122,8 +126,8 @@ def score(s, way, form, n_images):
 
 def score_published(s, way):
     """Score a part of the pairs in the published way; nothing is ranked."""
-    opt, device = inputs.flags(s, way), pick_device(s.device)
-    images, words, lens = inputs.embeddings(s, s.images)
+    opt, device = flags(s, way), pick_device(s.device)
+    images, words, lens = embeddings(s, s.images)
     n_pairs, lens = len(images) * len(lens), lens[: s.plain_captions]
     images, captions = images[: s.plain_images].double(), pad(words[: sum(lens)].double().split(lens))
     del words
@@ -142,7 +146,7 @@ def score_published(s, way):
 def make_model(make, s, way="t2i", **changes):
     """An untrained SCAN or Published, the same in every run."""
     torch.manual_seed(0)
-    return make(inputs.flags(s, way, **changes))
+    return make(flags(s, way, **changes))
 
 
 def as_published(model):
@@ -154,7 +158,7 @@ def as_published(model):
 
 def train(s, way, n_pairs, amp):
     """A training step; the relative difference of the loss."""
-    model, data = make_model(SCAN, s, way, amp=amp), inputs.random_batch(s, n_pairs)
+    model, data = make_model(SCAN, s, way, amp=amp), random_batch(s, n_pairs)
     with FlopCounterMode(display=False) as counter:
         model.train_emb(*data)
     result, _ = timed(s, lambda: model.train_emb(*data).item())
@@ -167,7 +171,7 @@ def train(s, way, n_pairs, amp):
 
 def train_published(s, way):
     """A training step in the published way."""
-    model, data = make_model(published_way.Published, s, way), inputs.random_batch(s, s.batch_size)
+    model, data = make_model(published_way.Published, s, way), random_batch(s, s.batch_size)
     return timed(s, lambda: model.train_emb(*data).item())[0]
 
 
@@ -175,7 +179,7 @@ def encode(s):
     """Encode a test split."""
     model = make_model(SCAN, s)
     with tempfile.TemporaryDirectory() as folder:
-        vocab = inputs.make_split(s, folder, "test")
+        vocab = make_split(s, folder, "test")
         loader = get_precomp_loader(folder, "test", vocab, model.opt, s.batch_size, False, 0)
 
         def work():
@@ -196,7 +200,7 @@ def encode_published(s):
     model = make_model(published_way.Published, s)
     n = min(s.plain_batches * s.batch_size, s.images * s.per_image)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = PrecompDataset(folder, "test", inputs.make_split(s, folder, "test"))
+        dataset = PrecompDataset(folder, "test", make_split(s, folder, "test"))
         dataset.images = np.array(dataset.images)  # in memory
         loader = DataLoader(Subset(dataset, range(n)), s.batch_size, collate_fn=collate_fn)
         result, _ = timed(s, lambda: published_way.encode_data(model, loader))
@@ -205,7 +209,7 @@ def encode_published(s):
 
 def grids(s):
     """Turn the boxes of a split's images into grids."""
-    boxes, sizes = inputs.random_boxes(s.images)
+    boxes, sizes = random_boxes(s.images)
     return timed(s, lambda: position_grid(boxes, sizes))[0]
 
 
@@ -241,3 +245,55 @@ def search(s, n, candidates):
         hits = [np.isin(best, some) for best, some in zip(find(exhaustive), found, strict=True)]
         result["difference"] = 1 - np.mean(hits).item()
     return result
+
+
+# ---------------------------------------------------------------- random inputs, the same in every run
+
+
+def flags(s, way="t2i", **changes):
+    """The flags of the published Flickr30K run, as train.py parses them, at the sizes s."""
+    words = f"--max_violation --bi_gru --agg_func Mean --cross_attn {way} --lambda_softmax {9 if way == 't2i' else 4}"
+    opt = get_parser().parse_args([*words.split(), "--device", s.device])
+    sizes = {name: getattr(s, name) for name in ("embed_size", "img_dim", "word_dim", "vocab_size", "batch_size")}
+    vars(opt).update(sizes, **changes)
+    return opt
+
+
+def caption_lengths(rng, n):
+    """Words of n captions with <start> and <end>, spread like 500 Flickr30K captions: mean 15.3, from 6 to 43."""
+    return np.exp(rng.normal(2.68, 0.31, n)).round().clip(6, 43).astype(int).tolist()
+
+
+def embeddings(s, n_images):
+    """Random images (n, R, D), words (ΣW, D), lengths."""
+    torch.manual_seed(0)
+    lens = caption_lengths(np.random.default_rng(0), n_images * s.per_image)
+    images, words = torch.randn(n_images, N_REGIONS, s.embed_size), torch.randn(sum(lens), s.embed_size)
+    return normalize(images, dim=2, out=images), normalize(words, dim=1, out=words), lens
+
+
+def random_boxes(n):
+    """Boxes (n, R, 4) in pixels, heights and widths (n, 2)."""
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(300, 500, (n, 2)).astype(float)
+    corners = np.sort(rng.random((n, N_REGIONS, 2, 2)), axis=2) * sizes[:, None, None, ::-1]
+    return corners.reshape(n, N_REGIONS, 4), sizes
+
+
+def random_batch(s, n):
+    """A batch as collate_fn gives it."""
+    torch.manual_seed(0)
+    lens = sorted(caption_lengths(np.random.default_rng(0), n), reverse=True)
+    captions = [torch.randint(s.vocab_size, (length,)) for length in lens]
+    return torch.rand(n, N_REGIONS, s.img_dim), torch.from_numpy(position_grid(*random_boxes(n))), pad(captions), lens
+
+
+def make_split(s, folder, split):
+    """Write a split of a data set of s.images images to folder; returns its vocabulary, of s.vocab_size words."""
+    rng, prefix = np.random.default_rng(0), f"{folder}/{split}"
+    np.save(prefix + "_ims.npy", rng.random((s.images, N_REGIONS, s.img_dim), np.float32))
+    np.save(prefix + "_boxes.npy", position_grid(*random_boxes(s.images)))
+    vocab = [f"w{i}" for i in range(s.vocab_size - len(SPECIAL))]
+    lens = caption_lengths(rng, s.images * s.per_image)
+    write_lines(prefix + "_caps.txt", (" ".join(rng.choice(vocab, length - 2)) for length in lens))
+    return Vocabulary.from_words([*SPECIAL, *vocab])

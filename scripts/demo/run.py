@@ -12,8 +12,8 @@ if not __package__:
 from evaluation import evalrank
 from lib.errors import run
 from lib.intervals import MEASURES
+from scripts.explorer.names import LABELS
 
-MODELS = {"attention": "PFAN-A", "area": "PFAN-P", "none": "SCAN"}
 DATA = ("--data_path", "data", "--data_name", "demo_precomp")
 TRAIN_FLAGS = (
     "--img_dim 128 --embed_size 128 --word_dim 64 --max_violation --bi_gru --agg_func Mean --cross_attn t2i "
@@ -40,14 +40,14 @@ def main():
     command("scripts/demo/make_demo_data.py", *DATA)
     command("vocab.py", *DATA, "--overwrite")
     results, models = {}, []
-    for position, name in MODELS.items() if opt.ablation else [("attention", "PFAN-A")]:
+    for position in LABELS if opt.ablation else ["attention"]:
         folder = f"runs/demo/{position}_seed{opt.seed}"
         flags = ("--logger_name", folder, "--model_name", folder, "--position", position, "--seed", str(opt.seed))
         command("train.py", *DATA, *flags, *TRAIN_FLAGS.split(), "--overwrite", *further)
         models.append(f"{folder}/model_best.pth.tar")
         print(f'+ evaluation.evalrank("{models[-1]}", split="test")', flush=True)
         found = evalrank(models[-1], split="test")
-        results[name] = [*found["i2t"][:3], *found["t2i"][:3], found["rsum"]]
+        results[LABELS[position]] = [*found["i2t"][:3], *found["t2i"][:3], found["rsum"]]
     print("\n" + " " * 8 + "".join(f"{measure:>10}" for measure in MEASURES))
     for name, recalls in results.items():
         print(f"{name:8}" + "".join(f"{recall:10.1f}" for recall in recalls))
@@ -57,5 +57,4 @@ def main():
 
 
 if __name__ == "__main__":
-    os.chdir(os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))))
     run(main)

@@ -13,8 +13,7 @@ from lib.web import Refused
 from scripts.explorer.images import SplitImages, partners
 from scripts.explorer.names import name_models
 from scripts.search.build import open_or_build
-from scripts.search.collection import Collection
-from scripts.search.queries import words_of
+from scripts.search.collection import Collection, known_words
 from vocab import tokenize
 
 MAX_CHARACTERS, MAX_WORDS = 500, 100  # of a sentence
@@ -32,8 +31,6 @@ class Explorer:
         self.opt, self.collections, self.datasets = opt, [], []
         for path in opt.model_path:
             self._add_model(path)
-        options = [collection.model.opt for collection in self.collections]
-        self.names, self.data_name = name_models(opt.model_path, options), options[0].data_name
         self.captions, self.n_images = self.datasets[0].captions, self.datasets[0].n_images
         self.captions_of_text = {}
         for index, caption in enumerate(self.captions):
@@ -61,18 +58,15 @@ class Explorer:
 
     def about(self):
         """The models, the split and some of its captions."""
-        models = [
-            {
-                "name": name,
-                "position": option(collection.model.opt, "position"),
-                "cross_attn": collection.model.opt.cross_attn,
-                "indexed": collection.first_stage is not None,
-            }
-            for name, collection in zip(self.names, self.collections, strict=True)
-        ]
+        options = [collection.model.opt for collection in self.collections]
+        names = name_models(self.opt.model_path, options)
         return {
-            "models": models,
-            "data": self.data_name,
+            "models": [
+                {"name": name, "position": option(opt, "position"), "cross_attn": opt.cross_attn}
+                for name, opt in zip(names, options, strict=True)
+            ],
+            "indexed": self.n_images > self.opt.index_above,
+            "data": options[0].data_name,
             "split": self.opt.split,
             "images": self.n_images,
             "captions": len(self.captions),
@@ -91,32 +85,28 @@ class Explorer:
         self._check_sentence(sentence)
         captions = self.captions_of_text.get(normalize(sentence), ())
         positives = {image for i in captions for image in partners(i, len(self.captions), self.n_images)}
-        found = [self._search_one(collection, sentence, k, positives) for collection in self.collections]
-        return {"sentence": sentence, "positives": sorted(positives), "models": found}
+
+        def describe(image):
+            return {"caption": [*self._captions_of(image), ""][0]} | self.look(image)
+
+        models = []
+        for collection in self.collections:
+            found = np.zeros(0, int), np.zeros(0)
+            if any(known_words(collection.vocab, sentence).values()):
+                found = collection.search(sentence, None, self.opt.candidates)
+            models.append({"tokens": read_tokens(collection, sentence)} | best_of(*found, k, positives, describe))
+        return {"sentence": sentence, "positives": sorted(positives), "models": models}
 
     def _check_sentence(self, sentence):
         """Raise Refused for a sentence that is empty, too long, or of words that no model knows."""
         if len(sentence) > MAX_CHARACTERS or len(tokenize(sentence)) > MAX_WORDS:
             limits = f"{MAX_CHARACTERS} characters and {MAX_WORDS} words"
             raise Refused(400, f"The sentence is too long: shorten it to {limits}.")
-        words = [words_of(collection.vocab, sentence) for collection in self.collections]
+        words = [known_words(collection.vocab, sentence) for collection in self.collections]
         if not words[0]:
             raise Refused(400, "Type a sentence first.")
         if not any(known for found in words for known in found.values()):
             raise Refused(400, f"No model knows any of these words: {', '.join(words[0])}.")
-
-    def _search_one(self, collection, sentence, k, positives):
-        tokens = read_tokens(collection, sentence)
-        if not any(words_of(collection.vocab, sentence).values()):
-            return {"tokens": tokens, "results": [], "rank": None, "scored": 0}
-        # a rank counts what was scored exactly: all images, or the first stage's candidates
-        images, scores = collection.search(sentence, None, self.opt.candidates)
-        results = [
-            {"score": score, "positive": image in positives, "caption": [*self._captions_of(image), ""][0]}
-            | self.look(image)
-            for image, score in zip(images[:k].tolist(), scores.tolist(), strict=False)
-        ]
-        return {"tokens": tokens, "results": results, "rank": first_rank(images, positives), "scored": len(scores)}
 
     # ---- one image
 
@@ -132,8 +122,11 @@ class Explorer:
             "boxes": None if boxes is None else np.round(boxes, 4).tolist(),
         }
 
-    def image(self, image):
-        """An image with the grids of its regions: area weights, and each model's learned weights."""
+    def image(self, image, k):
+        """An image, the grids of its regions (area weights, and each model's learned ones), and what captions_for says.
+
+        k: how many captions of each model.
+        """
         cells, area = self.images.grid(image) or (None, None)
         return {
             **self.look(image),
@@ -141,6 +134,7 @@ class Explorer:
             "cells": None if cells is None else cells.tolist(),
             "area": None if area is None else np.round(area, 4).tolist(),
             "learned": [self._learned_weights(i, image) for i in range(len(self.collections))],
+            "models": self.captions_for(image, k),
         }
 
     def _captions_of(self, image):
@@ -180,15 +174,12 @@ class Explorer:
 
     def captions_for(self, image, k):
         """Per model: the best k captions for an image, the image's captions marked."""
-        positives, answer = set(partners(image, self.n_images, len(self.captions))), []
+        positives = set(partners(image, self.n_images, len(self.captions)))
+        models = []
         for collection in self.collections:
-            order, scores = collection.search_captions(collection.image(image), None, self.opt.candidates)
-            results = [
-                {"text": self.captions[i], "score": score, "positive": i in positives}
-                for i, score in zip(order[:k].tolist(), scores.tolist(), strict=False)
-            ]
-            answer.append({"results": results, "rank": first_rank(order, positives), "scored": len(order)})
-        return {"models": answer}
+            found = collection.search_captions(collection.image(image), None, self.opt.candidates)
+            models.append(best_of(*found, k, positives, lambda i: {"text": self.captions[i]}))
+        return models
 
 
 def check_same_images(path, dataset, first, folder):
@@ -207,10 +198,19 @@ def read_tokens(collection, sentence):
     return [{"text": "<start>", "known": True}, *words, {"text": "<end>", "known": True}]
 
 
-def first_rank(order, positives):
-    """The rank, from 1, of the first index in order that is among positives; None where none is."""
+def best_of(order, scores, k, positives, describe):
+    """{"results", "rank", "scored"} of indices order (n,), best first, and their scores (n,).
+
+    results: the first k, each with its score, whether it is among positives, and the fields of describe(index). rank:
+    of the first positive, from 1, or None. scored: n, all images or captions, or the first stage's candidates.
+    """
+    results = [
+        {"score": score, "positive": index in positives} | describe(index)
+        for index, score in zip(order[:k].tolist(), scores[:k].tolist(), strict=True)
+    ]
     places = np.flatnonzero(np.isin(order, list(positives)))
-    return int(places[0]) + 1 if len(places) else None
+    rank = int(places[0]) + 1 if len(places) else None
+    return {"results": results, "rank": rank, "scored": len(order)}
 
 
 def normalize(sentence):

@@ -33,8 +33,11 @@ def compare(explorer):
     n = min(n_images, n_captions)
     groups = np.unique(np.linspace(0, n - 1, min(n, MAX_GROUPS)).astype(int)).tolist()
     images, captions = ([i for group in groups for i in partners(group, n, m)] for m in (n_images, n_captions))
-    ranks = [rank_both(score(collection, images, captions))[1] for collection in explorer.collections]
-    cases = []
+    ranks, cases = [], []
+    for collection in explorer.collections:
+        regions, words = collection.tensor(collection.images[images]), collection.words_of(captions)
+        model, lens = collection.model, collection.lens[captions]
+        ranks.append(rank_both(score_shards((regions,), (words, lens), model.score, model.device))[1])
     for way, queries in (("rti", captions), ("rt", images)):
         by_model = np.stack([found[way][0] + 1 for found in ranks])  # models × queries
         ratios = by_model.max(0) / by_model.min(0)  # 1 to 10 is like 10 to 100
@@ -45,9 +48,3 @@ def compare(explorer):
                 about = {"ranks": by_model[:, query].astype(int).tolist(), "sentence": sentence}
                 cases.append(about | explorer.look(image))
     return {"cases": cases, "images": len(images), "captions": len(captions)}
-
-
-def score(collection, images, captions):
-    """A collection's scores (images, captions) of the images and captions of these indices."""
-    regions, words = collection.tensor(collection.images[images]), collection.words_of(captions)
-    return score_shards((regions,), (words, collection.lens[captions]), collection.model.score, collection.model.device)

@@ -149,11 +149,10 @@ def read_names(folder):
 
     vse_infty's id_mapping.json lies beside its folder `precomp`. Raises InputError where there are two lists.
     """
-    paths = [
-        path for name in ("id_mapping.json", "dataset_*.json") for path in sorted(glob.glob(os.path.join(folder, name)))
-    ]
+    patterns = [os.path.join(glob.escape(folder), name) for name in ("id_mapping.json", "dataset_*.json")]
+    paths = [path for pattern in patterns for path in sorted(glob.glob(pattern))]
     if not paths and os.path.basename(folder) == "precomp":
-        paths = glob.glob(os.path.join(os.path.dirname(folder), "id_mapping.json"))
+        paths = glob.glob(os.path.join(glob.escape(os.path.dirname(folder)), "id_mapping.json"))
     if len(paths) > 1:
         raise InputError(f"{paths[0]} and {paths[1]}, expected one list of the images' file names")
     return read_file_names(paths[0]) if paths else {}

@@ -6,8 +6,7 @@ centroids.npy   K directions (K, D), the k-means centroids of the queries' eleme
 nearest.npy     uint16: the nearest centroid of each query element, words (ΣW,) or regions (nR,)
 table.npy       float16: the largest dot product of a centroid with each image's regions (K, n), in i2t with each
                 caption's words (K, captions)
-collection.json what it was made from; written last
-progress.json   the same, while it is made
+collection.json what they are made from; written first, table.npy last
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from scripts.search.first_stage import FirstStage
 
 ARRAYS = ("images", "words", "lens", "centroids", "nearest", "table")
 FINISHED = {"collection.json", *(f"{name}.npy" for name in ARRAYS)}
-FILES = FINISHED | {"progress.json", "anchors.faiss"}  # the centroids of older versions
+FILES = FINISHED | {"progress.json", "anchors.faiss"}  # of older versions
 N_CENTROIDS = 4096
 SAMPLES_PER_CENTROID = 64  # words or regions that train a centroid, at most
 TABLE_BLOCK = 4096  # images or captions whose columns of the table are made at once
@@ -55,10 +54,15 @@ def open_or_build(model_path, model, loader, split, folder=None, n_centroids=Non
         expected = "the notes of a collection; --overwrite makes it anew"
         before = read_json(note, lambda value: isinstance(value, dict) and value, expected)
     made_from = fingerprint(model_path, loader.dataset, n_centroids or before.get("anchors", N_CENTROIDS))
-    if not before:
-        build(folder, made_from, model, loader)
-    elif other := [name for name in made_from if made_from[name] != before.get(name)]:
+    other = [name for name in made_from if made_from[name] != before.get(name)]
+    is_finished = before and os.path.isfile(os.path.join(folder, "table.npy"))
+    if is_finished and other:
         raise InputError(f"{folder}: made from other {other[0]}, --overwrite of build_index.py makes it anew")
+    if other:
+        clear(folder)
+        write_lines(note, [json.dumps(made_from)])
+    if not is_finished:
+        build(folder, made_from["anchors"], model, loader)
     return open_collection(folder, model, loader.dataset.vocab)
 
 
@@ -120,20 +124,28 @@ def roles(cross_attn, images, words, lens):
 # ---------------------------------------------------------------- steps of a build
 
 
+def clear(folder):
+    """Make folder, or remove a collection from it. Raises InputError where it holds other files."""
+    make_folder(folder)
+    found = {*os.listdir(folder)}
+    if not found <= FILES | {name + ".part" for name in FILES}:
+        raise InputError(f"{folder}: holds files that are no collection's, choose another --out")
+    for name in sorted(found, key=lambda name: name != "collection.json"):  # without which the rest counts for nothing
+        os.remove(os.path.join(folder, name))
+
+
 @torch.no_grad()
-def build(folder, made_from, model, loader):
-    """Make the collection of a loader's data set in folder. Files that a stopped build has finished are kept."""
-    start(folder, json.dumps(made_from))
+def build(folder, n_centroids, model, loader):
+    """Make the arrays of the collection of a loader's data set in folder, except those that are there."""
     print(f"making {folder}", flush=True)
-
-    def fill(name, shape, blocks, make, dtype=np.float16):
-        save_rows(os.path.join(folder, f"{name}.npy"), shape, dtype, map(make, progress(blocks, name)))
-        return open_npy(os.path.join(folder, f"{name}.npy"))
-
     dataset, batch, size = loader.dataset, model.opt.batch_size, model.opt.embed_size
-    model.val_start()
-    targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
-    lens = fill("lens", (len(targets),), [targets], lambda block: [len(target) for target in block], np.int32)
+
+    def fill(name, shape, blocks, make, dtype=np.float16, write=write_rows):
+        path = os.path.join(folder, f"{name}.npy")
+        if not os.path.isfile(path):
+            blocks = map(make, tqdm(blocks, name, unit="batch", leave=False, disable=None))
+            replace(path, lambda file: write(file, shape, np.dtype(dtype), blocks))
+        return open_npy(path)
 
     def encode_images(block):
         return model.encode_images(*dataset.features(range(block.start, block.stop)))[0].cpu()
@@ -142,41 +154,26 @@ def build(folder, made_from, model, loader):
         words, lens = model.encode_captions(pad(targets[block]), [len(target) for target in targets[block]])[:2]
         return torch.cat([row[:n_words] for row, n_words in zip(words.cpu(), lens, strict=True)])
 
+    def find_nearest(block):
+        return (queries[block].astype(np.float32) @ centroids.T).argmax(1)
+
+    def compare(block):
+        return largest_products(contexts, starts[block.start : block.stop + 1], torch.from_numpy(np.array(centroids)))
+
+    model.val_start()
+    targets = [dataset.encode_caption(i) for i in range(len(dataset.captions))]
+    lens = fill("lens", (len(targets),), [targets], lambda block: [len(target) for target in block], np.int32)
     shape = dataset.n_images, dataset.images.shape[1], size
     images = fill("images", shape, cut(dataset.n_images, batch), encode_images)
     words = fill("words", (int(lens.sum()), size), cut(len(targets), batch), encode_words)
     (queries, _), (contexts, starts) = roles(model.opt.cross_attn, images, words, lens)
     # without captions a t2i collection has no words: regions, which lie in the same space, give the centroids
     elements = queries if len(queries) else contexts
-    k = max(1, min(made_from["anchors"], len(elements) // 4))
+    k = max(1, min(n_centroids, len(elements) // 4))
     centroids = fill("centroids", (k, size), [elements], lambda elements: find_centroids(elements, k), np.float32)
-
-    def nearest(block):
-        return (queries[block].astype(np.float32) @ centroids.T).argmax(1)
-
-    fill("nearest", (len(queries),), cut(len(queries), NEAREST_BLOCK), nearest, np.uint16)
-    save_table(os.path.join(folder, "table.npy"), contexts, starts, torch.from_numpy(np.array(centroids)))
-    write_lines(os.path.join(folder, "collection.json"), [json.dumps(made_from)])
-    os.remove(os.path.join(folder, "progress.json"))
-
-
-def start(folder, note):
-    """Remove what is in folder, unless a stopped build with this note left it. Raises InputError for other files."""
-    make_folder(folder)
-    found, path = {*os.listdir(folder)}, os.path.join(folder, "progress.json")
-    if not found <= FILES | {name + ".part" for name in FILES}:
-        raise InputError(f"{folder}: holds files that are no collection's, choose another --out")
-    if "progress.json" in found and "collection.json" not in found:
-        with open(path, "rb") as file:
-            if file.read() == note.encode() + b"\n":
-                return
-    for name in sorted(found, key=lambda name: name != "collection.json"):  # which says that the arrays are whole
-        os.remove(os.path.join(folder, name))
-    write_lines(path, [note])
-
-
-def progress(blocks, name):
-    return tqdm(blocks, name, unit="batch", leave=False, disable=None)
+    fill("nearest", (len(queries),), cut(len(queries), NEAREST_BLOCK), find_nearest, np.uint16)
+    n_contexts = len(starts) - 1
+    fill("table", (k, n_contexts), cut(n_contexts, TABLE_BLOCK), compare, write=write_columns)
 
 
 def cut(n, size):
@@ -184,36 +181,22 @@ def cut(n, size):
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def save_rows(path, shape, dtype, blocks):
-    """Write an array of a shape, whose rows come in blocks, to an .npy file, unless it is there."""
-
-    def write(file):
-        file.write(npy_header(shape, dtype))
-        for rows in blocks:
-            file.write(np.asarray(rows, dtype).tobytes())
-
-    if not os.path.isfile(path):
-        replace(path, write)
+def write_rows(file, shape, dtype, blocks):
+    """Write an array in .npy format, of which blocks gives some rows at a time."""
+    file.write(npy_header(shape, dtype))
+    for rows in blocks:
+        file.write(np.asarray(rows, dtype).tobytes())
 
 
-def save_table(path, elements, starts, centroids):
-    """Write table.npy (K, contexts), unless it is there. A search reads the rows of its words' centroids only.
-
-    elements (ΣL, D), starts (contexts + 1,), centroids (K, D).
-    """
-    shape = len(centroids), len(starts) - 1
-
-    def write(file):
-        file.write(npy_header(shape, np.float16))
-        first = file.tell()
-        for block in progress(cut(shape[1], TABLE_BLOCK), "table"):
-            rows = largest_products(elements, starts[block.start : block.stop + 1], centroids)
-            for k, row in enumerate(rows.T.astype(np.float16)):
-                file.seek(first + row.itemsize * (k * shape[1] + block.start))
-                file.write(row.tobytes())
-
-    if not os.path.isfile(path):
-        replace(path, write)
+def write_columns(file, shape, dtype, blocks):
+    """The same of blocks (n, K) of columns: a search reads few of the table's rows, so these are written as rows."""
+    file.write(npy_header(shape, dtype))
+    start, column = file.tell(), 0
+    for columns in blocks:
+        for number, part in enumerate(columns.T.astype(dtype)):
+            file.seek(start + dtype.itemsize * (number * shape[1] + column))
+            file.write(part.tobytes())
+        column += len(columns)
 
 
 def find_centroids(elements, k):

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from evaluation import embed_captions, embed_images
+from lib.errors import InputError
 from lib.gpu import resident
 from lib.tensors import pad_rows
 from model import func_attention
@@ -39,10 +40,6 @@ class Collection:
         """Word embeddings (W, D) of a sentence (str), <start> and <end> included."""
         ids = torch.tensor([self.vocab.encode(sentence)])
         return self.model.encode_captions(ids, [ids.shape[1]])[0][0]
-
-    def caption(self, index):
-        """Word embeddings (W, D) of one of the collection's captions."""
-        return self.words_of(np.array([index]))
 
     def words_of(self, captions):
         """Word embeddings (ΣW_i, D) of the captions of these ascending indices, one after the other."""
@@ -113,3 +110,25 @@ def best(scores: np.ndarray, rows: np.ndarray | None, k: int | None) -> tuple[np
     """Indices (k,) and scores (k,) of the k largest scores (n,), best first; k None: all. rows: the scores' indices."""
     order = np.argsort(-scores, kind="stable")[:k]
     return order if rows is None else rows[order], scores[order]
+
+
+# ---------------------------------------------------------------- the words of a sentence
+
+
+def known_words(vocab, sentence):
+    """The different tokens of a sentence that have a letter or a digit, in their order: {word: whether known}."""
+    words = [token for token in vocab.tokenize(sentence) if any(map(str.isalnum, token))]
+    return {word: word in vocab.word2idx for word in words}
+
+
+def check_query(vocab, sentence, flag):
+    """Print the words of a sentence that are not in the vocabulary.
+
+    Raises InputError, naming the flag, where the sentence has no word or none that the vocabulary has.
+    """
+    words = known_words(vocab, sentence)
+    if not any(words.values()):
+        found = ", ".join(words)[:200] or "no word"
+        raise InputError(f"{flag}: found {found}, expected at least one word of the vocabulary")
+    if unknown := [word for word, known in words.items() if not known]:
+        print(f"not in the vocabulary, read as <unk>: {', '.join(unknown)}")

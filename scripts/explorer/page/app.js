@@ -54,11 +54,7 @@ async function show() {
 
 async function search(sentence) {
   asking?.abort()
-  if (!sentence) {
-    shown = null
-    $('results').replaceChildren()
-    return say('status', '')
-  }
+  if (!sentence) return showNoResults('')
   const mine = asking = new AbortController()
   $('results').classList.add('waiting')
   const started = performance.now()
@@ -66,16 +62,20 @@ async function search(sentence) {
     shown = await ask(`api/search?k=${K}&sentence=${encodeURIComponent(sentence)}`, mine.signal)
     $('results').replaceChildren(...shown.models.map(column))
     const seconds = (performance.now() - started) / 1000
-    const best = about.models.some(model => model.indexed) ? `The best ${number(about.candidates)} of ` : ''
+    const best = about.indexed ? `The best ${number(about.candidates)} of ` : ''
     say('status', `${best}${number(about.images)} images ranked in ${seconds.toFixed(2)} s. ${marked(shown)}`)
   } catch (error) {
     if (error.name === 'AbortError') return
-    shown = null
-    $('results').replaceChildren()
-    say('status', error.message, true)
+    showNoResults(error.message, true)
   } finally {
     if (asking === mine) $('results').classList.remove('waiting')
   }
+}
+
+function showNoResults(reason, bad) {
+  shown = null
+  $('results').replaceChildren()
+  say('status', reason, bad)
 }
 
 function marked({positives}) {

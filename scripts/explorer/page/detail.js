@@ -28,10 +28,9 @@ export class Detail {
     if (!$('detail').open) $('detail').showModal()
     say('detail-status', 'Loading …')
     try {
-      const path = `api/images/${encodeURIComponent(image)}`
-      const [shown, captions] = await Promise.all([ask(path), ask(`${path}/captions?k=${CAPTIONS}`)])
+      const shown = await ask(`api/images/${encodeURIComponent(image)}?k=${CAPTIONS}`)
       if (this.image !== image) return
-      Object.assign(this, {shown, captions})
+      this.shown = shown
       $('region').max = shown.boxes?.length ?? 0
       $('captions').parentElement.hidden = !about.captions
       const sentence = query || shown.captions[0]
@@ -56,7 +55,7 @@ export class Detail {
     $('detail').classList.remove('failed')
     $('detail-title').textContent = `${this.shown.id}: “${sentence}”`
     $('views').replaceChildren(...answer.models.map((model, i) => this.view(model, i)))
-    $('captions').replaceChildren(...this.captions.models.map((model, i) => this.captionList(model, i)))
+    $('captions').replaceChildren(...this.shown.models.map((model, i) => this.captionList(model, i)))
     this.pin(null)
   }
 
@@ -96,10 +95,8 @@ export class Detail {
   light(what) {
     if (!this.answer) return  // what hid with a failure has lost the pointer or the focus
     const {word, region} = what ?? {}
-    const views = [...document.querySelectorAll('#views > .view')]
-    views.forEach((view, i) => {
-      const {t2i, i2t} = this.answer.models[i]
-      const regions = word === undefined ? null : t2i[word], words = region === undefined ? null : i2t[region]
+    document.querySelectorAll('#views > .view').forEach((view, i) => {
+      const {t2i, i2t} = this.answer.models[i], regions = t2i[word], words = i2t[region]  // one of them, or none
       view.classList.toggle('lit', !!regions)
       for (const rect of view.querySelectorAll('rect')) {
         const share = regions ? regions[rect.dataset.region] / Math.max(...regions) : 0
@@ -121,16 +118,15 @@ export class Detail {
 
   // The same in words, for those who do not see the colours.
   words(word, region) {
-    const parts = this.answer.models.map((model, i) => {
-      const weights = word !== undefined ? model.t2i[word] : region !== undefined ? model.i2t[region] : []
-      const label = at => word !== undefined ? `region ${at + 1}` : `“${model.tokens[at].text}”`
-      const top = weights.map((weight, at) => [weight, at]).sort((a, b) => b[0] - a[0]).slice(0, 3)
-      return `in ${this.about.models[i].name} to ${top.map(([weight, at]) => `${label(at)} (${percent(weight)})`).join(', ')}`
-    })
-    const subject = word !== undefined ? `“${this.answer.models[0].tokens[word].text}” attends` : `Region ${region + 1} attends`
     if (word === undefined && region === undefined)
       return 'Point at a word to light the regions that it attends to, at a region to light words. A click keeps it.'
-    return `${subject} ${parts.join('; ')}`
+    const parts = this.answer.models.map(({t2i, i2t, tokens}, i) => {
+      const names = t2i[word]?.map((_, at) => `region ${at + 1}`) ?? tokens.map(token => `“${token.text}”`)
+      const top = (t2i[word] ?? i2t[region]).map((weight, at) => ({weight, at})).sort((a, b) => b.weight - a.weight).slice(0, 3)
+      return `in ${this.about.models[i].name} to ${top.map(({weight, at}) => `${names[at]} (${percent(weight)})`).join(', ')}`
+    })
+    const subject = word === undefined ? `Region ${region + 1}` : `“${this.answer.models[0].tokens[word].text}”`
+    return `${subject} attends ${parts.join('; ')}`
   }
 
   // ---- the position grid
