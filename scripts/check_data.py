@@ -90,7 +90,8 @@ def check_between_splits(folder, found, report):
     """What the splits have in common. found: {split: (Dataset or None, ids)}."""
     sizes = {split: dataset.images.shape[2] for split, (dataset, _) in found.items() if dataset}
     if len(set(sizes.values())) > 1:
-        report.faults.append(f"{folder}: features of different sizes: {sizes}")
+        found = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        report.faults.append(f"{folder}: features of different sizes: {found}")
     elif sizes and set(sizes.values()) != {2048}:
         report.notes.append(f"{folder}: train.py needs --img_dim {next(iter(sizes.values()))}")
     for split in found:

@@ -29,7 +29,6 @@ from lib.datasets.npz_files import read_regions
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin
 from lib.errors import InputError, run
-from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
 
 SUFFIX = re.compile(r"\.np[yz]$")
@@ -138,7 +137,6 @@ def main():
         raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
     if opt.split and opt.ids:
         raise InputError("--split and --ids: expected one of them")
-    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "npz_problems.txt"))
     sources = find_sources(opt, problems)
     if opt.split:

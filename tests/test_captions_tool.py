@@ -104,8 +104,11 @@ def test_inputs_of_another_kind_are_named(tmp_path):
     for args, said in (
         (("--karpathy", tmp_path / "list.json"), "list.json: found b'[]' (Expected `object`, got `array`"),
         (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
-        (("--coco", tmp_path / "none.json"), "none.json: no image has 5 captions"),
-        (("--coco", tmp_path / "odd.json"), "odd.json: not an official captions file (KeyError: "),
+        (
+            ("--coco", tmp_path / "none.json"),
+            "missing required field `annotations`",
+        ),
+        (("--coco", tmp_path / "odd.json"), "odd.json: annotations 0: found b'{"),
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):
         assert said in fails("captions_to_dataset", *args, "--out", tmp_path / "o"), args
@@ -186,7 +189,7 @@ def test_a_split_that_the_source_lacks_is_cut_from_train(tmp_path):
     assert ids["test"] == ["8.jpg", "9.jpg"] and len(ids["dev"]) == 3 and len(ids["train"]) == 5
     assert sorted(ids["train"] + ids["dev"]) == [f"{i}.jpg" for i in range(8)]
     assert (tmp_path / "o/dev_caps.txt").read_text().split() == [i[0] for i in ids["dev"] for _ in range(5)]
-    assert "8 images do not give {'train': 0, 'dev': 8}" in fails(*args, "--sizes", "dev=8")
+    assert "8 images do not give train 0, dev 8" in fails(*args, "--sizes", "dev=8")
     assert "the source says which images are test" in fails(*args, "--sizes", "dev=3", "test=1")
 
 
@@ -195,4 +198,4 @@ def test_two_images_of_one_id_are_refused(tmp_path):
     write_lines(tmp_path / "c", [f"{name}\tcaption {j}" for name in ("b.jpg", "a.jpg", "a.png") for j in range(5)])
     message = fails("captions_to_dataset", "--tsv", tmp_path / "c", "--split", "train", "--out", tmp_path / "o")
     assert f"{tmp_path}/c, line 11: 'a.jpg' and 'a.png' have the same id 'a'" in message
-    assert not list((tmp_path / "o").glob("*.txt"))
+    assert not (tmp_path / "o").exists()

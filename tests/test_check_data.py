@@ -72,7 +72,9 @@ def test_check_says_what_is_there(tmp_path, random_folder):
     assert "vocab.py" in tool("check_data", random_folder, "--vocab_path", tmp_path).stdout
     os.remove(random_folder / "dev_ims.npy")
     (random_folder / "train_ids.txt").write_bytes(b"\xff\n")
+    (random_folder / "test_ims.npy").write_bytes(b"no array")
     status, lines = check(tmp_path)
+    assert len([line for line in wrongs(lines) if "test_ims.npy: truncated or not an .npy array" in line]) == 1
     assert status == 1 and any("dev_ims.npy: no such file" in line for line in lines)
     assert any(line.startswith(f"note: {random_folder}/train_ids.txt, line 1: not UTF-8") for line in lines)
     assert "no such folder" in fails("check_data", tmp_path / "nowhere")

@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     before = sorted(os.listdir(tmp_path))
     for name, more, said in (
         ("cut.npz", (), "truncated or not an .npz file"),
-        ("words.npz", (), "boxes are <U1, expected numbers"),
+        ("words.npz", (), "boxes are an array (2, 3, 4) of <U1, expected an array of numbers"),
         ("none.npz", (), "boxes (0, 2, 4), expected (n, R, 4), at least one"),
         ("few.npz", (), "boxes (1500, 2, 4) with image sizes (1499, 2)"),
         ("b.npy", (), "no image sizes in it; --sizes gives them"),

@@ -171,6 +171,7 @@ def test_inputs_and_outputs_of_another_kind_are_named(tmp_path, parts):
         ((tmp_path / "a.tsv", "--out", tmp_path / "empty", *ids), "empty: is no folder"),
     ):
         assert said in fails("tsv_to_dataset", *args), args
+    assert not (tmp_path / "o").exists()
 
 
 def test_a_full_disk_is_named_with_the_file(tmp_path, parts):

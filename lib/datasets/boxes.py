@@ -1,5 +1,6 @@
 """Boxes of images, as detectors give them: .npz and .npy arrays, COCO-style JSON; and whether they fit their images."""
 
+import math
 import os
 import re
 from array import array
@@ -11,15 +12,12 @@ from lib.constants import N_REGIONS
 from lib.datasets.arrays import read_rows
 from lib.datasets.ids import canonical_id, read_ids
 from lib.datasets.json_files import json_items
-from lib.datasets.npz_files import read_sizes
+from lib.datasets.npz_files import NAMES, known_names, read_npz, read_sizes
 from lib.datasets.regions import are_shares
 from lib.errors import InputError, brief
 from lib.files import open_npy
 
-BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
-SIZE_NAMES = ("image_sizes", "image_size", "sizes")
-ID_NAMES = ("ids", "image_ids", "image_id", "names")
-SIDES = ("image_h", "image_w")
+ARRAYS = ("boxes", "sizes", "height", "width", "ids")  # in an .npz, by their names in NAMES
 SQUARE = 2  # sizes up to this are those of boxes from 0 to 1
 WELL_OUTSIDE = 0.05  # of the image's side
 MANY_OUTSIDE = 0.05  # share of the boxes
@@ -64,7 +62,7 @@ class BoxFile:
         if of_json:
             self._read_coco(n_regions, best)
         else:
-            self._take(_read_npz(path) if path.endswith(".npz") else {"boxes": open_npy(path)})
+            self._read_arrays()
         if sizes:
             size = parse_size(sizes)
             self.sizes = np.tile(size, (len(self.boxes), 1)) if size else read_sizes(sizes)
@@ -76,25 +74,27 @@ class BoxFile:
         self.xywh, self.of_widths = xywh and not of_json, xywh or of_json
         self.check = BoxCheck(path, sizes or "the image sizes")
 
-    def _take(self, arrays):
-        """Take the arrays of an .npz or .npy, {name: array}."""
-
-        def first(names):
-            return next((arrays[name] for name in names if name in arrays), None)
-
-        self.boxes, self.sizes, ids = map(first, (BOX_NAMES, SIZE_NAMES, ID_NAMES))
-        if self.sizes is None and all(name in arrays for name in SIDES):
-            self.sizes = np.stack([arrays[name] for name in SIDES], axis=-1)
-        n = len(self.boxes) if self.boxes.ndim else 0
+    def _read_arrays(self):
+        if self.path.endswith(".npy"):
+            arrays = {"boxes": open_npy(self.path)}
+        else:
+            arrays = read_npz(self.path, {name for field in ARRAYS for name in NAMES[field]}, math.inf)
+        for name, values in arrays.items():
+            kinds, expected = ("iuUS", "names or numbers") if name in NAMES["ids"] else ("fiu", "numbers")
+            if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+                raise InputError(f"{self.path}: {name} are {brief(values)}, expected an array of {expected}")
+        self.boxes, self.sizes, height, width, ids = (known_names(arrays)[field] for field in ARRAYS)
+        if self.boxes is None:
+            raise InputError(f"{self.path}: no boxes, expected an array of the name {' or '.join(NAMES['boxes'])}")
+        if self.sizes is None and height is not None and width is not None:
+            self.sizes = np.stack([height, width], axis=-1)
         if self.boxes.ndim != 3 or self.boxes.shape[2] != 4 or not self.boxes.size:
             raise InputError(f"{self.path}: boxes {self.boxes.shape}, expected (n, R, 4), at least one")
-        for what, values in (("boxes", self.boxes), ("image sizes", self.sizes)):
-            if values is not None and values.dtype.kind not in "fiu":
-                raise InputError(f"{self.path}: {what} are {values.dtype}, expected numbers")
-        if ids is not None and (ids.shape != (n,) or ids.dtype.kind not in "iuUS"):
-            raise InputError(f"{self.path}: ids {ids.shape} of {ids.dtype}, expected ({n},) names or numbers")
+        n, n_regions = self.boxes.shape[:2]
+        if ids is not None and ids.shape != (n,):
+            raise InputError(f"{self.path}: ids {ids.shape}, expected ({n},)")
         self.names = None if ids is None else [x.decode() if isinstance(x, bytes) else x for x in ids.tolist()]
-        self.found = np.full(n, self.boxes.shape[1])
+        self.found = np.full(n, n_regions)
 
     def _read_coco(self, n_regions, best):
         with open(self.path, "rb") as file:
@@ -179,22 +179,6 @@ class BoxFile:
         title = f"{row} (id {brief(self.names[row])})" if self.names else row
         hint = " (x, y, width, height need --xywh)" if "reversed" in error.reason and not self.of_widths else ""
         return InputError(f"{self.path}: {type(error)(title, error.box, error.reason)}{hint}")
-
-
-def _read_npz(path):
-    """{name: array} of those arrays of an .npz file whose names are known, boxes among them."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:  # noqa: TID251
-            known = [name for name in archive.files if name in (*BOX_NAMES, *SIZE_NAMES, *ID_NAMES, *SIDES)]
-            arrays, there = {name: archive[name] for name in known}, archive.files
-    except OSError:  # names the file
-        raise
-    except Exception as error:  # NumPy, zip and zlib each have their own
-        reason = " ".join(str(error).partition(". If you trust")[0].split())[:200]
-        raise InputError(f"{path}: truncated or not an .npz file of names and numbers ({reason})") from None
-    if not any(name in arrays for name in BOX_NAMES):
-        raise InputError(f"{path}: holds {', '.join(map(brief, there))[:200]}; expected {' or '.join(BOX_NAMES)}")
-    return arrays
 
 
 def parse_size(text: str) -> tuple[float, float] | None:
