@@ -31,28 +31,21 @@ CLOSE = 1e-3  # relative difference of features that are the same; float16 round
 
 def verify(split, pairs, problems):
     """Compare the captions of all pairs, and features and regions of a sample. Prints what agrees."""
-    with_captions = [pair for pair in pairs if all(image.split.captions for image in pair)]
-    same = compare(with_captions, share_a_caption, problems, "in disagreement", "no caption in common with")
-    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {same} of {len(with_captions)}"
+    captioned = [pair for pair in pairs if all(image.split.captions for image in pair)]
+    others = [pair for pair in captioned if set.isdisjoint(*(image.keys("captions") for image in pair))]
+    for image, partner in others:
+        problems.add("in disagreement", str(image), f"no caption in common with {partner}")
+    agree = len(captioned) - len(others)
+    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {agree} of {len(captioned)}"
     sample = pairs[:: max(1, len(pairs) // SAMPLE)] if "ims" in split.arrays else []
     if with_features := [pair for pair in sample if "ims" in pair[1].split.arrays]:
-        same = compare(with_features, same_features, problems, "of other features", "not the features of")
-        said += f", features in {same} of {len(with_features)} compared"
+        others = [pair for pair in with_features if not same_features(*pair)]
+        for image, partner in others:
+            problems.add("of other features", str(image), f"not the features of {partner}")
+        said += f", features in {len(with_features) - len(others)} of {len(with_features)} compared"
     print(said)
     if with_boxes := [pair for pair in sample if "boxes" in pair[1].split.arrays]:
         check_regions(split, with_boxes, problems)
-
-
-def compare(pairs, is_same, problems, kind, reason):
-    """How many of the pairs are the same, as is_same(image, partner) says; the others go to problems."""
-    others = [pair for pair in pairs if not is_same(*pair)]
-    for image, partner in others:
-        problems.add(kind, str(image), f"{reason} {partner}")
-    return len(pairs) - len(others)
-
-
-def share_a_caption(image, partner):
-    return not image.keys("captions").isdisjoint(partner.keys("captions"))
 
 
 def same_features(image, partner):
@@ -129,30 +122,29 @@ def get_parser():
 
 
 def align(opt):
-    """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays."""
+    """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays.
+
+    Raises InputError where the pairs are not proved, or some images have none and may not be left out.
+    """
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
     problems = Problems(os.path.join(opt.out, "align_problems.txt"))
     pairs = pair(reference, source, by, problems)
     for split in reference:
         verify(split, pairs[split.split], problems)
-    refuse(problems, by, opt)
+    listed = f"{problems} (listed in {problems.path})"
+    if any(problems.counts[kind] for kind in ("in disagreement", "of other features", "of other regions")):
+        hint = "; --by captions pairs by these" if by == "ids" and problems.counts["in disagreement"] else ""
+        raise InputError(listed + hint)
+    if problems.total and not opt.skip_bad:
+        raise InputError(f"{listed}; --skip_bad leaves them out")
+    if problems.total and os.path.realpath(opt.out) == os.path.realpath(opt.reference):
+        raise InputError(f"--out {opt.out}: with --skip_bad expected another folder than the reference")
     for split in reference:
         if pairs[split.split]:
             write(split, pairs[split.split], opt, copy=problems.total > 0)
         else:
             print(f"{split.split}: nothing to write")
-
-
-def refuse(problems, by, opt):
-    """Raise InputError if the pairs are not proved, or some images have none and may not be left out."""
-    if any(problems.counts[kind] for kind in ("in disagreement", "of other features", "of other regions")):
-        hint = "; --by captions pairs by these" if by == "ids" and problems.counts["in disagreement"] else ""
-        raise InputError(f"{problems} (listed in {problems.path}){hint}")
-    if problems.total and not opt.skip_bad:
-        raise InputError(f"{problems} (listed in {problems.path}); --skip_bad leaves them out")
-    if problems.total and os.path.realpath(opt.out) == os.path.realpath(opt.reference):
-        raise InputError(f"--out {opt.out}: with --skip_bad expected another folder than the reference")
 
 
 def main():

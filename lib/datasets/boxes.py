@@ -144,23 +144,16 @@ class BoxFile:
     def finder(self):
         """A function of an image's id, file name or path that gives its row; None where the file has no boxes of it.
 
-        File names count before ids, whole names before base names. Raises InputError where an image stands twice.
+        Whole names count before base names, file names before ids. Raises InputError where an image stands twice.
         """
-        tables = []
-        for names in filter(None, (self.file_names, self.names)):
-            whole, base = {}, {}
+        table = {}
+        for names in filter(None, (self.names, self.file_names)):
+            rows = {}
             for row, name in enumerate(names):
-                first = whole.setdefault(canonical_id(name), row)
-                if first != row:
+                if (first := rows.setdefault(canonical_id(name), row)) != row:
                     raise InputError(f"{self.path}: image {brief(name)} stands in rows {first} and {row}")
-                base[canonical_id(os.path.basename(str(name)))] = row
-            tables += [whole, base]
-
-        def find(name):
-            names = canonical_id(name), canonical_id(os.path.basename(str(name)))
-            return next((table[each] for table in tables for each in names if each in table), None)
-
-        return find
+            table |= {base_name(name): row for row, name in enumerate(names)} | rows
+        return lambda name: table.get(canonical_id(name), table.get(base_name(name)))
 
     def rows(self, start, n):
         """Boxes (m, R, 4), x1, y1, x2, y2 in pixels, and sizes (m, 2) of the images start … start+n-1, float64."""
@@ -179,6 +172,11 @@ class BoxFile:
         title = f"{row} (id {brief(self.names[row])})" if self.names else row
         hint = " (x, y, width, height need --xywh)" if "reversed" in error.reason and not self.of_widths else ""
         return InputError(f"{self.path}: {type(error)(title, error.box, error.reason)}{hint}")
+
+
+def base_name(name: str | int) -> str:
+    """The canonical id of a path's last part."""
+    return canonical_id(os.path.basename(str(name)))
 
 
 def parse_size(text: str) -> tuple[float, float] | None:

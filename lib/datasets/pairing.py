@@ -136,7 +136,9 @@ def pair(
     for split in reference:
         first_with: dict[Image, Image] = {}
         for image, hits in zip(split.images(), found[split.split], strict=True):
-            hits = nearest(hits, split)
+            # an image that stands in test and in testall is one image
+            in_namesake = [hit for hit in hits if hit.split.split == split.split]
+            hits = in_namesake or [hit for hit in hits if hit.split is hits[0].split]
             if not hits:
                 problems.add("without a partner", str(image), f"nothing like it in {source[0].folder}")
             elif len(hits) > 1:
@@ -145,15 +147,6 @@ def pair(
                 problems.add("ambiguous", str(image), f"has the partner of {first_with[hits[0]]}")
         pairs[split.split] = [(image, partner) for partner, image in first_with.items()]
     return pairs
-
-
-def nearest(hits: list[Image], split: Split) -> list[Image]:
-    """Of partners in several splits those in the split's namesake, else those in the first of the splits.
-
-    An image that stands in test and in testall is one image.
-    """
-    same = [hit for hit in hits if hit.split.split == split.split]
-    return same or [hit for hit in hits if hit.split is hits[0].split]
 
 
 def by_keys(reference: Sequence[Split], source: Sequence[Split], by: str) -> dict[str, list[list[Image]]]:
