@@ -169,3 +169,8 @@ def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
 def test_ids_of_another_number_are_noted(tmp_path, folder):
     write_lines(folder / "train_ids.txt", range(39))
     assert [line for line in check(tmp_path)[1] if "39 ids for 40 images" in line]
+
+
+def test_features_of_different_sizes_are_wrong(tmp_path, folder):
+    np.save(folder / "dev_ims.npy", np.ones((10, 36, 8), np.float32))
+    assert f"WRONG: {folder}: features of different sizes: train 256, dev 8" in check(tmp_path)[1]
