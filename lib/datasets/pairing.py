@@ -196,12 +196,9 @@ def by_regions(reference: Sequence[Split], source: Sequence[Split]) -> dict[str,
 
 def signatures(split: Split, name: str, signature: Callable[[np.ndarray], region_match.Signature]) -> np.ndarray:
     """The pairs (n, P) of all images of a split: signature, a function of region_match, of its array name."""
+    first = signature(split.read(name, 0)).pairs
+    pairs = np.empty((split.n, first.shape[1]), dtype=first.dtype)
     rows = range(0, split.n, IMAGES_AT_ONCE)
-    bar = tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{IMAGES_AT_ONCE} images", disable=None)
-    pairs = np.empty((0, 0))
-    for row in bar:
-        block = signature(split.read(name, row, IMAGES_AT_ONCE)).pairs
-        if not row:
-            pairs = np.empty((split.n, block.shape[1]), dtype=block.dtype)
-        pairs[row : row + len(block)] = block
+    for row in tqdm(rows, desc=f"{split.prefix}_{name}.npy", unit=f"{IMAGES_AT_ONCE} images", disable=None):
+        pairs[row : row + IMAGES_AT_ONCE] = signature(split.read(name, row, IMAGES_AT_ONCE)).pairs
     return pairs
