@@ -1,10 +1,9 @@
 """JSON files: small ones read whole, the arrays of large ones item by item."""
 
 import codecs
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -18,19 +17,16 @@ HALF_LENGTH = 6
 HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
 
 
-def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
-    """The value in a small JSON file.
-
-    fits(value) says whether it is of the right form. Raises InputError, naming what was expected, where it is not.
-    """
+def read_object(path: str, expected: str) -> dict[str, Any]:
+    """The object, not empty, in a small JSON file. Raises InputError, naming what was expected, for another file."""
     with open(path, "rb") as file:
         text = file.read()
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON ({brief(text)}), expected {expected}") from None
-    if not fits(value):
-        raise InputError(f"{path}: found {brief(value)}, expected {expected}")
+        value = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        value = {}
+    if not value:
+        raise InputError(f"{path}: found {brief(text)}, expected {expected}")
     return value
 
 

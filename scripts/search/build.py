@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import pad
 from lib.datasets.arrays import npy_header
-from lib.datasets.json_files import read_json
+from lib.datasets.json_files import read_object
 from lib.errors import InputError
 from lib.files import digest_lines, make_folder, open_npy, replace, write_lines
 from scripts.search.collection import Collection
@@ -53,7 +53,7 @@ def open_or_build(model_path, model, loader, split, folder=None, n_centroids=Non
     note = os.path.join(folder, "collection.json")
     if os.path.isfile(note) and not overwrite:
         expected = "the notes of a collection; --overwrite makes it anew"
-        before = read_json(note, lambda value: isinstance(value, dict) and value, expected)
+        before = read_object(note, expected)
     made_from = fingerprint(model_path, loader.dataset, n_centroids or before.get("anchors", N_CENTROIDS))
     if not before:
         build(folder, made_from, model, loader)
