@@ -128,8 +128,6 @@ def get_parser():
 
 def main():
     opt = get_parser().parse_args()
-    if opt.n_regions is not None and opt.n_regions < 1:
-        raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
     if opt.split and opt.ids:
         raise InputError("--split and --ids: expected one of them")
     problems = Problems(os.path.join(opt.out, "npz_problems.txt"))

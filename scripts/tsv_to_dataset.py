@@ -72,9 +72,6 @@ def get_parser():
 def main():
     opt = get_parser().parse_args()
     opt.n_regions = default_n_regions(opt)
-    for name in ("n_regions", "img_dim"):
-        if getattr(opt, name) < 1:
-            raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
     form = "--fields" if opt.fields else find_form(opt.tsv)
     fields = parse_fields(opt.fields) if opt.fields else FORMS[form]
     print(f"{opt.tsv[0]}: {form} columns: {', '.join(fields)}")

@@ -104,10 +104,7 @@ def test_inputs_of_another_kind_are_named(tmp_path):
     for args, said in (
         (("--karpathy", tmp_path / "list.json"), "list.json: found b'[]' (Expected `object`, got `array`"),
         (("--karpathy", tmp_path / "none.json"), "none.json: no image has 5 captions"),
-        (
-            ("--coco", tmp_path / "none.json"),
-            "missing required field `annotations`",
-        ),
+        (("--coco", tmp_path / "none.json"), "missing required field `annotations`"),
         (("--coco", tmp_path / "odd.json"), "odd.json: annotations 0: found b'{"),
         (("--tsv", tmp_path / "empty"), "empty: no image has 5 captions"),
     ):

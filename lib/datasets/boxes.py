@@ -92,7 +92,7 @@ class BoxFile:
             raise InputError(f"{self.path}: boxes {self.boxes.shape}, expected (n, R, 4), at least one")
         n, n_regions = self.boxes.shape[:2]
         if ids is not None and ids.shape != (n,):
-            raise InputError(f"{self.path}: ids {ids.shape}, expected ({n},)")
+            raise InputError(f"{self.path}: ids {ids.shape} of {n} images, expected ({n},)")
         self.names = None if ids is None else [x.decode() if isinstance(x, bytes) else x for x in ids.tolist()]
         self.found = np.full(n, n_regions)
 
