@@ -11,9 +11,8 @@ from tqdm import tqdm
 
 from lib.errors import InputError, brief
 
-# An escape in JSON: a surrogate pair, half of one (six bytes) or another.
-ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
-HALF_LENGTH = 6
+# An escape in JSON: a surrogate pair, half of one or another.
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(?P<half>u[dD][89a-fA-F]\w\w)|.)", re.DOTALL)
 HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
 
 
@@ -49,7 +48,7 @@ def json_items(path: str, name: str, kind: Any) -> Iterator[Any]:
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            text = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
+            text = ESCAPE.sub(lambda found: HALF_ESCAPED if found["half"] else found[0], text)
             found = msgspec.json.decode(text, type=container)
         items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
         for number, item in enumerate(items):
