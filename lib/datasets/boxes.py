@@ -12,12 +12,18 @@ from lib.constants import N_REGIONS
 from lib.datasets.arrays import read_rows
 from lib.datasets.ids import canonical_id, read_ids
 from lib.datasets.json_files import json_items
-from lib.datasets.npz_files import NAMES, known_names, read_npz, read_sizes
+from lib.datasets.npz_files import known_names, read_npz, read_sizes
 from lib.datasets.regions import are_shares
 from lib.errors import InputError, brief
 from lib.files import open_npy
 
-ARRAYS = ("boxes", "sizes", "height", "width", "ids")  # in an .npz, by their names in NAMES
+NAMES = {  # of arrays in an .npz
+    "boxes": ("boxes", "bboxes", "bbox"),
+    "sizes": ("image_sizes", "image_size", "sizes"),
+    "height": ("image_h",),
+    "width": ("image_w",),
+    "ids": ("ids", "image_ids", "image_id", "names"),
+}
 SQUARE = 2  # sizes up to this are those of boxes from 0 to 1
 WELL_OUTSIDE = 0.05  # of the image's side
 MANY_OUTSIDE = 0.05  # share of the boxes
@@ -78,21 +84,22 @@ class BoxFile:
         if self.path.endswith(".npy"):
             arrays = {"boxes": open_npy(self.path)}
         else:
-            arrays = read_npz(self.path, {name for field in ARRAYS for name in NAMES[field]}, math.inf)
+            arrays = read_npz(self.path, set().union(*NAMES.values()), math.inf)
         for name, values in arrays.items():
             kinds, expected = ("iuUS", "names or numbers") if name in NAMES["ids"] else ("fiu", "numbers")
             if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
                 raise InputError(f"{self.path}: {name} are {brief(values)}, expected an array of {expected}")
-        self.boxes, self.sizes, height, width, ids = (known_names(arrays)[field] for field in ARRAYS)
+        self.boxes, self.sizes, height, width, ids = known_names(arrays, NAMES).values()
         if self.boxes is None:
             raise InputError(f"{self.path}: no boxes, expected an array of the name {' or '.join(NAMES['boxes'])}")
-        if self.sizes is None and height is not None and width is not None:
-            self.sizes = np.stack([height, width], axis=-1)
         if self.boxes.ndim != 3 or self.boxes.shape[2] != 4 or not self.boxes.size:
             raise InputError(f"{self.path}: boxes {self.boxes.shape}, expected (n, R, 4), at least one")
         n, n_regions = self.boxes.shape[:2]
-        if ids is not None and ids.shape != (n,):
-            raise InputError(f"{self.path}: ids {ids.shape} of {n} images, expected ({n},)")
+        for name, values in (("ids", ids), ("image_h", height), ("image_w", width)):
+            if values is not None and values.shape != (n,):
+                raise InputError(f"{self.path}: {name} {values.shape} of {n} images, expected ({n},)")
+        if self.sizes is None and height is not None and width is not None:
+            self.sizes = np.stack([height, width], axis=-1)
         self.names = None if ids is None else [x.decode() if isinstance(x, bytes) else x for x in ids.tolist()]
         self.found = np.full(n, n_regions)
 

@@ -23,8 +23,6 @@ NAMES = {
     "width": ("image_w", "image_width", "width"),
     "count": ("num_bbox", "num_boxes"),
     "scores": ("objects_conf", "object_conf", "scores"),
-    "sizes": ("image_sizes", "image_size", "sizes"),
-    "ids": ("ids", "image_ids", "image_id", "names"),
 }
 INFO = "info"
 MOST_BYTES = 1 << 28  # in an array; 100 regions of 2,048 values are 0.8 MB
@@ -113,9 +111,9 @@ def read_npz(path: str, names: Collection[str], most_bytes: float = MOST_BYTES) 
     return arrays
 
 
-def known_names(values: dict[str, Any]) -> dict[str, Any]:
-    """{name in NAMES: the value of the first of its spellings, None where there is none}."""
-    return {field: next((values[name] for name in names if name in values), None) for field, names in NAMES.items()}
+def known_names(values: dict[str, Any], names: dict[str, tuple[str, ...]] = NAMES) -> dict[str, Any]:
+    """{field: the value of the first of its names, None where there is none}. names: {field: its names}."""
+    return {field: next((values[name] for name in names[field] if name in values), None) for field in names}
 
 
 def _read_fields(path):
