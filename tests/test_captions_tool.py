@@ -13,14 +13,8 @@ def karpathy(path, coco):
     images = []
     for i, (split, k) in enumerate([("train", 5), ("restval", 6), ("val", 5), ("test", 5), ("test", 5), ("train", 4)]):
         sentences = [{"raw": f"Caption {i} {j} é.\n", "tokens": ["x"]} for j in range(k)]
-        images.append(
-            {
-                "filename": f"COCO_val2014_{i:012}.jpg" if coco else f"{i}00.jpg",
-                "split": split,
-                "sentences": sentences,
-                **({"cocoid": i} if coco else {}),
-            }
-        )
+        names = {"filename": f"COCO_val2014_{i:012}.jpg", "cocoid": i} if coco else {"filename": f"{i}00.jpg"}
+        images.append({**names, "split": split, "sentences": sentences})
     path.write_text(json.dumps({"dataset": "x", "images": images}))
 
 
@@ -135,26 +129,24 @@ def quoted(caption):
     return '"' + caption.replace('"', '""') + '"' if "," in caption or '"' in caption else caption
 
 
+ROWS = [(f"{i}.jpg", j, text) for i in (7, 8) for j, text in enumerate(FIVE)]
 TEXT_FORMS = {
-    "token file of Flickr8k and Flickr30K": [f"{i}.jpg#{j}\t{FIVE[j]}" for i in (7, 8) for j in range(5)],
-    "Flickr8k-CN": [f"{i}.jpg#zhc#{j} {FIVE[j]}" for i in (7, 8) for j in range(5)],
-    "Kaggle's results.csv": ["image_name| comment_number| comment"]
-    + [
-        f"{i}.jpg| {j}| {FIVE[j]}" if (i, j) != (8, 4) else f"{i}.jpg| {j}   {FIVE[j]}"
-        for i in (7, 8)
-        for j in range(5)
+    "token file of Flickr8k and Flickr30K": [f"{name}#{j}\t{text}" for name, j, text in ROWS],
+    "Flickr8k-CN": [f"{name}#zhc#{j} {text}" for name, j, text in ROWS],
+    "Kaggle's results.csv": [
+        "image_name| comment_number| comment",
+        *(f"{name}| {j}| {text}" for name, j, text in ROWS[:-1]),
+        f"8.jpg| 4   {FIVE[4]}",
     ],
-    "Kaggle's captions.txt": ["image,caption"] + [f"{i}.jpg,{quoted(FIVE[j])}" for i in (7, 8) for j in range(5)],
-    "commas that nobody quoted": ["image,caption"] + [f"{i}.jpg,{FIVE[j]}" for i in (7, 8) for j in range(5)],
-    "caption first": ["caption\timage"] + [f"{FIVE[j]}\t{i}.jpg" for i in (7, 8) for j in range(5)],
+    "Kaggle's captions.txt": ["image,caption", *(f"{name},{quoted(text)}" for name, _, text in ROWS)],
+    "commas that nobody quoted": ["image,caption", *(f"{name},{text}" for name, _, text in ROWS)],
+    "caption first": ["caption\timage", *(f"{text}\t{name}" for name, _, text in ROWS)],
 }
 
 
 @pytest.mark.parametrize("form", TEXT_FORMS)
 def test_a_text_file_is_read_in_the_form_that_its_first_line_shows(tmp_path, form):
-    (tmp_path / "captions.txt").write_bytes(
-        "\r\n".join(["\ufeff" + TEXT_FORMS[form][0], *TEXT_FORMS[form][1:]]).encode()
-    )
+    (tmp_path / "captions.txt").write_bytes(("\ufeff" + "\r\n".join(TEXT_FORMS[form])).encode())
     args = ("--tsv", tmp_path / "captions.txt", "--split", "test", "--out", tmp_path / "o")
     assert f"{tmp_path}/captions.txt: " in ok("captions_to_dataset", *args)
     assert (tmp_path / "o/test_ids.txt").read_text().splitlines() == ["7.jpg", "8.jpg"]
