@@ -25,7 +25,7 @@ MOST_UNPROVED = 0.1  # share of images without a proved partner above which regi
 
 
 class Split:
-    """One split of a folder. n: its images. names: their ids, or None. captions: list of lines, or None.
+    """One split of a folder. n: its images. names: their ids, or None. captions: list of lines, maybe empty.
 
     arrays: {name: (array, rows per image)}. keys: what tells images apart, {"ids": n tuples of the canonical id, or
     None, "captions": n tuples of the captions' digests, or None}.
