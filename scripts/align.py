@@ -19,46 +19,43 @@ if not __package__:
 
 from lib.datasets import region_match
 from lib.datasets.ids import SPLITS
-from lib.datasets.pairing import choose, load, pair, same_features
+from lib.datasets.pairing import choose, load, pair
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin, SplitWriter
 from lib.errors import InputError, run
-from lib.files import digest_lines, make_folder, write_lines
+from lib.files import digest_lines, write_lines
 
 SAMPLE = 100  # images of a split whose features and regions are compared
+CLOSE = 1e-3  # relative difference of features that are the same; float16 rounds by 5e-4
 
 
-def verify(split, partners, problems):
+def verify(split, pairs, problems):
     """Compare the captions of all pairs, and features and regions of a sample. Prints what agrees."""
-    pairs = [(row, partner) for row, partner in enumerate(partners) if partner]
-    with_captions = [pair for pair in pairs if split.digests and pair[1].split.digests]
-    same = compare(split, with_captions, share_a_caption, problems, "in disagreement", "no caption in common with")
-    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {same} of {len(with_captions)}"
+    captioned = [pair for pair in pairs if all(image.split.captions for image in pair)]
+    others = [pair for pair in captioned if set.isdisjoint(*(image.keys("captions") for image in pair))]
+    for image, partner in others:
+        problems.add("in disagreement", str(image), f"no caption in common with {partner}")
+    agree = len(captioned) - len(others)
+    said = f"{split.split}: {len(pairs)} of {split.n} paired; captions agree in {agree} of {len(captioned)}"
     sample = pairs[:: max(1, len(pairs) // SAMPLE)] if "ims" in split.arrays else []
-    with_features = [pair for pair in sample if "ims" in pair[1].split.arrays]
-    if with_features:
-        same = compare(split, with_features, same_features, problems, "of other features", "not the features of")
-        said += f", features in {same} of {len(with_features)} compared"
+    if with_features := [pair for pair in sample if "ims" in pair[1].split.arrays]:
+        others = [pair for pair in with_features if not same_features(*pair)]
+        for image, partner in others:
+            problems.add("of other features", str(image), f"not the features of {partner}")
+        said += f", features in {len(with_features) - len(others)} of {len(with_features)} compared"
     print(said)
     if with_boxes := [pair for pair in sample if "boxes" in pair[1].split.arrays]:
         check_regions(split, with_boxes, problems)
 
 
-def compare(split, pairs, is_same, problems, kind, reason):
-    """How many of the pairs are the same, as is_same(split, row, partner) says; the others go to problems."""
-    others = [(row, partner) for row, partner in pairs if not is_same(split, row, partner)]
-    for row, partner in others:
-        problems.add(kind, split.title(row), f"{reason} {partner.split.title(partner.row)}")
-    return len(pairs) - len(others)
-
-
-def share_a_caption(split, row, partner):
-    return not set(split.digests[row]).isdisjoint(partner.split.digests[partner.row])
+def same_features(image, partner):
+    a, b = (features.astype(np.float32) for features in (image.read("ims"), partner.read("ims")))
+    return a.shape == b.shape and np.abs(a - b).max() <= CLOSE * max(np.abs(a).max(), 1)
 
 
 def check_regions(split, pairs, problems):
     """Judge whether the partners' boxes belong to the images' features."""
-    features = np.concatenate([split.read("ims", row) for row, _ in pairs])
+    features = np.array([image.read("ims") for image, _ in pairs])
     grids = [partner.read("boxes") for _, partner in pairs]
     if len({grid.shape for grid in grids}) > 1 or features.ndim != 3 or grids[0].ndim != 2:
         return  # write() and training name what is wrong with shapes
@@ -68,33 +65,31 @@ def check_regions(split, pairs, problems):
         problems.add("of other regions", split.prefix, str(judgement))
 
 
-def write(split, partners, opt, copy):
+def write(split, pairs, opt, copy):
     """Write the source's arrays for the paired images of a reference split, in its order.
 
     copy: what else the reference has goes along, so that the folder is whole without it.
     """
-    pairs = [(row, partner) for row, partner in enumerate(partners) if partner]
     sources = list(dict.fromkeys(partner.split for _, partner in pairs))
     arrays = {name: common_row(name, sources) for name in opt.arrays}
     kept = {}
     if copy:
         kept = {name: (array.shape[1:], array.dtype) for name, (array, _) in split.arrays.items() if name not in arrays}
-    ids = [split.names[row] if split.names else f"{split.split} {row}" for row, _ in pairs]
+    ids = [split.names[image.row] if split.names else f"{split.split} {image.row}" for image, _ in pairs]
     inputs = [other.arrays[name][0].filename for other in sources for name in arrays]
-    partners = digest_lines(f"{other.split.split} {other.row}" for _, other in pairs)
+    partners = digest_lines(f"{partner.split.split} {partner.row}" for _, partner in pairs)
     origin = Origin({"tool": "align", "partners": partners}, inputs)
-    rows = {**arrays, **kept}
-    out = SplitWriter(opt.out, split.split, ids, rows, origin, opt.overwrite, write_ids=bool(split.names))
+    out = SplitWriter(opt.out, split.split, ids, arrays | kept, origin, opt.overwrite, write_ids=bool(split.names))
     with out:
         if out.finished:
             print(f"{split.split}: there already")
             return
-        for i in tqdm(np.flatnonzero(~out.done), desc=f"{split.split}: writing", unit="image", disable=None):
-            row, partner = pairs[i]
-            values = {name: partner.read(name) for name in arrays}
-            out.write(i, **values, **{name: split.read(name, row)[0] for name in kept})
+        for row in tqdm(np.flatnonzero(~out.done), desc=f"{split.split}: writing", unit="image", disable=None):
+            image, partner = pairs[row]
+            values = {name: partner.read(name) for name in arrays} | {name: image.read(name) for name in kept}
+            out.write(row, **values)
         if copy and split.captions:
-            lines = [line for row, _ in pairs for line in split.captions_of(row)]
+            lines = [line for image, _ in pairs for line in image.captions()]
             write_lines(os.path.join(opt.out, split.split + "_caps.txt"), lines)
         out.finish()
     print(f"{split.split}: {', '.join(arrays)} of {len(pairs)} images in {opt.out}")
@@ -127,31 +122,29 @@ def get_parser():
 
 
 def align(opt):
-    """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays."""
-    make_folder(opt.out)
+    """Pair the images of opt.reference with those of opt.source, verify the pairs, write the arrays.
+
+    Raises InputError where the pairs are not proved, or some images have none and may not be left out.
+    """
     reference, source = load(opt.reference, opt.splits), load(opt.source, SPLITS)
     by = choose(opt.by, reference, source)
     problems = Problems(os.path.join(opt.out, "align_problems.txt"))
     pairs = pair(reference, source, by, problems)
     for split in reference:
         verify(split, pairs[split.split], problems)
-    refuse(problems, by, opt)
+    listed = f"{problems} (listed in {problems.path})"
+    if any(problems.counts[kind] for kind in ("in disagreement", "of other features", "of other regions")):
+        hint = "; --by captions pairs by these" if by == "ids" and problems.counts["in disagreement"] else ""
+        raise InputError(listed + hint)
+    if problems.total and not opt.skip_bad:
+        raise InputError(f"{listed}; --skip_bad leaves them out")
+    if problems.total and os.path.realpath(opt.out) == os.path.realpath(opt.reference):
+        raise InputError(f"--out {opt.out}: with --skip_bad expected another folder than the reference")
     for split in reference:
-        if any(pairs[split.split]):
+        if pairs[split.split]:
             write(split, pairs[split.split], opt, copy=problems.total > 0)
         else:
             print(f"{split.split}: nothing to write")
-
-
-def refuse(problems, by, opt):
-    """Raise InputError if the pairs are not proved, or some images have none and may not be left out."""
-    if any(problems.counts[kind] for kind in ("in disagreement", "of other features", "of other regions")):
-        hint = "; --by captions pairs by these" if by == "ids" and problems.counts["in disagreement"] else ""
-        raise InputError(f"{problems} (listed in {problems.path}){hint}")
-    if problems.total and not opt.skip_bad:
-        raise InputError(f"{problems} (listed in {problems.path}); --skip_bad leaves them out")
-    if problems.total and os.path.realpath(opt.out) == os.path.realpath(opt.reference):
-        raise InputError(f"--out {opt.out}: with --skip_bad expected another folder than the reference")
 
 
 def main():

@@ -46,7 +46,8 @@ def draw(names, sizes, seed):
     """Draw images at random: {split: names in their old order}; train is the rest where it has no size."""
     sizes = {"train": len(names) - sum(sizes.values()), **sizes}
     if min(sizes.values()) < 1 or sum(sizes.values()) > len(names):
-        raise InputError(f"--sizes: {len(names)} images do not give {sizes}")
+        asked = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        raise InputError(f"--sizes: {len(names)} images do not give {asked}")
     order, splits = list(names), {}
     random.Random(seed).shuffle(order)
     for split, size in sizes.items():
@@ -148,7 +149,6 @@ def main():
     for name in ("captions_per_image", "test_images"):
         if getattr(opt, name) < 1:
             raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
-    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "caption_problems.txt"))
     if opt.tsv:
         captions = read_text(opt.tsv, problems)
@@ -172,6 +172,7 @@ def main():
             raise InputError(f"{split}: none of its images has {k} captions")
         if not opt.overwrite:
             check_order(opt.out, split, ids)
+    make_folder(opt.out)
     for split, ids in splits.items():
         prefix = os.path.join(opt.out, split)
         captions = [text for image_id in ids for text in good[canonical_id(image_id)]]

@@ -62,10 +62,9 @@ def check_split(folder, split, opt, vocab, report):
         compare_boxes(dataset, report)
     if opt.whole or os.path.exists(prefix + "_who_ims.npy"):
         check_whole(prefix + "_who_ims.npy", dataset.images, report)
-    ids = set()
-    if os.path.exists(prefix + "_ids.txt"):
-        ids = check_ids(prefix + "_ids.txt", len(dataset.images), len(dataset.captions), report)
-    return dataset, ids
+    if not os.path.exists(prefix + "_ids.txt"):
+        return dataset, set()
+    return dataset, check_ids(prefix + "_ids.txt", len(dataset.images), len(dataset.captions), report)
 
 
 def check_folder(folder, opt):
@@ -87,15 +86,15 @@ def check_folder(folder, opt):
 
 
 def check_between_splits(folder, found, report):
-    """What the splits have in common. found: {split: (Dataset or None, ids)}."""
+    """What the splits have in common. found: {split: (Dataset or None, ids)}, train among them."""
     sizes = {split: dataset.images.shape[2] for split, (dataset, _) in found.items() if dataset}
     if len(set(sizes.values())) > 1:
-        report.faults.append(f"{folder}: features of different sizes: {sizes}")
+        listed = ", ".join(f"{split} {size}" for split, size in sizes.items())
+        report.faults.append(f"{folder}: features of different sizes: {listed}")
     elif sizes and set(sizes.values()) != {2048}:
         report.notes.append(f"{folder}: train.py needs --img_dim {next(iter(sizes.values()))}")
-    for split in found:
-        shared = found["train"][1] & found[split][1] if "train" in found and split != "train" else ()
-        if shared:
+    for split, (_, ids) in found.items():
+        if split != "train" and (shared := ids & found["train"][1]):
             report.notes.append(f"{folder}: {len(shared)} images of {split} are in train as well")
 
 

@@ -13,23 +13,22 @@ example: python scripts/npz_to_dataset.py cocobu_att --boxes cocobu_box --sizes 
 """
 
 import argparse
+import contextlib
 import os
 import re
 
-import msgspec
 from tqdm import tqdm
 
 if not __package__:
     import _root  # noqa: F401
 
-from lib.datasets.boxes import parse_size
+from lib.datasets.boxes import CocoImage, parse_size
 from lib.datasets.ids import SPLITS, canonical_id, split_ids, walk
 from lib.datasets.json_files import json_items
 from lib.datasets.npz_files import read_regions
 from lib.datasets.problems import Problems
 from lib.datasets.writer import Origin
-from lib.errors import InputError, run
-from lib.files import make_folder
+from lib.errors import InputError, brief, run
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
 
 SUFFIX = re.compile(r"\.np[yz]$")
@@ -57,17 +56,12 @@ def id_of(path):
     return SUFFIX.sub("", os.path.basename(path))
 
 
-class Image(msgspec.Struct):
-    id: int | str
-    height: float
-    width: float
-    file_name: str | None = None
-
-
 def read_sizes(path):
     """{canonical id: (height, width)} of a JSON file with COCO's images."""
     by_id, by_name = {}, {}
-    for image in json_items(path, "images", Image):
+    for image in json_items(path, "images", CocoImage):
+        if image.height is None or image.width is None:
+            raise InputError(f"{path}: image {brief(image.id)} without height and width")
         size = image.height, image.width
         by_id[canonical_id(image.id)] = by_name[canonical_id(image.file_name or image.id)] = size
     if not by_id:
@@ -80,19 +74,19 @@ def find_sources(opt, problems):
     paths = find_files(opt.folder, problems)
     size = parse_size(opt.sizes) if opt.sizes else None
     sizes = read_sizes(opt.sizes) if opt.sizes and not size else {}
-    boxes = {name: os.path.join(opt.boxes, id_of(path) + ".npy") for name, path in paths.items()} if opt.boxes else {}
-    return {name: (path, boxes.get(name), sizes.get(name, size)) for name, path in paths.items()}
+    sources = {}
+    for name, path in paths.items():
+        boxes = os.path.join(opt.boxes, id_of(path) + ".npy") if opt.boxes else None
+        sources[name] = path, boxes, sizes.get(name, size)
+    return sources
 
 
 def read_first(sources, names):
-    """The first of these images that can be read, and its Regions. Raises the first InputError where none can."""
-    failures = []
+    """Path and Regions of the first of these images that can be read. Raises InputError where none can."""
     for name in names:
-        try:
-            return name, read_regions(*sources[name])
-        except InputError as error:
-            failures.append(error)
-    raise failures[0]
+        with contextlib.suppress(InputError):
+            return sources[name][0], read_regions(*sources[name])
+    return read_regions(*sources[names[0]])  # raises what is wrong with it
 
 
 def convert(sources, job, img_dim, problems):
@@ -134,11 +128,8 @@ def get_parser():
 
 def main():
     opt = get_parser().parse_args()
-    if opt.n_regions is not None and opt.n_regions < 1:
-        raise InputError(f"--n_regions {opt.n_regions}: expected at least 1")
     if opt.split and opt.ids:
         raise InputError("--split and --ids: expected one of them")
-    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "npz_problems.txt"))
     sources = find_sources(opt, problems)
     if opt.split:
@@ -149,11 +140,11 @@ def main():
     there = [name for name in listed if name in sources]
     if not there:
         raise InputError(f"{opt.folder}: none of the {len(listed)} images of the id lists is there")
-    name, first = read_first(sources, there)
+    path, first = read_first(sources, there)
     opt.img_dim = first.features.shape[1]
     opt.n_regions = len(first.features) if opt.n_regions is None and opt.regions == "fixed" else default_n_regions(opt)
     arrays = ("ims",) if first.boxes is None else ("ims", "boxes")
-    print(f"{sources[name][0]}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
+    print(f"{path}: features {first.features.shape}, {'no boxes' if first.boxes is None else 'boxes'}")
 
     def files(image_id):
         """The paths of an image's files."""

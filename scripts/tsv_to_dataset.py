@@ -23,7 +23,6 @@ from lib.datasets.problems import Problems
 from lib.datasets.tsv_files import FIELDS, FORMS, SCORES, decode, find_form, image_id, parse_fields, read_lines
 from lib.datasets.writer import Origin
 from lib.errors import InputError, run
-from lib.files import make_folder
 from scripts.features.feature_job import FeatureJob, add_flags, default_n_regions
 
 
@@ -73,13 +72,9 @@ def get_parser():
 def main():
     opt = get_parser().parse_args()
     opt.n_regions = default_n_regions(opt)
-    for name in ("n_regions", "img_dim"):
-        if getattr(opt, name) < 1:
-            raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
     form = "--fields" if opt.fields else find_form(opt.tsv)
     fields = parse_fields(opt.fields) if opt.fields else FORMS[form]
     print(f"{opt.tsv[0]}: {form} columns: {', '.join(fields)}")
-    make_folder(opt.out)
     problems = Problems(os.path.join(opt.out, "tsv_problems.txt"))
     if opt.all:
         ids = dict.fromkeys(image_id(values, fields) for _, values in read_lines(opt.tsv))

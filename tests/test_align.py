@@ -11,44 +11,44 @@ from lib.datasets.pairing import Split
 
 
 def folders_to_align(tmp_path, order, ids=True):
-    """scan/ (features, captions, ids) and pfan/ (grids, captions) of the same images in another order; the grids."""
+    """reference/ (features, captions, ids) and source/ (grids, captions) of the same images in two orders; grids."""
     splits, grids = {"train": 9, "dev": 4}, {}
-    make_folder(tmp_path, "scan", splits, img_dim=D)
-    scan, pfan = tmp_path / "data/scan", tmp_path / "data/pfan"
-    pfan.mkdir()
+    make_folder(tmp_path, "reference", splits, img_dim=D)
+    reference, source = tmp_path / "data/reference", tmp_path / "data/source"
+    source.mkdir()
     for split, n in splits.items():
         perm = np.random.default_rng(order).permutation(n)
-        grids[split] = np.load(scan / f"{split}_boxes.npy")
-        os.remove(scan / f"{split}_boxes.npy")
-        np.save(pfan / f"{split}_boxes.npy", grids[split][perm])
-        lines = (scan / f"{split}_caps.txt").read_text().splitlines()
+        grids[split] = np.load(reference / f"{split}_boxes.npy")
+        os.remove(reference / f"{split}_boxes.npy")
+        np.save(source / f"{split}_boxes.npy", grids[split][perm])
+        lines = (reference / f"{split}_caps.txt").read_text().splitlines()
         lines = [f"{line} {split} {i // 5}" for i, line in enumerate(lines)]
         moved = [lines[5 * i + j].upper().replace(" .", "") for i in perm for j in (4, 2, 0, 1, 3)]
-        write_lines(scan / f"{split}_caps.txt", lines)
-        write_lines(pfan / f"{split}_caps.txt", moved)
-        write_lines(scan / f"{split}_ids.txt", [f"{split}{i}" for i in range(n)])
+        write_lines(reference / f"{split}_caps.txt", lines)
+        write_lines(source / f"{split}_caps.txt", moved)
+        write_lines(reference / f"{split}_ids.txt", [f"{split}{i}" for i in range(n)])
         if ids:
-            write_lines(pfan / f"{split}_ids.txt", [f"{split}{i}.jpg" for i in perm])
+            write_lines(source / f"{split}_ids.txt", [f"{split}{i}.jpg" for i in perm])
     return tmp_path / "data", grids
 
 
-def align(data, *more):
-    return ("align", "--reference", data / "scan", "--source", data / "pfan", *more)
+def align(folder, *more):
+    return ("align", "--reference", folder / "reference", "--source", folder / "source", *more)
 
 
 @pytest.mark.parametrize("ids", [True, False])
 def test_positions_are_put_in_the_order_of_the_features(tmp_path, ids):
     data, grids = folders_to_align(tmp_path, 1, ids)
-    out = ok(*align(data, "--out", data / "scan"))
+    out = ok(*align(data, "--out", data / "reference"))
     assert "9 of 9 paired; captions agree in 9 of 9" in out and f"by {'ids' if ids else 'captions'}" not in out
     for split in grids:
-        np.testing.assert_array_equal(np.load(data / f"scan/{split}_boxes.npy"), grids[split])
-    assert "there already" in ok(*align(data, "--out", data / "scan"))
+        np.testing.assert_array_equal(np.load(data / f"reference/{split}_boxes.npy"), grids[split])
+    assert "there already" in ok(*align(data, "--out", data / "reference"))
 
 
 def test_ids_that_mean_other_images_are_found_out_by_the_captions(tmp_path):
     data, grids = folders_to_align(tmp_path, 1)
-    write_lines(data / "pfan/train_ids.txt", [f"train{i}" for i in range(9)])
+    write_lines(data / "source/train_ids.txt", [f"train{i}" for i in range(9)])
     assert "--by captions" in fails(*align(data, "--out", data / "out"))
     assert not list((data / "out").glob("*.npy"))
     ok(*align(data, "--out", data / "out", "--by", "captions"))
@@ -61,8 +61,7 @@ def test_two_images_with_one_partner_are_ambiguous(tmp_path):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / f"{name}/train_ids.txt", ids)
     np.save(tmp_path / "source/train_boxes.npy", np.zeros((3, R, 31), np.float32))
-    folders = ("--reference", tmp_path / "reference", "--source", tmp_path / "source", "--out", tmp_path / "o")
-    assert "1 ambiguous" in fails("align", *folders)
+    assert "1 ambiguous" in fails(*align(tmp_path, "--out", tmp_path / "o"))
     assert "(id a.png): ambiguous: has the partner of train, image 0 (id a.jpg)" in (
         (tmp_path / "o/align_problems.txt").read_text()
     )
@@ -70,27 +69,27 @@ def test_two_images_with_one_partner_are_ambiguous(tmp_path):
 
 def test_what_has_no_partner_is_named_and_can_be_left_out(tmp_path):
     data, grids = folders_to_align(tmp_path, 2, ids=False)
-    lines = (data / "scan/train_caps.txt").read_text().splitlines()
+    lines = (data / "reference/train_caps.txt").read_text().splitlines()
     lines[5:10] = ["no such image"] * 5  # all five
     lines[10] = "one caption differs"
-    write_lines(data / "scan/train_caps.txt", lines)
+    write_lines(data / "reference/train_caps.txt", lines)
     message = fails(*align(data, "--out", data / "out"))
     assert "1 without a partner" in message
     assert "train, image 1 (id train1)" in (data / "out/align_problems.txt").read_text()
-    assert "another folder" in fails(*align(data, "--out", data / "scan", "--skip_bad"))
+    assert "another folder" in fails(*align(data, "--out", data / "reference", "--skip_bad"))
     ok(*align(data, "--out", data / "out", "--skip_bad"))
     kept = [0, 2, 3, 4, 5, 6, 7, 8]
     np.testing.assert_array_equal(np.load(data / "out/train_boxes.npy"), grids["train"][kept])
-    np.testing.assert_array_equal(np.load(data / "out/train_ims.npy"), np.load(data / "scan/train_ims.npy")[kept])
+    np.testing.assert_array_equal(np.load(data / "out/train_ims.npy"), np.load(data / "reference/train_ims.npy")[kept])
     assert (data / "out/train_caps.txt").read_text().splitlines() == [lines[5 * i + j] for i in kept for j in range(5)]
     for name in ("ims.npy", "caps.txt", "ids.txt"):  # dev is complete, and goes along too: the folder stands alone
-        assert (data / f"out/dev_{name}").read_bytes() == (data / f"scan/dev_{name}").read_bytes(), name
+        assert (data / f"out/dev_{name}").read_bytes() == (data / f"reference/dev_{name}").read_bytes(), name
 
 
 def test_features_that_differ_are_named_apart_from_captions(tmp_path):
     data, _ = folders_to_align(tmp_path, 1)
     for split, n in (("train", 9), ("dev", 4)):
-        np.save(data / f"pfan/{split}_ims.npy", np.ones((n, R, D), np.float32))
+        np.save(data / f"source/{split}_ims.npy", np.ones((n, R, D), np.float32))
     done = tool(*align(data, "--out", data / "out"))
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: 13 of other features")
     assert "--by captions" not in done.stderr  # which would find the same pairs
@@ -110,10 +109,10 @@ def test_arrays_that_are_no_rows_or_not_there_are_named(tmp_path):
         (tmp_path / name).mkdir()
         write_lines(tmp_path / f"{name}/train_ids.txt", [1])
     np.save(tmp_path / "source/train_boxes.npy", np.float32(1))
-    folders = ("--reference", tmp_path / "reference", "--source", tmp_path / "source", "--out", tmp_path / "o")
-    assert "train_boxes.npy: found (), expected a row for each image" in fails("align", *folders)
+    args = align(tmp_path, "--out", tmp_path / "o")
+    assert "train_boxes.npy: found (), expected a row for each image" in fails(*args)
     os.remove(tmp_path / "source/train_boxes.npy")
-    assert "train_ims.npy: no such file" in fails("align", *folders, "--arrays", "ims")
+    assert "train_ims.npy: no such file" in fails(*args, "--arrays", "ims")
 
 
 # ---------------------------------------------------------------- by regions
@@ -132,12 +131,8 @@ def photographs(tmp_path):
     return grids
 
 
-def regions(tmp_path, *more):
-    return ("align", "--reference", tmp_path / "reference", "--source", tmp_path / "source", *more)
-
-
 def test_boxes_find_their_features_without_ids_and_captions(tmp_path, photographs):
-    out = ok(*regions(tmp_path, "--out", tmp_path / "reference"))
+    out = ok(*align(tmp_path, "--out", tmp_path / "reference"))
     assert "40 of 40 paired" in out and "regions that overlap look alike" in out
     for split, grids in photographs.items():
         np.testing.assert_array_equal(np.load(tmp_path / f"reference/{split}_boxes.npy"), grids)
@@ -146,7 +141,7 @@ def test_boxes_find_their_features_without_ids_and_captions(tmp_path, photograph
 def test_an_image_without_boxes_is_named(tmp_path, photographs):
     boxes = np.load(tmp_path / "source/train_boxes.npy")
     np.save(tmp_path / "source/train_boxes.npy", boxes[1:])
-    assert "1 without a partner" in fails(*regions(tmp_path, "--by", "regions", "--out", tmp_path / "out"))
+    assert "1 without a partner" in fails(*align(tmp_path, "--by", "regions", "--out", tmp_path / "out"))
     lost = int(np.flatnonzero((photographs["train"] == boxes[0]).all((1, 2)))[0])
     assert f"train, image {lost}: without a partner" in (tmp_path / "out/align_problems.txt").read_text()
 
@@ -155,17 +150,17 @@ def test_an_image_without_boxes_is_named(tmp_path, photographs):
 def test_regions_that_do_not_tell_images_apart_are_refused(tmp_path, photographs, of):
     boxes = np.repeat(photographs["train"][:1], 40, axis=0) if of == "one image" else boxes_with_features(40, seed=9)[0]
     np.save(tmp_path / "source/train_boxes.npy", boxes)
-    message = fails(*regions(tmp_path, "--out", tmp_path / "out"))
+    message = fails(*align(tmp_path, "--out", tmp_path / "out"))
     assert "of 40 images fit no boxes" in message and "train_ims.npy" in message
-    assert not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists()
 
 
-def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_regions(tmp_path, photographs):
+def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_align(tmp_path, photographs):
     for split, grids in photographs.items():
         for name in ("reference", "source"):  # the captions agree, the order of the boxes is another
             lines = [f"{split} {i} {j}" for i in range(len(grids)) for j in range(5)]
             write_lines(tmp_path / f"{name}/{split}_caps.txt", lines)
-    done = tool(*regions(tmp_path, "--out", tmp_path / "out"))
+    done = tool(*align(tmp_path, "--out", tmp_path / "out"))
     assert done.returncode == 2 and "2 of other regions" in done.stderr.splitlines()[-1]
     assert "captions agree in 40 of 40" in done.stdout and not list((tmp_path / "out").glob("*.npy"))
 
@@ -173,4 +168,4 @@ def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_regio
 def test_without_anything_to_pair_by_it_says_what_is_missing(tmp_path, photographs):
     os.remove(tmp_path / "reference/dev_ims.npy")
     write_lines(tmp_path / "reference/dev_ids.txt", range(20))
-    assert "nothing to pair the images by" in fails(*regions(tmp_path, "--out", tmp_path / "out"))
+    assert "nothing to pair the images by" in fails(*align(tmp_path, "--out", tmp_path / "out"))

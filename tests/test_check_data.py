@@ -26,62 +26,6 @@ def wrongs(lines):
 
 
 @pytest.fixture
-def random_folder(tmp_path):
-    make_folder(tmp_path)
-    return tmp_path / "data/toy_precomp"
-
-
-def test_check_counts_features_that_are_no_numbers_and_finds_captions_that_do_not_divide(tmp_path, random_folder):
-    """test_bad_input.py has what training refuses and check_data.py says as well."""
-    images = np.load(random_folder / "train_ims.npy")
-    images[3:5, 2, 1] = np.nan
-    np.save(random_folder / "train_ims.npy", images)
-    write_lines(random_folder / "dev_caps.txt", (random_folder / "dev_caps.txt").read_text().splitlines()[1:])
-    status, lines = check(tmp_path)
-    assert status == 1 and wrongs(lines) == [
-        f"WRONG: {random_folder}/train_ims.npy: NaN or infinite features in 2 images, the first is 3",
-        f"WRONG: {random_folder}/dev: 6 images in _ims.npy and 29 captions, expected one to be a multiple of the other",
-    ]
-
-
-def test_check_finds_features_that_were_never_filled(tmp_path, random_folder):
-    images = np.load(random_folder / "train_ims.npy")
-    images[:, 1:] = 0
-    np.save(random_folder / "train_ims.npy", images)
-    status, lines = check(tmp_path)
-    assert status == 0 and any("rows are all zero (padding)" in line for line in lines)
-    np.save(random_folder / "train_ims.npy", images * 0)
-    assert any("train_ims.npy: all of the 432 rows are zero" in line for line in wrongs(check(tmp_path)[1]))
-
-
-def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path, random_folder):
-    for name in ("ims", "boxes"):
-        path = random_folder / f"train_{name}.npy"
-        np.save(path, np.asfortranarray(np.load(path)))
-    assert check(tmp_path)[0] == 0
-    vocab = deserialize_vocab(str(tmp_path / "vocab/toy_precomp_vocab.json"))
-    images, _ = PrecompDataset(str(random_folder), "train", vocab).features(range(12))
-    np.testing.assert_array_equal(read_rows(open_rows(str(random_folder / "train_ims.npy")), 3, 99), images[3:].numpy())
-
-
-def test_check_says_what_is_there(tmp_path, random_folder):
-    status, lines = check(tmp_path)
-    said = "\n".join(lines)
-    assert status == 0 and "ready to train" in said
-    assert "(12, 36, 16)" in said and "5 captions an image" in said and "--img_dim 16" in said
-    assert "vocab.py" in tool("check_data", random_folder, "--vocab_path", tmp_path).stdout
-    os.remove(random_folder / "dev_ims.npy")
-    (random_folder / "train_ids.txt").write_bytes(b"\xff\n")
-    status, lines = check(tmp_path)
-    assert status == 1 and any("dev_ims.npy: no such file" in line for line in lines)
-    assert any(line.startswith(f"note: {random_folder}/train_ids.txt, line 1: not UTF-8") for line in lines)
-    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
-
-
-# ---------------------------------------------------------------- files that do not belong together
-
-
-@pytest.fixture
 def folder(tmp_path):
     """data/toy_precomp of 40 images whose boxes belong to their features."""
     make_folder(tmp_path, splits={"train": 40, "dev": 10})
@@ -90,6 +34,58 @@ def folder(tmp_path):
         np.save(tmp_path / f"data/toy_precomp/{split}_ims.npy", features)
         np.save(tmp_path / f"data/toy_precomp/{split}_boxes.npy", grids)
     return tmp_path / "data/toy_precomp"
+
+
+def test_check_counts_features_that_are_no_numbers_and_finds_captions_that_do_not_divide(tmp_path, folder):
+    """test_bad_input.py has what training refuses and check_data.py says as well."""
+    images = np.load(folder / "train_ims.npy")
+    images[3:5, 2, 1] = np.nan
+    np.save(folder / "train_ims.npy", images)
+    write_lines(folder / "dev_caps.txt", (folder / "dev_caps.txt").read_text().splitlines()[1:])
+    status, lines = check(tmp_path)
+    assert status == 1 and wrongs(lines) == [
+        f"WRONG: {folder}/train_ims.npy: NaN or infinite features in 2 images, the first is 3",
+        f"WRONG: {folder}/dev: 10 images in _ims.npy and 49 captions, expected one to be a multiple of the other",
+    ]
+
+
+def test_check_finds_features_that_were_never_filled(tmp_path, folder):
+    images = np.load(folder / "train_ims.npy")
+    images[:, 1:] = 0
+    np.save(folder / "train_ims.npy", images)
+    status, lines = check(tmp_path)
+    assert status == 0 and any("rows are all zero (padding)" in line for line in lines)
+    np.save(folder / "train_ims.npy", images * 0)
+    assert any("train_ims.npy: all of the 1440 rows are zero" in line for line in wrongs(check(tmp_path)[1]))
+
+
+def test_check_reads_arrays_in_fortran_order_as_training_does(tmp_path, folder):
+    for name in ("ims", "boxes"):
+        path = folder / f"train_{name}.npy"
+        np.save(path, np.asfortranarray(np.load(path)))
+    assert check(tmp_path)[0] == 0
+    vocab = deserialize_vocab(str(tmp_path / "vocab/toy_precomp_vocab.json"))
+    images, _ = PrecompDataset(str(folder), "train", vocab).features(range(40))
+    np.testing.assert_array_equal(read_rows(open_rows(str(folder / "train_ims.npy")), 3, 99), images[3:].numpy())
+
+
+def test_check_says_what_is_there(tmp_path, folder):
+    status, lines = check(tmp_path)
+    said = "\n".join(lines)
+    assert status == 0 and "ready to train" in said
+    assert "(40, 36, 256)" in said and "5 captions an image" in said and "--img_dim 256" in said
+    assert "vocab.py" in tool("check_data", folder, "--vocab_path", tmp_path).stdout
+    os.remove(folder / "dev_ims.npy")
+    (folder / "train_ids.txt").write_bytes(b"\xff\n")
+    (folder / "test_ims.npy").write_bytes(b"no array")
+    status, lines = check(tmp_path)
+    assert len([line for line in wrongs(lines) if "test_ims.npy: truncated or not an .npy array" in line]) == 1
+    assert status == 1 and any("dev_ims.npy: no such file" in line for line in lines)
+    assert any(line.startswith(f"note: {folder}/train_ids.txt, line 1: not UTF-8") for line in lines)
+    assert "no such folder" in fails("check_data", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------- files that do not belong together
 
 
 def train(tmp_path, position):
@@ -126,26 +122,11 @@ def test_boxes_of_other_images_or_regions_are_wrong_and_training_warns_of_them(t
     assert len(caplog.messages) == 1
 
 
-@pytest.mark.parametrize("what", ["random features", "fixed windows"])
-def test_what_cannot_be_told_is_a_note(tmp_path, folder, what):
-    if what == "random features":
-        features = np.random.default_rng(0).random((40, 36, 256), np.float32)
-        np.save(folder / "train_ims.npy", features)
-    else:
-        np.save(folder / "train_boxes.npy", np.repeat(np.load(folder / "train_boxes.npy")[:1], 40, axis=0))
+def test_what_cannot_be_told_is_a_note(tmp_path, folder):
+    np.save(folder / "train_ims.npy", np.random.default_rng(0).random((40, 36, 256), np.float32))
     status, lines = check(tmp_path)
     assert status == 0
     assert [line for line in lines if line.startswith("note: ") and "train_boxes.npy: whether the boxes belong" in line]
-
-
-def test_images_that_are_repeated_unequally_are_wrong(tmp_path, folder):
-    counts = [2, 3] * 8
-    for kind in ("ims", "boxes"):
-        rows = np.load(folder / f"train_{kind}.npy")[:16]
-        np.save(folder / f"train_{kind}.npy", np.repeat(rows, counts, axis=0))
-    write_lines(folder / "train_caps.txt", (folder / "train_caps.txt").read_text().splitlines()[:40])
-    status, lines = check(tmp_path)
-    assert status == 1 and [line for line in wrongs(lines) if "rows 0 to 1 are one image and rows 2 to 4" in line]
 
 
 def test_a_vocabulary_of_other_captions_is_wrong(tmp_path, folder):
@@ -182,3 +163,8 @@ def test_captions_that_are_grouped_otherwise_are_wrong(tmp_path, folder, order):
 def test_ids_of_another_number_are_noted(tmp_path, folder):
     write_lines(folder / "train_ids.txt", range(39))
     assert [line for line in check(tmp_path)[1] if "39 ids for 40 images" in line]
+
+
+def test_features_of_different_sizes_are_wrong(tmp_path, folder):
+    np.save(folder / "dev_ims.npy", np.ones((10, 36, 8), np.float32))
+    assert f"WRONG: {folder}: features of different sizes: train 256, dev 8" in check(tmp_path)[1]

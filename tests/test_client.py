@@ -330,7 +330,7 @@ def test_an_output_that_cannot_be_written_is_told_before_anything_is_asked(tmp_p
         ("img_id.txt", "http://a.jpg 5", "expected url<TAB>id"),
         ("img_id.txt", "http://a.jpg\t2018_1", "the id an integer"),
         ("img_id.txt", f"{url(1)}\t7", "id 7 for a url that has id 1 already"),
-        ("test_own.tsv.0", "5\t10\t10\t36\tAAAA", "found 5 fields"),
+        ("test_own.tsv.0", "5\t10\t10\t36\tAAAA", "features (base64) with tabs between"),
         ("test_own.tsv.0", "5\t10\tten\t36\tAAAA\tAAAA", "expected image_id, image_w, image_h"),
         ("test_features.json", '["x/5.jpg", ["a"]]', "expected [url, [numbers]]"),
         ("test_features.json", '["x/2018_1.jpg", [0.5]]', "an integer up to its first dot"),

@@ -162,7 +162,7 @@ def test_boxes_that_do_not_fit_are_one_line(tmp_path, photos):
         ({"ids": names[:5], "boxes": boxes}, r"ids \(5,\) of .*, expected \(12,\)"),
         ({"ids": np.repeat(names[:6], 2), "boxes": boxes}, "stands in rows 0 and 1"),
         ({"ids": names, "boxes": reversed_one}, f"image 3 .id '{names[3]}'., box 1: .*corners are reversed"),
-        ({"ids": names.astype(object), "boxes": boxes}, "not an .npz file of names and numbers"),
+        ({"ids": names.astype(object), "boxes": boxes}, "expected an array of names or numbers"),
         ({"ids": names, "boxes": 90 * boxes, "image_sizes": np.full((12, 2), 30)}, "reach well outside"),
         ({"ids": np.char.add("x", names), "boxes": boxes}, "boxes of none of the 12 images of train"),
         ({"ids": names, "boxes": 1000 * boxes}, "none of the 12 images could be used"),

@@ -120,6 +120,7 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     np.savez(tmp_path / "words.npz", boxes=np.full((2, 3, 4), "a"), image_sizes=sizes[:2])
     np.savez(tmp_path / "none.npz", boxes=boxes[:0], image_sizes=sizes[:0])
     np.savez(tmp_path / "few.npz", boxes=boxes, image_sizes=sizes[1:])
+    np.savez(tmp_path / "sides.npz", boxes=boxes, image_h=sizes[:, 0], image_w=sizes[1:, 0])
     np.savez(tmp_path / "good.npz", boxes=boxes, image_sizes=sizes)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-40])
     boxes[1400, 1] = [5, 5, 2, 9]
@@ -130,9 +131,10 @@ def test_what_does_not_fit_is_one_line_and_leaves_no_file(tmp_path):
     before = sorted(os.listdir(tmp_path))
     for name, more, said in (
         ("cut.npz", (), "truncated or not an .npz file"),
-        ("words.npz", (), "boxes are <U1, expected numbers"),
+        ("words.npz", (), "boxes are an array (2, 3, 4) of <U1, expected an array of numbers"),
         ("none.npz", (), "boxes (0, 2, 4), expected (n, R, 4), at least one"),
         ("few.npz", (), "boxes (1500, 2, 4) with image sizes (1499, 2)"),
+        ("sides.npz", (), "image_w (1499,) of 1500 images, expected (1500,)"),
         ("b.npy", (), "no image sizes in it; --sizes gives them"),
         ("b.npy", ("--sizes", "0x4"), "image 0: [0.0, 4.0]: height and width, expected positive numbers"),
         ("reversed.npy", ("--sizes", "9x9"), "image 1400, box 1: [5.0, 5.0, 2.0, 9.0]: corners are reversed"),

@@ -1,5 +1,6 @@
 """Boxes of images, as detectors give them: .npz and .npy arrays, COCO-style JSON; and whether they fit their images."""
 
+import math
 import os
 import re
 from array import array
@@ -11,15 +12,18 @@ from lib.constants import N_REGIONS
 from lib.datasets.arrays import read_rows
 from lib.datasets.ids import canonical_id, read_ids
 from lib.datasets.json_files import json_items
-from lib.datasets.npz_files import read_sizes
+from lib.datasets.npz_files import known_names, read_npz, read_sizes
 from lib.datasets.regions import are_shares
 from lib.errors import InputError, brief
 from lib.files import open_npy
 
-BOX_NAMES = ("boxes", "bboxes", "bbox")  # of arrays in an .npz
-SIZE_NAMES = ("image_sizes", "image_size", "sizes")
-ID_NAMES = ("ids", "image_ids", "image_id", "names")
-SIDES = ("image_h", "image_w")
+NAMES = {  # of arrays in an .npz
+    "boxes": ("boxes", "bboxes", "bbox"),
+    "sizes": ("image_sizes", "image_size", "sizes"),
+    "height": ("image_h",),
+    "width": ("image_w",),
+    "ids": ("ids", "image_ids", "image_id", "names"),
+}
 SQUARE = 2  # sizes up to this are those of boxes from 0 to 1
 WELL_OUTSIDE = 0.05  # of the image's side
 MANY_OUTSIDE = 0.05  # share of the boxes
@@ -64,7 +68,7 @@ class BoxFile:
         if of_json:
             self._read_coco(n_regions, best)
         else:
-            self._take(_read_npz(path) if path.endswith(".npz") else {"boxes": open_npy(path)})
+            self._read_arrays()
         if sizes:
             size = parse_size(sizes)
             self.sizes = np.tile(size, (len(self.boxes), 1)) if size else read_sizes(sizes)
@@ -76,25 +80,28 @@ class BoxFile:
         self.xywh, self.of_widths = xywh and not of_json, xywh or of_json
         self.check = BoxCheck(path, sizes or "the image sizes")
 
-    def _take(self, arrays):
-        """Take the arrays of an .npz or .npy, {name: array}."""
-
-        def first(names):
-            return next((arrays[name] for name in names if name in arrays), None)
-
-        self.boxes, self.sizes, ids = map(first, (BOX_NAMES, SIZE_NAMES, ID_NAMES))
-        if self.sizes is None and all(name in arrays for name in SIDES):
-            self.sizes = np.stack([arrays[name] for name in SIDES], axis=-1)
-        n = len(self.boxes) if self.boxes.ndim else 0
+    def _read_arrays(self):
+        if self.path.endswith(".npy"):
+            arrays = {"boxes": open_npy(self.path)}
+        else:
+            arrays = read_npz(self.path, set().union(*NAMES.values()), math.inf)
+        for name, values in arrays.items():
+            kinds, expected = ("iuUS", "names or numbers") if name in NAMES["ids"] else ("fiu", "numbers")
+            if not isinstance(values, np.ndarray) or values.dtype.kind not in kinds:
+                raise InputError(f"{self.path}: {name} are {brief(values)}, expected an array of {expected}")
+        self.boxes, self.sizes, height, width, ids = known_names(arrays, NAMES).values()
+        if self.boxes is None:
+            raise InputError(f"{self.path}: no boxes, expected an array of the name {' or '.join(NAMES['boxes'])}")
         if self.boxes.ndim != 3 or self.boxes.shape[2] != 4 or not self.boxes.size:
             raise InputError(f"{self.path}: boxes {self.boxes.shape}, expected (n, R, 4), at least one")
-        for what, values in (("boxes", self.boxes), ("image sizes", self.sizes)):
-            if values is not None and values.dtype.kind not in "fiu":
-                raise InputError(f"{self.path}: {what} are {values.dtype}, expected numbers")
-        if ids is not None and (ids.shape != (n,) or ids.dtype.kind not in "iuUS"):
-            raise InputError(f"{self.path}: ids {ids.shape} of {ids.dtype}, expected ({n},) names or numbers")
+        n, n_regions = self.boxes.shape[:2]
+        for name, values in (("ids", ids), ("image_h", height), ("image_w", width)):
+            if values is not None and values.shape != (n,):
+                raise InputError(f"{self.path}: {name} {values.shape} of {n} images, expected ({n},)")
+        if self.sizes is None and height is not None and width is not None:
+            self.sizes = np.stack([height, width], axis=-1)
         self.names = None if ids is None else [x.decode() if isinstance(x, bytes) else x for x in ids.tolist()]
-        self.found = np.full(n, self.boxes.shape[1])
+        self.found = np.full(n, n_regions)
 
     def _read_coco(self, n_regions, best):
         with open(self.path, "rb") as file:
@@ -144,23 +151,16 @@ class BoxFile:
     def finder(self):
         """A function of an image's id, file name or path that gives its row; None where the file has no boxes of it.
 
-        File names count before ids, whole names before base names. Raises InputError where an image stands twice.
+        Whole names count before base names, file names before ids. Raises InputError where an image stands twice.
         """
-        tables = []
-        for names in filter(None, (self.file_names, self.names)):
-            whole, base = {}, {}
+        table = {}
+        for names in filter(None, (self.names, self.file_names)):
+            rows = {}
             for row, name in enumerate(names):
-                first = whole.setdefault(canonical_id(name), row)
-                if first != row:
+                if (first := rows.setdefault(canonical_id(name), row)) != row:
                     raise InputError(f"{self.path}: image {brief(name)} stands in rows {first} and {row}")
-                base[canonical_id(os.path.basename(str(name)))] = row
-            tables += [whole, base]
-
-        def find(name):
-            names = canonical_id(name), canonical_id(os.path.basename(str(name)))
-            return next((table[each] for table in tables for each in names if each in table), None)
-
-        return find
+            table |= {base_name(name): row for row, name in enumerate(names)} | rows
+        return lambda name: table.get(canonical_id(name), table.get(base_name(name)))
 
     def rows(self, start, n):
         """Boxes (m, R, 4), x1, y1, x2, y2 in pixels, and sizes (m, 2) of the images start … start+n-1, float64."""
@@ -181,20 +181,9 @@ class BoxFile:
         return InputError(f"{self.path}: {type(error)(title, error.box, error.reason)}{hint}")
 
 
-def _read_npz(path):
-    """{name: array} of those arrays of an .npz file whose names are known, boxes among them."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:  # noqa: TID251
-            known = [name for name in archive.files if name in (*BOX_NAMES, *SIZE_NAMES, *ID_NAMES, *SIDES)]
-            arrays, there = {name: archive[name] for name in known}, archive.files
-    except OSError:  # names the file
-        raise
-    except Exception as error:  # NumPy, zip and zlib each have their own
-        reason = " ".join(str(error).partition(". If you trust")[0].split())[:200]
-        raise InputError(f"{path}: truncated or not an .npz file of names and numbers ({reason})") from None
-    if not any(name in arrays for name in BOX_NAMES):
-        raise InputError(f"{path}: holds {', '.join(map(brief, there))[:200]}; expected {' or '.join(BOX_NAMES)}")
-    return arrays
+def base_name(name: str | int) -> str:
+    """The canonical id of a path's last part."""
+    return canonical_id(os.path.basename(str(name)))
 
 
 def parse_size(text: str) -> tuple[float, float] | None:

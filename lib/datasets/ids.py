@@ -1,7 +1,6 @@
 """Ids of images: what two names of one image have in common, id lists, and the id lists of a folder's splits."""
 
 import codecs
-import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -31,9 +30,9 @@ def read_ids(path: str, problems: Problems | None = None) -> list[str]:
     Raises InputError where there is no id in it, and without problems for the first of these lines.
     """
     lines = read_lines(path)
-    runs = [(line, len(list(same))) for line, same in itertools.groupby(lines)]
-    if len({n for _, n in runs}) == 1 and len(set(lines)) == len(runs) > 1:
-        lines = [line for line, _ in runs]
+    different = list(dict.fromkeys(lines))
+    if len(different) > 1 and lines == [line for line in different for _ in range(len(lines) // len(different))]:
+        lines = different
     ids, seen = [], {}
     for number, line in enumerate(lines, 1):
         name = canonical_id(line)

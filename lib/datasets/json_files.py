@@ -1,10 +1,9 @@
 """JSON files: small ones read whole, the arrays of large ones item by item."""
 
 import codecs
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -12,25 +11,21 @@ from tqdm import tqdm
 
 from lib.errors import InputError, brief
 
-# An escape in JSON: a surrogate pair, half of one (six bytes) or another.
-ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|u[dD][89a-fA-F]\w\w|.)", re.DOTALL)
-HALF_LENGTH = 6
+# An escape in JSON: a surrogate pair, half of one or another.
+ESCAPE = re.compile(rb"\\(?:u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(?P<half>u[dD][89a-fA-F]\w\w)|.)", re.DOTALL)
 HALF, HALF_ESCAPED = "\uffff", rb"\uffff"  # what stands for half of a pair, which is no character
 
 
-def read_json(path: str, fits: Callable[[Any], bool], expected: str) -> Any:
-    """The value in a small JSON file.
-
-    fits(value) says whether it is of the right form. Raises InputError, naming what was expected, where it is not.
-    """
+def read_object(path: str, expected: str) -> dict[str, Any]:
+    """The object, not empty, in a small JSON file. Raises InputError, naming what was expected, for another file."""
     with open(path, "rb") as file:
         text = file.read()
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InputError(f"{path}: not JSON ({brief(text)}), expected {expected}") from None
-    if not fits(value):
-        raise InputError(f"{path}: found {brief(value)}, expected {expected}")
+        value = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        value = {}
+    if not value:
+        raise InputError(f"{path}: found {brief(text)}, expected {expected}")
     return value
 
 
@@ -53,7 +48,7 @@ def json_items(path: str, name: str, kind: Any) -> Iterator[Any]:
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            text = ESCAPE.sub(lambda found: HALF_ESCAPED if len(found[0]) == HALF_LENGTH else found[0], text)
+            text = ESCAPE.sub(lambda found: HALF_ESCAPED if found["half"] else found[0], text)
             found = msgspec.json.decode(text, type=container)
         items = tqdm(found.items if name else found, os.path.basename(path), leave=False, disable=None)
         for number, item in enumerate(items):

@@ -7,6 +7,7 @@ test_features.json   a line each `[url, [floats]]`; the id is the integer in the
 """
 
 import array
+import itertools
 import json
 import os
 import re
@@ -23,19 +24,8 @@ Place = tuple[int, int]  # of a line in a file: offset, length in bytes
 
 
 def read_json_lines(path: str, expected: str, parse: Callable[[Any], Any]) -> list:
-    """parse(object) of every line of a file with one JSON object a line, as a list.
-
-    parse raises KeyError, TypeError or ValueError for an object that does not fit; that, or a line that is not
-    JSON, becomes an InputError naming the file, the line and what was expected.
-    """
-    parsed = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                parsed.append(parse(json.loads(line)))
-            except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
-                raise InputError(f"{path}:{number}: expected {expected}, found {line[:60]!r}") from None
-    return parsed
+    """parse(object) of every line of a file with one JSON object a line, as a list. Raises InputError as _scan."""
+    return [parsed for _, parsed in _scan(path, expected, lambda line: parse(json.loads(line)))]
 
 
 def read_words(path: str, kind: str) -> list[tuple[list[str], list[str]]]:
@@ -65,18 +55,17 @@ def read_flags(path: str) -> list[list[tuple[str, int]]]:
 
 def load_img_url_to_id(img_id_file: str) -> dict[str, int]:
     """{url: id} of a file with `url<TAB>id` lines. Raises InputError for another line, or a url with two ids."""
+
+    def parse(line):
+        url, id_text = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
+        return url, _integer(id_text)
+
     ids = {}
-    with open(img_id_file, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                url, id_text = line.decode("utf-8-sig").rstrip("\r\n").split("\t")
-                image_id = _integer(id_text)
-            except ValueError:
-                expected = "expected url<TAB>id, the id an integer"
-                raise InputError(f"{img_id_file}:{number}: {expected}, found {line[:60]!r}") from None
-            if ids.setdefault(url, image_id) != image_id:
-                found = f"id {image_id} for a url that has id {ids[url]} already"
-                raise InputError(f"{img_id_file}:{number}: {found}: {url[:60]}")
+    lines = _scan(img_id_file, "url<TAB>id, the id an integer", parse)
+    for number, (_, (url, image_id)) in enumerate(lines, 1):
+        if ids.setdefault(url, image_id) != image_id:
+            found = f"id {image_id} for a url that has id {ids[url]} already"
+            raise InputError(f"{img_id_file}:{number}: {found}: {url[:60]}")
     return ids
 
 
@@ -88,24 +77,25 @@ class Rows(Sequence):
     """
 
     def __init__(self, tsv_file: str, topn: int = 1000000):
-        path = self.path = tsv_file
+        self.path = tsv_file
+        expected = "image_id, image_w, image_h, num_boxes (integers), boxes, features (base64) with tabs between"
+        rows = ((image_id, place) for place, image_id in _scan(tsv_file, expected, self._parse) if image_id is not None)
         self.ids, self.places = [], []
-        for number, place, line in _scan(path):
-            if len(self.ids) == topn:
-                break
-            first, *numbers = line.split(b"\t", 4)[:4]
-            try:
-                image_id = _integer(first.decode("utf-8-sig"))
-            except ValueError:
-                continue
-            fields = line.count(b"\t") + 1
-            if fields != len(FIELDS) or not all(n.isdigit() and len(n) < 10 for n in numbers):
-                raise InputError(
-                    f"{path}:{number}: expected image_id, image_w, image_h, num_boxes (integers), boxes, features "
-                    f"(base64) with tabs between, found {fields} fields, {line[:60]!r}"
-                )
+        for image_id, place in itertools.islice(rows, topn):
             self.ids.append(image_id)
             self.places.append(place)
+
+    @staticmethod
+    def _parse(line):
+        """A row's image_id, None where it is no integer."""
+        first, *numbers = line.split(b"\t", 4)[:4]
+        try:
+            image_id = _integer(first.decode("utf-8-sig"))
+        except ValueError:
+            return None
+        if line.count(b"\t") + 1 != len(FIELDS) or not all(n.isdigit() and len(n) < 10 for n in numbers):
+            raise ValueError
+        return image_id
 
     def __len__(self):
         return len(self.ids)
@@ -124,19 +114,16 @@ class Wholes(Mapping):
     """
 
     def __init__(self, json_file: str):
-        path = self.path = json_file
-        self.places = {}
-        for number, place, line in _scan(path):
-            try:
-                url, feature = json.loads(line)
-                image_id = _integer(url.rsplit("/", 1)[-1].split(".", 1)[0])
-                array.array("d", feature)
-            except (AttributeError, TypeError, ValueError, OverflowError, RecursionError):
-                raise InputError(
-                    f"{path}:{number}: expected [url, [numbers]], the base name of the url an integer up to its first "
-                    f"dot, found {line[:60]!r}"
-                ) from None
-            self.places[image_id] = place
+        self.path = json_file
+        expected = "[url, [numbers]], the base name of the url an integer up to its first dot"
+        self.places = {image_id: place for place, image_id in _scan(json_file, expected, self._parse)}
+
+    @staticmethod
+    def _parse(line):
+        """The id of a line's image."""
+        url, feature = json.loads(line)
+        array.array("d", feature)  # raises for what is no list of numbers
+        return _integer(url.rsplit("/", 1)[-1].split(".", 1)[0])
 
     def __len__(self):
         return len(self.places)
@@ -180,13 +167,21 @@ def _integer(text):
     return int(text)
 
 
-def _scan(path: str) -> Iterator[tuple[int, Place, bytes]]:
-    """(line number, place, line) of a large file, one line in memory at a time, under a progress bar."""
+def _scan(path: str, expected: str, parse: Callable[[bytes], Any]) -> Iterator[tuple[Place, Any]]:
+    """Yield the place of each line of a file and parse(line), one line in memory at a time, under a progress bar.
+
+    Where parse raises an error, which it does for a line that does not fit, that becomes an InputError naming the file,
+    the line and what was expected.
+    """
     bar = tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=os.path.basename(path), disable=None)
     with open(path, "rb", buffering=1 << 20) as file, bar:
         offset = 0
         for number, line in enumerate(file, 1):
-            yield number, (offset, len(line)), line
+            try:
+                parsed = parse(line)
+            except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError):
+                raise InputError(f"{path}:{number}: expected {expected}, found {line[:60]!r}") from None
+            yield (offset, len(line)), parsed
             offset += len(line)
             bar.update(len(line))
 

@@ -7,6 +7,7 @@ array called `info` (a dict), in a file NAME_info.npy beside NAME.npy, or, boxes
 import math
 import os
 import zipfile
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -80,46 +81,26 @@ def read_sizes(path: str) -> np.ndarray:
     sizes = np.empty((array.size, 2))
     for number, item in enumerate(array.flat):
         where = f"{path}: image {number}"
-        size = _size(where, _known_names(item)) if isinstance(item, dict) else None
+        size = _size(where, known_names(item)) if isinstance(item, dict) else None
         if size is None:
             raise InputError(f"{where}: found {brief(item)}, expected image_h and image_w")
         sizes[number] = size
     return sizes
 
 
-def _read_fields(path):
-    """{name in NAMES: value, None where there is none} of an image's file."""
-    if path.endswith(".npz"):
-        arrays = _read_npz(path)
-    else:
-        arrays = {NAMES["features"][0]: read_npy(path)}
-        info_path = path.removesuffix(".npy") + "_info.npy"
-        if os.path.isfile(info_path):
-            arrays[INFO] = read_npy(info_path)
-    info = arrays.get(INFO, {})
-    if isinstance(info, np.ndarray):
-        info = info.item() if info.dtype == object and info.size == 1 else {}
-    if not isinstance(info, dict):
-        raise InputError(f"{path}: info is {brief(info)}, expected an object array of a dict")
-    return _known_names({**info, **arrays})
+def read_npz(path: str, names: Collection[str], most_bytes: float = MOST_BYTES) -> dict[str, Any]:
+    """Those arrays of an .npz file that are among names; what stands for an array of objects is of plain types.
 
-
-def _known_names(values):
-    """{name in NAMES: the value of the first of its spellings, None where there is none}."""
-    return {field: next((values[name] for name in names if name in values), None) for field, names in NAMES.items()}
-
-
-def _read_npz(path):
-    """The arrays of an .npz file whose names are known."""
-    known = {INFO, *(name for names in NAMES.values() for name in names)}
+    most_bytes: of an array. Raises InputError naming the file.
+    """
     arrays = {}
     try:
         with open(path, "rb") as zipped, zipfile.ZipFile(zipped) as archive:
             for member in archive.infolist():
                 name = member.filename.removesuffix(".npy")
-                if name in known:
+                if name in names:
                     with archive.open(member) as file:
-                        arrays[name] = _read_array(path, file, member.file_size)
+                        arrays[name] = _read_array(path, file, member.file_size, most_bytes)
     except InputError:
         raise
     except Exception as error:  # zipfile and zlib each have their own
@@ -130,9 +111,31 @@ def _read_npz(path):
     return arrays
 
 
-def _read_array(path, file, n_bytes):
+def known_names(values: dict[str, Any], names: dict[str, tuple[str, ...]] = NAMES) -> dict[str, Any]:
+    """{field: the value of the first of its names, None where there is none}. names: {field: its names}."""
+    return {field: next((values[name] for name in names[field] if name in values), None) for field in names}
+
+
+def _read_fields(path):
+    """{name in NAMES: value, None where there is none} of an image's file."""
+    if path.endswith(".npz"):
+        arrays = read_npz(path, {INFO}.union(*NAMES.values()))
+    else:
+        arrays = {NAMES["features"][0]: read_npy(path)}
+        info_path = path.removesuffix(".npy") + "_info.npy"
+        if os.path.isfile(info_path):
+            arrays[INFO] = read_npy(info_path)
+    info = arrays.get(INFO, {})
+    if isinstance(info, np.ndarray):
+        info = info.item() if info.dtype == object and info.size == 1 else {}
+    if not isinstance(info, dict):
+        raise InputError(f"{path}: info is {brief(info)}, expected an object array of a dict")
+    return known_names({**info, **arrays})
+
+
+def _read_array(path, file, n_bytes, most_bytes=MOST_BYTES):
     """The array in an open .npy file of n_bytes."""
-    if n_bytes > MOST_BYTES:
+    if n_bytes > most_bytes:
         raise InputError(f"{path}: an array of {n_bytes} bytes, expected an image's")
     try:
         version = np.lib.format.read_magic(file)

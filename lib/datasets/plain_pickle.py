@@ -1,13 +1,14 @@
 """Plain values in a pickle, read without running anything: numbers, texts, lists, tuples, dicts and NumPy arrays.
 
 NumPy pickles arrays of objects (an `info` dict in an .npz file). Unpickling calls whatever a file names. Here these
-names stand for the classes below, which build plain values and nothing else, and any other name is refused.
+names stand for the functions below, which build plain values and nothing else, and any other name is refused.
 """
 
 import io
 import pickle
 import pickletools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,7 @@ DTYPE = re.compile(r"[<>=|]?[?bBhHiIlLqQefd]|[<>=|]?[biufUS]\d{1,9}|O8?")
 PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
-class Plain:
-    """What a pickle may name. It has a __setstate__, without which a pickle could set its attributes."""
-
-    def __setstate__(self, state):
-        raise InputError("a state")
-
-
-class Bytes(Plain):
-    """Bytes, which protocol 2 has as text."""
-
-    def __new__(cls, text="", encoding="latin-1"):
-        return text.encode("latin-1")
-
-
-class Dtype(Plain):
+class Dtype:
     """Stands for a NumPy type; its state has the byte order."""
 
     def __init__(self, name, *_):
@@ -45,33 +32,6 @@ class Dtype(Plain):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
-class Values(Plain):
-    """An array of raw bytes, or of a list of objects."""
-
-    def __new__(cls, values, dtype, shape, order="C"):
-        if dtype.dtype.hasobject:
-            array = np.empty(len(values), dtype=object)
-            for i, value in enumerate(values):
-                array[i] = value
-        else:
-            array = np.frombuffer(Bytes(values) if isinstance(values, str) else values, dtype.dtype)
-        return array.reshape(shape, order=order)
-
-
-class Scalar(Plain):
-    """A NumPy number or text."""
-
-    def __new__(cls, dtype, data):
-        return Values(data, dtype, ())[()]
-
-
-class Kind(Plain):
-    """The type of all arrays, which cannot be made without values."""
-
-    def __init__(self, *_):
-        raise InputError("an array without values")
-
-
 class Array(np.ndarray):
     """An array; its state has its shape and values."""
 
@@ -80,30 +40,48 @@ class Array(np.ndarray):
 
     def __setstate__(self, state):
         _, shape, dtype, is_fortran, values = state
-        super().__setstate__(Values(values, dtype, shape, "F" if is_fortran else "C").__reduce__()[2])
-
-    def __repr__(self):
-        return repr(self.view(np.ndarray))
+        super().__setstate__(_array(values, dtype, shape, "F" if is_fortran else "C").__reduce__()[2])
 
 
-NAMES = {  # without numpy's inner package ("core" or "_core")
+def _array(values, dtype, shape, order="C"):
+    """An array of raw bytes, or of a list of objects."""
+    if dtype.dtype.hasobject:
+        array = np.empty(len(values), dtype=object)
+        for i, value in enumerate(values):
+            array[i] = value
+    else:
+        array = np.frombuffer(_bytes(values) if isinstance(values, str) else values, dtype.dtype)
+    return array.reshape(shape, order=order)
+
+
+def _scalar(dtype, data):
+    """A NumPy number or text."""
+    return _array(data, dtype, ())[()]
+
+
+def _bytes(text="", encoding="latin-1"):
+    """Bytes, which protocol 2 has as text."""
+    return text.encode("latin-1")
+
+
+NAMES: dict[str, Callable] = {  # without numpy's inner package ("core" or "_core")
     "numpy.multiarray _reconstruct": Array,
-    "numpy ndarray": Kind,
+    "numpy ndarray": Array,
     "numpy dtype": Dtype,
-    "numpy.multiarray scalar": Scalar,
-    "numpy.numeric _frombuffer": Values,
-    "_codecs encode": Bytes,
-    "__builtin__ bytes": Bytes,
+    "numpy.multiarray scalar": _scalar,
+    "numpy.numeric _frombuffer": _array,
+    "_codecs encode": _bytes,
+    "__builtin__ bytes": _bytes,
     "collections OrderedDict": dict,
 }
 
 
 class Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        found = NAMES.get(re.sub(r"^numpy\._?core\b", "numpy", module) + " " + name)
-        if found is None:
+        build = NAMES.get(re.sub(r"^numpy\._?core\b", "numpy", module) + " " + name)
+        if build is None:
             raise InputError(brief(f"{module}.{name}"))
-        return found
+        return lambda *values: build(*values)  # not build itself, whose attributes a pickle could set
 
 
 def load(data: bytes) -> object:

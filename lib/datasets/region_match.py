@@ -156,8 +156,8 @@ def _prove(alike, images, overlap):
         _, here, next_here = _two_highest(scores, 0)
         rival = np.maximum(np.minimum(highest, here), np.maximum(rival, next_here))
         highest = np.maximum(highest, here)
-    other = np.where(score < highest[best], highest[best], rival[best])  # the highest of another image
-    return best, (score >= LEAST_SCORE) & (score - np.maximum(second, other) >= LEAST_LEAD)
+    lead = score - np.maximum(second, rival[best])
+    return best, (score >= LEAST_SCORE) & (score == highest[best]) & (lead >= LEAST_LEAD)
 
 
 def _two_highest(scores, axis):

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -28,6 +29,27 @@ HEADER = {b"image_id", b"img_id", b"features"}  # names of columns
 MOST_PIXELS = 1 << 31  # of a side
 LINES_LOOKED_AT = 100  # to tell the form
 BOX_VALUES = 6  # at the end of a VinVL feature: x1, y1, x2, y2, width, height from 0 to 1
+
+
+Count = Annotated[int, msgspec.Meta(ge=1, lt=MOST_PIXELS)]
+
+
+# The JSON of VinVL's lines has one of two forms.
+class VinvlObject(msgspec.Struct):
+    rect: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels
+    feature: str  # base64
+    conf: float | None = None
+
+
+class VinvlObjects(msgspec.Struct):
+    image_h: Count
+    image_w: Count
+    objects: Annotated[list[VinvlObject], msgspec.Meta(min_length=1)]
+
+
+class VinvlFeatures(msgspec.Struct):
+    num_boxes: Count
+    features: str  # base64 of (num_boxes, img_dim + 6), the last six values being the box from 0 to 1
 
 
 def parse_fields(text: str) -> tuple[str, ...]:
@@ -90,46 +112,25 @@ def _decode_columns(values, fields, img_dim):
 
 
 def _decode_json(text, img_dim):
-    """Regions of an object of VinVL's, of either form.
-
-    {"image_h", "image_w", "objects": [{"rect": [x1, y1, x2, y2], "feature": base64, "conf"}, …]}
-    {"num_boxes", "features": base64 of (num_boxes, img_dim + 6)}, the last six values being the box from 0 to 1
-    """
     try:
-        value = msgspec.json.decode(text)
+        image = msgspec.json.decode(text, type=VinvlObjects if b'"objects"' in text else VinvlFeatures)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"not JSON ({str(error).splitlines()[0][:100]})") from None
-    try:
-        if "objects" in value:
-            return _decode_objects(value, img_dim)
-        n = _count(value["num_boxes"], "num_boxes")
-        features = _floats(value["features"].encode(), "features", n, img_dim + BOX_VALUES)
-    except (KeyError, TypeError, AttributeError):
         expected = "expected objects with rect and feature, image_h and image_w, or num_boxes and features"
-        raise InputError(f"found {brief(value)}, {expected}") from None
-    return Regions(features[:, img_dim : img_dim + 4], features[:, :img_dim], (1, 1))
+        raise InputError(f"found {brief(text)}, {expected} ({str(error).splitlines()[0][:100]})") from None
+    if isinstance(image, VinvlFeatures):
+        features = _floats(image.features.encode(), "features", image.num_boxes, img_dim + BOX_VALUES)
+        return Regions(features[:, img_dim : img_dim + 4], features[:, :img_dim], (1, 1))
+    features = np.concatenate([_floats(item.feature.encode(), "feature", 1, img_dim) for item in image.objects])
+    boxes = np.array([item.rect for item in image.objects], dtype=np.float32)
+    scores = [item.conf for item in image.objects]
+    scores = None if None in scores else np.array(scores, dtype=np.float32)
+    return Regions(boxes, features, (image.image_h, image.image_w), scores)
 
 
-def _decode_objects(value, img_dim):
-    objects = value["objects"]
-    size = tuple(_count(value[name], name) for name in ("image_h", "image_w"))
-    _count(len(objects), "number of objects")
-    features = np.concatenate([_floats(item["feature"].encode(), "feature", 1, img_dim) for item in objects])
-    try:
-        boxes = np.array([item["rect"] for item in objects], dtype=np.float32).reshape(len(objects), 4)
-        scores = np.array([item["conf"] for item in objects], dtype=np.float32) if "conf" in objects[0] else None
-    except (ValueError, OverflowError):
-        raise InputError("rect or conf: expected four numbers, and one") from None
-    if scores is not None and scores.shape != (len(objects),):
-        raise InputError("conf: expected a number")
-    return Regions(boxes, features, size, scores)
-
-
-def _count(value, name):
-    """The number of at least 1 that an int, or digits (bytes), are."""
-    number = int(value) if isinstance(value, bytes) and re.fullmatch(rb"\s*\d{1,12}\s*", value) else value
-    if not isinstance(number, int) or not 1 <= number < MOST_PIXELS:
-        raise InputError(f"{name} is {brief(value)}, expected 1 to {MOST_PIXELS}")
+def _count(digits, name):
+    number = int(digits) if re.fullmatch(rb"\s*\d{1,12}\s*", digits) else 0
+    if not 1 <= number < MOST_PIXELS:
+        raise InputError(f"{name} is {brief(digits)}, expected 1 to {MOST_PIXELS}")
     return number
 
 

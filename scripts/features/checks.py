@@ -34,11 +34,12 @@ class Report:
         self.table.append([str(cell) for cell in cells])
 
     def attempt(self, function, *args):
-        """function(*args), or None and a fault where it raises InputError."""
+        """function(*args), or None and a fault where it raises InputError; of several that are alike, one fault."""
         try:
             return function(*args)
         except InputError as error:
-            self.faults.append(str(error))
+            if str(error) not in self.faults:
+                self.faults.append(str(error))
             return None
 
     def print(self):

@@ -50,6 +50,9 @@ class FeatureJob(contextlib.ExitStack):
         self, opt, problems: Problems, splits, arrays, origin: Origin, choice="fixed", key=canonical_id, source=""
     ):
         super().__init__()
+        for name in ("n_regions", "img_dim"):
+            if getattr(opt, name) < 1:
+                raise InputError(f"--{name} {getattr(opt, name)}: expected at least 1")
         self.opt, self.choice, self.problems, self.check = opt, choice, problems, BoxCheck(source)
         self.number = np.float16 if opt.float16 else np.float32
         shapes = {

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data import pad
 from lib.datasets.arrays import npy_header
-from lib.datasets.json_files import read_json
+from lib.datasets.json_files import read_object
 from lib.errors import InputError
 from lib.files import digest_lines, make_folder, open_npy, replace, write_lines
 from scripts.search.collection import Collection
@@ -52,7 +52,7 @@ def open_or_build(model_path, model, loader, split, folder=None, n_centroids=Non
     note = os.path.join(folder, "collection.json")
     if os.path.isfile(note) and not overwrite:
         expected = "the notes of a collection; --overwrite makes it anew"
-        before = read_json(note, lambda value: isinstance(value, dict) and value, expected)
+        before = read_object(note, expected)
     made_from = fingerprint(model_path, loader.dataset, n_centroids or before.get("anchors", N_CENTROIDS))
     other = [name for name in made_from if made_from[name] != before.get(name)]
     is_finished = before and os.path.isfile(os.path.join(folder, "table.npy"))
