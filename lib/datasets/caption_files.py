@@ -1,6 +1,8 @@
 """Caption files in other people's forms: Karpathy's JSON, MS-COCO's, and text files with a caption a line."""
 
+import contextlib
 import csv
+import io
 import re
 
 import msgspec
@@ -12,6 +14,7 @@ from lib.errors import InputError, brief
 from lib.files import read_lines
 
 KARPATHY_SPLITS = {"train": "train", "restval": "train", "val": "dev", "test": "test", "dev": "dev", "valid": "dev"}
+SURROGATE = re.compile("[\ud800-\udfff]")
 LINE_END = re.compile(r"\s*[\r\n\t\v\f\x1c-\x1e\x85\u2028\u2029]+\s*")
 IMAGE_COLUMNS = {"image", "image_name", "image_id", "filename", "file_name"}
 CAPTION_COLUMNS = {"caption", "comment", "sentence", "text"}
@@ -76,30 +79,24 @@ def read_karpathy(path: str, problems: Problems) -> Captions:
     return captions
 
 
-class CocoImage(msgspec.Struct):
-    id: int | str
-
-
-class CocoCaption(msgspec.Struct):
-    id: int | str
-    image_id: int | str
-    caption: str
-
-
 def read_coco(paths: list[str], problems: Problems) -> Captions:
     """MS-COCO's captions_*.json. Images and their captions are in the order of their ids; no split is known."""
-
-    def order(item):
-        return isinstance(item.id, str), item.id
+    from pycocotools.coco import COCO
 
     captions = Captions(problems)
     for path in paths:
-        texts = {image.id: [] for image in sorted(json_items(path, "images", CocoImage), key=order)}
-        for item in sorted(json_items(path, "annotations", CocoCaption), key=order):
-            if item.image_id in texts:
-                texts[item.image_id].append(item.caption)
-        for image_id, captions_of_image in texts.items():
-            captions.add(f"{path}: image {image_id}", image_id, captions_of_image)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the library prints what it does
+                coco = COCO(path)
+            for image_id in sorted(coco.imgs):
+                annotations = sorted(coco.imgToAnns[image_id], key=lambda annotation: annotation["id"])
+                texts = [SURROGATE.sub(HALF, annotation["caption"]) for annotation in annotations]
+                captions.add(f"{path}: image {image_id}", image_id, texts)
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {brief(str(error))}"
+            raise InputError(f"{path}: not an official captions file ({reason})") from None
     return captions
 
 
