@@ -132,9 +132,9 @@ def main() -> None:
     from lib.datasets.boxes import BoxFile
 
     opt = get_parser().parse_args()
+    data = BoxFile(opt.boxes, opt.sizes, opt.ids, opt.n_regions, opt.xywh)
     make_folder(os.path.dirname(opt.out) or ".")
     check_output(opt.out, opt.boxes, opt.sizes, opt.ids)
-    data = BoxFile(opt.boxes, opt.sizes, opt.ids, opt.n_regions, opt.xywh)
     n, n_regions = data.boxes.shape[:2]
     shape = (n, n_regions, 2 * N_SLOTS + 1)
     if os.path.isfile(opt.out) and not opt.overwrite:

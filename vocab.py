@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lib.constants import SPECIAL
 from lib.errors import InputError, brief, run
-from lib.files import check_output, make_folder, read_lines, write_lines
+from lib.files import make_folder, read_lines, write_lines
 from lib.segmentation import segment
 
 SPLITS = ("train", "dev")  # what a vocabulary is built from
@@ -295,12 +295,11 @@ def main(data_path: str | None = None, data_name: str | None = None, kind: type[
     add("--overwrite", action="store_true", help="replace a vocabulary of other words")
     opt = parser.parse_args(None if data_path is None and data_name is None else [])
     dest = kind.file(opt.vocab_path, opt.data_name)
-    make_folder(os.path.dirname(dest) or ".")
-    check_output(dest)
     drop = from_txt(opt.stop_words) if opt.stop_words else ()
     options = opt.threshold, drop, opt.allow_empty_captions, opt.segment, kind
     vocab = build_vocab(opt.data_path, opt.data_name, None, *options)
     check_vocab(dest, vocab.word2idx)
+    make_folder(os.path.dirname(dest) or ".")
     if os.path.exists(dest) and not opt.overwrite:  # checkpoints may have been trained with it
         there = deserialize_vocab(dest, kind)
         if there.word2idx != vocab.word2idx:
