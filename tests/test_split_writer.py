@@ -74,6 +74,16 @@ def test_rows_of_a_stopped_run_whose_note_is_of_another_form_are_written_anew(tm
         assert not split.done.any() and "train: begun anew" in capsys.readouterr().out
 
 
+def test_rows_of_an_array_that_was_cut_short_are_written_anew(tmp_path):
+    with SplitWriter(tmp_path, "train", ["a", "b"], ARRAY, Origin({})) as split:
+        for row in range(2):
+            split.write(row, ims=np.ones(2))
+    part = tmp_path / "train_ims.npy.part"
+    os.truncate(part, part.stat().st_size - 8)
+    with SplitWriter(tmp_path, "train", ["a", "b"], ARRAY, Origin({})) as split:
+        assert not split.done.any()
+
+
 def test_rows_that_are_begun_anew_do_not_count_though_the_new_run_is_killed_at_once(tmp_path, monkeypatch):
     with SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({})) as split:
         split.write(0, ims=np.ones(2))

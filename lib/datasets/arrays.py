@@ -41,6 +41,16 @@ def read_rows(array: np.ndarray, start: int, n: int = 1) -> np.ndarray:
     return np.fromfile(path, array.dtype, n * array[0].size, offset=place).reshape(n, *array.shape[1:])
 
 
+def npy_size(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Bytes of an .npy file."""
+    return len(npy_header(shape, dtype)) + math.prod(shape) * dtype.itemsize
+
+
+def has_part(path: str, shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether PATH.part is there, of an array's full size, as ArrayFile leaves it."""
+    return os.path.isfile(path + ".part") and os.path.getsize(path + ".part") == npy_size(shape, dtype)
+
+
 class ArrayFile:
     """The file PATH.part, an .npy array whose rows are written in any order. A file that is there is gone on with."""
 
@@ -51,7 +61,7 @@ class ArrayFile:
         with name_in_errors(self.part):
             self.file = open(self.part, "r+b" if os.path.exists(self.part) else "w+b")
             self.file.write(header)
-            self.file.truncate(self.start + shape[0] * self.row_bytes)
+            self.file.truncate(npy_size(shape, dtype))
 
     def write(self, row: int, values: np.ndarray) -> None:
         with name_in_errors(self.part):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lib.datasets.arrays import ArrayFile
+from lib.datasets.arrays import ArrayFile, has_part
 from lib.errors import InputError
 from lib.files import digest_lines, lock, make_folder, name_in_errors, read_lines, sample_digest, write_lines
 
@@ -160,17 +160,20 @@ class SplitWriter:
         self.state = open(os.open(self.state_path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         lock(self.state, f"{self.state_path}: another run is writing this split")
         head, marks = self.state.readline(), self.state.read()
-        paths = {name: self._path(name + ".npy") for name in self.arrays}
-        is_whole = len(marks) == len(self.ids) and all(os.path.isfile(path + ".part") for path in paths.values())
+        files = {
+            name: (self._path(name + ".npy"), (len(self.ids), *shape), dtype)
+            for name, (shape, dtype) in self.arrays.items()
+        }
+        is_whole = len(marks) == len(self.ids) and all(has_part(*file) for file in files.values())
         if is_whole and not overwrite and self._fits(head):
             self.done[:] = np.frombuffer(marks, dtype=np.uint8) == 1
         elif head and not overwrite:
             print(f"note: {self.prefix}: begun anew, the stopped run was of other settings or inputs")
         self.files = {}
         self.sync()  # before the arrays: rows of the stopped run no longer count
-        for name, (shape, dtype) in self.arrays.items():
-            self.files[name] = ArrayFile(paths[name], (len(self.ids), *shape), dtype)
-            _remove(paths[name] + ".kept.part")
+        for name, file in files.items():
+            self.files[name] = ArrayFile(*file)
+            _remove(file[0] + ".kept.part")
         for name in TEXTS:
             _remove(self._path(name) + ".part")
 
