@@ -137,9 +137,10 @@ def checkpoint_vocab(path: str, checkpoint: dict, opt: Any, kind: type[Vocabular
     it must hold the same words. Raises InputError that names the checkpoint, the file and the first word that differs.
     """
     words, segment = checkpoint.get("words"), checkpoint.get("segment", False)
-    if words is not None and not os.path.exists(kind.file(opt.vocab_path, opt.data_name)):
+    file = kind.file(opt.vocab_path, opt.data_name)
+    if words is not None and not os.path.exists(file):
         return kind.from_words(words, segment)
-    vocab = kind.read(opt)
+    vocab = deserialize_vocab(file, kind)  # not kind.read: the scoring server has no data set
     if words is None:
         return vocab
     for i, (word, found) in enumerate(zip_longest(words, word_list(vocab))):

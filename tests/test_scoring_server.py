@@ -20,6 +20,7 @@ from processes import LIMIT, free_ports, run, started, wait_for
 from serving import IMG_DIM, PATH, encode, get, make_boxes, make_model, make_request, metric, post, scorer_of, serve
 
 from lib import web
+from lib.errors import InputError
 from Tencent_PFAN import bodies
 from Tencent_PFAN.scan_server_whole import main
 from Tencent_PFAN.scoring import Scorer, caption
@@ -65,6 +66,11 @@ def test_published_requests_get_the_published_scores(shared):
             ours = scores(port, line["request"])
             expected = [line["response"]["sim_t2i"], line["response"]["sim_i2t"]]
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+def test_a_published_model_without_its_vocabulary_is_refused_with_the_flag_that_names_it(shared, tmp_path):
+    with pytest.raises(InputError, match="no such vocabulary; name its folder with --vocab_path, or make it with"):
+        Scorer(str(shared / "golden/server/sentence_t2i.pth.tar"), str(tmp_path))
 
 
 def test_clients_at_once_get_the_scores_that_they_get_alone(port, tmp_path):
