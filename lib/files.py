@@ -65,7 +65,7 @@ def lock(file: BinaryIO, taken: str) -> None:
         return
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # others: a file system without locks, which is told as it is
         raise InputError(taken) from None
 
 

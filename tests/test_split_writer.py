@@ -1,6 +1,7 @@
 """A split written row by row: restarts, half files, notes of other runs; ids."""
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -101,6 +102,13 @@ def test_two_runs_do_not_write_one_split_at_once(tmp_path):
     with SplitWriter(tmp_path / "out", "train", ["a"], ARRAY, Origin({})):
         done = command("reduce_features", tmp_path / "data/toy_precomp", "--out", tmp_path / "out")
     assert done.returncode == 2 and "train_state.part: another run is writing this split" in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="files are locked on POSIX systems only")
+def test_a_file_system_without_locks_is_not_taken_for_another_run(tmp_path):
+    without = mock.patch("fcntl.lockf", side_effect=OSError(errno.ENOLCK, "No locks available"))
+    with without, pytest.raises(OSError, match="No locks available"):
+        SplitWriter(tmp_path, "train", ["a"], ARRAY, Origin({}))
 
 
 def test_ids_of_one_image_meet_and_repeated_lists_shrink(tmp_path):
