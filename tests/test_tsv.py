@@ -213,6 +213,14 @@ def test_vinvl_features_that_end_in_their_boxes(tmp_path):
     assert "1 malformed" in fails("tsv_to_dataset", *args, "--img_dim", D + 1, "--overwrite")
 
 
+def test_vinvl_scores_of_some_objects_only_are_refused(tmp_path):
+    line = vinvl_line(7, *detected(np.random.default_rng(4)), np.ones(R)).replace('"conf": 1.0, ', "", 1)
+    write_lines(tmp_path / "t.tsv", [line])
+    args = [tmp_path / "t.tsv", "--out", tmp_path / "o", "--all", "test", "--img_dim", D]
+    assert "1 malformed" in fails("tsv_to_dataset", *args)
+    assert "conf of some objects only" in (tmp_path / "o/tsv_problems.txt").read_text()
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_a_cut_line_is_no_loss_where_its_image_is_whole_elsewhere(tmp_path, parts, first):
     line = {i: tsv_line(i, *parts[i]) for i in parts}

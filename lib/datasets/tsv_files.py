@@ -123,7 +123,9 @@ def _decode_json(text, img_dim):
     features = np.concatenate([_floats(item.feature.encode(), "feature", 1, img_dim) for item in image.objects])
     boxes = np.array([item.rect for item in image.objects], dtype=np.float32)
     scores = [item.conf for item in image.objects]
-    scores = None if None in scores else np.array(scores, dtype=np.float32)
+    if len({score is None for score in scores}) > 1:
+        raise InputError("conf of some objects only, expected one of each, or none")
+    scores = None if scores[0] is None else np.array(scores, dtype=np.float32)
     return Regions(boxes, features, (image.image_h, image.image_w), scores)
 
 
