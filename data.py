@@ -67,7 +67,8 @@ class PrecompDataset(Dataset):
         self.open_files()
         path, shape, img_dim = self.prefix + "_ims.npy", self.images.shape, getattr(opt, "img_dim", None)
         if len(shape) != 3 or 0 in shape or img_dim not in (None, shape[2]):
-            raise InputError(f"{path}: found {shape}, expected (images, regions, --img_dim {img_dim or ''})")
+            size = "img_dim" if img_dim is None else f"--img_dim {img_dim}"
+            raise InputError(f"{path}: found {shape}, expected (images, regions, {size})")
         self.count()
         if self.need_boxes:
             self.check_boxes()
