@@ -287,10 +287,11 @@ def test_the_first_boxes_the_largest_windows_and_the_whole_image_may_be_the_regi
     boxes = np.random.default_rng(0).random((12, 9, 2)) / 3
     names = sorted(path.name for path in photos.iterdir())
     np.savez(tmp_path / "boxes.npz", ids=np.array(names), boxes=np.concatenate([boxes, boxes + 0.5], 2))
-    more = ["--boxes", 4, "--windows", 10, "--whole_region", "--whole", "--pixel_boxes"]
-    extract(*given(photos, tmp_path / "all", tmp_path / "boxes.npz", "--pixel_boxes"))
-    extract(*windows_args(photos, tmp_path / "windows", "--pixel_boxes"))
-    extract(*given(photos, tmp_path / "some", tmp_path / "boxes.npz", *more))
+    alike = ["--backbone", "efficientnet_lite2", "--pixel_boxes"]  # the larger packaged one
+    more = ["--boxes", 4, "--windows", 10, "--whole_region", "--whole"]
+    extract(*given(photos, tmp_path / "all", tmp_path / "boxes.npz", *alike))
+    extract(*windows_args(photos, tmp_path / "windows", *alike))
+    extract(*given(photos, tmp_path / "some", tmp_path / "boxes.npz", *alike, *more))
     for name in ("train_ims.npy", "train_boxes.npy", "train_pixel_boxes.npy"):
         every, windows, some = (np.load(tmp_path / folder / name) for folder in ("all", "windows", "some"))
         assert some.shape[1] == 15
