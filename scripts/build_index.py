@@ -4,7 +4,7 @@ example: python scripts/build_index.py --model_path runs/demo/attention_seed0/mo
     --data_path data --split test --query "a red ring at the top"
 
 The collection's folder lies beside the checkpoint, unless --out says otherwise; scripts/search/build.py lists its
-files. The same command, run again, keeps the files that a stopped run had finished.
+files. The same command, run again without --overwrite, keeps the files that a stopped run had finished.
 """
 
 import argparse
