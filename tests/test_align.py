@@ -7,6 +7,8 @@ import pytest
 from dataset_commands import D, R, fails, ok, tool
 from folders import boxes_with_features, make_folder, write_lines
 
+from lib.datasets import pairing
+from lib.datasets.ids import SPLITS
 from lib.datasets.pairing import Split
 
 
@@ -65,6 +67,19 @@ def test_two_images_with_one_partner_are_ambiguous(tmp_path):
     assert "(id a.png): ambiguous: has the partner of train, image 0 (id a.jpg)" in (
         (tmp_path / "o/align_problems.txt").read_text()
     )
+
+
+@pytest.mark.parametrize("offset", range(4))
+def test_of_equal_partners_in_two_splits_the_first_split_counts(tmp_path, offset):
+    """Not the one whose caption a set of digests, in another order in every process, happens to have first."""
+    captions = [f"caption {5 * offset + i}" for i in range(5)]
+    for name, lines in (("source/train", captions[:3]), ("source/test", captions[2:]), ("reference/dev", captions)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        np.save(f"{tmp_path / name}_boxes.npy", np.zeros((1, R, 31), np.float32))
+        write_lines(f"{tmp_path / name}_caps.txt", [*lines, "another", "one more"][:5])
+    reference, source = pairing.load(tmp_path / "reference", ["dev"]), pairing.load(tmp_path / "source", SPLITS)
+    (hits,) = pairing.by_keys(reference, source, "captions")["dev"]
+    assert [hit.split.split for hit in hits] == ["train", "test"]
 
 
 def test_what_has_no_partner_is_named_and_can_be_left_out(tmp_path):
@@ -155,7 +170,7 @@ def test_regions_that_do_not_tell_images_apart_are_refused(tmp_path, photographs
     assert not (tmp_path / "out").exists()
 
 
-def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_align(tmp_path, photographs):
+def test_captions_that_pair_boxes_with_other_features_are_found_out_by_the_regions(tmp_path, photographs):
     for split, grids in photographs.items():
         for name in ("reference", "source"):  # the captions agree, the order of the boxes is another
             lines = [f"{split} {i} {j}" for i in range(len(grids)) for j in range(5)]

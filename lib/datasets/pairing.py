@@ -152,9 +152,11 @@ def pair(
 def by_keys(reference: Sequence[Split], source: Sequence[Split], by: str) -> dict[str, list[list[Image]]]:
     """{split: for each of its images the partners: one, or none, or more where that cannot be told}.
 
-    Partners have the image's id, or most of its captions, and more than half. by: "ids" or "captions".
+    Partners have the image's id, or most of its captions, and more than half, and are in source's order. by: "ids" or
+    "captions".
     """
     index: dict = {}
+    place = {split: i for i, split in enumerate(source)}
     for split in source:
         for image in split.images():
             for key in image.keys(by):
@@ -163,7 +165,8 @@ def by_keys(reference: Sequence[Split], source: Sequence[Split], by: str) -> dic
     def partners(keys):
         votes = Counter(hit for key in keys for hit in index.get(key, ()))
         most = max(votes.values(), default=0)
-        return [hit for hit, count in votes.items() if count == most and 2 * count > len(keys)]
+        hits = [hit for hit, count in votes.items() if count == most and 2 * count > len(keys)]
+        return sorted(hits, key=lambda hit: (place[hit.split], hit.row))
 
     return {split.split: [partners(image.keys(by)) for image in split.images()] for split in reference}
 
