@@ -5,6 +5,8 @@
 # SENTENCE_PORT and TAG_PORT in the environment choose other ports.
 set -eu
 cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
+case " $* " in *" --help "* | *" -h "*) exec python -m Tencent_PFAN.scan_server_whole --help ;; esac
 sentence=./runs/sentence_t2i.pth.tar tag=./runs/tag_t2i.pth.tar
 case "${1---}" in -*) ;; *) sentence=$1 && shift ;; esac
 case "${1---}" in -*) ;; *) tag=$1 && shift ;; esac
@@ -12,7 +14,6 @@ for model in "$sentence" "$tag"; do
     [ -e "$model" ] || { echo "error: $model: no such checkpoint, expected one of train_whole.py" >&2 && exit 2; }
 done
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # two servers share the cores: idle threads must not burn them
-[ -x .venv/bin/python ] && PATH="$PWD/.venv/bin:$PATH"
 
 pids= printed=$(mktemp -d) # each server prints its address as soon as it answers
 stop() {

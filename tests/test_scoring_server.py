@@ -564,6 +564,11 @@ def test_run_server_starts_both_models_and_stops_both(tmp_path):
         assert not any(answers(port, host) for port in ports)
 
 
+def test_run_server_prints_the_servers_flags():
+    done = run(["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), "--help"], env=ENVIRONMENT)
+    assert done.returncode == 0 and "--queue_mb" in done.stdout
+
+
 def test_run_server_says_in_one_line_what_is_wrong_with_a_model(tmp_path):
     (tmp_path / "damaged").write_text("no checkpoint")
     model, (sentence, tag) = make_model(str(tmp_path)), map(str, free_ports(2))
