@@ -27,6 +27,7 @@ def test_images_that_stand_twice_are_no_fault(images):
 def test_what_cannot_be_judged_is_said(images):
     grids, features = images
     assert "7 images are too few" in str(judge(features[:7], grids[:7]))
+    assert "most images have the same boxes" in str(judge(features, np.repeat(grids[:1], 60, axis=0)))
     whole_images = np.tile([0] * 15 + [1] + [0] * 15, (60, 36, 1))
     for some, boxes in (
         (features[:0], grids[:0]),
