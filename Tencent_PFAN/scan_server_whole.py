@@ -79,14 +79,15 @@ class Service:
 
     async def count(self):
         """A dependency that counts a scoring request by its status, and how long its answer took."""
-        started, status = time.perf_counter(), 200
+        started, status = time.perf_counter(), 500
         try:
             yield
-        except Exception as error:
-            status = getattr(error, "status_code", 500)
-            self.errors.inc()
+            status = 200
+        except Refused as error:
+            status = error.status_code
             raise
         finally:
+            self.errors.inc(status >= 400)
             self.requests.labels(status).inc()
             self.latency.observe(time.perf_counter() - started)
 

@@ -207,12 +207,12 @@ class Load:
 
     def run_hostile(self, n_clients, n_requests):
         """The load alone and beside hostile clients, in turns; prints. ok becomes False where too little was kept."""
-        calm, hostile = [], []
+        calm, hostile, spawn = [], [], multiprocessing.get_context("spawn")
         for _ in range(ROUNDS):
             print("alone:")
             calm.append(self.run(n_clients, n_requests))
             print("beside hostile clients:")
-            process = multiprocessing.Process(target=run_hostile_clients, args=(self.server.port,), daemon=True)
+            process = spawn.Process(target=run_hostile_clients, args=(self.server.port,), daemon=True)
             process.start()
             time.sleep(WARM_UP)
             hostile.append(self.run(n_clients, n_requests))

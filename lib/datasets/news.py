@@ -173,7 +173,8 @@ def _scan(path: str, expected: str, parse: Callable[[bytes], Any]) -> Iterator[t
     Where parse raises an error, which it does for a line that does not fit, that becomes an InputError naming the file,
     the line and what was expected.
     """
-    bar = tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc=os.path.basename(path), disable=None)
+    size, name = os.path.getsize(path), os.path.basename(path)
+    bar = tqdm(total=size, unit="B", unit_scale=True, desc=name, leave=False, disable=None)
     with open(path, "rb", buffering=1 << 20) as file, bar:
         offset = 0
         for number, line in enumerate(file, 1):
