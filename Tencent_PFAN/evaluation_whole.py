@@ -57,8 +57,11 @@ def t2i(images, captions, sims, npts=None, return_ranks=False):
     return root.t2i(images, captions, None, square(sims), npts, return_ranks)
 
 
-# the root's functions with the whole-image model
-evalrank = partial(root.evalrank, make_model=SCAN)
+def evalrank(model_path, data_path=None, split="dev", fold5=False, vocab_path=None, make_model=SCAN, **options):
+    """Rank a split both ways and print SCAN's lines; see the root's evalrank for arguments and result."""
+    return root.evalrank(model_path, data_path, split, fold5, vocab_path, make_model, **options)
+
+
 main = partial(root.main, SCAN)
 
 if __name__ == "__main__":

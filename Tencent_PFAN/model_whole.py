@@ -157,4 +157,6 @@ class SCAN(model.SCAN):
         return self.step((images, whole_images, boxes, captions, lengths), ids)
 
 
-load_model = partial(model.load_model, make_model=SCAN)
+def load_model(path, vocab_size=None, **overrides):
+    """The whole-image model of a checkpoint, ready to evaluate; see the root's load_model."""
+    return model.load_model(path, vocab_size, SCAN, **overrides)
