@@ -335,6 +335,8 @@ def evalrank(
     for path, other in ((settings.save_ranks, ""), (settings.save_topk, settings.save_ranks)):
         if path:
             check_output(path, other)
+    for path in as_list(settings.versus or ()):
+        load_checkpoint(path)  # what is none is refused before the first model is ranked
     scored = Split((data_path, vocab_path, split, make_model), overrides, 5 if fold5 else 1, settings.eccv)
     sims = scored.mean_sims(as_list(model_path))
     result, ranks = rank_folds(sims)

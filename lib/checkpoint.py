@@ -65,9 +65,8 @@ def load_checkpoint(path: str) -> dict:
         raise InputError(f"{path}: {error}") from None
     except pickle.UnpicklingError:
         raise InputError(f"{path}: refused, damaged or more than tensors, numbers and options") from None
-    except Exception as error:  # torch.load meets broken bytes with many exception types
-        reason = type(error).__name__
-        raise InputError(f"{path}: not a checkpoint, expected a file that train.py saved ({reason})") from None
+    except Exception:  # torch.load meets broken bytes with many exception types
+        raise InputError(f"{path}: truncated or not a checkpoint, expected a file that train.py saved") from None
     if not hasattr(checkpoint["opt"], "position"):
         checkpoint["opt"].position = infer_position(checkpoint["model"][0])
     return checkpoint

@@ -25,11 +25,11 @@ def make_folder(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Add path to an OSError that names no file: that of a full disk does not."""
+    """Have an OSError name path: that of a full disk names no file, others the file beside it that is written."""
     try:
         yield
     except OSError as error:
-        error.filename = error.filename or os.fspath(path)
+        error.filename = os.fspath(path)
         raise
 
 

@@ -7,6 +7,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from lib.checkpoint import BEST, load_checkpoint, load_plain, save_checkpoint
 from lib.errors import InputError
@@ -38,6 +39,7 @@ class RunFolder:
 
         The lock ends with the process, and is not inherited by loading processes.
         """
+        made = [parent for parent in Path(self.path).parents if not parent.exists()]
         is_new = not os.path.isdir(self.path)
         make_folder(self.path)
         try:
@@ -47,6 +49,9 @@ class RunFolder:
         finally:
             if is_new and os.listdir(self.path) == [LOCK]:  # nothing was trained
                 shutil.rmtree(self.path)
+                with suppress(OSError):  # something else has come into it
+                    for parent in made:
+                        parent.rmdir()
 
     def epochs(self) -> list[str]:
         """Paths of the checkpoints that epochs left, the latest first."""

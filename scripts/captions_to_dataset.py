@@ -98,10 +98,10 @@ def select(captions, good, opt, problems):
 
 
 def check_order(folder, split, ids):
-    """Raises InputError where features of the split lie there, in another order than ids."""
+    """Raises InputError where features of the split lie there, or are being written, in another order than ids."""
     prefix = os.path.join(folder, split)
-    ids_path, features = prefix + "_ids.txt", [prefix + "_ims.npy", prefix + "_boxes.npy"]
-    there = [path for path in features if os.path.exists(path)]
+    ids_path, features = prefix + "_ids.txt", ("_ims.npy", "_boxes.npy", "_state.part")
+    there = [prefix + name for name in features if os.path.exists(prefix + name)]
     old = read_lines(ids_path) if os.path.isfile(ids_path) else None
     if there and [canonical_id(i) for i in old or ()] != [canonical_id(i) for i in ids]:
         how = f"--ids {split}={ids_path} keeps their order" if old else "--overwrite writes them all the same"

@@ -190,6 +190,12 @@ def test_an_empty_caption_is_named_by_line_and_can_be_accepted(place, monkeypatc
     assert (place.root / "runs" / "checkpoint_0.pth.tar").exists()
 
 
+def test_a_data_set_that_is_not_there_is_named_and_no_folder_is_left(place):
+    message = place.train("--data_name", "nothere", "--model_name", place.root / "new" / "run")
+    assert f"{place.root / 'data' / 'nothere'}: no such data set" in message
+    assert not (place.root / "new").exists()
+
+
 def test_a_missing_vocabulary_names_the_command_that_makes_it(place):
     place.vocab.unlink()
     message = place.train()

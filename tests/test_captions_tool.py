@@ -69,6 +69,9 @@ def test_captions_do_not_slip_under_features_in_another_order(tmp_path):
     np.save(tmp_path / "o/test_ims.npy", np.zeros((2, R, D), np.float32))
     os.remove(tmp_path / "o/train_ims.npy")
     fails(*args, "--sizes", "dev=1", "test=2", "--seed", 2)  # train alone would fit; no split is written
+    os.remove(tmp_path / "o/dev_ims.npy")
+    os.rename(tmp_path / "o/test_ims.npy", tmp_path / "o/test_state.part")  # as while features are being written
+    assert "test_state.part: there already" in fails(*args, "--sizes", "dev=1", "test=1")
     assert (tmp_path / "o/train_ids.txt").read_text().split() == splits["train"]
     write_lines(tmp_path / "caps.tsv", ["no tab here"])
     assert "no image has 5 captions" in fails(*args, "--split", "train")

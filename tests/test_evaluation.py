@@ -298,6 +298,7 @@ def test_a_word_that_evalrank_does_not_know_is_refused_with_those_it_knows(toy, 
         ({"intervals": "yes"}, "--intervals yes: expected True or False"),
         ({"device": "abacus"}, "--device abacus: "),
         ({"save_topk": "no/best.jsonl"}, "No such file or directory: .*best.jsonl"),
+        ({"versus": "no.pth.tar"}, "no.pth.tar: no such checkpoint"),
         ({"save_ranks": "no/ranks"}, "No such file or directory: .*ranks"),
     ],
 )
