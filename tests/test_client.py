@@ -315,7 +315,7 @@ def test_two_runs_do_not_write_one_file(tmp_path, server):
 def test_an_output_that_cannot_be_written_is_told_before_anything_is_asked(tmp_path, server):
     make_data(tmp_path, [(["a"], [], [1])])
     for out, said in (
-        ("nowhere/out.json", "nowhere/out.json.part: No such file or directory"),
+        ("nowhere/out.json", "nowhere/out.json: No such file or directory"),
         (tmp_path, "is no file, expected one or a free name"),
         (tmp_path / "test_list.json", "test_list.json: is read or written as well, expected another file"),
     ):

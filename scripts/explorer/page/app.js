@@ -121,6 +121,7 @@ async function showHard() {
   if ($('hard-list').children.length) return
   try {
     const hard = await ask('api/hard')
+    if ($('hard-list').children.length) return  // popstate and hashchange both lead here
     if (!hard) {
       setTimeout(showHard, WAIT)
       return say('hard-status', 'Comparing the models on every query …')
