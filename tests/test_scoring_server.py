@@ -573,7 +573,10 @@ def test_run_server_says_in_one_line_what_is_wrong_with_a_model(tmp_path):
     (tmp_path / "damaged").write_text("no checkpoint")
     model, (sentence, tag) = make_model(str(tmp_path)), map(str, free_ports(2))
     environment = {**ENVIRONMENT, "SENTENCE_PORT": sentence, "TAG_PORT": tag}
-    for name, said in (("none", "none: no such checkpoint, expected one"), ("damaged", "damaged: truncated or not a checkpoint")):
+    for name, said in (
+        ("none", "none: no such checkpoint, expected one"),
+        ("damaged", "damaged: truncated or not a checkpoint"),
+    ):
         command = ["sh", str(ROOT / "Tencent_PFAN" / "run_server.sh"), model, str(tmp_path / name), "--threads", "1"]
         done = run(command, env=environment)
         (line,) = done.stderr.splitlines()
