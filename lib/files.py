@@ -25,11 +25,12 @@ def make_folder(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Have an OSError name path: that of a full disk names no file, others the file beside it that is written."""
+    """Have an OSError name path where it names no file, as that of a full disk, or path.part, which is written first."""
     try:
         yield
     except OSError as error:
-        error.filename = os.fspath(path)
+        if error.filename in (None, os.path.realpath(path) + ".part"):
+            error.filename = os.fspath(path)
         raise
 
 
