@@ -25,7 +25,7 @@ def make_folder(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def name_in_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Have an OSError name path where it names no file, as that of a full disk, or path.part, which is written first."""
+    """Have an OSError name path where it names no file, as that of a full disk, or path.part, which is written."""
     try:
         yield
     except OSError as error:
